@@ -1,0 +1,1 @@
+"""Millstream: train AI agents that already exist, over an event stream."""

@@ -1,0 +1,194 @@
+"""Avro single-object encoding: ``C3 01``, the schema's CRC-64-AVRO fingerprint (8 bytes), the body.
+
+A reader finds the writer's schema among the packaged ``avro/*.avsc`` files, so one topic holds several kinds of record
+and no registry has to run. Specification: Apache Avro 1.11, "Single-object encoding".
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import partial
+from importlib.resources import files
+from io import BytesIO
+from operator import attrgetter
+from typing import Any, TypeVar, cast
+
+from fastavro import parse_schema, schemaless_reader, schemaless_writer
+from fastavro.schema import fingerprint, to_parsing_canonical_form
+from fastavro.validation import ValidationError, validate
+
+from millstream.schemas import records
+from millstream.schemas.errors import CodecError, TruncatedRecord, UnknownSchema, WrongType
+from millstream.schemas.records import RECORD_TYPES, Record
+
+MAGIC = b"\xc3\x01"
+HEADER_SIZE = 10  # magic and fingerprint
+
+R = TypeVar("R", bound=Record)
+
+
+class RecordCodec:
+    """Encoder and decoder of one record type."""
+
+    def __init__(self, record_type: type[Record], schema: dict[str, Any]) -> None:
+        self.record_type = record_type
+        self.name = record_type.__name__
+        self.schema = cast("dict[str, Any]", parse_schema(schema))
+        self.fingerprint = bytes.fromhex(fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO"))
+        self.prefix = MAGIC + self.fingerprint
+        self.field_names = tuple(f["name"] for f in schema["fields"])
+        self._values = attrgetter(*self.field_names)
+        self._conversions = _conversions(schema)
+
+    def encode(self, record: Record) -> bytes:
+        """The record with its header. Raises `WrongType` naming the field."""
+        datum = dict(zip(self.field_names, self._values(record), strict=True))
+        out = BytesIO()
+        out.write(self.prefix)
+        try:
+            for name, (to_plain, _) in self._conversions.items():
+                datum[name] = to_plain(datum[name])
+            schemaless_writer(out, self.schema, datum)
+        except Exception as error:
+            raise self._wrong_type(datum, error) from error
+        return out.getvalue()
+
+    def decode_dict(self, data: bytes) -> dict[str, Any]:
+        """Field values of an encoded record; nested records stay dicts."""
+        source = BytesIO(data)
+        source.seek(HEADER_SIZE)
+        try:
+            datum = cast("dict[str, Any]", schemaless_reader(source, self.schema, None))
+        except Exception as error:
+            raise self._unreadable(data, error) from error
+        if source.tell() != len(data):
+            raise WrongType(
+                f"{self.name}: {len(data) - source.tell()} bytes are left over behind the record", record=self.name
+            )
+        return datum
+
+    def decode(self, data: bytes) -> Record:
+        datum = self.decode_dict(data)
+        for name, (_, to_record) in self._conversions.items():
+            datum[name] = to_record(datum[name])
+        return self.record_type(**datum)
+
+    def _wrong_type(self, datum: Mapping[str, Any], error: Exception) -> WrongType:
+        for part in self.schema["fields"]:
+            name = part["name"]
+            try:
+                validate(datum[name], part["type"])
+                schemaless_writer(BytesIO(), part["type"], datum[name])
+            except (ValidationError, TypeError, ValueError, AttributeError, OverflowError):
+                shown = repr(datum[name])[:100]
+                return WrongType(
+                    f"{self.name}.{name}: {shown} does not fit {json.dumps(part['type'])[:100]}",
+                    record=self.name,
+                    field=name,
+                )
+        return WrongType(f"{self.name}: {error}", record=self.name)
+
+    def _unreadable(self, data: bytes, error: Exception) -> CodecError:
+        """Reads field by field to name the one at which the body breaks."""
+        source = BytesIO(data)
+        source.seek(HEADER_SIZE)
+        for part in self.schema["fields"]:
+            try:
+                schemaless_reader(source, part["type"], None)
+            except EOFError:
+                return TruncatedRecord(
+                    f"{self.name}.{part['name']}: the body ends here, after {len(data)} bytes",
+                    record=self.name,
+                    field=part["name"],
+                )
+            except Exception as cause:
+                return WrongType(
+                    f"{self.name}.{part['name']}: {type(cause).__name__}: {cause}",
+                    record=self.name,
+                    field=part["name"],
+                )
+        return CodecError(f"{self.name}: {type(error).__name__}: {error}", record=self.name)
+
+
+Conversion = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+
+
+def _conversions(schema: dict[str, Any]) -> dict[str, Conversion]:
+    """For fields that hold a record or an array: the ways to plain data and back."""
+    found: dict[str, Conversion] = {}
+    for part in schema["fields"]:
+        kind = part["type"]
+        if isinstance(kind, list) and isinstance(kind[1], dict) and kind[1]["type"] == "record":
+            cls = getattr(records, kind[1]["name"])
+            found[part["name"]] = (
+                lambda value: None if value is None else _plain(value),
+                partial(_optional, cls),
+            )
+        elif isinstance(kind, dict) and kind["type"] == "array":
+            found[part["name"]] = _array_of(getattr(records, kind["items"]["name"]) if _is_record(kind) else None)
+    return found
+
+
+def _optional(cls: type, value: Any) -> Any:
+    return None if value is None else cls(**value)
+
+
+def _is_record(array: dict[str, Any]) -> bool:
+    return isinstance(array["items"], dict) and array["items"]["type"] == "record"
+
+
+def _array_of(cls: type | None) -> Conversion:
+    if cls is None:
+        return list, tuple
+    return lambda values: [_plain(value) for value in values], lambda values: tuple([cls(**value) for value in values])
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def load_schema(name: str) -> dict[str, Any]:
+    """The packaged ``.avsc`` of a record."""
+    return cast("dict[str, Any]", json.loads(files(__package__).joinpath("avro", f"{name}.avsc").read_text("utf-8")))
+
+
+CODECS: dict[type[Record], RecordCodec] = {t: RecordCodec(t, load_schema(t.__name__)) for t in RECORD_TYPES}
+_BY_FINGERPRINT: dict[bytes, RecordCodec] = {c.fingerprint: c for c in CODECS.values()}
+
+
+def encode(record: Record) -> bytes:
+    """Encodes a record. Raises `WrongType` naming record and field."""
+    return CODECS[type(record)].encode(record)
+
+
+def codec_of(data: bytes) -> RecordCodec:
+    """The codec that wrote ``data``, by its header alone. Raises `UnknownSchema`, `TruncatedRecord`."""
+    if data[:2] != MAGIC:
+        raise UnknownSchema(f"not Avro single-object encoding: the record begins with {data[:2].hex() or 'nothing'}")
+    if len(data) < HEADER_SIZE:
+        raise TruncatedRecord(f"the record ends within its header, after {len(data)} bytes")
+    codec = _BY_FINGERPRINT.get(data[2:HEADER_SIZE])
+    if codec is None:
+        raise UnknownSchema(
+            f"unknown schema fingerprint {data[2:HEADER_SIZE].hex()}: written by a newer version of Millstream? "
+            "Upgrade this process, then replay the dead letter"
+        )
+    return codec
+
+
+def type_of(value: bytes | Record) -> type[Record]:
+    """The record type of an encoded or a live record; reads no body."""
+    return codec_of(value).record_type if isinstance(value, bytes) else type(value)
+
+
+def decode(value: bytes | Record) -> Record:
+    """Decodes a record; one that never left the process is returned as it is. Raises `CodecError`."""
+    return codec_of(value).decode(value) if isinstance(value, bytes) else value
+
+
+def decode_as(record_type: type[R], value: bytes | Record) -> R:
+    """Decodes a record that has to be of one type. Raises `WrongType` if it is another."""
+    record = decode(value)
+    if not isinstance(record, record_type):
+        raise WrongType(f"expected {record_type.__name__}, found {type(record).__name__}", record=type(record).__name__)
+    return record

@@ -1,0 +1,223 @@
+"""The records that travel on the topics: one frozen class for each ``avro/*.avsc``, fields in the same order.
+
+Ids are UUIDv7 strings, times are nanoseconds since the epoch (UTC). What a field means stands in its ``.avsc``;
+a test holds the two together.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+
+class Record(Protocol):
+    """Any record class of this module."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutTask:
+    """One attempt at one rollout, waiting to be claimed by a runner."""
+
+    rollout_id: str
+    group_id: str
+    group_size: int = 1
+    input: str
+    mode: str = "train"
+    priority: str = "normal"
+    resources_id: str | None = None
+    attempt: int = 1
+    max_attempts: int = 1
+    losses: int = 0
+    max_losses: int = 0
+    timeout_s: float
+    lease_s: float
+    unresponsive_s: float | None = None
+    retry_on: tuple[str, ...] = ()
+    seed: int | None = None
+    state: bytes | None = None
+    experiment_id: str = ""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    created_at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorInfo:
+    """Why an attempt did not succeed."""
+
+    type: str
+    message: str
+    stack: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptEvent:
+    """A change, or a sign of life, of one attempt. A terminal status is final by the order of the log."""
+
+    rollout_id: str
+    attempt_id: str
+    attempt: int
+    status: str
+    worker_id: str
+    time: int
+    lease_s: float
+    task: bytes | None = None
+    error: ErrorInfo | None = None
+    span_counts: Mapping[str, int] = field(default_factory=dict)
+    output: str | None = None
+    state: bytes | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanEvent:
+    """Something at one instant within a span."""
+
+    name: str
+    time: int
+    attributes: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanLink:
+    """A related span."""
+
+    trace_id: str
+    span_id: str
+    attributes: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """One timed operation of an attempt: OpenTelemetry's fields, its rollout, and what training reads."""
+
+    trace_id: str
+    span_id: str
+    parent_id: str = ""
+    trace_state: str = ""
+    name: str
+    kind: str
+    span_kind: str = "Internal"
+    start: int
+    end: int
+    status: str = "Unset"
+    status_message: str = ""
+    attributes: Mapping[str, str] = field(default_factory=dict)
+    events: tuple[SpanEvent, ...] = ()
+    links: tuple[SpanLink, ...] = ()
+    resource: Mapping[str, str] = field(default_factory=dict)
+    scope_name: str = ""
+    scope_version: str = ""
+    rollout_id: str
+    attempt_id: str
+    source: str
+    sequence: int
+    prompt_token_ids: bytes | None = None
+    response_token_ids: bytes | None = None
+    response_logprobs: bytes | None = None
+    reward: float | None = None
+    reward_name: str | None = None
+    model_version: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Triplet:
+    """One LLM call of the chosen attempt, ready to learn from."""
+
+    rollout_id: str
+    attempt_id: str
+    group_id: str
+    experiment_id: str = ""
+    mode: str = "train"
+    resources_id: str | None = None
+    turn: int
+    span_id: str
+    prompt: str
+    response: str
+    prompt_token_ids: bytes | None = None
+    response_token_ids: bytes | None = None
+    response_logprobs: bytes | None = None
+    reward: float | None = None
+    model_version: str | None = None
+    agent_name: str | None = None
+    trainable: bool = True
+    reason: str | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutEnd:
+    """The end of a rollout; exactly one each, failures included. On the events topic it is the adapter"s mark."""
+
+    rollout_id: str
+    group_id: str
+    group_size: int
+    experiment_id: str = ""
+    mode: str = "train"
+    resources_id: str | None = None
+    status: str
+    attempt_id: str | None = None
+    attempts: int
+    losses: int = 0
+    turns: int = 0
+    reward: float | None = None
+    model_version: str | None = None
+    trainable: bool = True
+    reason: str | None = None
+    created_at: int
+    started_at: int | None = None
+    ended_at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """What everybody follows: a resources version, a cancel, a pause, an experiment."""
+
+    kind: str
+    name: str
+    experiment_id: str = ""
+    body: str
+    created_at: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """A process and what it does now."""
+
+    worker_id: str
+    role: str
+    host: str
+    version: str
+    slots: int = 0
+    running: int = 0
+    started: int
+    last_seen: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeadLetter:
+    """A record that a role could not use, as it was."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None = None
+    value: bytes | None = None
+    headers: Mapping[str, bytes] = field(default_factory=dict)
+    timestamp: int
+    role: str
+    reason: str
+    error: str
+    time: int
+
+
+RECORD_TYPES: tuple[type[Record], ...] = (
+    RolloutTask,
+    AttemptEvent,
+    Span,
+    Triplet,
+    RolloutEnd,
+    Control,
+    Worker,
+    DeadLetter,
+)

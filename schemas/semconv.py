@@ -1,0 +1,50 @@
+"""Names of span attributes: OpenTelemetry's GenAI conventions and our own, in one place."""
+
+from typing import Final
+
+# What a span is (``Span.kind`` and the Kafka header).
+LLM: Final = "llm"
+TOOL: Final = "tool"
+AGENT: Final = "agent"
+CHAIN: Final = "chain"
+REWARD: Final = "reward"
+SPAN: Final = "span"
+
+# Who wrote a span (``Span.source``).
+SOURCE_AGENT: Final = "agent"
+SOURCE_PROXY: Final = "proxy"
+
+# OpenTelemetry semantic conventions for generative AI.
+OPERATION: Final = "gen_ai.operation.name"
+SYSTEM: Final = "gen_ai.provider.name"
+REQUEST_MODEL: Final = "gen_ai.request.model"
+RESPONSE_MODEL: Final = "gen_ai.response.model"
+RESPONSE_ID: Final = "gen_ai.response.id"
+FINISH_REASONS: Final = "gen_ai.response.finish_reasons"
+INPUT_MESSAGES: Final = "gen_ai.input.messages"
+OUTPUT_MESSAGES: Final = "gen_ai.output.messages"
+INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
+OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
+AGENT_NAME: Final = "gen_ai.agent.name"
+TOOL_NAME: Final = "gen_ai.tool.name"
+TOOL_ARGUMENTS: Final = "gen_ai.tool.call.arguments"
+TOOL_RESULT: Final = "gen_ai.tool.call.result"
+EVALUATION_NAME: Final = "gen_ai.evaluation.name"
+EVALUATION_SCORE: Final = "gen_ai.evaluation.score.value"
+ERROR_TYPE: Final = "error.type"
+
+# Agent Lightning's reward attributes, so that its tools read our traces.
+AGL_REWARD_NAME: Final = "agentlightning.reward.0.name"
+AGL_REWARD_VALUE: Final = "agentlightning.reward.0.value"
+
+# ``gen_ai.operation.name`` → `Span.kind`.
+KIND_OF_OPERATION: Final = {
+    "chat": LLM,
+    "text_completion": LLM,
+    "generate_content": LLM,
+    "execute_tool": TOOL,
+    "invoke_agent": AGENT,
+    "create_agent": AGENT,
+    "invoke_workflow": CHAIN,
+    "evaluation": REWARD,
+}

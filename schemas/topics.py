@@ -1,0 +1,79 @@
+"""The topics: names, keys, partitioner and limits. One place for all of them, whichever client or log is used."""
+
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from aiokafka.partitioner import murmur2
+
+PRIORITIES: Final = ("high", "normal", "low")
+PRIORITY_WEIGHTS: Final = {"high": 8, "normal": 4, "low": 1}
+
+# confluent-kafka hashes keys with CRC32 unless told otherwise, aiokafka and Java with murmur2: the same key would lie
+# on two partitions. This is the librdkafka name of what everybody uses here.
+LIBRDKAFKA_PARTITIONER: Final = "murmur2_random"
+
+
+def partition_of(key: str, partitions: int) -> int:
+    """The partition of a key: Kafka's default partitioner (murmur2 of the UTF-8 bytes, sign bit cleared)."""
+    return int((murmur2(key.encode()) & 0x7FFFFFFF) % partitions)
+
+
+@dataclass(frozen=True, slots=True)
+class Topic:
+    """A topic as it is created."""
+
+    name: str
+    partitions: int
+    cleanup: Literal["delete", "compact"]
+    key: str  # what its records are keyed by, for people
+
+
+@dataclass(frozen=True, slots=True)
+class Topics:
+    """The names of one deployment's topics.
+
+    The number of ``events`` partitions never changes while a deployment lives: a rollout's place is the hash of its id
+    over that number, and triplets lie on the partition of their events.
+    """
+
+    prefix: str = "millstream"
+    partitions: int = 8
+    dead_partitions: int = 1
+
+    @property
+    def events(self) -> str:
+        return f"{self.prefix}.events"
+
+    @property
+    def triplets(self) -> str:
+        return f"{self.prefix}.triplets"
+
+    @property
+    def control(self) -> str:
+        return f"{self.prefix}.control"
+
+    @property
+    def workers(self) -> str:
+        return f"{self.prefix}.workers"
+
+    @property
+    def dead(self) -> str:
+        return f"{self.prefix}.dead"
+
+    def tasks(self, priority: str) -> str:
+        """The tasks topic of a priority. Raises ValueError if there is no such priority."""
+        if priority not in PRIORITIES:
+            raise ValueError(f"priority {priority!r} is none of {', '.join(PRIORITIES)}")
+        return f"{self.prefix}.tasks.{priority}"
+
+    @property
+    def all(self) -> tuple[Topic, ...]:
+        n = self.partitions
+        return (
+            *(Topic(self.tasks(p), n, "delete", "none: the publisher goes round-robin") for p in PRIORITIES),
+            Topic(self.events, n, "delete", "rollout_id"),
+            Topic(self.triplets, n, "delete", "rollout_id"),
+            Topic(self.control, 1, "compact", "kind/name"),
+            Topic(self.workers, 1, "compact", "worker_id"),
+            Topic(self.dead, self.dead_partitions, "delete", "the original key"),
+        )
