@@ -160,6 +160,7 @@ class RolloutEnd:
     attempts: int
     losses: int = 0
     turns: int = 0
+    spans: int = 0
     reward: float | None = None
     model_version: str | None = None
     trainable: bool = True

@@ -33,6 +33,10 @@ EVALUATION_NAME: Final = "gen_ai.evaluation.name"
 EVALUATION_SCORE: Final = "gen_ai.evaluation.score.value"
 ERROR_TYPE: Final = "error.type"
 
+# Ours: the exact OpenAI messages of a call, as JSON, in the proxy's spans.
+REQUEST_MESSAGES: Final = "millstream.request.messages"
+RESPONSE_MESSAGE: Final = "millstream.response.message"
+
 # Agent Lightning's reward attributes, so that its tools read our traces.
 AGL_REWARD_NAME: Final = "agentlightning.reward.0.name"
 AGL_REWARD_VALUE: Final = "agentlightning.reward.0.value"

@@ -1,0 +1,353 @@
+"""The adapter: the one that decides how every rollout ends, as a transactional stream processor over ``events``.
+
+What it decides stands in `settle`; here are the reading and the writing, with every way they fail. One transaction
+holds the triplets and ends, the marks on ``events`` itself, the dead letters and the input offsets, so a decision is
+made once whatever dies. After an assignment each partition is read twice: for the marks of earlier decisions up to the
+high watermark, then again to fold. ARCHITECTURE.md, "The adapter", tells why each step is there.
+"""
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from enum import Enum, auto
+from typing import TypeVar
+
+from millstream.consumers.dead import dead_letter, letter_key, send_dead_letter
+from millstream.consumers.port import Log
+from millstream.consumers.settle import Decision, PartitionFold
+from millstream.consumers.triplets import ToTriplets, to_triplets
+from millstream.producers.port import OnAck
+from millstream.schemas.errors import CodecError, LogUnavailable, TooLarge, TransactionAborted
+from millstream.schemas.log import KIND_HEADER, EndOfPartition, LogRecord, Partition
+from millstream.schemas.records import DeadLetter, Record
+from millstream.schemas.topics import Topics
+
+logger = logging.getLogger(__name__)
+
+POLL_RECORDS = 1000
+POLL_S = 0.05
+TRANSACTION_S = 0.05  # between transactions: decisions are written together
+TRANSACTION_ROLLOUTS = 500  # in one transaction; keeps it far below transaction.timeout.ms
+OFFSETS_S = 2.0  # between transactions that only move offsets
+CALL_S = 10.0  # one try of a call to the log; it is repeated
+PROBE_S = 0.5  # between watermark probes; while none succeeds, no lease runs out
+STALL_S = 1.0  # a gap in our own loop after which leases start anew: we were frozen, not they silent
+HORIZON_S = 300.0  # the committed offset stays this far behind, so that late claims of ended rollouts are recognised
+
+T = TypeVar("T")
+
+
+class _Phase(Enum):
+    NEW = auto()  # assigned; nothing read yet
+    SCAN = auto()  # first pass, for marks
+    FOLD = auto()  # second pass, and from then on
+
+
+@dataclass(slots=True)
+class _Part:
+    fold: PartitionFold
+    phase: _Phase = _Phase.NEW
+    start: int = 0
+    high_watermark: int = 0
+    position: int = 0
+    caught_up_since: float | None = None
+    committed: int = -1
+    horizon: deque[tuple[float, int]] = field(default_factory=deque)  # (time folded, offset), one a second
+    dead: dict[int, DeadLetter] = field(default_factory=dict)  # by offset, not yet written
+
+
+@dataclass(slots=True)
+class AdapterStats:
+    """What an adapter has done since it started."""
+
+    ended: int = 0
+    transactions: int = 0
+    aborted: int = 0
+    dead_letters: int = 0
+
+
+class Adapter:
+    """Settles every rollout whose events lie on the partitions it owns.
+
+    ``to_triplets`` is the pure part that users may replace. ``clock`` counts seconds.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        topics: Topics,
+        *,
+        transactional_id: str,
+        to_triplets: ToTriplets = to_triplets,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._topics = topics
+        self._to_triplets = to_triplets
+        self._clock = clock
+        self._consumer = log.consumer(f"{topics.prefix}.adapter", eof=True, transactions=True)
+        self._producer = log.transactional_producer(transactional_id)
+        self._parts: dict[Partition, _Part] = {}
+        self._group: object = None
+        self._not_before = clock()
+        self._ready = asyncio.Event()
+        self.stats = AdapterStats()
+
+    # RebalanceListener: called within poll, must not block.
+
+    def on_assign(self, partitions: Sequence[Partition]) -> None:
+        for partition in partitions:
+            self._parts[partition] = _Part(PartitionFold(self._to_triplets))
+        # Only here: metadata taken just before a transaction would let a zombie commit another member's partitions.
+        self._group = self._consumer.group_metadata()
+        self._ready.set()
+
+    def on_revoke(self, partitions: Sequence[Partition]) -> None:
+        for partition in partitions:
+            self._parts.pop(partition, None)
+
+    async def wait_ready(self) -> None:
+        """Until the group has given this member its first assignment."""
+        await self._ready.wait()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Runs until ``stop``, then finishes what has been decided. Raises `Fenced` if another adapter has taken this
+        one's transactional id: the process should exit and be restarted by its supervisor."""
+        try:
+            await self._call(lambda: self._producer.init_transactions(CALL_S))
+            await self._consumer.subscribe([self._topics.events], self)
+            await self._loop(stop)
+            while await self._write(self._clock()):
+                pass
+        finally:
+            await self._consumer.close()
+            await asyncio.to_thread(self._producer.close)
+
+    async def _loop(self, stop: asyncio.Event) -> None:
+        last = written = probed = self._clock()
+        while not stop.is_set():
+            await self._read()
+            now = self._clock()
+            if now - last > STALL_S:
+                self._not_before = now
+            last = now
+            if now - probed > PROBE_S:
+                probed = now
+                if await self._probe():
+                    self._expire(now)
+                else:
+                    self._not_before = self._clock()
+            decided = any(part.fold.decided or part.dead for part in self._parts.values())
+            if now - written >= (TRANSACTION_S if decided else OFFSETS_S):
+                written = now
+                await self._write(now)
+
+    async def _read(self) -> None:
+        try:
+            batch = await self._consumer.poll(POLL_RECORDS, POLL_S)
+        except LogUnavailable as error:
+            logger.warning("events can't be read, trying again: %s", error)
+            await asyncio.sleep(POLL_S)
+            return
+        now = self._clock()
+        skip: set[Partition] = set()  # sought elsewhere: the rest of the batch is not theirs any more
+        for item in batch:
+            part = self._parts.get(item.partition)
+            if part is None or item.partition in skip:
+                continue
+            if part.phase is _Phase.NEW and not await self._begin(part, item):
+                skip.add(item.partition)
+            elif part.phase is _Phase.SCAN:
+                if await self._scan(part, item):
+                    skip.add(item.partition)
+            elif isinstance(item, EndOfPartition):
+                part.position = max(part.position, item.offset)
+            else:
+                self._apply(part, item, now)
+
+    async def _begin(self, part: _Part, item: LogRecord | EndOfPartition) -> bool:
+        """At the first record: how far do marks have to be looked for? False if that can't be told now."""
+        try:
+            ends = await self._consumer.end_offsets([item.partition])
+        except LogUnavailable:
+            await self._consumer.seek(item.partition, item.offset)
+            return False
+        part.start = part.position = item.offset
+        part.high_watermark = ends[item.partition]
+        part.phase = _Phase.FOLD if isinstance(item, EndOfPartition) else _Phase.SCAN
+        return True
+
+    async def _scan(self, part: _Part, item: LogRecord | EndOfPartition) -> bool:
+        """First pass. True when it is over and the partition has been sought back."""
+        end = item.offset
+        if isinstance(item, LogRecord):
+            part.fold.scan(item)
+            end += 1
+        if isinstance(item, LogRecord) and end < part.high_watermark:
+            return False
+        part.phase = _Phase.FOLD
+        await self._consumer.seek(item.partition, part.start)
+        return True
+
+    def _apply(self, part: _Part, record: LogRecord, now: float) -> None:
+        try:
+            part.fold.apply(record, now)
+        except CodecError as error:
+            if record.offset not in part.fold.refused:
+                part.dead[record.offset] = dead_letter(record, "adapter", "undecodable", str(error))
+        part.position = record.offset + 1
+        if not part.horizon or now - part.horizon[-1][0] >= 1.0:
+            part.horizon.append((now, record.offset))
+
+    async def _probe(self) -> bool:
+        """Whether the log answers for every partition. Notes which of them we read as fast as they are written: a
+        heartbeat that lies in the log unread must not end its attempt."""
+        partitions = [p for p, part in self._parts.items() if part.phase is _Phase.FOLD]
+        try:
+            ends = await self._consumer.end_offsets(partitions) if partitions else {}
+        except LogUnavailable as error:
+            logger.warning("the log doesn't answer; no lease runs out meanwhile: %s", error)
+            return False
+        for partition, end in ends.items():
+            if part := self._parts.get(partition):
+                if part.position < part.high_watermark:
+                    part.caught_up_since = None
+                elif part.caught_up_since is None:
+                    part.caught_up_since = self._clock()
+                part.high_watermark = end  # what has to be read by the next probe
+        return True
+
+    def _expire(self, now: float) -> None:
+        for part in self._parts.values():
+            if part.caught_up_since is not None:
+                part.fold.expire(now, max(self._not_before, part.caught_up_since), time.time_ns())
+
+    async def _write(self, now: float) -> bool:
+        """One transaction: up to `TRANSACTION_ROLLOUTS` decisions, the dead letters, the offsets. False if there was
+        nothing to write."""
+        box: list[tuple[Partition, str, Decision]] = []
+        dead: list[tuple[Partition, int, DeadLetter]] = []
+        offsets: dict[Partition, int] = {}
+        for partition, part in self._parts.items():
+            if part.phase is not _Phase.FOLD:
+                continue
+            room = TRANSACTION_ROLLOUTS - len(box)
+            chosen = list(part.fold.decided.items())[: max(0, room)]
+            box += [(partition, rollout_id, decision) for rollout_id, decision in chosen]
+            dead += [(partition, offset, letter) for offset, letter in part.dead.items()]
+            offset = self._committable(part, {rollout_id for rollout_id, _ in chosen}, now)
+            if offset > part.committed:
+                offsets[partition] = offset
+        if not box and not dead and not offsets:
+            return False
+        try:
+            await asyncio.to_thread(self._transaction, box, dead, offsets)
+        except _Oversized as error:
+            await self._call(lambda: self._producer.abort_transaction(CALL_S))
+            self._parts[error.partition].fold.without_triplets(error.rollout_id, str(error))
+        except TransactionAborted as error:
+            # Nothing is rewound: the decisions stay, and are sent again unless their partition is lost meanwhile.
+            self.stats.aborted += 1
+            logger.warning("transaction aborted, its decisions are sent again: %s", error)
+            await self._call(lambda: self._producer.abort_transaction(CALL_S))
+            await self._read()  # serves the callbacks: a partition may be lost, the group's metadata new
+        else:
+            self._written(box, dead, offsets)
+        return True
+
+    def _written(
+        self,
+        box: list[tuple[Partition, str, Decision]],
+        dead: list[tuple[Partition, int, DeadLetter]],
+        offsets: dict[Partition, int],
+    ) -> None:
+        self.stats.transactions += 1
+        self.stats.ended += len(box)
+        self.stats.dead_letters += len(dead)
+        for partition, rollout_id, _ in box:
+            if part := self._parts.get(partition):
+                part.fold.written(rollout_id, part.position)
+        for partition, at, _ in dead:
+            if part := self._parts.get(partition):
+                part.dead.pop(at, None)
+        for partition, offset in offsets.items():
+            if part := self._parts.get(partition):
+                part.committed = offset
+                part.fold.prune(offset)
+
+    def _committable(self, part: _Part, boxed: set[str], now: float) -> int:
+        """The offset that a successor has to begin at to know what we know."""
+        while len(part.horizon) > 1 and part.horizon[1][0] <= now - HORIZON_S:
+            part.horizon.popleft()
+        held = [part.position]
+        if part.horizon:
+            held.append(part.horizon[0][1])
+        if (oldest := part.fold.oldest_open(boxed)) is not None:
+            held.append(oldest)
+        return min(held)
+
+    def _transaction(
+        self,
+        box: list[tuple[Partition, str, Decision]],
+        dead: list[tuple[Partition, int, DeadLetter]],
+        offsets: dict[Partition, int],
+    ) -> None:
+        """Runs in a thread; polls nothing meanwhile. Raises `TransactionAborted` and `_Oversized`; any other outcome is
+        a commit, or the end of this process."""
+        failed: list[Exception] = []
+
+        def on_ack(error: Exception | None, _offset: int) -> None:
+            if error is not None:
+                failed.append(error)
+
+        self._repeat(self._producer.begin_transaction)
+        for partition, rollout_id, decision in box:
+            try:
+                self._send_decision(partition.number, rollout_id, decision, on_ack)
+            except TooLarge as error:
+                raise _Oversized(partition, rollout_id, error) from error
+        for partition, _, letter in dead:
+            send_dead_letter(self._producer, self._topics, letter, on_ack)
+            mark = replace(letter, value=None, headers={})
+            self._send(self._topics.events, mark, letter_key(letter), partition.number, b"dead", on_ack)
+        # Flushed before the offsets: else outputs could land behind the watermark that a successor reads up to.
+        self._repeat(lambda: self._producer.flush(CALL_S))
+        if failed:
+            raise TransactionAborted(f"{len(failed)} records of it were refused, the first: {failed[0]}")
+        if offsets:
+            self._repeat(lambda: self._producer.send_offsets(offsets, self._group, CALL_S))
+        self._repeat(lambda: self._producer.commit_transaction(CALL_S))
+
+    def _send_decision(self, number: int, rollout_id: str, decision: Decision, on_ack: OnAck) -> None:
+        # The partition is that of the events, said outright: triplets lie beside what they were made from.
+        for triplet in decision.triplets:
+            self._send(self._topics.triplets, triplet, rollout_id, number, b"triplet", on_ack)
+        self._send(self._topics.triplets, decision.end, rollout_id, number, b"end", on_ack)
+        self._send(self._topics.events, decision.end, rollout_id, number, b"end", on_ack)
+        for record, error in decision.unreadable:
+            send_dead_letter(self._producer, self._topics, dead_letter(record, "adapter", "undecodable", error), on_ack)
+
+    def _send(self, topic: str, value: Record, key: str | None, number: int, kind: bytes, on_ack: OnAck) -> None:
+        self._producer.send(topic, value, key=key, partition=number, headers={KIND_HEADER: kind}, on_ack=on_ack)
+
+    def _repeat(self, call: Callable[[], T]) -> T:
+        """The same call again while its outcome is unknown: after a commit that timed out nothing else may follow."""
+        while True:
+            try:
+                return call()
+            except LogUnavailable as error:
+                logger.warning("the log doesn't answer, trying again: %s", error)
+
+    async def _call(self, call: Callable[[], T]) -> T:
+        return await asyncio.to_thread(self._repeat, call)
+
+
+class _Oversized(Exception):
+    """A decision holds a record larger than the topics take."""
+
+    def __init__(self, partition: Partition, rollout_id: str, error: TooLarge) -> None:
+        super().__init__(f"too_large: {error}")
+        self.partition = partition
+        self.rollout_id = rollout_id

@@ -1,0 +1,80 @@
+"""Spans → triplets: which call a reward goes to, and what may be learnt from."""
+
+from dataclasses import replace
+
+from factories import call, reward, span, task
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millstream.consumers.triplets import Trace, to_triplets, total_reward, trained_version
+from millstream.schemas import semconv
+
+TASK = task(metadata={"topic": "sums"}, resources_id="r1")
+
+
+def test_each_reward_goes_to_the_call_before_it():
+    spans = [call(TASK, "a", "1"), reward(TASK, "a", 0.5), call(TASK, "a", "2"), reward(TASK, "a", 0.25)]
+    first, second = to_triplets(Trace(TASK, "a", spans))
+    assert (first.turn, first.reward, second.turn, second.reward) == (0, 0.5, 1, 0.25)
+    assert first.prompt == '[{"role": "user", "content": "hi"}]'
+    assert first.response_token_ids == b"\x07\x00\x00\x00"
+    assert (first.metadata, first.resources_id, first.trainable) == ({"topic": "sums"}, "r1", True)
+
+
+def test_log_order_counts_not_the_clock():
+    late_clock = replace(call(TASK, "a", "1"), start=10**19 // 2, end=10**19 // 2)
+    first, second = to_triplets(Trace(TASK, "a", [late_clock, reward(TASK, "a", 1.0), call(TASK, "a", "2")]))
+    assert (first.reward, second.reward) == (1.0, None)
+
+
+def test_several_rewards_of_one_call_add_up():
+    spans = [call(TASK, "a", "1"), reward(TASK, "a", 0.5), reward(TASK, "a", -0.25)]
+    assert [t.reward for t in to_triplets(Trace(TASK, "a", spans))] == [0.25]
+
+
+def test_a_reward_before_any_call_counts_in_the_total_alone():
+    spans = [reward(TASK, "a", 2.0), call(TASK, "a", "1")]
+    assert [t.reward for t in to_triplets(Trace(TASK, "a", spans))] == [None]
+    assert total_reward(spans) == 2.0
+    assert total_reward(spans[1:]) is None
+
+
+def test_the_sdks_span_of_a_call_through_the_proxy_is_not_a_second_call():
+    by_sdk = span(TASK, "a", kind=semconv.LLM, attributes={semconv.RESPONSE_ID: "1"})
+    elsewhere = span(TASK, "a", kind=semconv.LLM, attributes={semconv.RESPONSE_ID: "x"})
+    triplets = to_triplets(Trace(TASK, "a", [call(TASK, "a", "1"), by_sdk, elsewhere]))
+    assert [(t.trainable, t.reason) for t in triplets] == [(True, None), (False, "no token ids or no logprobs")]
+
+
+def test_calls_that_cannot_be_learnt_from_say_why():
+    spans = [
+        call(TASK, "a", "1", status="Error", status_message="502"),
+        call(TASK, "a", "2", response_token_ids=b"", response_logprobs=b""),
+        call(TASK, "a", "3", response_logprobs=b"\0" * 8),
+    ]
+    assert [t.reason for t in to_triplets(Trace(TASK, "a", spans))] == [
+        "the call failed: 502",
+        "empty response",
+        "1 response tokens, but 2 logprobs",
+    ]
+
+
+def test_versions_that_differ_are_mixed():
+    spans = [call(TASK, "a", "1", model_version="r.0.1"), call(TASK, "a", "2", model_version="r.0.2")]
+    triplets = to_triplets(Trace(TASK, "a", spans))
+    assert trained_version(triplets) == "mixed"
+    assert trained_version(triplets[:1]) == "r.0.1"
+    assert trained_version([]) is None
+
+
+@given(st.lists(st.one_of(st.just("call"), st.floats(-10, 10)), max_size=40))
+def test_every_reward_is_given_once_or_stands_before_the_first_call(history):
+    spans = [
+        call(TASK, "a", str(i)) if item == "call" else reward(TASK, "a", item) for i, item in enumerate(history)
+    ]
+    triplets = to_triplets(Trace(TASK, "a", spans))
+    first = history.index("call") if "call" in history else len(history)
+    unmatched = sum(item for item in history[:first])
+    given_away = sum(t.reward or 0.0 for t in triplets)
+    assert len(triplets) == history.count("call")
+    assert abs(given_away + unmatched - (total_reward(spans) or 0.0)) < 1e-9
