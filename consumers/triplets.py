@@ -23,18 +23,27 @@ ToTriplets = Callable[[Trace], Sequence[Triplet]]
 def to_triplets(trace: Trace) -> list[Triplet]:
     """One triplet per LLM call, in log order, each with the sum of the rewards given to it.
 
-    A reward goes to the latest LLM call that ended before it by log order. The proxy's span of a call is acknowledged
-    before the agent sees the answer, so what an agent rewards always lies behind the call it means; no clock is asked.
-    A reward before the first call belongs to no triplet; it still counts in `total_reward`.
+    A reward goes to the latest call that had ended when it was given, by log order; no clock is asked. A call ends
+    where the agent's own span of it lies, if there is one: that span and the rewards come from one process, in one
+    order. Else it ends where the proxy's span lies, which is in the log before the agent sees the answer. A reward
+    before the first call belongs to no triplet; it still counts in `total_reward`.
     """
     calls = dict(_llm_calls(trace.spans))
-    turn = -1
+    seen_by_agent = {
+        span.attributes.get(semconv.RESPONSE_ID): position
+        for position, span in enumerate(trace.spans)
+        if span.kind == semconv.LLM and span.source == semconv.SOURCE_AGENT
+    }
+    turn_ended_at = {
+        seen_by_agent.get(span.attributes.get(semconv.RESPONSE_ID), position): turn
+        for turn, (position, span) in enumerate(calls.items())
+    }
+    latest: int | None = None
     rewards: dict[int, float] = {}
     for position, span in enumerate(trace.spans):
-        if position in calls:
-            turn += 1
-        elif span.reward is not None and turn >= 0:
-            rewards[turn] = rewards.get(turn, 0.0) + span.reward
+        latest = turn_ended_at.get(position, latest)
+        if span.reward is not None and latest is not None:
+            rewards[latest] = rewards.get(latest, 0.0) + span.reward
     return [_triplet(trace, turn, span, rewards.get(turn)) for turn, span in enumerate(calls.values())]
 
 

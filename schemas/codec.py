@@ -26,6 +26,12 @@ HEADER_SIZE = 10  # magic and fingerprint
 
 R = TypeVar("R", bound=Record)
 
+# fastavro's writer takes any object for a boolean, and wider numbers than an int has.
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "boolean": lambda value: isinstance(value, bool),
+    "int": lambda value: -(1 << 31) <= value < 1 << 31,
+}
+
 
 class RecordCodec:
     """Encoder and decoder of one record type."""
@@ -39,6 +45,7 @@ class RecordCodec:
         self.field_names = tuple(f["name"] for f in schema["fields"])
         self._values = attrgetter(*self.field_names)
         self._conversions = _conversions(schema)
+        self._checks = [(f["name"], CHECKS[f["type"]]) for f in schema["fields"] if f["type"] in ("int", "boolean")]
 
     def encode(self, record: Record) -> bytes:
         """The record with its header. Raises `WrongType` naming the field."""
@@ -48,6 +55,9 @@ class RecordCodec:
         try:
             for name, (to_plain, _) in self._conversions.items():
                 datum[name] = to_plain(datum[name])
+            for name, fits in self._checks:
+                if not fits(datum[name]):
+                    raise TypeError(name)
             schemaless_writer(out, self.schema, datum)
         except Exception as error:
             raise self._wrong_type(datum, error) from error
@@ -95,13 +105,15 @@ class RecordCodec:
         for part in self.schema["fields"]:
             try:
                 schemaless_reader(source, part["type"], None)
-            except EOFError:
-                return TruncatedRecord(
-                    f"{self.name}.{part['name']}: the body ends here, after {len(data)} bytes",
-                    record=self.name,
-                    field=part["name"],
-                )
             except Exception as cause:
+                # Within a number fastavro raises IndexError; the last byte then says that more should follow.
+                within_number = isinstance(cause, IndexError) and source.tell() == len(data) and data[-1] & 0x80
+                if isinstance(cause, EOFError) or within_number:
+                    return TruncatedRecord(
+                        f"{self.name}.{part['name']}: the body ends here, after {len(data)} bytes",
+                        record=self.name,
+                        field=part["name"],
+                    )
                 return WrongType(
                     f"{self.name}.{part['name']}: {type(cause).__name__}: {cause}",
                     record=self.name,

@@ -27,6 +27,23 @@ def test_log_order_counts_not_the_clock():
     assert (first.reward, second.reward) == (1.0, None)
 
 
+def test_a_reward_overtaken_by_the_next_calls_record_stays_with_its_own():
+    """The proxy writes the second call while the agent's first reward is still on its way through the runner."""
+
+    def by_sdk(response_id):
+        return span(TASK, "a", kind=semconv.LLM, attributes={semconv.RESPONSE_ID: response_id})
+
+    spans = [
+        call(TASK, "a", "1"),
+        call(TASK, "a", "2"),
+        by_sdk("1"),
+        reward(TASK, "a", 0.5),
+        by_sdk("2"),
+        reward(TASK, "a", 0.25),
+    ]
+    assert [t.reward for t in to_triplets(Trace(TASK, "a", spans))] == [0.5, 0.25]
+
+
 def test_several_rewards_of_one_call_add_up():
     spans = [call(TASK, "a", "1"), reward(TASK, "a", 0.5), reward(TASK, "a", -0.25)]
     assert [t.reward for t in to_triplets(Trace(TASK, "a", spans))] == [0.25]
@@ -69,9 +86,7 @@ def test_versions_that_differ_are_mixed():
 
 @given(st.lists(st.one_of(st.just("call"), st.floats(-10, 10)), max_size=40))
 def test_every_reward_is_given_once_or_stands_before_the_first_call(history):
-    spans = [
-        call(TASK, "a", str(i)) if item == "call" else reward(TASK, "a", item) for i, item in enumerate(history)
-    ]
+    spans = [call(TASK, "a", str(i)) if item == "call" else reward(TASK, "a", item) for i, item in enumerate(history)]
     triplets = to_triplets(Trace(TASK, "a", spans))
     first = history.index("call") if "call" in history else len(history)
     unmatched = sum(item for item in history[:first])

@@ -1,0 +1,42 @@
+# Needs Python 3.11+ and make; the Kafka parts need Java 17 and Maven too.
+PYTHON ?= python3.11
+RUN_DIR ?=
+BIN := .venv/bin
+STAMP := .venv/.ready
+UV := .venv-uv/bin/uv
+export UV_COMPILE_BYTECODE := 1
+.PHONY: setup demo demo-kafka test lint types bench clean
+
+setup: $(STAMP)
+
+# uv lives in an environment of its own, so that nothing but Python has to be installed.
+$(UV):
+	@$(PYTHON) -m venv .venv-uv
+	@.venv-uv/bin/pip install --quiet --disable-pip-version-check uv
+
+$(STAMP): pyproject.toml constraints.txt | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
+	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev,openai,train]'
+	@touch $@
+
+demo: setup
+	@$(BIN)/python -m examples.calculator.demo --run-dir $(or $(RUN_DIR),runs/demo)
+
+demo-kafka: setup
+	@$(BIN)/python -m examples.calculator.demo --kafka --run-dir $(or $(RUN_DIR),runs/demo-kafka)
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy -p millstream
+
+bench: setup
+	$(BIN)/python benchmarks/pipeline.py
+
+clean:
+	rm -rf .venv .venv-uv runs dist

@@ -1,0 +1,31 @@
+"""Serves an aiohttp application for as long as a block runs."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from millstream.schemas.errors import ConfigError
+
+SHUTDOWN_S = 5.0  # how long requests under way may go on when the block ends
+
+
+@asynccontextmanager
+async def serve(app: web.Application, url: str) -> AsyncIterator[str]:
+    """Listens at ``url`` (port 0: any free one) and yields the URL it is reached at. Raises `ConfigError` if the
+    address can't be had."""
+    parts = urlsplit(url)
+    if parts.scheme != "http" or parts.hostname is None or parts.port is None:
+        raise ConfigError(f"{url!r} can't be served: an address is http://HOST:PORT")
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
+    await runner.setup()
+    try:
+        try:
+            await web.TCPSite(runner, parts.hostname, parts.port).start()
+        except OSError as error:
+            raise ConfigError(f"can't listen at {url}: {error.strerror}; another process may have the port") from error
+        host, port = runner.addresses[0][:2]
+        yield f"http://{host}:{port}"
+    finally:
+        await runner.cleanup()

@@ -1,0 +1,73 @@
+"""Fixtures that several packages' tests share. Heavy imports stay inside: most tests need no broker."""
+
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import pytest
+
+if TYPE_CHECKING:
+    from millstream.deploy.kafka.local import LocalKafka
+    from millstream.schemas.settings import Settings
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("kafka"):
+        _require_kafka()
+
+
+def _require_kafka() -> None:
+    """Without Java or Maven the Kafka tests are skipped; with CI=true that is a failure."""
+    from millstream.deploy.kafka.local import missing_tools
+
+    missing = missing_tools()
+    if not missing:
+        return
+    message = f"Kafka tests need {' and '.join(missing)} on PATH"
+    if os.environ.get("CI", "").lower() in ("true", "1"):
+        pytest.fail(message)
+    pytest.skip(message)
+
+
+@pytest.fixture(scope="session")
+def kafka_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator["LocalKafka"]:
+    """A real broker, started by the first test that asks for it. A test that stops it has to start it again."""
+    _require_kafka()
+    from millstream.deploy.kafka.local import LocalKafka
+
+    broker = LocalKafka(tmp_path_factory.mktemp("kafka"), port=0)
+    broker.up()
+    yield broker
+    broker.down()
+
+
+@pytest.fixture
+def kafka_settings(kafka_broker: "LocalKafka") -> Iterator[Callable[..., "Settings"]]:
+    """Makes settings for the broker with a topic prefix of their own; the topics are deleted after the test."""
+    from confluent_kafka.admin import AdminClient
+
+    from millstream.schemas.settings import Settings, load_settings
+
+    made: list[Settings] = []
+
+    def make(**overrides: Any) -> Settings:
+        settings = load_settings(
+            **{
+                "kafka_bootstrap_servers": kafka_broker.bootstrap_servers,
+                "topic_prefix": f"t{uuid4().hex[:8]}",
+                "kafka_partitions": 4,
+            }
+            | overrides
+        )
+        made.append(settings)
+        return settings
+
+    yield make
+    kafka_broker.up()
+    admin = AdminClient({"bootstrap.servers": kafka_broker.bootstrap_servers})
+    prefixes = tuple(f"{settings.topic_prefix}." for settings in made)
+    topics = [name for name in admin.list_topics(timeout=10).topics if name.startswith(prefixes)] if made else []
+    if topics:
+        for deleted in admin.delete_topics(topics).values():
+            deleted.result(10)

@@ -1,0 +1,74 @@
+"""UUIDv7: sorted by time, carrying its date, derived where the same has to come out again."""
+
+import threading
+import time
+import uuid
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from millstream.schemas.identity import attempt_key, attempt_path
+from millstream.schemas.ids import derived_id, id_time_ms, new_id
+
+
+def test_a_new_id_is_a_uuid7_of_now() -> None:
+    before = time.time_ns() // 1_000_000
+    found = new_id()
+    parsed = uuid.UUID(found)
+    assert str(parsed) == found
+    assert (parsed.version, parsed.variant) == (7, uuid.RFC_4122)
+    assert before <= id_time_ms(found) <= time.time_ns() // 1_000_000
+
+
+def test_ids_do_not_repeat_across_threads() -> None:
+    found: list[str] = []
+    threads = [threading.Thread(target=lambda: found.extend([new_id() for _ in range(2000)])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 8000
+
+
+TIMES = st.integers(0, (2**48 - 1) * 1_000_000)
+
+
+@given(TIMES, TIMES, st.text(), st.text())
+def test_ids_sort_by_their_time(one: int, other: int, a: str, b: str) -> None:
+    first, second = derived_id(one, a), derived_id(other, b)
+    if one // 1_000_000 < other // 1_000_000:
+        assert first < second
+    assert id_time_ms(first) == one // 1_000_000
+
+
+@given(TIMES, st.lists(st.one_of(st.integers(), st.from_regex(r"[a-z0-9]+", fullmatch=True)), max_size=4))
+def test_a_derived_id_is_the_same_each_time_and_depends_on_every_part(at: int, parts: list[object]) -> None:
+    found = derived_id(at, *parts)
+    assert derived_id(at, *parts) == found
+    assert uuid.UUID(found).version == 7
+    for n in range(len(parts)):
+        assert derived_id(at, *parts[:n], "other", *parts[n + 1 :]) != found or str(parts[n]) == "other"
+
+
+def test_parts_do_not_run_into_each_other() -> None:
+    assert derived_id(1, "ab", "c") != derived_id(1, "a", "bc")
+
+
+@pytest.mark.parametrize("value", [str(uuid.UUID(int=4)), "c232ab00-9414-11ec-b3c8-9f6bdeced846"])
+def test_only_a_uuid7_has_a_time(value: str) -> None:
+    with pytest.raises(ValueError, match="is not a UUIDv7"):
+        id_time_ms(value)
+
+
+def test_the_example_of_the_rfc() -> None:
+    """RFC 9562, appendix A.6."""
+    assert id_time_ms("017F22E2-79B0-7CC3-98C4-DC0C0C07398F") == 0x017F22E279B0
+
+
+def test_an_attempts_key_fits_its_own_path_only() -> None:
+    key = attempt_key("secret", "r", "a")
+    assert attempt_path("r", "a") == "/rollout/r/attempt/a"
+    others = [attempt_key("other", "r", "a"), attempt_key("secret", "r", "b"), attempt_key("secret", "s", "a")]
+    assert key not in others
+    assert attempt_key("secret", "r", "a") == key
