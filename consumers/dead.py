@@ -15,7 +15,7 @@ def dead_letter(record: LogRecord, role: str, reason: str, error: str) -> DeadLe
         topic=record.partition.topic,
         partition=record.partition.number,
         offset=record.offset,
-        key=None if record.key is None else record.key.encode(),
+        key=None if record.key is None else record.key.encode("utf-8", "surrogateescape"),
         value=record.value if isinstance(record.value, bytes) else codec.encode(record.value),
         headers=record.headers,
         timestamp=record.timestamp,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from millstream.schemas.records import RolloutEnd, Triplet
@@ -26,6 +27,7 @@ class Group:
 class Algorithm(Protocol):
     """Learns from groups. The trainer calls ``update`` once a step, never from two threads."""
 
+    model: Path | None  # Hugging Face folder of the policy that it trains; None if it trains none
     groups_per_step: int
     group_size: int
 

@@ -45,8 +45,8 @@ class Settings(BaseSettings):
 
     # The store
     clickhouse_dsn: str = Field(
-        "chdb:///runs/store",
-        description="clickhouse://user@host:8123, or chdb:///folder (embedded; one process a folder).",
+        "chdb://runs/store",
+        description="clickhouse://user@host:8123, or chdb://folder (embedded; one process a folder).",
     )
     clickhouse_database: str = Field("millstream", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
     clickhouse_password: SecretStr = SecretStr("")

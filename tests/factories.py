@@ -41,7 +41,7 @@ def event(of: RolloutTask, attempt_id: str, status: str, **fields: Any) -> Attem
 def span(of: RolloutTask, attempt_id: str, **fields: Any) -> Span:
     defaults: dict[str, Any] = {
         "trace_id": "0" * 32,
-        "span_id": new_id().replace("-", "")[:16],
+        "span_id": new_id().replace("-", "")[-16:],
         "name": "work",
         "kind": semconv.SPAN,
         "start": T0 + 1,

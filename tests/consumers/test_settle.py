@@ -65,7 +65,7 @@ def test_a_missing_span_makes_the_attempt_untrainable_and_says_so(feed):
     decision = feed.fold.decided[RID]
     assert not decision.end.trainable
     assert not decision.triplets[0].trainable
-    assert decision.end.reason == "spans are missing: the attempt wrote {'agent': 1, 'proxy': 1}, the log holds {'proxy': 1}"
+    assert "the attempt wrote {'agent': 1, 'proxy': 1}, the log holds {'proxy': 1}" in decision.end.reason
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""What a span costs the agent's process, in CPU time: ours beside the bare OpenTelemetry SDK's, in one run.
+
+Ours is all that happens in an agent process: the SDK's span, our record, its Avro encoding, the hand-over to the socket.
+The runs take turns, so that a noisy machine disturbs both alike. Prints JSON: microseconds per span.
+"""
+
+import json
+import socket
+import statistics
+import sys
+import threading
+import time
+
+from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
+
+import millstream as ms
+from millstream.consumers.agent_process import _Channel, _Running
+from millstream.producers.attempt_context import Attempt
+from millstream.producers.tracer import Tracer
+from millstream.schemas.ids import new_id
+from millstream.schemas.records import RolloutTask
+
+ROUNDS = 7
+
+
+def drain(connection: socket.socket) -> None:
+    while connection.recv(1 << 20):
+        pass
+
+
+def main(count: int) -> None:
+    ours, theirs = socket.socketpair()
+    threading.Thread(target=drain, args=(theirs,), daemon=True).start()
+    task = RolloutTask(rollout_id=new_id(), group_id="g", input="null", timeout_s=1.0, lease_s=1.0, created_at=0)
+    attempt = Attempt(task, new_id(), _Running(1, _Channel(ours)).emit)
+    tracer = Tracer("benchmark")
+    bare_provider = TracerProvider()
+    bare_provider.add_span_processor(SpanProcessor())
+    bare = bare_provider.get_tracer("bare")
+
+    def with_sdk() -> None:
+        for number in range(count):
+            bare.start_span("step", attributes={"number": number}).end()
+
+    def with_us() -> None:
+        with tracer.attempt(attempt):
+            for number in range(count):
+                ms.emit_span("step", {"number": number})
+
+    found: dict[str, list[float]] = {"sdk_us_per_span": [], "agent_us_per_span": []}
+    for _ in range(ROUNDS):
+        for name, work in (("sdk_us_per_span", with_sdk), ("agent_us_per_span", with_us)):
+            began = time.thread_time()
+            work()
+            found[name].append((time.thread_time() - began) / count * 1e6)
+    print(json.dumps({name: statistics.median(values) for name, values in found.items()}))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

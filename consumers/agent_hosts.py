@@ -1,0 +1,410 @@
+"""Where agents run: in child processes (`ProcessHost`), or in threads of the runner (`ThreadHost`).
+
+A host has slots. It tells each attempt's `AttemptWriter` what the agent does, and always ends it: by what the agent
+did, or by what became of the process.
+"""
+
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+from millstream.consumers.attempt import AgentFunction, AttemptRunner, Outcome, agent_name, load_agent, stopped_by
+from millstream.consumers.attempt_writer import AttemptWriter
+from millstream.consumers.frames import Frame, FrameReader, Kind, pack
+from millstream.producers.attempt_context import Attempt
+from millstream.producers.tracer import Tracer, adopt_global_provider
+from millstream.schemas import codec, status
+from millstream.schemas.errors import ConfigError, MillstreamError
+from millstream.schemas.identity import attempt_key
+from millstream.schemas.records import ErrorInfo, Span
+from millstream.schemas.resources import Resources
+
+logger = logging.getLogger(__name__)
+
+STOP_S = 3.0  # for a process to end by itself once it was asked to; it may have things of its own to close
+MAX_PENDING = 20_000  # spans not acknowledged yet beyond which a host reads no more: its agents then wait
+PAUSE_S = 0.05
+
+
+class AgentHost(Protocol):
+    """What a runner needs. All of it is called on the runner's loop."""
+
+    @property
+    def free(self) -> int:
+        """Attempts that could begin now."""
+
+    @property
+    def lost(self) -> Exception | None:
+        """Why no agent can run here any more."""
+
+    async def start(self) -> None:
+        """Raises `ConfigError` if the agent can't be imported."""
+
+    def run(self, writer: AttemptWriter) -> None:
+        """Begins an attempt; there must be a free slot."""
+
+    def cancel(self, writer: AttemptWriter) -> None:
+        """Asks the agent to end. A sync agent can't hear it."""
+
+    def kill(self, writer: AttemptWriter) -> None:
+        """Ends the attempt whatever the agent does, and whatever else it takes."""
+
+    async def close(self) -> None:
+        """Ends everything that still runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostOptions:
+    """What a host is told of its runner."""
+
+    concurrency: int  # attempts at a time, in each process
+    proxy_url: str
+    proxy_secret: str
+    on_free: Callable[[], None]  # a slot may have become free, or the host may be lost
+    on_late_span: Callable[[bytes], None]  # an encoded span of an attempt that has been finished
+
+    def key(self, writer: AttemptWriter) -> str:
+        if not self.proxy_url:
+            return ""
+        return attempt_key(self.proxy_secret, writer.claim.task.rollout_id, writer.claim.attempt_id)
+
+
+class ThreadHost:
+    """Runs attempts in this process: async agents on an event loop in a thread of its own, so that an agent that
+    blocks holds up neither claims nor heartbeats; sync agents in a thread each. Spans are never encoded here."""
+
+    lost: Exception | None = None
+
+    def __init__(self, agent: str | AgentFunction, options: HostOptions, *, folder: str) -> None:
+        self._agent = agent
+        self._folder = folder
+        self._options = options
+        self._running: set[AttemptWriter] = set()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="millstream-agents", daemon=True)
+        self._home = asyncio.get_running_loop()
+        self._attempts: AttemptRunner | None = None
+
+    @property
+    def free(self) -> int:
+        return self._options.concurrency - len(self._running)
+
+    async def start(self) -> None:
+        tracer = Tracer(agent_name(self._agent), self._options.proxy_url)
+        function = load_agent(self._agent, self._folder) if isinstance(self._agent, str) else self._agent
+        adopt_global_provider()
+        self._attempts = AttemptRunner(function, tracer, self._loop)
+        self._thread.start()
+
+    def run(self, writer: AttemptWriter) -> None:
+        assert self._attempts is not None, "start() first"
+        claim = writer.claim
+        attempt = Attempt(
+            claim.task,
+            claim.attempt_id,
+            partial(_emit, writer),
+            resources={} if claim.resources is None else claim.resources.items,
+            proxy_url=self._options.proxy_url,
+            proxy_key=self._options.key(writer),
+        )
+        self._running.add(writer)
+        self._loop.call_soon_threadsafe(self._begin, self._attempts, attempt, writer)
+
+    def cancel(self, writer: AttemptWriter) -> None:
+        if self._attempts is not None:
+            self._loop.call_soon_threadsafe(self._attempts.cancel, writer.claim.attempt_id)
+
+    def kill(self, writer: AttemptWriter) -> None:
+        """A thread can't be killed: the attempt is over, its thread is left to itself."""
+        self._end(writer, Outcome(status.LOST))
+
+    async def close(self) -> None:
+        for writer in list(self._running):
+            self.kill(writer)
+        if self._thread.is_alive():
+            asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
+            await asyncio.to_thread(self._thread.join, STOP_S)
+        if not self._thread.is_alive():  # else an agent blocks it; the thread ends with this process
+            self._loop.close()
+
+    async def _shut_down(self) -> None:
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=STOP_S / 2)
+        self._loop.stop()
+
+    def _begin(self, attempts: AttemptRunner, attempt: Attempt, writer: AttemptWriter) -> None:
+        """On the agents' loop."""
+        writer.started()
+
+        def on_end(outcome: Outcome) -> None:
+            with suppress(RuntimeError):  # the runner has long given it up, and its loop is closed
+                self._home.call_soon_threadsafe(self._end, writer, replace(outcome, spans=writer.spans))
+
+        attempts.start(attempt, on_end)
+
+    def _end(self, writer: AttemptWriter, outcome: Outcome) -> None:
+        self._running.discard(writer)
+        writer.end(outcome)
+        self._options.on_free()
+
+
+def _emit(writer: AttemptWriter, span: Span) -> None:
+    writer.span(span, span.kind)
+
+
+class ProcessHost:
+    """Runs attempts in child processes. One that dies takes its own attempts along and is replaced."""
+
+    def __init__(
+        self, agent: str, options: HostOptions, *, processes: int, environment: Mapping[str, str], folder: str
+    ) -> None:
+        self.lost: Exception | None = None
+        self._agent = agent
+        self._options = options
+        self._processes = processes
+        self._environment = environment
+        self._folder = folder
+        self._children: list[_Child] = []
+        self._starting: set[asyncio.Task[None]] = set()
+        self._closing = False
+
+    @property
+    def free(self) -> int:
+        return sum(child.free for child in self._children)
+
+    async def start(self) -> None:
+        children = [self._child() for _ in range(self._processes)]
+        results = await asyncio.gather(*(child.start() for child in children), return_exceptions=True)
+        self._children = children
+        for result in results:
+            if isinstance(result, BaseException):
+                await self.close()
+                raise result
+
+    def run(self, writer: AttemptWriter) -> None:
+        max(self._children, key=lambda child: child.free).run(writer)
+
+    def cancel(self, writer: AttemptWriter) -> None:
+        for child in self._children:
+            child.cancel(writer)
+
+    def kill(self, writer: AttemptWriter) -> None:
+        for child in self._children:
+            if child.has(writer):
+                child.kill()
+
+    async def close(self) -> None:
+        self._closing = True
+        for task in self._starting:
+            task.cancel()
+        await asyncio.gather(*(child.close() for child in self._children))
+
+    def _child(self) -> "_Child":
+        config = {"agent": self._agent, "folder": self._folder, "proxy_url": self._options.proxy_url}
+        return _Child(config, self._environment, self._options, self._replace)
+
+    def _replace(self, dead: "_Child") -> None:
+        if self._closing or dead not in self._children:
+            return
+        self._children.remove(dead)
+        child = self._child()
+        task = asyncio.get_running_loop().create_task(self._start(child))
+        self._starting.add(task)
+        task.add_done_callback(self._starting.discard)
+
+    async def _start(self, child: "_Child") -> None:
+        self._children.append(child)
+        try:
+            await child.start()
+        except MillstreamError as error:
+            self._children.remove(child)
+            self.lost = error
+        self._options.on_free()
+
+
+class _Child(asyncio.Protocol):
+    """One agent process, seen from the runner."""
+
+    def __init__(
+        self,
+        config: Mapping[str, str],
+        environment: Mapping[str, str],
+        options: HostOptions,
+        on_death: Callable[["_Child"], None],
+    ) -> None:
+        self._config = config
+        self._environment = environment
+        self._options = options
+        self._on_death = on_death
+        self._numbers = count(1)
+        self._running: dict[int, AttemptWriter] = {}
+        self._known: WeakValueDictionary[int, AttemptWriter] = WeakValueDictionary()  # also those that finish
+        self._resources: tuple[Resources | None, bytes] = (None, b"")  # the last ones, encoded
+        self._reader = FrameReader()
+        self._transport: asyncio.Transport | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._disconnected = asyncio.Event()
+        self._dead: asyncio.Task[None] | None = None
+        self._killed = False
+
+    @property
+    def free(self) -> int:
+        alive = self._ready.done() and not self._disconnected.is_set() and not self._killed
+        return self._options.concurrency - len(self._running) if alive else 0
+
+    def has(self, writer: AttemptWriter) -> bool:
+        return writer in self._running.values()
+
+    async def start(self) -> None:
+        """Raises `ConfigError` if the agent can't be imported, `MillstreamError` if the process dies of it."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # A session of its own: Ctrl-C in a terminal reaches the runner alone, and a kill reaches whatever
+            # processes the agent has started. -P: our own imports must not find the user's folder.
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                "-m",
+                "millstream.consumers.agent_process",
+                str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=dict(self._environment),
+                cwd=self._config["folder"],
+                start_new_session=True,
+            )
+        await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
+        self._send(pack(Kind.CONFIG, head=json.dumps(self._config).encode()))
+        self._dead = asyncio.get_running_loop().create_task(self._watch(self._process))
+        await self._ready
+
+    def run(self, writer: AttemptWriter) -> None:
+        claim = writer.claim
+        number = next(self._numbers)
+        self._running[number] = self._known[number] = writer
+        task = codec.encode(claim.task)
+        head = {"attempt_id": claim.attempt_id, "key": self._options.key(writer), "task_bytes": len(task)}
+        if claim.resources is not None and self._resources[0] is not claim.resources:
+            self._resources = (claim.resources, codec.encode(claim.resources.to_control(0)))
+        self._send(pack(Kind.TASK, number, json.dumps(head).encode(), task + self._resources[1]))
+
+    def cancel(self, writer: AttemptWriter) -> None:
+        for number, running in self._running.items():
+            if running is writer:
+                self._send(pack(Kind.CANCEL, number))
+
+    def kill(self) -> None:
+        """The process, and whatever it has started."""
+        self._killed = True
+        if self._process is not None:
+            self._kill_group(self._process.pid)
+
+    def _kill_group(self, leader: int) -> None:
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(leader, signal.SIGKILL)
+
+    async def close(self) -> None:
+        if self._dead is None:
+            return
+        self._killed = True
+        if self._running:
+            self.kill()
+        else:
+            self._send(pack(Kind.STOP))
+            await asyncio.wait([self._dead], timeout=STOP_S)
+            self.kill()
+        await self._dead
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        for frame in self._reader.feed(data):
+            self._handle(frame)
+        if sum(writer.pending for writer in self._running.values()) > MAX_PENDING:
+            self._hold()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._disconnected.set()
+
+    def _hold(self) -> None:
+        """Reads no more until the log has caught up: the agents' sends then wait."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        if sum(writer.pending for writer in self._running.values()) > MAX_PENDING:
+            self._transport.pause_reading()
+            asyncio.get_running_loop().call_later(PAUSE_S, self._hold)
+        else:
+            self._transport.resume_reading()
+
+    def _handle(self, frame: Frame) -> None:
+        kind = frame.kind
+        if kind is Kind.READY:
+            self._ready.set_result(None)
+        elif kind is Kind.REFUSED:
+            self._ready.set_exception(ConfigError(frame.head.decode()))
+        elif kind is Kind.ENDED:
+            writer = self._running.pop(frame.number)
+            writer.end(_outcome(frame.head))
+            self._options.on_free()
+        else:
+            found = self._known.get(frame.number)
+            if found is None:
+                if kind is Kind.SPAN:
+                    self._options.on_late_span(frame.body)
+            elif kind is Kind.SPAN:
+                found.span(frame.body, frame.head.decode())
+            elif kind is Kind.SPAN_REFUSED:
+                found.refuse("undecodable", frame.head.decode())
+            else:
+                found.started()
+
+    def _send(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Until the process is dead and everything it said has been read."""
+        code = await process.wait()
+        self._kill_group(process.pid)  # what it has started may hold the socket open
+        await asyncio.wait([asyncio.ensure_future(self._disconnected.wait())], timeout=STOP_S)
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        if not self._ready.done():
+            self._ready.set_exception(
+                MillstreamError(f"the process of agent {self._config['agent']} {how} at its start")
+            )
+        if self._killed:
+            outcome = stopped_by(
+                status.LOST, "killed", f"its agent process {how}, because another attempt had to be ended"
+            )
+        else:
+            cause = "signal" if code < 0 else "exit"
+            outcome = stopped_by(status.FAILED, cause, f"the agent process {how}")
+        running, self._running = self._running, {}
+        for writer in running.values():
+            writer.end(outcome)
+        self._on_death(self)
+        self._options.on_free()
+
+
+def _outcome(head: bytes) -> Outcome:
+    said = json.loads(head)
+    error = said["error"]
+    return Outcome(said["status"], None if error is None else ErrorInfo(**error), said["output"], said["spans"])

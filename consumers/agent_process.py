@@ -1,0 +1,193 @@
+"""An agent process: ``python -P -m millstream.consumers.agent_process FD``, started by a runner (`agent_hosts`).
+
+Holds the agent and runs attempts at it; has no access to the log. It gets tasks and gives spans over the socket FD
+(`frames`). When the socket ends, so does the process: it never outlives its runner.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import lru_cache
+
+from millstream.consumers.attempt import AttemptRunner, Outcome, load_agent
+from millstream.consumers.frames import Frame, FrameReader, Kind, pack
+from millstream.producers.attempt_context import Attempt
+from millstream.producers.tracer import Tracer, adopt_global_provider
+from millstream.schemas import codec
+from millstream.schemas.errors import CodecError, ConfigError
+from millstream.schemas.records import Control, RolloutTask, Span
+from millstream.schemas.resources import Resources
+
+FLUSH_S = 0.02  # spans wait this long for others, unless their attempt ends
+FLUSH_BYTES = 64 << 10
+RECEIVE_BYTES = 256 << 10
+
+
+class _Channel:
+    """The way out. Spans gather for a moment: a system call for each would wake the runner each time."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._buffer = bytearray()
+        self._lock = threading.Lock()
+        self._filled = threading.Event()
+        threading.Thread(target=self._flush_regularly, name="millstream-flush", daemon=True).start()
+
+    def send(self, frame: Callable[[], bytes], *, now: bool = False) -> None:
+        """``frame`` is called when it is this frame's turn. Waits while the runner can't keep up."""
+        with self._lock:
+            was_empty = not self._buffer
+            self._buffer += frame()
+            if now or len(self._buffer) >= FLUSH_BYTES:
+                self._flush()
+            elif was_empty:
+                self._filled.set()
+
+    def flush(self) -> None:
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        data, self._buffer = self._buffer, bytearray()
+        try:
+            self._socket.sendall(data)
+        except OSError:
+            os._exit(1)  # the runner is gone
+
+    def _flush_regularly(self) -> None:
+        while True:
+            self._filled.wait()
+            time.sleep(FLUSH_S)
+            self._filled.clear()
+            self.flush()
+
+
+class _Running:
+    """An attempt in this process: sends what becomes of it."""
+
+    def __init__(self, number: int, channel: _Channel) -> None:
+        self._number = number
+        self._channel = channel
+        self._spans = 0
+
+    def emit(self, span: Span) -> None:
+        try:
+            data = codec.encode(span)
+        except CodecError as error:
+            reason = str(error).encode("utf-8", "backslashreplace")
+            self._channel.send(lambda: pack(Kind.SPAN_REFUSED, self._number, reason))
+            return
+
+        def frame() -> bytes:
+            self._spans += 1
+            return pack(Kind.SPAN, self._number, span.kind.encode(), data)
+
+        self._channel.send(frame)
+
+    def end(self, outcome: Outcome) -> None:
+        def frame() -> bytes:
+            described = asdict(outcome) | {"spans": self._spans}
+            return pack(Kind.ENDED, self._number, json.dumps(described).encode())
+
+        self._channel.send(frame, now=True)
+
+
+class _Agent:
+    """Handles what the runner says; on the event loop."""
+
+    attempts: AttemptRunner  # as soon as the agent is imported, which is before any task comes
+
+    def __init__(self, channel: _Channel, proxy_url: str) -> None:
+        self._channel = channel
+        self._proxy_url = proxy_url
+        self._ids: dict[int, str] = {}
+        self._stop = asyncio.Event()
+
+    async def stopped(self) -> None:
+        await self._stop.wait()
+
+    def handle(self, frames: list[Frame]) -> None:
+        for frame in frames:
+            if frame.kind is Kind.TASK:
+                self._start(frame)
+            elif frame.kind is Kind.CANCEL:
+                self.attempts.cancel(self._ids.get(frame.number, ""))
+            elif frame.kind is Kind.STOP:
+                self._stop.set()
+
+    def _start(self, frame: Frame) -> None:
+        head = json.loads(frame.head)
+        task = codec.decode_as(RolloutTask, frame.body[: head["task_bytes"]])
+        running = _Running(frame.number, self._channel)
+        attempt = Attempt(
+            task,
+            head["attempt_id"],
+            running.emit,
+            resources=_resources(frame.body[head["task_bytes"] :]).items,
+            proxy_url=self._proxy_url,
+            proxy_key=head["key"],
+        )
+        self._ids[frame.number] = attempt.attempt_id
+
+        def on_end(outcome: Outcome) -> None:
+            self._ids.pop(frame.number, None)
+            running.end(outcome)
+
+        self._channel.send(lambda: pack(Kind.STARTED, frame.number))
+        self.attempts.start(attempt, on_end)
+
+
+@lru_cache(maxsize=4)
+def _resources(control: bytes) -> Resources:
+    return Resources.from_control(codec.decode_as(Control, control))
+
+
+def _receive(connection: socket.socket, reader: FrameReader) -> Iterator[list[Frame]]:
+    while True:
+        try:
+            data = connection.recv(RECEIVE_BYTES)
+        except OSError:
+            return
+        if not data:
+            return
+        if frames := list(reader.feed(data)):
+            yield frames
+
+
+def main() -> None:
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    connection.set_inheritable(False)
+    received = _receive(connection, FrameReader())
+    config = json.loads(next(received)[0].head)
+    channel = _Channel(connection)
+    with asyncio.Runner() as runner:
+        loop = runner.get_loop()
+        agent = _Agent(channel, config["proxy_url"])
+
+        def listen() -> None:
+            for frames in received:
+                loop.call_soon_threadsafe(agent.handle, frames)
+            os._exit(1)  # the runner is gone
+
+        threading.Thread(target=listen, name="millstream-receive", daemon=True).start()
+        try:
+            tracer = Tracer(config["agent"], config["proxy_url"])
+            agent.attempts = AttemptRunner(load_agent(config["agent"], config["folder"]), tracer, loop)
+        except ConfigError as error:
+            reason = str(error).encode("utf-8", "backslashreplace")
+            channel.send(lambda: pack(Kind.REFUSED, head=reason), now=True)
+            return
+        adopt_global_provider()
+        channel.send(lambda: pack(Kind.READY), now=True)
+        runner.run(agent.stopped())
+        channel.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""Writes the life of one attempt to ``events``: running, spans, heartbeats, and its end behind all of them."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+from millstream.consumers.attempt import Outcome, stopped_by
+from millstream.consumers.claims import ROLE, Claim
+from millstream.producers.acknowledgements import Acknowledgements
+from millstream.producers.port import Producer
+from millstream.schemas import semconv, status
+from millstream.schemas.errors import CodecError, LogError, TooLarge
+from millstream.schemas.log import KIND_HEADER
+from millstream.schemas.records import AttemptEvent, DeadLetter, Span
+from millstream.schemas.topics import Topics, partition_of
+
+logger = logging.getLogger(__name__)
+
+_HEADERS = {
+    kind: {KIND_HEADER: kind.encode()}
+    for kind in (*semconv.KIND_OF_OPERATION.values(), semconv.SPAN, *status.TRANSITIONS)
+    if kind is not None
+}
+
+
+class AttemptWriter:
+    """Made on the runner's loop. ``started`` and ``span`` may be called from any thread, the rest on the loop."""
+
+    def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str) -> None:
+        self.claim = claim
+        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self.verdict: Outcome | None = None  # what the runner has decided; overrules what the agent's side says
+        self.last_acknowledged = time.monotonic()  # when the youngest acknowledged sign of life was sent
+        self._spans = Acknowledgements(producer)
+        self._producer = producer
+        self._topics = topics
+        self._worker_id = worker_id
+        self._refused: Outcome | None = None  # a span could not be written
+        self._lock = threading.Lock()  # the terminal event counts the spans before it: nothing comes between
+
+    @property
+    def name(self) -> str:
+        return f"attempt {self.claim.attempt_id} of rollout {self.claim.task.rollout_id}"
+
+    @property
+    def spans(self) -> int:
+        """Handed to the producer so far."""
+        return self._spans.sent
+
+    @property
+    def pending(self) -> int:
+        """Spans not acknowledged yet."""
+        return self._spans.pending
+
+    def started(self) -> None:
+        """The agent's side begins."""
+        self.heartbeat()
+
+    def heartbeat(self) -> None:
+        """Repeats ``running``; how long ago one was acknowledged is in ``last_acknowledged``."""
+        sent_at = time.monotonic()
+
+        def on_ack(error: Exception | None, offset: int) -> None:
+            if error is None:
+                self.last_acknowledged = max(self.last_acknowledged, sent_at)
+
+        try:
+            self._producer.send(
+                self._topics.events,
+                self._event(status.RUNNING),
+                key=self.claim.task.rollout_id,
+                headers=_HEADERS[status.RUNNING],
+                on_ack=on_ack,
+            )
+        except LogError as error:
+            logger.warning("%s: heartbeat not sent: %s", self.name, error)
+
+    def span(self, span: Span | bytes, kind: str) -> None:
+        """A finished span. One that the log does not take fails the attempt; the agent goes on undisturbed."""
+        try:
+            with self._lock:
+                self._spans.send(self._topics.events, span, key=self.claim.task.rollout_id, headers=_HEADERS[kind])
+        except TooLarge as error:
+            self.refuse("too_large", str(error))
+            self._bury(str(error))
+        except CodecError as error:
+            self.refuse("undecodable", str(error))
+        except LogError as error:
+            self._refused = stopped_by(status.LOST, type(error).__name__, f"a span was not written: {error}")
+
+    def refuse(self, error_type: str, message: str) -> None:
+        """A span can't be recorded: the attempt fails by it, since training on a hole would be worse."""
+        self._refused = stopped_by(status.FAILED, error_type, f"a span can't be recorded: {message}")
+
+    def end(self, outcome: Outcome) -> None:
+        """The agent's side is over; only the first time counts."""
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+    async def finish(self, outcome: Outcome, proxy_spans: int | None) -> Outcome:
+        """Waits until every span is acknowledged, writes the terminal event behind them and waits for that, too.
+        Returns what was written. ``proxy_spans``: how many the proxy has written, None without one.
+
+        Raises `LogError` if the terminal event was not taken: the attempt's lease then ends it.
+        """
+        outcome = self._refused or self._verdict_over(outcome)
+        if outcome.spans is not None and outcome.spans != self.spans and outcome.status == status.SUCCEEDED:
+            outcome = stopped_by(status.LOST, "spans", f"the agent made {outcome.spans} spans, {self.spans} arrived")
+        try:
+            await self._spans.wait()
+        except LogError as error:
+            outcome = stopped_by(status.LOST, type(error).__name__, f"a span was not written: {error}")
+        terminal = Acknowledgements(self._producer)
+        with self._lock:
+            counts = {semconv.SOURCE_AGENT: self.spans}
+            if proxy_spans is not None:
+                counts[semconv.SOURCE_PROXY] = proxy_spans
+            event = self._event(outcome.status, outcome, counts)
+            headers = _HEADERS[outcome.status]
+            try:
+                terminal.send(self._topics.events, event, key=event.rollout_id, headers=headers)
+            except TooLarge as error:
+                outcome = stopped_by(status.FAILED, "too_large", f"what the agent returned can't be recorded: {error}")
+                event = self._event(outcome.status, outcome, counts)
+                terminal.send(self._topics.events, event, key=event.rollout_id, headers=_HEADERS[outcome.status])
+        await terminal.wait()
+        return outcome
+
+    def _verdict_over(self, outcome: Outcome) -> Outcome:
+        if self.verdict is None:
+            return outcome
+        if self.verdict.error is not None and outcome.error is not None:  # where the agent was at that time
+            return replace(self.verdict, error=replace(self.verdict.error, stack=outcome.error.stack))
+        return self.verdict
+
+    def _event(
+        self, new: str, outcome: Outcome | None = None, span_counts: Mapping[str, int] | None = None
+    ) -> AttemptEvent:
+        task = self.claim.task
+        return AttemptEvent(
+            rollout_id=task.rollout_id,
+            attempt_id=self.claim.attempt_id,
+            attempt=task.attempt,
+            status=new,
+            worker_id=self._worker_id,
+            time=time.time_ns(),
+            lease_s=task.lease_s,
+            error=None if outcome is None else outcome.error,
+            output=None if outcome is None else outcome.output,
+            span_counts=span_counts or {},
+        )
+
+    def _bury(self, error: str) -> None:
+        """The dead letter of a record too large for any topic: all but its body."""
+        key = self.claim.task.rollout_id
+        letter = DeadLetter(
+            topic=self._topics.events,
+            partition=partition_of(key, self._topics.partitions),
+            offset=-1,
+            key=key.encode(),
+            timestamp=time.time_ns() // 1_000_000,
+            role=ROLE,
+            reason="too_large",
+            error=f"a span of {self.name}: {error}",
+            time=time.time_ns(),
+        )
+        try:
+            self._producer.send(self._topics.dead, letter, key=key, headers={KIND_HEADER: b"too_large"})
+        except LogError as failure:
+            logger.error("%s: no dead letter could be written: %s", self.name, failure)

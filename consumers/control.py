@@ -1,0 +1,111 @@
+"""Following the control topic: the last record of each key, and the resources in force."""
+
+import asyncio
+import logging
+
+from millstream.consumers.port import Consumer, Log
+from millstream.schemas import codec
+from millstream.schemas.errors import CodecError, ConfigError, LogUnavailable
+from millstream.schemas.log import LogRecord, Partition
+from millstream.schemas.records import Control
+from millstream.schemas.resources import Resources
+from millstream.schemas.topics import Topics
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.2  # also how late a call of `wait_until_current` may be noticed
+RETRY_S = 1.0  # while the log is away
+
+
+class ControlFollower:
+    """Reads the topic from its beginning, then as it grows. Compaction keeps the active segment, so the last value of
+    each key is kept here. One event loop."""
+
+    def __init__(self, log: Log, topics: Topics) -> None:
+        self._log = log
+        self._partition = Partition(topics.control, 0)
+        self._records: dict[tuple[str, str], Control] = {}
+        self._resources: dict[str, Resources] = {}
+        self._latest: dict[str, str] = {}  # experiment → resources version
+        self._waiters: list[asyncio.Future[None]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Begins to read, and returns when everything that is there by now has been read."""
+        consumer = self._log.consumer()
+        await consumer.assign([self._partition])
+        self._task = asyncio.create_task(self._follow(consumer))
+        await self.wait_until_current()
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def wait_until_current(self) -> None:
+        """Returns when everything that the topic held at the time of this call has been read.
+
+        Raises what has ended the follower, if something has."""
+        assert self._task is not None, "start() first"
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await asyncio.wait([waiter, self._task], return_when=asyncio.FIRST_COMPLETED)
+        if not waiter.done():
+            self._task.result()
+
+    def get(self, kind: str, name: str) -> Control | None:
+        return self._records.get((kind, name))
+
+    def pinned(self, resources_id: str) -> Resources | None:
+        """A version by its id."""
+        return self._resources.get(resources_id)
+
+    def latest(self, experiment_id: str) -> Resources | None:
+        """The experiment's latest version, or else that of everybody."""
+        found = self._latest.get(experiment_id) or self._latest.get("")
+        return None if found is None else self._resources[found]
+
+    async def _follow(self, consumer: Consumer) -> None:
+        try:
+            while True:
+                try:
+                    await self._step(consumer)
+                except LogUnavailable as error:
+                    logger.warning("the control topic can't be read: %s", error)
+                    await asyncio.sleep(RETRY_S)
+        finally:
+            await consumer.close()
+
+    async def _step(self, consumer: Consumer) -> None:
+        waiters, self._waiters = self._waiters, []
+        try:
+            if waiters:
+                end = (await consumer.end_offsets([self._partition]))[self._partition]
+                while (consumer.position(self._partition) or 0) < end:
+                    await self._poll(consumer)
+            else:
+                await self._poll(consumer)
+        except LogUnavailable:
+            self._waiters += waiters
+            raise
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    async def _poll(self, consumer: Consumer) -> None:
+        for record in await consumer.poll(500, POLL_S):
+            if isinstance(record, LogRecord):
+                self._apply(record)
+
+    def _apply(self, record: LogRecord) -> None:
+        try:
+            control = codec.decode_as(Control, record.value)
+            if control.kind == "resources":
+                resources = Resources.from_control(control)
+                self._resources[resources.resources_id] = resources
+                known = self._latest.get(control.experiment_id, "")
+                self._latest[control.experiment_id] = max(known, resources.resources_id)
+        except (CodecError, ConfigError) as error:
+            logger.warning("%s is left out: %s", record.place, error)
+            return
+        self._records[control.kind, control.name] = control

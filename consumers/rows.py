@@ -1,0 +1,274 @@
+"""Records → columns of the store's tables: pure, and by column, which is what makes inserting cheap.
+
+What each column means stands in ``schemas/clickhouse/``.
+"""
+
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from millstream.schemas import codec, semconv, status
+from millstream.schemas.errors import CodecError
+from millstream.schemas.ids import id_time_ms
+from millstream.schemas.log import LogRecord
+from millstream.schemas.records import (
+    AttemptEvent,
+    Control,
+    DeadLetter,
+    Record,
+    RolloutEnd,
+    RolloutTask,
+    Span,
+    Triplet,
+)
+
+DAY_MS = 86_400_000
+MAX_DAY = 65_535  # of ClickHouse's Date: in the year 2149
+MAX_COUNT = (1 << 32) - 1
+
+Fields = Mapping[str, Sequence[Any]]  # field name → its value in each record
+Column = Callable[[Fields], Sequence[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """What belongs into one table."""
+
+    table: str
+    column_names: tuple[str, ...]
+    columns: list[Sequence[Any]]
+
+    def __len__(self) -> int:
+        return len(self.columns[0])
+
+    def place(self, at: int) -> tuple[Any, ...]:
+        """Topic, partition and offset of the record that a row comes from."""
+        return tuple(column[at] for column in self.columns[-len(PLACE) :])
+
+    def cut(self, start: int, stop: int) -> "Rows":
+        return Rows(self.table, self.column_names, [column[start:stop] for column in self.columns])
+
+
+@dataclass(frozen=True, slots=True)
+class Unusable:
+    """A record that has no row. ``reason`` is short: undecodable, unstorable."""
+
+    record: LogRecord
+    reason: str
+    error: str
+
+
+def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows], list[Unusable]]:
+    """The rows of a batch, table by table, and what could not be decoded.
+
+    Of what the adapter writes twice one copy counts: of a `RolloutEnd` its mark on ``marks_topic``, where its offset
+    compares with those of the attempts; of a `DeadLetter` the one elsewhere, which is whole. Records of types that the
+    store doesn't keep are passed over.
+    """
+    tables: dict[type[Record], list[tuple[Any, ...]]] = {t: [] for t in TABLES}
+    unusable = []
+    for record in records:
+        value = record.value
+        place = (record.partition.topic, record.partition.number, record.offset)
+        try:
+            kind = codec.type_of(value)
+            if kind not in tables or (kind in MARKS and MARKS[kind] != (place[0] == marks_topic)):
+                continue
+            row = _values(kind, value)
+            if kind is AttemptEvent:
+                row, task = _attempt(row)
+                if task is not None:
+                    tables[RolloutTask].append((*_values(RolloutTask, task), 1, *place))
+            elif kind is RolloutTask:
+                row = (*row, 0)
+            tables[kind].append((*row, *place))
+        except CodecError as error:
+            unusable.append(Unusable(record, "undecodable", str(error)))
+    return [_rows(kind, rows) for kind, rows in tables.items() if rows], unusable
+
+
+MARKS: dict[type[Record], bool] = {RolloutEnd: True, DeadLetter: False}  # whether the copy among the events counts
+PLACE = ("topic", "partition", "offset")
+LOG_PLACE = tuple(f"log_{name}" for name in PLACE)  # a dead letter has fields of the same names
+_EXTRA: dict[type[Record], tuple[str, ...]] = {RolloutTask: ("claimed",)}
+_NAMES = {t: (*c.field_names, *_EXTRA.get(t, ()), *LOG_PLACE) for t, c in codec.CODECS.items()}
+_FROM_DICT = {t: operator.itemgetter(*c.field_names) for t, c in codec.CODECS.items()}
+_FROM_RECORD = {t: operator.attrgetter(*c.field_names) for t, c in codec.CODECS.items()}
+_TASK = codec.CODECS[AttemptEvent].field_names.index("task")
+
+
+def _values(kind: type[Record], value: bytes | Record) -> tuple[Any, ...]:
+    """The field values; what is nested is a dict if the record was encoded, else an object."""
+    if isinstance(value, bytes):
+        return _FROM_DICT[kind](codec.CODECS[kind].decode_dict(value))  # type: ignore[no-any-return]
+    return _FROM_RECORD[kind](value)
+
+
+def _attempt(row: tuple[Any, ...]) -> tuple[tuple[Any, ...], bytes | None]:
+    """Row and the task that a claim carries. Raises `CodecError` if that is something else."""
+    task = row[_TASK]
+    if task is not None and codec.type_of(task) is not RolloutTask:
+        raise CodecError("AttemptEvent.task: not a RolloutTask", record="AttemptEvent", field="task")
+    return row, task
+
+
+def _rows(kind: type[Record], rows: list[tuple[Any, ...]]) -> Rows:
+    table, columns = TABLES[kind]
+    fields = dict(zip(_NAMES[kind], zip(*rows, strict=True), strict=True))
+    return Rows(table, tuple(columns), [column(fields) for column in columns.values()])
+
+
+# --- columns
+
+
+def _field(name: str) -> Column:
+    return operator.itemgetter(name)
+
+
+def _each(name: str, convert: Callable[[Any], Any]) -> Column:
+    return lambda fields: [convert(value) for value in fields[name]]
+
+
+def _copied(*names: str) -> dict[str, Column]:
+    return {name: _field(name) for name in names}
+
+
+@lru_cache(maxsize=1 << 16)  # a rollout's records come together
+def _day(rollout_id: str) -> int:
+    """Days since the epoch within the id; 0 for one without a date, so that such rows too lie with their twins."""
+    try:
+        day = id_time_ms(rollout_id) // DAY_MS
+    except ValueError:
+        return 0
+    return day if day <= MAX_DAY else 0
+
+
+def _get(nested: Any, name: str) -> Any:
+    return nested[name] if isinstance(nested, dict) else getattr(nested, name)
+
+
+def _inner(name: str, inner: str) -> Column:
+    """One field of an array of records, as an array."""
+    return lambda fields: [[_get(item, inner) for item in items] if items else () for items in fields[name]]
+
+
+def _of_error(inner: str) -> Column:
+    return lambda fields: ["" if error is None else _get(error, inner) for error in fields["error"]]
+
+
+def _tokens(name: str, usage: str) -> Column:
+    """Tokens of a call, counted; else as the provider says."""
+
+    def count(ids: bytes | None, attributes: Mapping[str, str]) -> int:
+        if ids is not None:
+            return len(ids) // 4
+        text = attributes.get(usage, "0")
+        return min(int(text), MAX_COUNT) if text.isdecimal() and len(text) <= 10 else 0
+
+    return lambda fields: list(map(count, fields[name], fields["attributes"]))
+
+
+def _duration(fields: Fields) -> list[int]:
+    return [max(0, end - start) for start, end in zip(fields["start"], fields["end"], strict=True)]
+
+
+def _version(fields: Fields) -> list[int]:
+    """The larger one stays: the last of the heartbeats, the first of anything else."""
+    return [
+        offset if state == status.RUNNING else -offset
+        for state, offset in zip(fields["status"], fields["log_offset"], strict=True)
+    ]
+
+
+def _first(fields: Fields) -> list[int]:
+    return [-offset for offset in fields["log_offset"]]
+
+
+def _bytes(name: str) -> Column:
+    return _each(name, lambda value: b"" if value is None else bytes(value))
+
+
+_DATE = {"date": _each("rollout_id", _day)}
+_PLACE = {name: _field(source) for name, source in zip(PLACE, LOG_PLACE, strict=True)}
+
+TABLES: dict[type[Record], tuple[str, dict[str, Column]]] = {
+    RolloutTask: (
+        "tasks_raw",
+        _DATE
+        | _copied("rollout_id", "attempt", "group_id", "group_size", "input", "mode", "priority", "resources_id")
+        | _copied("max_attempts", "losses", "max_losses", "timeout_s", "lease_s", "unresponsive_s", "retry_on", "seed")
+        | _copied("experiment_id", "metadata", "created_at", "claimed")
+        | _PLACE,
+    ),
+    AttemptEvent: (
+        "attempts_raw",
+        _DATE
+        | _copied("rollout_id", "attempt_id", "status", "attempt", "worker_id", "time", "lease_s")
+        | {f"error_{name}": _of_error(name) for name in ("type", "message", "stack")}
+        | _copied("span_counts", "output", "metadata")
+        | {"state": _bytes("state"), "version": _version}
+        | _PLACE,
+    ),
+    RolloutEnd: (
+        "rollout_ends_raw",
+        _DATE | _copied(*codec.CODECS[RolloutEnd].field_names) | {"version": _first} | _PLACE,
+    ),
+    Span: (
+        "spans_raw",
+        {
+            "Date": _each("rollout_id", _day),
+            "Timestamp": _field("start"),
+            "TraceId": _field("trace_id"),
+            "SpanId": _field("span_id"),
+            "ParentSpanId": _field("parent_id"),
+            "TraceState": _field("trace_state"),
+            "SpanName": _field("name"),
+            "SpanKind": _field("span_kind"),
+            "ServiceName": _each("resource", lambda resource: resource.get("service.name", "")),
+            "ResourceAttributes": _field("resource"),
+            "ScopeName": _field("scope_name"),
+            "ScopeVersion": _field("scope_version"),
+            "SpanAttributes": _field("attributes"),
+            "Duration": _duration,
+            "StatusCode": _field("status"),
+            "StatusMessage": _field("status_message"),
+            "Events.Timestamp": _inner("events", "time"),
+            "Events.Name": _inner("events", "name"),
+            "Events.Attributes": _inner("events", "attributes"),
+            "Links.TraceId": _inner("links", "trace_id"),
+            "Links.SpanId": _inner("links", "span_id"),
+            "Links.TraceState": _each("links", lambda links: [""] * len(links)),
+            "Links.Attributes": _inner("links", "attributes"),
+            "RolloutId": _field("rollout_id"),
+            "AttemptId": _field("attempt_id"),
+            "Source": _field("source"),
+            "Kind": _field("kind"),
+            "Sequence": _field("sequence"),
+            "Reward": _field("reward"),
+            "RewardName": _field("reward_name"),
+            "ModelVersion": _field("model_version"),
+            "PromptTokens": _tokens("prompt_token_ids", semconv.INPUT_TOKENS),
+            "ResponseTokens": _tokens("response_token_ids", semconv.OUTPUT_TOKENS),
+            "Topic": _field("log_topic"),
+            "Partition": _field("log_partition"),
+            "Offset": _field("log_offset"),
+        },
+    ),
+    Triplet: (
+        "triplets_raw",
+        _DATE
+        | _copied(*codec.CODECS[Triplet].field_names)
+        | {name: _bytes(name) for name in ("prompt_token_ids", "response_token_ids", "response_logprobs")}
+        | _PLACE,
+    ),
+    Control: ("controls_raw", _copied(*codec.CODECS[Control].field_names) | _PLACE),
+    DeadLetter: (
+        "dead_letters_raw",
+        {f"source_{name}": _field(name) for name in PLACE}
+        | _copied("role", "reason", "error", "time", "key", "value", "headers")
+        | {"written_at": _field("timestamp")}
+        | _PLACE,
+    ),
+}

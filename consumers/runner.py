@@ -1,0 +1,271 @@
+"""The runner: claims tasks, has the agent run on them, and writes how each attempt ends.
+
+    claim (preparing, acknowledged, committed) ─► host runs the agent: running, spans, heartbeats
+        ─► agent is done ─► closed at the proxy ─► all spans acknowledged ─► terminal event
+
+Stateless: what has been claimed lives in the log. Heartbeats come from here, not from the agent, so an agent that
+blocks keeps its lease; a runner whose heartbeats are not acknowledged for a lease ends its own attempts, because by
+then the adapter has given them to somebody else.
+"""
+
+import asyncio
+import logging
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import aiohttp
+
+from millstream.consumers.agent_hosts import AgentHost, HostOptions, ProcessHost, ThreadHost
+from millstream.consumers.attempt import AgentFunction, Outcome, stopped_by
+from millstream.consumers.attempt_writer import AttemptWriter
+from millstream.consumers.claims import Claim, Claims
+from millstream.consumers.control import ControlFollower
+from millstream.consumers.port import Log
+from millstream.producers.port import Producer
+from millstream.schemas import codec, status
+from millstream.schemas.errors import ConfigError, LogError, MillstreamError
+from millstream.schemas.identity import attempt_key, attempt_path
+from millstream.schemas.ids import new_id
+from millstream.schemas.log import KIND_HEADER
+from millstream.schemas.records import Span
+from millstream.schemas.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+CLAIM_S = 0.3  # how long one poll for tasks waits; also how late a stop may be noticed
+GATHER_S = 0.005  # slots that become free one after the other are filled by one claim, with one commit
+STAY_S = 2.0  # between signs of life to the group while there is no free slot
+CANCEL_GRACE_S = 5.0  # between asking an agent to end and ending it
+CLOSE_S = 30.0  # for the proxy to let an attempt's last calls end
+HEARTBEATS = 3  # in a lease
+
+# What every agent process gets of the environment; nothing else unless it is named: no settings of ours, no secrets.
+ENVIRONMENT = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
+ENVIRONMENT_PREFIXES = ("LC_", "PYTHON")
+
+
+def agent_environment(names: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of an agent process: the basics and the variables named.
+
+    Raises `ConfigError` for a name that is not set.
+    """
+    environment = os.environ if environment is None else environment
+    for name in names:
+        if name not in environment:
+            raise ConfigError(f"--env {name}: there is no such environment variable here; set it, or leave it out")
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in ENVIRONMENT or name in names or name.startswith(ENVIRONMENT_PREFIXES)
+    }
+
+
+_Timers = dict[str, asyncio.TimerHandle]
+
+
+class Runner:
+    """Runs one agent: ``module:attribute``, found from ``folder`` (the current one), or a callable.
+
+    With ``processes`` 0, and for a callable, attempts run in threads of this process, ``concurrency`` at a time; else
+    in child processes, ``concurrency`` in each, which see the environment variables named by ``env`` besides the
+    basics.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        settings: Settings,
+        agent: str | AgentFunction,
+        *,
+        worker_id: str | None = None,
+        processes: int | None = None,
+        concurrency: int | None = None,
+        env: Sequence[str] = (),
+        folder: Path | None = None,
+        drain_s: float = 30.0,
+    ) -> None:
+        self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
+        self._log = log
+        self._settings = settings
+        self._topics = settings.topics
+        self._agent = agent
+        self._processes = settings.runner_processes if processes is None else processes
+        self._concurrency = concurrency or settings.runner_concurrency
+        self._environment = agent_environment(env)
+        self._folder = str(folder or Path.cwd())
+        self._drain_s = drain_s
+        self._secret = settings.proxy_secret.get_secret_value()
+        self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
+        self._finishing: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Event()
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Works until ``stop`` is set, then lets running attempts end for ``drain_s``; the rest ends as lost.
+
+        Raises `ConfigError` if the agent can't be imported, `MillstreamError` if its processes no longer start.
+        """
+        self._loop = asyncio.get_running_loop()
+        self._producer: Producer = self._log.producer()
+        self._host = self._make_host()
+        control = ControlFollower(self._log, self._topics)
+        claims = Claims(self._log, self._topics, self._producer, control, self.worker_id)
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CLOSE_S)) as self._http:
+            try:
+                await self._host.start()
+                await control.start()
+                await claims.start()
+                logger.info("runner %s is ready: %d slots", self.worker_id, self._host.free)
+                stopping = asyncio.create_task(stop.wait())
+                stopping.add_done_callback(lambda _: self._changed.set())
+                try:
+                    while not stop.is_set():
+                        await self._claim(claims, stopping)
+                    await self._until_idle(self._drain_s)
+                finally:
+                    stopping.cancel()
+            finally:
+                await claims.close()
+                await self._end_all()
+                await control.close()
+                await asyncio.to_thread(self._producer.close)
+
+    def _make_host(self) -> AgentHost:
+        options = HostOptions(
+            self._concurrency, self._settings.proxy_url, self._secret, self._changed.set, self._late_span
+        )
+        if self._processes == 0 or not isinstance(self._agent, str):
+            return ThreadHost(self._agent, options, folder=self._folder)
+        return ProcessHost(
+            self._agent, options, processes=self._processes, environment=self._environment, folder=self._folder
+        )
+
+    async def _claim(self, claims: Claims, stopping: "asyncio.Task[bool]") -> None:
+        """Claims as many tasks as there are free slots; waits for the one or the other."""
+        if self._host.lost is not None:
+            raise self._host.lost
+        self._changed.clear()
+        if self._host.free > 0:
+            if self._running:
+                await asyncio.sleep(GATHER_S)
+            for claim in await claims.claim(max(self._host.free, 1), CLAIM_S):
+                self._begin(claim)
+            return
+        try:
+            await asyncio.wait_for(self._changed.wait(), STAY_S)
+        except TimeoutError:
+            await claims.stay(0)
+
+    def _begin(self, claim: Claim) -> None:
+        writer = AttemptWriter(claim, self._producer, self._topics, self.worker_id)
+        self._running[writer] = {}
+        writer.outcome.add_done_callback(lambda outcome: self._finish_soon(writer, outcome.result()))
+        if claim.resources is None:
+            message = f"resources {claim.task.resources_id} do not exist on {self._topics.control}"
+            writer.verdict = stopped_by(status.FAILED, "resources", message)
+            writer.end(writer.verdict)
+        elif self._host.free <= 0:  # the process that this one was claimed for has died
+            writer.verdict = stopped_by(status.LOST, "exit", "there is no agent process left to run it")
+            writer.end(writer.verdict)
+        else:
+            self._later(writer, "timeout", claim.task.timeout_s, self._time_out)
+            self._later(writer, "beat", claim.task.lease_s / HEARTBEATS, self._beat)
+            self._host.run(writer)
+
+    def _later(self, writer: AttemptWriter, name: str, seconds: float, call: Callable[[AttemptWriter], None]) -> None:
+        self._running[writer][name] = self._loop.call_later(seconds, call, writer)
+
+    def _beat(self, writer: AttemptWriter) -> None:
+        lease_s = writer.claim.task.lease_s
+        silent_s = time.monotonic() - writer.last_acknowledged
+        if silent_s > lease_s and not writer.outcome.done():
+            message = f"no heartbeat was acknowledged for {silent_s:.1f} s, longer than its lease of {lease_s:g} s"
+            logger.error("%s is ended: %s", writer.name, message)
+            writer.verdict = stopped_by(status.LOST, "lease", message)
+            self._host.kill(writer)
+            return
+        writer.heartbeat()
+        # The next one, or the end of the lease if that comes first.
+        seconds = min(lease_s / HEARTBEATS, max(lease_s - silent_s, 0.0) + 0.01)
+        self._later(writer, "beat", seconds, self._beat)
+
+    def _time_out(self, writer: AttemptWriter) -> None:
+        if writer.outcome.done():
+            return
+        seconds = writer.claim.task.timeout_s
+        writer.verdict = stopped_by(status.TIMEOUT, "timeout", f"the agent ran for longer than {seconds:g} s")
+        self._host.cancel(writer)
+        self._later(writer, "kill", CANCEL_GRACE_S, self._kill)
+
+    def _kill(self, writer: AttemptWriter) -> None:
+        if not writer.outcome.done():
+            logger.warning("%s does not end when asked to, it is killed", writer.name)
+            self._host.kill(writer)
+
+    def _finish_soon(self, writer: AttemptWriter, outcome: Outcome) -> None:
+        task = self._loop.create_task(self._finish(writer, outcome))
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+
+    async def _finish(self, writer: AttemptWriter, outcome: Outcome) -> None:
+        proxy_spans: int | None = None
+        try:
+            if self._settings.proxy_url:
+                try:
+                    proxy_spans = await self._close_at_proxy(writer)
+                except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                    cause = str(error) or type(error).__name__
+                    message = f"it could not be closed at the proxy {self._settings.proxy_url}: {cause}"
+                    outcome = stopped_by(status.LOST, "proxy", message)
+            final = await writer.finish(outcome, proxy_spans)
+            if final.error is not None:
+                logger.warning("%s: %s, %s: %s", writer.name, final.status, final.error.type, final.error.message)
+        except LogError as error:
+            logger.error("%s: its end can't be written, its lease will run out: %s", writer.name, error)
+        finally:
+            for timer in self._running.pop(writer).values():
+                timer.cancel()
+            self._changed.set()
+
+    async def _close_at_proxy(self, writer: AttemptWriter) -> int:
+        """No more model calls; how many spans they have made. Closing twice does no harm."""
+        task, attempt_id = writer.claim.task, writer.claim.attempt_id
+        url = self._settings.proxy_url.rstrip("/") + attempt_path(task.rollout_id, attempt_id) + "/close"
+        headers = {"Authorization": f"Bearer {attempt_key(self._secret, task.rollout_id, attempt_id)}"}
+        for last in (False, True):
+            try:
+                async with self._http.post(url, headers=headers) as response:
+                    if response.status != 200:
+                        raise ValueError(f"{response.status} {(await response.text())[:200]}")
+                    return int((await response.json())["spans"])
+            except aiohttp.ClientConnectionError:  # a connection kept alive that the proxy has dropped
+                if last:
+                    raise
+        raise AssertionError("unreachable")
+
+    def _late_span(self, encoded: bytes) -> None:
+        """Of an attempt that is over: it reaches the store, nobody trains on it."""
+        try:
+            span = codec.decode_as(Span, encoded)
+            headers = {KIND_HEADER: span.kind.encode()}
+            self._producer.send(self._topics.events, encoded, key=span.rollout_id, headers=headers)
+        except MillstreamError as error:
+            logger.warning("a late span is not recorded: %s", error)
+
+    async def _until_idle(self, seconds: float) -> None:
+        """Waits for the attempts that run, at most so long."""
+        deadline = time.monotonic() + seconds
+        while self._running and (left := deadline - time.monotonic()) > 0:
+            self._changed.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
+
+    async def _end_all(self) -> None:
+        for writer in self._running:
+            if not writer.outcome.done() and writer.verdict is None:
+                writer.verdict = stopped_by(status.LOST, "stopped", f"runner {self.worker_id} was stopped")
+        await self._host.close()
+        await self._until_idle(CLOSE_S)

@@ -1,0 +1,28 @@
+"""A calculator that asks a model which tool to use. It knows nothing of training: plain code on the OpenAI SDK."""
+
+import operator
+from typing import Any
+
+import openai
+
+from examples.calculator.reward import score, tool_called
+
+TOOLS = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
+
+client = openai.OpenAI()
+
+
+def agent(task: dict[str, Any], rollout: Any = None) -> int:
+    """Works a question out, step by step; returns the number it arrives at."""
+    result, *operands = task["numbers"]
+    messages: list[Any] = [{"role": "user", "content": f"{task['question']} . which tool first ?"}]
+    for step, operand in enumerate(operands):
+        completion = client.chat.completions.create(model="calculator", messages=messages, max_tokens=1)
+        word = completion.choices[0].message.content or ""
+        tool_called(word, known=word in TOOLS)
+        if word in TOOLS:
+            result = TOOLS[word](result, operand)
+        score(step, word == task["tools"][step], rollout)
+        messages.append({"role": "assistant", "content": word})
+        messages.append({"role": "user", "content": f"the result is {result} . which tool next ?"})
+    return result

@@ -1,0 +1,208 @@
+"""The demo: a calculator agent learns to pick its tools, in this process or (``--kafka``) as processes over Kafka.
+
+Ends with what SQL says about the run, and ``summary.json`` in the run's folder. Exits 0 only if the agent learnt.
+"""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from secrets import token_hex
+from typing import Annotated, Any
+from urllib.request import urlopen
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from examples.calculator.reward import LEDGER
+from examples.calculator.tasks import make_tasks
+from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.kafka_log import KafkaLog
+from millstream.pipeline.processes import Processes
+from millstream.pipeline.queries import CLOSING_QUERIES
+from millstream.pipeline.store import Store
+from millstream.schemas.errors import MillstreamError
+from millstream.schemas.settings import Settings, load_settings
+
+TRAIN_TASKS, VAL_TASKS = 2000, 128
+FIRST_REWARD_BELOW, VALIDATION_ABOVE = 0.4, 0.9
+LEASE_S = 5.0  # a runner that is killed costs the run this long
+CONFIG = """\
+run = "calculator"
+run_dir = "{run_dir}"
+strategy = "{strategy}"
+{agent}
+tasks = "{run_dir}/train.jsonl"
+val_tasks = "{run_dir}/val.jsonl"
+max_steps = {max_steps}
+stop_reward = 0.97
+patience = 3
+seed = {seed}
+
+[grpo]
+model = "{run_dir}/model"
+lr = {lr}
+seed = {seed}
+"""
+AGENT = "examples.calculator.agent:agent"
+
+console = Console()
+
+
+def main(
+    run_dir: Annotated[Path, typer.Option(help="Where the run goes; what an earlier run left there is removed.")],
+    kafka: Annotated[bool, typer.Option(help="Over Kafka, every role its own process.")] = False,
+    max_steps: Annotated[int, typer.Option(min=1)] = 100,
+    lr: Annotated[float, typer.Option(min=0, help="0 is the control: nothing may be learnt.")] = 1e-3,
+    adapter: Annotated[str, typer.Option(help="module:attribute in the adapter's place, for another control.")] = "",
+    seed: int = 0,
+) -> None:
+    """Train the calculator agent and show what happened."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end everything cleanly
+    began = time.monotonic()
+    run_dir = run_dir.resolve()
+    try:
+        prepare(run_dir, "kafka" if kafka else "memory", max_steps, lr, seed)
+        settings = (over_kafka if kafka else in_process)(run_dir, adapter)
+        summary = close(run_dir, settings, time.monotonic() - began)
+    except MillstreamError as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        raise typer.Exit(130) from None
+    learnt = summary["first_reward"] < FIRST_REWARD_BELOW and summary["validation_reward"] > VALIDATION_ABOVE
+    console.print(
+        f"first step {summary['first_reward']:.2f} → held-out validation {summary['validation_reward']:.2f}: "
+        + ("[green]the agent learnt[/green]" if learnt else "[red]the agent did not learn[/red]")
+    )
+    raise typer.Exit(0 if learnt else 1)
+
+
+def prepare(run_dir: Path, strategy: str, max_steps: int, lr: float, seed: int) -> None:
+    """Model, tasks and ``train.toml``, in a folder without traces of an earlier run."""
+    from examples.calculator import model  # torch takes its time
+
+    run_dir.mkdir(parents=True, exist_ok=True)
+    for name in ("store", "checkpoints", "model", "kafka", "log"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for name in ("train.json", "summary.json"):
+        (run_dir / name).unlink(missing_ok=True)
+    model.create(run_dir / "model", seed)
+    for mode, count in (("train", TRAIN_TASKS), ("val", VAL_TASKS)):
+        lines = [json.dumps({"input": task}) for task in make_tasks(count, mode, seed)]  # type: ignore[arg-type]
+        (run_dir / f"{mode}.jsonl").write_text("\n".join(lines) + "\n")
+    agent = f'agent = "{AGENT}"' if strategy == "memory" else ""
+    (run_dir / "train.toml").write_text(
+        CONFIG.format(run_dir=run_dir, strategy=strategy, agent=agent, max_steps=max_steps, lr=lr, seed=seed)
+    )
+
+
+def in_process(run_dir: Path, adapter: str) -> Settings:
+    """Everything here. The store is closed when this returns."""
+    from millstream.pipeline.train_config import train_from
+
+    train_from(run_dir / "train.toml", console, adapter=adapter)
+    return load_settings(clickhouse_dsn=f"chdb://{run_dir / 'store'}")
+
+
+def over_kafka(run_dir: Path, adapter: str) -> Settings:
+    """A broker and six processes; all of them have ended when this returns, however it ends."""
+    proxy, model = _free_port(), _free_port()
+    with _broker(run_dir / "kafka") as bootstrap:
+        variables = {
+            "MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS": bootstrap,
+            "MILLSTREAM_PROXY_URL": f"http://127.0.0.1:{proxy}",
+            "MILLSTREAM_PROXY_SECRET": token_hex(32),
+            "MILLSTREAM_MODEL_URL": f"http://127.0.0.1:{model}",
+            "MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{run_dir / 'store'}",
+            "MILLSTREAM_LEASE_SECONDS": str(LEASE_S),
+        }
+        settings = load_settings(**{key.removeprefix("MILLSTREAM_").lower(): value for key, value in variables.items()})
+        asyncio.run(KafkaLog(settings).create_topics())
+        processes = Processes(run_dir / "log", os.environ | variables, say=console.print)
+        try:
+            processes.start("sink", "sink")
+            processes.start("adapter", "adapter", *(["--adapter", adapter] if adapter else []))
+            processes.start("proxy", "proxy")
+            _wait_until_up(settings.proxy_url, processes)
+            for number in (1, 2):
+                processes.start(f"runner-{number}", "runner", AGENT, *(["--env", LEDGER] if LEDGER in os.environ else []))
+            trainer = processes.start("trainer", "train", str(run_dir / "train.toml"), inherit_output=True)
+            while trainer.poll() is None:
+                processes.check(besides="trainer")
+                time.sleep(0.2)
+            if trainer.returncode != 0:
+                raise MillstreamError(f"the trainer ended with exit code {trainer.returncode}")
+        finally:
+            processes.stop_all()
+        return settings
+
+
+def close(run_dir: Path, settings: Settings, seconds: float) -> dict[str, Any]:
+    """The closing queries, with their results, and ``summary.json``."""
+    trained = json.loads((run_dir / "train.json").read_text())
+    store = Store(settings)
+    try:
+        for title, query in CLOSING_QUERIES.items():
+            result = store.query(query)
+            table = Table(*result.columns, title=title)
+            for row in result.rows:
+                table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
+            console.print(f"[dim]{query.strip()}[/dim]", highlight=False)
+            console.print(table)
+        by_version = store.query(next(iter(CLOSING_QUERIES.values())))
+        ((spans,),) = store.query("SELECT count() FROM spans").rows
+        ((rollouts,),) = store.query("SELECT count() FROM rollouts").rows
+    finally:
+        store.close()
+    summary = {
+        "first_reward": trained["steps"][0]["reward"],
+        "validation_reward": trained["validation_reward"],
+        "seconds": round(seconds, 1),
+        "rollouts": rollouts,
+        "rollouts_per_second": round(trained["rollouts"] / trained["seconds"], 1),
+        "spans": spans,
+        "by_version": [dict(zip(by_version.columns, row, strict=True)) for row in by_version.rows],
+    }
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
+    return summary
+
+
+@contextmanager
+def _broker(folder: Path) -> Iterator[str]:
+    broker = LocalKafka(folder, port=0)
+    broker.up()
+    try:
+        yield broker.bootstrap_servers
+    finally:
+        broker.down()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait_until_up(url: str, processes: Processes, seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        processes.check()
+        try:
+            with urlopen(f"{url}/livez", timeout=1):  # noqa: S310 - an address of our own
+                return
+        except OSError:
+            time.sleep(0.05)
+    raise MillstreamError(f"{url} did not come up within {seconds:g} s")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,5 @@
+"""``python -m millstream.pipeline`` is the ``millstream`` command, whatever is on the PATH."""
+
+from millstream.pipeline.cli import main
+
+main()

@@ -1,0 +1,147 @@
+"""Checkpoints: one folder a step, complete or not there at all.
+
+``step-00000042/`` holds ``weights.safetensors``, ``state.pt`` (optimizer, random state) and ``checkpoint.json`` (all
+else, with the size and digest of the other two).
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from millstream.schemas.errors import ConfigError, MillstreamError
+from millstream.schemas.ids import new_id
+
+MANIFEST, WEIGHTS, STATE = "checkpoint.json", "weights.safetensors", "state.pt"
+
+
+class CheckpointDamaged(MillstreamError):
+    """A checkpoint is not what was written. Names the folder and file, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a run goes on from. ``positions`` and ``extra`` are as they were given to `save`."""
+
+    step: int
+    algorithm_state: dict[str, Any]
+    positions: dict[int, int]
+    extra: dict[str, Any]
+
+
+def save(
+    folder: str | Path,
+    step: int,
+    algorithm_state: Mapping[str, Any],
+    positions: Mapping[int, int],
+    extra: Mapping[str, Any],
+    keep: int = 3,
+) -> Path:
+    """Writes the checkpoint of a step, on disk when this returns, then removes all but the last ``keep``.
+
+    ``algorithm_state["weights"]`` are tensors by name; the rest is tensors and plain data. ``positions`` is by
+    partition of the triplets topic the lowest offset not yet trained on; what is trained on beyond it is whatever
+    ``extra`` does not list as outstanding. ``extra`` is JSON: data set cursor, outstanding rollouts, model version.
+
+    Raises `ConfigError` if the folder holds a later step: it belongs to another run.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    newest = max((_step(path) for path in _checkpoints(folder)), default=-1)
+    if newest > step:
+        raise ConfigError(
+            f"{folder} holds a checkpoint of step {newest}, later than step {step} that was to be saved: "
+            "resume that run, or give this one another folder"
+        )
+    _clear_unfinished(folder)
+    unfinished = folder / f".unfinished-{new_id()}"
+    unfinished.mkdir()
+    rest = {key: value for key, value in algorithm_state.items() if key != "weights"}
+    save_file({name: tensor.contiguous() for name, tensor in algorithm_state["weights"].items()}, unfinished / WEIGHTS)
+    torch.save(rest, unfinished / STATE)
+    manifest = {
+        "step": step,
+        "positions": {str(partition): offset for partition, offset in positions.items()},
+        "extra": dict(extra),
+        "files": {name: _fingerprint(unfinished / name) for name in (WEIGHTS, STATE)},
+    }
+    (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
+    for path in (*unfinished.iterdir(), unfinished):
+        _sync(path)
+    final = folder / f"step-{step:08d}"
+    if final.exists():  # the same step once more: the run was resumed just before it
+        final.rename(folder / f".unfinished-{new_id()}")
+    unfinished.rename(final)
+    _sync(folder)
+    for old in _checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    _clear_unfinished(folder)
+    return final
+
+
+def load_latest(folder: str | Path) -> Checkpoint | None:
+    """The checkpoint of the last step, or None if there is none.
+
+    Raises `CheckpointDamaged` if it is not as it was written. Never goes back to an older one by itself: that throws
+    training away, and whoever runs it should know that the disk lost data.
+    """
+    found = _checkpoints(Path(folder)) if Path(folder).is_dir() else []
+    return _load(found[-1]) if found else None
+
+
+def _load(path: Path) -> Checkpoint:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text("utf-8"))
+        for name, expected in manifest["files"].items():
+            if _fingerprint(path / name) != expected:
+                raise CheckpointDamaged(_damage(path / name, "size or digest differ from what was written"))
+        weights = load_file(path / WEIGHTS)
+        rest = torch.load(path / STATE, weights_only=True)  # runs no code from the file
+        return Checkpoint(
+            step=manifest["step"],
+            algorithm_state={"weights": weights, **rest},
+            positions={int(partition): offset for partition, offset in manifest["positions"].items()},
+            extra=manifest["extra"],
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointDamaged(_damage(path, f"{type(error).__name__}: {error}")) from error
+
+
+def _damage(path: Path, what: str) -> str:
+    return (
+        f"checkpoint {path} is damaged ({what}). Restore it from a copy, or remove its step- folder to go on from the "
+        "checkpoint before it"
+    )
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _clear_unfinished(folder: Path) -> None:
+    for path in folder.glob(".unfinished-*"):
+        shutil.rmtree(path)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,308 @@
+"""The ``millstream`` command: each role as a process, and what people ask of a deployment."""
+
+import asyncio
+import csv
+import json
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.kafka_log import KafkaLog
+from millstream.pipeline.objects import load_object
+from millstream.schemas.errors import ConfigError, Fenced, MillstreamError
+from millstream.schemas.settings import Settings, load_settings
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train AI agents over an event stream.")
+topics_app = typer.Typer(no_args_is_help=True, help="The deployment's topics.")
+kafka_app = typer.Typer(no_args_is_help=True, help="An Apache Kafka on this machine, for development.")
+app.add_typer(topics_app, name="topics")
+app.add_typer(kafka_app, name="kafka")
+
+out = Console()
+err = Console(stderr=True)
+
+EXIT_ERROR = 1
+EXIT_FENCED = 3  # another process has this one's identity: the supervisor should start it again
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+DataDir = Annotated[Path, typer.Option(help="Where the broker keeps its data.")]
+KAFKA_DIR = Path("runs/kafka")
+
+
+def main() -> None:
+    """Entry point: errors of ours are one line, not a traceback."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(name)s: %(message)s", handlers=[RichHandler(console=err, show_path=False)]
+    )
+    for noisy in ("aiokafka", "httpx", "httpx2", "faststream"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        app()
+    except Fenced as error:
+        err.print(f"[red]fenced:[/red] {error}", highlight=False)
+        sys.exit(EXIT_FENCED)
+    except MillstreamError as error:
+        err.print(f"[red]error:[/red] {error}", highlight=False, markup=True)
+        sys.exit(EXIT_ERROR)
+
+
+# --- topics and tasks
+
+
+@topics_app.command("create", epilog="Example: millstream topics create")
+def topics_create(as_json: Json = False) -> None:
+    """Create the topics that are missing."""
+    settings = load_settings()
+
+    async def work() -> None:
+        log = KafkaLog(settings)
+        await log.create_topics()
+
+    asyncio.run(work())
+    _print_rows(
+        ["topic", "partitions", "cleanup", "key"],
+        [[t.name, t.partitions, t.cleanup, t.key] for t in settings.topics.all],
+        as_json,
+    )
+
+
+@app.command(epilog="Example: millstream publish tasks.jsonl --group-size 8 --priority high")
+def publish(
+    file: Annotated[Path, typer.Argument(help='One JSON object a line: {"input": …, "mode": …, "metadata": …}.')],
+    group_size: Annotated[int, typer.Option(min=1, help="Rollouts of each line, in one group.")] = 1,
+    priority: Annotated[str, typer.Option(help="high, normal or low.")] = "normal",
+    experiment: Annotated[str, typer.Option(help="The experiment they belong to.")] = "",
+    skip_bad: Annotated[bool, typer.Option(help="Publish the good lines although others are bad.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish the tasks of a file; without --skip-bad all of them or none."""
+    from millstream.producers.tasks import TaskPublisher, read_tasks
+
+    settings = load_settings()
+    tasks, bad = read_tasks(
+        file, settings, group_size=group_size, priority=priority, experiment_id=experiment, skip_bad=skip_bad
+    )
+    for problem in bad:
+        err.print(f"skipped: {problem}", highlight=False)
+
+    async def work() -> None:
+        log = KafkaLog(settings)
+        await log.check()
+        producer = log.producer()
+        try:
+            await TaskPublisher(producer, settings.topics).publish(tasks)
+        finally:
+            await asyncio.to_thread(producer.close)
+
+    asyncio.run(work())
+    _print_rows(["rollout_id", "group_id"], [[t.rollout_id, t.group_id] for t in tasks], as_json, limit=20)
+
+
+# --- roles
+
+
+@app.command(epilog="Example: millstream runner examples.calculator.agent:agent --processes 2 --concurrency 8")
+def runner(
+    agent: Annotated[str, typer.Argument(help="module:attribute of the agent, found from the current folder.")],
+    processes: Annotated[int | None, typer.Option(min=0, help="Agent processes; 0: threads of this one.")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Attempts at a time in each process.")] = None,
+    env: Annotated[list[str] | None, typer.Option(help="Variable that agents may see; repeat it.")] = None,
+    drain_s: Annotated[float, typer.Option(min=0, help="Seconds that running attempts get at the end.")] = 30.0,
+) -> None:
+    """Claim tasks and run an agent on them."""
+    from millstream.consumers.runner import Runner
+
+    settings = load_settings(runner_processes=processes, runner_concurrency=concurrency)
+
+    async def work(log: KafkaLog, stop: asyncio.Event) -> None:
+        await Runner(log, settings, agent, env=env or (), drain_s=drain_s).run(stop)
+
+    _run_role(settings, work)
+
+
+@app.command(epilog="Example: millstream adapter --replica 0")
+def adapter(
+    replica: Annotated[
+        str, typer.Option(help="Stable name of this replica; two with the same name fence each other.")
+    ] = "0",
+    function: Annotated[str, typer.Option("--adapter", help="module:attribute of your own Trace → triplets.")] = "",
+) -> None:
+    """Settle rollouts: turn their spans into triplets and end each exactly once."""
+    from millstream.consumers.adapter import Adapter
+    from millstream.consumers.triplets import to_triplets
+
+    settings = load_settings()
+    chosen = load_object(function) if function else to_triplets
+
+    async def work(log: KafkaLog, stop: asyncio.Event) -> None:
+        topics = settings.topics
+        transactional_id = f"{topics.prefix}.adapter.{replica}"
+        await Adapter(log, topics, transactional_id=transactional_id, to_triplets=chosen).run(stop)
+
+    _run_role(settings, work)
+
+
+@app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb:///runs/store millstream sink")
+def sink() -> None:
+    """Write everything that happens to ClickHouse."""
+    from millstream.consumers.sink import Sink
+    from millstream.pipeline.store import Store
+
+    settings = load_settings()
+
+    async def work(log: KafkaLog, stop: asyncio.Event) -> None:
+        store = Store(settings)
+        try:
+            store.migrate()
+            await Sink(log, store, settings).run(stop)
+        finally:
+            store.close()
+
+    _run_role(settings, work)
+
+
+@app.command(epilog="Example: MILLSTREAM_MODEL_URL=http://127.0.0.1:8500 millstream proxy")
+def proxy() -> None:
+    """Stand between agents and the model server, and record every call."""
+    from millstream.pipeline.http_backend import HttpBackend
+    from millstream.pipeline.proxy import Proxy
+    from millstream.pipeline.serving import serve
+
+    settings = load_settings()
+
+    async def work(log: KafkaLog, stop: asyncio.Event) -> None:
+        backend, producer = HttpBackend(settings.model_url), log.producer()
+        secret = settings.proxy_secret.get_secret_value()
+        try:
+            front = Proxy(producer, settings.topics, backend, secret, max_body=settings.max_record_bytes)
+            async with serve(front.app, settings.proxy_url):
+                await stop.wait()
+        finally:
+            await backend.close()
+            await asyncio.to_thread(producer.close)
+
+    _run_role(settings, work)
+
+
+@app.command(epilog="Example: millstream train examples/calculator/train.toml")
+def train(config: Annotated[Path, typer.Argument(help="TOML file; see examples/calculator/train.toml.")]) -> None:
+    """Train as a file says; live view, then a summary. Needs the `train` extra."""
+    from millstream.pipeline.train_config import train_from
+
+    train_from(config)
+
+
+# --- questions
+
+
+@app.command(epilog="Example: millstream rollouts --status failed --limit 20")
+def rollouts(
+    status: Annotated[str | None, typer.Option(help="queued, running, retrying, succeeded, failed, cancelled.")] = None,
+    experiment: Annotated[str | None, typer.Option(help="Of this experiment only.")] = None,
+    limit: Annotated[int, typer.Option(min=1)] = 50,
+    as_json: Json = False,
+) -> None:
+    """List rollouts, newest first."""
+    from millstream.pipeline.queries import list_rollouts
+    from millstream.pipeline.store import Store
+
+    store = Store(load_settings())
+    try:
+        result = list_rollouts(store, status=status, experiment=experiment, limit=limit)
+    finally:
+        store.close()
+    _print_rows(result.columns, result.rows, as_json)
+
+
+@app.command(epilog='Example: millstream sql "SELECT status, count() FROM rollouts GROUP BY status"')
+def sql(
+    query: Annotated[str, typer.Argument(help="One read-only statement.")],
+    output: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
+    as_json: Json = False,
+) -> None:
+    """Ask the store."""
+    from millstream.pipeline.store import Store
+
+    store = Store(load_settings())
+    try:
+        result = store.query(query)
+    finally:
+        store.close()
+    if output == "csv":
+        writer = csv.writer(sys.stdout)
+        writer.writerows([result.columns, *result.rows])
+    else:
+        _print_rows(result.columns, result.rows, as_json or output == "json")
+
+
+# --- local Kafka
+
+
+@kafka_app.command("up", epilog="Example: millstream kafka up --port 9092")
+def kafka_up(
+    data_dir: DataDir = KAFKA_DIR,
+    port: Annotated[int, typer.Option(help="0: any free one.")] = 9092,
+    as_json: Json = False,
+) -> None:
+    """Start a broker in the background; needs Java 17 and, the first time, Maven."""
+    kafka = LocalKafka(data_dir, port=port)
+    kafka.up()
+    _print_status(kafka, as_json)
+
+
+@kafka_app.command("down", epilog="Example: millstream kafka down")
+def kafka_down(data_dir: DataDir = KAFKA_DIR) -> None:
+    """Stop the broker; its data stays."""
+    LocalKafka(data_dir).down()
+
+
+@kafka_app.command("status", epilog="Example: millstream kafka status --json")
+def kafka_status(data_dir: DataDir = KAFKA_DIR, as_json: Json = False) -> None:
+    """Say whether the broker runs, and where."""
+    _print_status(LocalKafka(data_dir), as_json)
+
+
+def _print_status(kafka: LocalKafka, as_json: bool) -> None:
+    found = kafka.status()
+    if found is None:
+        raise ConfigError(f"no broker runs in {kafka.folder}; start one with: millstream kafka up")
+    _print_rows([field.name for field in fields(found)], [astuple(found)], as_json)
+
+
+# --- shared
+
+
+def _run_role(settings: Settings, work: Callable[[KafkaLog, asyncio.Event], Awaitable[None]]) -> None:
+    """Runs until SIGTERM or SIGINT, then lets the role end in good order."""
+
+    async def role() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        log = KafkaLog(settings)
+        await log.check()
+        await work(log, stop)
+
+    asyncio.run(role())
+
+
+def _print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool, limit: int | None = None) -> None:
+    if as_json:
+        out.print_json(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=str))
+        return
+    table = Table(*columns)
+    for row in rows[:limit]:
+        table.add_row(*(str(value) for value in row))
+    out.print(table)
+    if limit is not None and len(rows) > limit:
+        out.print(f"… and {len(rows) - limit} more")

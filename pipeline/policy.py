@@ -1,0 +1,72 @@
+"""The torch policy: loaded and batched in one way by the engine that samples and the algorithm that learns."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from millstream.schemas.errors import ConfigError
+
+
+def load_model(folder: str | Path) -> Any:
+    """The causal language model of a Hugging Face folder, in float32. Raises `ConfigError` naming the folder."""
+    _check(folder, "config.json")
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The folder's tokenizer, exactly as its ``tokenizer.json`` says.
+
+    Not by ``AutoTokenizer``: before transformers 5.16 it takes any tokenizer beside a Qwen2 for Qwen's own.
+    """
+    _check(folder, "tokenizer.json")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    if not tokenizer.chat_template:
+        raise ConfigError(f"model folder {folder}: its tokenizer has no chat template, so it can't render messages")
+    return tokenizer
+
+
+def _check(folder: str | Path, name: str) -> None:
+    if not (Path(folder) / name).is_file():
+        raise ConfigError(f"{folder} is not a Hugging Face model folder: it has no {name}")
+
+
+def one_thread() -> None:
+    """Small models run ten times faster when torch's threads do not fight over a few cores."""
+    torch.set_num_threads(1)
+
+
+def left_pad(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Token rows as model input that ends flush: ``input_ids``, ``attention_mask``, ``position_ids``, each
+    (rows, longest row)."""
+    width = max(map(len, rows))
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids[i, width - len(row) :] = torch.tensor(row)
+        mask[i, width - len(row) :] = 1
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+
+
+def parameters(model: Any) -> dict[str, Tensor]:
+    """The model's weights by name; tied ones once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def copy_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Overwrites the model's weights. Raises ValueError, before anything is changed, if names or shapes differ."""
+    own = parameters(model)
+    wrong = _listed(own.keys() ^ weights.keys()) or _listed(n for n in own if own[n].shape != weights[n].shape)
+    if wrong:
+        raise ValueError(f"weights do not fit the model: {wrong}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+
+
+def _listed(names: Iterable[str]) -> str:
+    found = sorted(names)
+    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

@@ -1,0 +1,221 @@
+"""The store: ClickHouse, embedded in this process (``chdb://``) or a server (``clickhouse://``), behind one client."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import clickhouse_connect
+from clickhouse_connect.driver.client import Client
+from clickhouse_connect.driver.exceptions import ClickHouseError, DataError
+from clickhouse_connect.driver.httputil import get_pool_manager
+
+from millstream.consumers.sink import RowsRefused
+from millstream.schemas.errors import ConfigError, StoreError
+from millstream.schemas.settings import Settings
+
+EMBEDDED = "chdb://"
+SERVER = "clickhouse://"
+READ_ONLY = 2  # ClickHouse's `readonly`: no writes and no DDL, but a query may bring settings of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Rows of a query, with the names of their columns."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One numbered file of ``schemas/clickhouse/``; every statement in it may be run again."""
+
+    version: int
+    name: str
+    sql: str
+
+    @property
+    def checksum(self) -> str:
+        return hashlib.sha256(self.sql.encode()).hexdigest()
+
+    @property
+    def statements(self) -> list[str]:
+        """A statement ends with a semicolon at the end of a line."""
+        return [part.strip() for part in re.split(r";\s*$", self.sql, flags=re.MULTILINE) if part.strip()]
+
+
+def packaged_migrations() -> list[Migration]:
+    """Those that this version of Millstream brings, in order."""
+    found = sorted(
+        (f for f in files("millstream.schemas").joinpath("clickhouse").iterdir() if f.name.endswith(".sql")),
+        key=lambda f: f.name,
+    )
+    return [Migration(int(f.name[:4]), f.name.removesuffix(".sql"), f.read_text("utf-8")) for f in found]
+
+
+class Store:
+    """One process's connection. Every method may be called from any thread; calls that write wait for each other.
+
+    Raises `StoreError` if nobody answers, or another process has the folder of an embedded store.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._database = settings.clickhouse_database
+        self._types: dict[str, dict[str, str]] = {}
+        self._where = _without_password(settings.clickhouse_dsn)
+        with self._errors("can't be opened"):
+            self._writer = _connect(settings)
+            self._reader = _connect(settings)  # read-only from here on; that can't be taken back
+            self._reader.set_client_setting("readonly", READ_ONLY)
+            known = self._writer.query("SELECT name FROM system.databases").result_columns
+            if self._database in known[0]:
+                self._use_database()
+
+    def migrate(self, migrations: Sequence[Migration] | None = None) -> list[str]:
+        """Brings the tables and views up to date; returns the names of what was applied.
+
+        Raises `StoreError` if the store has migrations that this version of Millstream doesn't know, or other ones.
+        """
+        migrations = packaged_migrations() if migrations is None else migrations
+        with self._errors("can't be migrated"):
+            self._writer.command(f"CREATE DATABASE IF NOT EXISTS {self._database}")
+            self._use_database()
+            self._writer.command(
+                "CREATE TABLE IF NOT EXISTS migrations (version UInt32, name String, checksum String, "
+                "applied_at DateTime64(3, 'UTC') DEFAULT now64(3)) ENGINE = MergeTree ORDER BY version"
+            )
+            rows = self._writer.query("SELECT version, name, checksum FROM migrations ORDER BY version").result_rows
+            self._types.clear()
+            done = self._check({version: (name, checksum) for version, name, checksum in rows}, migrations)
+            todo = [m for m in migrations if m.version > done]
+            for migration in todo:
+                for statement in migration.statements:
+                    self._writer.command(statement)
+                self._writer.insert(
+                    "migrations",
+                    [[migration.version, migration.name, migration.checksum]],
+                    column_names=["version", "name", "checksum"],
+                )
+        return [m.name for m in todo]
+
+    def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Result:
+        """Asks; ``parameters`` fill ``{name:Type}``. Raises `StoreError` for anything that would change the store."""
+        with self._errors("refused the query"):
+            if self._reader.database is None:
+                raise StoreError(
+                    f"{self._where} has no database {self._database} yet: a training run or `millstream sink` makes it"
+                )
+            sql = sql.strip().removesuffix(";")
+            found = self._reader.query(sql, parameters=dict(parameters or {}))
+            if found.column_names:
+                return Result(tuple(found.column_names), [tuple(row) for row in found.result_rows])
+            # The client's format names no columns where there are no rows.
+            answer = self._reader.raw_query(sql, parameters=dict(parameters or {}), fmt="JSONCompact")
+            return Result(tuple(column["name"] for column in json.loads(answer)["meta"]) if answer else (), [])
+
+    def insert(self, table: str, column_names: Sequence[str], columns: Sequence[Sequence[Any]], token: str) -> None:
+        """Inserts columns of equal length at once. The same token again is dropped, whatever the rows are.
+
+        Raises `RowsRefused` if a value can't be what its column holds: sending it again can't help.
+        """
+        with self._errors(f"refused rows for {table}"):
+            types = self._types.get(table)
+            if types is None:  # else the client asks before each insert
+                described = self._writer.query(f"DESCRIBE TABLE {table}").result_rows
+                types = self._types[table] = {row[0]: row[1] for row in described}
+            try:
+                self._writer.insert(
+                    table,
+                    columns,
+                    column_names=column_names,
+                    column_type_names=[types[name] for name in column_names],
+                    column_oriented=True,
+                    settings={
+                        "insert_deduplication_token": token,
+                        # Ids with many different dates make a slow insert; that is no reason to refuse them for ever.
+                        "throw_on_max_partitions_per_insert_block": 0,
+                    },
+                )
+            except (DataError, ValueError, TypeError, AttributeError) as error:  # raised by the client's serialisers
+                raise RowsRefused(f"{table} can't hold a value: {_first_line(error)}") from error
+
+    def close(self) -> None:
+        """Lets go of the store; an embedded one is then free for another process."""
+        self._reader.close()
+        self._writer.close()
+
+    def _use_database(self) -> None:
+        self._writer.database = self._reader.database = self._database
+
+    def _check(self, applied: Mapping[int, tuple[str, str]], migrations: Sequence[Migration]) -> int:
+        """The last version applied, if all up to it are the ones we know."""
+        known = {m.version: m for m in migrations}
+        for version, (name, checksum) in applied.items():
+            if version not in known:
+                raise StoreError(
+                    f"database {self._database} in {self._where} has migration {version} ({name}), which this version "
+                    "of Millstream doesn't know: upgrade it, or name another clickhouse_database"
+                )
+            if known[version].checksum != checksum:
+                raise StoreError(
+                    f"migration {version} ({name}) of database {self._database} in {self._where} was applied with "
+                    "other contents than this version of Millstream has: use the version that made the store, or "
+                    "name another clickhouse_database"
+                )
+        return max(applied, default=0)
+
+    @contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except ClickHouseError as error:
+            raise StoreError(f"store {self._where} {what}: {_first_line(error)}") from error
+
+
+def _connect(settings: Settings) -> Client:
+    dsn = settings.clickhouse_dsn
+    if dsn.startswith(EMBEDDED):
+        return _open_embedded(Path(dsn.removeprefix(EMBEDDED)).resolve())
+    if not dsn.startswith(SERVER):
+        raise ConfigError(
+            f"setting clickhouse_dsn: {_without_password(dsn)!r} begins with neither {SERVER} nor {EMBEDDED}"
+        )
+    return clickhouse_connect.get_client(
+        dsn=dsn,
+        password=settings.clickhouse_password.get_secret_value(),
+        secure=settings.clickhouse_secure,
+        autogenerate_session_id=False,  # a session allows one query at a time
+        pool_mgr=get_pool_manager(maxsize=settings.store_connection_pool),
+    )
+
+
+def _open_embedded(folder: Path) -> Client:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return clickhouse_connect.get_client(interface="chdb", path=str(folder))
+    except OSError as error:
+        raise StoreError(f"the embedded store's folder {folder} can't be made: {error.strerror}") from error
+    except ClickHouseError as error:
+        if "Error initializing EmbeddedServer" not in str(error):
+            raise
+        raise StoreError(
+            f"the embedded store in {folder} is held by another process: the sink owns it while it runs (a training "
+            "run in one process has a sink too). Ask again when that has ended, or use a ClickHouse server"
+        ) from error
+
+
+def _without_password(dsn: str) -> str:
+    parts = urlsplit(dsn)
+    return dsn if parts.password is None else dsn.replace(f":{parts.password}@", ":***@", 1)
+
+
+def _first_line(error: Exception) -> str:
+    """The message, without the version and stack that ClickHouse adds."""
+    return re.sub(r"\s*\(version [^)]*\)", "", str(error).strip().partition("\n")[0])

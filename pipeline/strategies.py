@@ -1,0 +1,113 @@
+"""How the roles of a training run are put together: all in this process, or with processes of their own over Kafka."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import SecretStr
+
+from millstream.consumers.adapter import Adapter
+from millstream.consumers.port import Log
+from millstream.consumers.runner import Runner
+from millstream.consumers.sink import Sink
+from millstream.consumers.triplets import ToTriplets
+from millstream.pipeline.kafka_log import KafkaLog
+from millstream.pipeline.memory_log import MemoryLog
+from millstream.pipeline.proxy import Proxy
+from millstream.pipeline.serving import serve
+from millstream.pipeline.store import Store
+from millstream.pipeline.trainer import ModelServer, Strategy
+from millstream.schemas.settings import Settings
+
+if TYPE_CHECKING:  # needs the `train` extra
+    from millstream.pipeline.engine import Engine
+
+
+class MemoryStrategy:
+    """Everything in this process: in-memory log, embedded store in the run's folder, the engine called directly."""
+
+    @asynccontextmanager
+    async def running(
+        self, settings: Settings, *, agent: Any, model: Path | None, run_dir: Path, to_triplets: ToTriplets
+    ) -> AsyncIterator[tuple[Log, ModelServer | None]]:
+        settings = settings.model_copy(update={"clickhouse_dsn": f"chdb://{(run_dir / 'store').resolve()}"})
+        log = MemoryLog(settings.topics)
+        async with AsyncExitStack() as stack:
+            engine = await _engine(stack, model)
+            await stack.enter_async_context(_roles(log, settings, agent, engine, to_triplets))
+            yield log, engine
+
+
+class KafkaStrategy:
+    """The log is Kafka; the model is served from here, at ``model_url``. Runners, adapter, sink and proxy are processes
+    of their own; an ``agent`` given to the trainer makes it run one of each itself."""
+
+    @asynccontextmanager
+    async def running(
+        self, settings: Settings, *, agent: Any, model: Path | None, run_dir: Path, to_triplets: ToTriplets
+    ) -> AsyncIterator[tuple[Log, ModelServer | None]]:
+        log = KafkaLog(settings)
+        await log.create_topics()
+        async with AsyncExitStack() as stack:
+            engine = await _engine(stack, model)
+            if engine is not None:
+                from millstream.pipeline.engine_server import engine_app
+
+                await stack.enter_async_context(serve(engine_app(engine), settings.model_url))
+            if agent is not None:
+                await stack.enter_async_context(_roles(log, settings, agent, engine, to_triplets))
+            yield log, engine
+
+
+STRATEGIES: Final[dict[str, Callable[[], Strategy]]] = {"memory": MemoryStrategy, "kafka": KafkaStrategy}
+
+
+async def _engine(stack: AsyncExitStack, model: Path | None) -> "Engine | None":
+    if model is None:
+        return None
+    from millstream.pipeline.engine import Engine
+
+    engine = await asyncio.to_thread(Engine, model)
+    stack.push_async_callback(engine.close)
+    return engine
+
+
+@asynccontextmanager
+async def _roles(
+    log: Log, settings: Settings, agent: Any, engine: "Engine | None", to_triplets: ToTriplets
+) -> AsyncIterator[None]:
+    """A proxy (if there is a model), a runner, an adapter and a sink as tasks of this loop. They stop in the order in
+    which records flow, so that the store has everything when this is left. What ends one of them ends the run."""
+    secret = settings.proxy_secret.get_secret_value() or token_hex(32)
+    topics = settings.topics
+    store = await asyncio.to_thread(Store, settings)
+    async with AsyncExitStack() as stack:
+        stack.callback(store.close)
+        await asyncio.to_thread(store.migrate)
+        url = ""
+        if engine is not None:
+            producer = log.producer()
+            stack.push_async_callback(asyncio.to_thread, producer.close)
+            proxy = Proxy(producer, topics, engine, secret, max_body=settings.max_record_bytes)
+            url = await stack.enter_async_context(serve(proxy.app, "http://127.0.0.1:0"))
+        settings = settings.model_copy(update={"proxy_url": url, "proxy_secret": SecretStr(secret)})
+        adapter = Adapter(
+            log, topics, transactional_id=f"{topics.prefix}.adapter.embedded-{os.getpid()}", to_triplets=to_triplets
+        )
+        roles = (Runner(log, settings, agent, processes=0), adapter, Sink(log, store, settings))
+        stops = [asyncio.Event() for _ in roles]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(role.run(stop)) for role, stop in zip(roles, stops, strict=True)]
+                try:
+                    yield
+                finally:
+                    for task, stop in zip(tasks, stops, strict=True):
+                        stop.set()
+                        await asyncio.wait([task])
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None

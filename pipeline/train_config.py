@@ -1,0 +1,110 @@
+"""``millstream train CONFIG.toml``: a training run as a file says."""
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+
+from millstream.consumers.triplets import to_triplets
+from millstream.pipeline.live import LiveView
+from millstream.pipeline.objects import load_object
+from millstream.pipeline.trainer import Summary, Trainer
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.settings import Settings, load_settings
+
+
+class GrpoConfig(BaseModel):
+    """Arguments of `millstream.pipeline.algorithms.grpo.GRPO`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Path = Field(description="Hugging Face folder of the policy.")
+    groups_per_step: int = Field(16, ge=1)
+    group_size: int = Field(8, ge=2)
+    lr: float = Field(1e-3, ge=0)
+    entropy: float = Field(0.02, ge=0)
+    epochs: int = Field(2, ge=1)
+    minibatch: int = Field(128, ge=1, description="Turns.")
+    seed: int = 0
+
+
+class TrainConfig(BaseModel):
+    """The file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run: str = Field("run", pattern=r"^[A-Za-z0-9_-]+$", description="First part of every model version.")
+    run_dir: Path = Path("runs/default")
+    strategy: Literal["memory", "kafka"] = "kafka"
+    agent: str | None = Field(None, description="module:attribute; over Kafka the runners have it.")
+    tasks: Path = Field(description="JSON lines, as for `millstream publish`.")
+    val_tasks: Path | None = None
+    max_steps: int = Field(100, ge=0)
+    stop_reward: float | None = None
+    patience: int = Field(3, ge=1)
+    seed: int = 0
+    grpo: GrpoConfig
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Raises `ConfigError` naming the file and every wrong entry."""
+    try:
+        return TrainConfig(**tomllib.loads(path.read_text("utf-8")))
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
+        raise ConfigError(f"{path}: {wrong}") from None
+
+
+def read_inputs(path: Path, settings: Settings) -> list[Any]:
+    """The inputs of a tasks file, in order."""
+    from millstream.producers.tasks import read_tasks
+
+    return [json.loads(task.input) for task in read_tasks(path, settings)[0]]
+
+
+def train_from(path: Path, console: Console | None = None, adapter: str = "") -> Summary:
+    """Trains with a live view and writes ``train.json`` into the run's folder. ``adapter`` is ``module:attribute`` of a
+    function from traces to triplets, for runs in memory.
+
+    Raises `ConfigError` for what is wrong with the file, or if the `train` extra is missing.
+    """
+    config = load_config(path)
+    settings = load_settings()
+    tasks = read_inputs(config.tasks, settings)
+    val_tasks = read_inputs(config.val_tasks, settings) if config.val_tasks else []
+    with LiveView(console or Console(), config.run) as view:
+        trainer = Trainer(
+            algorithm=make_grpo(config.grpo),
+            agent=config.agent,
+            strategy=config.strategy,
+            max_steps=config.max_steps,
+            stop_reward=config.stop_reward,
+            patience=config.patience,
+            run=config.run,
+            run_dir=config.run_dir,
+            adapter=load_object(adapter) if adapter else to_triplets,
+            seed=config.seed,
+            settings=settings,
+            on_step=view.on_step,
+        )
+        summary = trainer.fit(tasks, val_tasks)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "train.json").write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    return summary
+
+
+def make_grpo(config: GrpoConfig) -> Any:
+    """The algorithm. Raises `ConfigError` without the `train` extra."""
+    try:
+        from millstream.pipeline.algorithms.grpo import GRPO
+    except ImportError as error:
+        raise ConfigError(f"training needs torch: install millstream[train] ({error})") from error
+    return GRPO(**config.model_dump())

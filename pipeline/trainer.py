@@ -1,0 +1,380 @@
+"""The trainer: publishes tasks in groups, waits for their ends, learns, publishes the new policy."""
+
+import asyncio
+import json
+import logging
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from importlib.metadata import version as package_version
+from pathlib import Path
+from typing import Any, Protocol
+
+from millstream.consumers.port import Log
+from millstream.consumers.triplets import ToTriplets, to_triplets
+from millstream.pipeline.batches import Algorithm, FinishedRollout, Group
+from millstream.pipeline.collector import Collector
+from millstream.producers.control import publish_control, publish_resources
+from millstream.producers.port import Producer
+from millstream.producers.tasks import TaskPublisher
+from millstream.schemas import status
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.ids import derived_id, new_id
+from millstream.schemas.records import Control, RolloutTask
+from millstream.schemas.resources import LLM, Resources
+from millstream.schemas.settings import Settings, load_settings
+
+logger = logging.getLogger(__name__)
+
+Task = Any  # what the agent is called with; JSON
+
+
+class ModelServer(Protocol):
+    """Where the policy is served from."""
+
+    async def update(self, weights: Mapping[str, Any], version: str) -> None:
+        """The new weights answer from now on; each answer is made by exactly one version."""
+
+
+class Strategy(Protocol):
+    """How the roles run. Entered, it gives a log on which tasks are picked up and settled, and the model's server (None
+    without an algorithm)."""
+
+    def running(
+        self, settings: Settings, *, agent: Any, model: Path | None, run_dir: Path, to_triplets: ToTriplets
+    ) -> AbstractAsyncContextManager[tuple[Log, ModelServer | None]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step of training, for whoever watches. Rewards are means over the rollouts that succeeded."""
+
+    step: int
+    model_version: str  # that made the rollouts
+    reward: float
+    rollouts: int
+    failed: int
+    rollouts_per_second: float
+    spans: int
+    seconds: float
+    metrics: Mapping[str, float]
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a run came to."""
+
+    experiment_id: str
+    steps: list[StepReport] = field(default_factory=list)
+    validation_reward: float | None = None
+    validation_failed: int = 0
+    seconds: float = 0.0
+    rollouts: int = 0
+    spans: int = 0
+
+    @property
+    def first_reward(self) -> float | None:
+        return self.steps[0].reward if self.steps else None
+
+    @property
+    def rollouts_per_second(self) -> float:
+        return self.rollouts / self.seconds if self.seconds else 0.0
+
+
+class Trainer:
+    """Trains ``agent`` with ``algorithm``.
+
+    ``agent`` is a callable or ``module:attribute``. ``strategy`` is "memory" (everything in this process) or "kafka":
+    then runners, adapter, sink and proxy are processes of their own, unless an agent is given here. ``adapter``
+    replaces the function from traces to triplets where the adapter runs in this process. Training ends after
+    ``max_steps``, or when ``patience`` steps in a row have a mean reward of at least ``stop_reward``.
+    """
+
+    def __init__(
+        self,
+        *,
+        algorithm: Algorithm | None = None,
+        agent: Any = None,
+        strategy: str | Strategy = "memory",
+        tasks: Sequence[Task] = (),
+        val_tasks: Sequence[Task] = (),
+        max_steps: int = 100,
+        stop_reward: float | None = None,
+        patience: int = 3,
+        run: str = "run",
+        run_dir: str | Path = "runs/default",
+        adapter: ToTriplets = to_triplets,
+        seed: int = 0,
+        settings: Settings | None = None,
+        on_step: Callable[[StepReport], None] = lambda report: None,
+    ) -> None:
+        self._algorithm = algorithm
+        self._agent = agent
+        self._strategy = strategy_of(strategy) if isinstance(strategy, str) else strategy
+        self._tasks, self._val_tasks = tasks, val_tasks
+        self._max_steps = max_steps
+        self._stop_reward, self._patience = stop_reward, patience
+        self._run = run
+        self._run_dir = Path(run_dir)
+        self._adapter = adapter
+        self._seed = seed
+        self._settings = settings or load_settings()
+        self._on_step = on_step
+
+    def fit(self, tasks: Sequence[Task] | None = None, val_tasks: Sequence[Task] | None = None) -> Summary:
+        """Trains, then validates on ``val_tasks``. Raises `ConfigError` if there is nothing to learn from or with."""
+        return asyncio.run(self.train(tasks, val_tasks))
+
+    def dev(self, tasks: Sequence[Task] | None = None) -> list[FinishedRollout]:
+        """Runs the agent over the tasks, through everything, and learns nothing: for trying an agent out."""
+        return asyncio.run(self._dev(self._tasks if tasks is None else tasks))
+
+    async def train(self, tasks: Sequence[Task] | None = None, val_tasks: Sequence[Task] | None = None) -> Summary:
+        """As `fit`, for callers who have an event loop."""
+        tasks = self._tasks if tasks is None else tasks
+        val_tasks = self._val_tasks if val_tasks is None else val_tasks
+        if self._algorithm is None:
+            raise ConfigError("training needs an algorithm: Trainer(algorithm=…); `dev` runs an agent without one")
+        if not tasks:
+            raise ConfigError("training needs tasks: none were given")
+        async with self._running() as (log, server):
+            run = _Run(self._settings, log, self._run, self._algorithm, server, self._run_dir, self._on_step)
+            try:
+                await run.start(self._seed)
+                await run.learn(tasks, self._seed, self._max_steps, self._stop_reward, self._patience)
+                if val_tasks:
+                    await run.validate(val_tasks)
+            finally:
+                await run.close()
+            return run.summary
+
+    async def _dev(self, tasks: Sequence[Task]) -> list[FinishedRollout]:
+        async with self._running() as (log, server):
+            run = _Run(self._settings, log, self._run, self._algorithm, server, self._run_dir, self._on_step)
+            try:
+                await run.start(self._seed)
+                return await run.evaluate(tasks, "test")
+            finally:
+                await run.close()
+
+    def _running(self) -> AbstractAsyncContextManager[tuple[Log, ModelServer | None]]:
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        model = self._algorithm.model if self._algorithm is not None else None
+        return self._strategy.running(
+            self._settings, agent=self._agent, model=model, run_dir=self._run_dir, to_triplets=self._adapter
+        )
+
+
+def strategy_of(name: str) -> Strategy:
+    """ "memory" or "kafka". Raises `ConfigError` for any other name."""
+    from millstream.pipeline.strategies import STRATEGIES  # it imports the roles, which import us
+
+    if name not in STRATEGIES:
+        raise ConfigError(f"strategy {name!r} is none of {', '.join(STRATEGIES)}")
+    return STRATEGIES[name]()
+
+
+class _Run:
+    """One experiment on one log."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        log: Log,
+        name: str,
+        algorithm: Algorithm | None,
+        server: ModelServer | None,
+        run_dir: Path,
+        on_step: Callable[[StepReport], None],
+    ) -> None:
+        self._settings = settings
+        self._topics = settings.topics
+        self._name = name
+        self._algorithm = algorithm
+        self._server = server
+        self._run_dir = run_dir
+        self._on_step = on_step
+        self._producer: Producer = log.producer()
+        self._publisher = TaskPublisher(self._producer, self._topics)
+        self._collector = Collector(log, self._topics, self._producer)
+        self._started_ns = time.time_ns()
+        self._started = time.monotonic()
+        self._epoch = 0
+        self._version = f"{name}.0.0"
+        self._resources_id = ""
+        self.summary = Summary(new_id())
+
+    async def start(self, seed: int) -> None:
+        """Announces the experiment and the policy as it is before the first step."""
+        await self._collector.start()
+        await publish_control(
+            self._producer,
+            self._topics,
+            Control(
+                kind="experiment",
+                name=self.summary.experiment_id,
+                experiment_id=self.summary.experiment_id,
+                body=json.dumps(
+                    {
+                        "run": self._name,
+                        "seed": seed,
+                        "algorithm": type(self._algorithm).__name__,
+                        "settings": self._settings.model_dump(mode="json"),
+                        "millstream": package_version("millstream"),
+                        "python": sys.version.split()[0],
+                    }
+                ),
+                created_at=self._started_ns,
+            ),
+        )
+        await self._publish_policy(0)
+
+    async def close(self) -> None:
+        self.summary.seconds = time.monotonic() - self._started
+        await self._collector.close()
+        await asyncio.to_thread(self._producer.close)
+
+    async def learn(
+        self, tasks: Sequence[Task], seed: int, max_steps: int, stop_reward: float | None, patience: int
+    ) -> None:
+        assert self._algorithm is not None
+        rewards: list[float] = []
+        cursor = _shuffled(tasks, seed)
+        for step in range(max_steps):
+            began = time.monotonic()
+            chosen = [next(cursor) for _ in range(self._algorithm.groups_per_step)]
+            groups = await self._rollouts(chosen, self._algorithm.group_size, "train", f"train/{step}")
+            metrics = await asyncio.to_thread(self._algorithm.update, groups)
+            report = self._report(step, groups, metrics, time.monotonic() - began)
+            await self._save(step + 1, seed)
+            await self._publish_policy(step + 1)
+            rewards.append(report.reward)
+            recent = rewards[-patience:]
+            if stop_reward is not None and len(recent) == patience and statistics.fmean(recent) >= stop_reward:
+                return
+
+    async def validate(self, tasks: Sequence[Task]) -> None:
+        finished = await self.evaluate(tasks, "val")
+        self.summary.validation_reward = mean_reward(finished)
+        self.summary.validation_failed = _failed(finished)
+
+    async def evaluate(self, tasks: Sequence[Task], mode: str) -> list[FinishedRollout]:
+        """Every task once, with the policy as it is."""
+        groups = await self._rollouts(tasks, 1, mode, mode)
+        finished = [member for group in groups for member in group.members]
+        self._count(finished)
+        return finished
+
+    async def _rollouts(self, tasks: Sequence[Task], members: int, mode: str, purpose: str) -> list[Group]:
+        """Publishes ``members`` rollouts of each task and waits for all of them. Ids are derived from the run, the
+        purpose and the places, so publishing again would be recognised."""
+        ids = [
+            [derived_id(self._started_ns, self.summary.experiment_id, purpose, i, k) for k in range(members)]
+            for i in range(len(tasks))
+        ]
+        flat = [rollout_id for group in ids for rollout_id in group]
+        self._collector.expect(flat)
+        await self._publisher.publish(
+            [
+                self._task(task, rollout_id, group[0], members, mode)
+                for task, group in zip(tasks, ids, strict=True)
+                for rollout_id in group
+            ]
+        )
+        finished = iter(await self._collector.collect(flat))
+        return [Group(group[0], tuple(next(finished) for _ in group)) for group in ids]
+
+    def _task(self, task: Task, rollout_id: str, group_id: str, members: int, mode: str) -> RolloutTask:
+        return RolloutTask(
+            rollout_id=rollout_id,
+            group_id=group_id,
+            group_size=members,
+            input=json.dumps(task, ensure_ascii=False),
+            mode=mode,
+            resources_id=self._resources_id,
+            max_attempts=self._settings.retry_max_attempts,
+            timeout_s=self._settings.timeout_seconds,
+            lease_s=self._settings.lease_seconds,
+            experiment_id=self.summary.experiment_id,
+            created_at=time.time_ns(),
+        )
+
+    def _report(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], seconds: float) -> StepReport:
+        finished = [member for group in groups for member in group.members]
+        self._count(finished)
+        report = StepReport(
+            step=step,
+            model_version=self._version,
+            reward=mean_reward(finished),
+            rollouts=len(finished),
+            failed=_failed(finished),
+            rollouts_per_second=self.summary.rollouts / (time.monotonic() - self._started),
+            spans=self.summary.spans,
+            seconds=seconds,
+            metrics=metrics,
+        )
+        self.summary.steps.append(report)
+        self._on_step(report)
+        return report
+
+    def _count(self, finished: Sequence[FinishedRollout]) -> None:
+        self.summary.rollouts += len(finished)
+        self.summary.spans += sum(member.end.spans for member in finished)
+
+    async def _publish_policy(self, step: int) -> None:
+        """New weights first, then the resources that name them: who reads the announcement finds them served."""
+        self._version = f"{self._name}.{self._epoch}.{step}"
+        if self._algorithm is not None and self._server is not None:
+            await self._server.update(self._algorithm.weights(), self._version)
+        self._resources_id = new_id()
+        await publish_resources(
+            self._producer,
+            self._topics,
+            Resources(
+                resources_id=self._resources_id,
+                experiment_id=self.summary.experiment_id,
+                items={"policy": LLM(model="policy", model_version=self._version)},
+            ),
+        )
+
+    async def _save(self, step: int, seed: int) -> None:
+        """The checkpoint comes before the announcement: what others build on can be gone back to."""
+        from millstream.pipeline import checkpoint  # needs torch, as whatever learns does
+
+        assert self._algorithm is not None
+        await asyncio.to_thread(
+            checkpoint.save,
+            self._run_dir / "checkpoints",
+            step,
+            self._algorithm.state(),
+            positions=self._collector.positions(),
+            extra={
+                "experiment_id": self.summary.experiment_id,
+                "model_version": f"{self._name}.{self._epoch}.{step}",
+                "started_ns": self._started_ns,
+                "seed": seed,
+                "tasks_drawn": step * self._algorithm.groups_per_step,
+                "outstanding": sorted(self._collector.outstanding),
+            },
+        )
+
+
+def mean_reward(finished: Sequence[FinishedRollout]) -> float:
+    """Over the rollouts that succeeded; one that was given no reward counts as 0. 0 if none succeeded."""
+    rewards = [m.end.reward or 0.0 for m in finished if m.end.status == status.SUCCEEDED]
+    return statistics.fmean(rewards) if rewards else 0.0
+
+
+def _failed(finished: Sequence[FinishedRollout]) -> int:
+    return sum(member.end.status != status.SUCCEEDED for member in finished)
+
+
+def _shuffled(tasks: Sequence[Task], seed: int) -> Iterator[Task]:
+    """All tasks in random order, again and again; the same seed gives the same order."""
+    rng = random.Random(seed)  # noqa: S311 - an order, not a secret
+    while True:
+        yield from rng.sample(tasks, len(tasks))

@@ -1,0 +1,73 @@
+"""Which attempt the running code belongs to. It travels in OpenTelemetry's context: through tasks, ``to_thread``,
+threads and executors (with the threading instrumentation), however many attempts share the process."""
+
+import json
+from collections.abc import Callable, Mapping
+from contextvars import Token
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import count
+from typing import Any, cast
+
+from opentelemetry import context as otel
+from opentelemetry.context import Context
+from opentelemetry.trace import NoOpTracer, Tracer
+
+from millstream.schemas.identity import attempt_path
+from millstream.schemas.records import RolloutTask, Span
+from millstream.schemas.resources import Resource
+
+_KEY = otel.create_key("millstream.attempt")
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """What an agent is told about its rollout if it asks for a ``rollout``."""
+
+    rollout_id: str
+    attempt_id: str
+    attempt: int  # 1 for the first
+    mode: str  # train, val or test
+    input: Any
+    metadata: Mapping[str, str]
+
+
+@dataclass(eq=False)
+class Attempt:
+    """One running attempt, as its own code sees it. ``emit`` takes its finished spans, from any thread."""
+
+    task: RolloutTask
+    attempt_id: str
+    emit: Callable[[Span], None]
+    resources: Mapping[str, Resource] = field(default_factory=dict)
+    proxy_url: str = ""  # empty: there is no proxy
+    proxy_key: str = ""
+    sequence: "count[int]" = field(default_factory=lambda: count(1))
+    rewarded: bool = False  # a reward has been emitted
+    tracer: Tracer = field(default_factory=NoOpTracer)
+
+    @cached_property
+    def path(self) -> str:
+        """Prefix of its paths at the proxy."""
+        return attempt_path(self.task.rollout_id, self.attempt_id)
+
+    @cached_property
+    def rollout(self) -> Rollout:
+        task = self.task
+        return Rollout(
+            task.rollout_id, self.attempt_id, task.attempt, task.mode, json.loads(task.input), dict(task.metadata)
+        )
+
+
+def current_attempt(context: Context | None = None) -> Attempt | None:
+    """The attempt that ``context`` (the current one) belongs to."""
+    return cast("Attempt | None", otel.get_value(_KEY, context))
+
+
+def enter(attempt: Attempt) -> Token[Context]:
+    """Makes the running task or thread part of the attempt, in a context that has nothing else in it."""
+    return otel.attach(otel.set_value(_KEY, attempt, Context()))
+
+
+def leave(token: Token[Context]) -> None:
+    otel.detach(token)

@@ -1,0 +1,71 @@
+"""One HTTP client serves every attempt: a request to the proxy gets the path and the key of the attempt that makes it.
+
+Agents make their client once, at import, when there is no attempt yet; so what binds a call to its attempt is put in
+when the request is sent, from OpenTelemetry's context.
+"""
+
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+import wrapt
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from millstream.producers.attempt_context import current_attempt
+from millstream.schemas.errors import ConfigError, MillstreamError
+
+HTTP_CLIENTS = ("httpx", "httpx2")  # openai 3 and anthropic 2 use httpx2
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_Origin = tuple[str, str, int]
+
+_proxies: dict[_Origin, bytes] = {}  # → the path below which the proxy lives, mostly empty
+_wrapped: set[str] = set()
+_trace_context = TraceContextTextMapPropagator()
+
+
+class OutsideRollout(MillstreamError, RuntimeError):
+    """A model was called through the proxy by code that belongs to no attempt."""
+
+
+def bind_clients(proxy_url: str) -> None:
+    """From now on, binds every request to this proxy. Raises `ConfigError` if it is not a URL."""
+    parts = urlsplit(proxy_url)
+    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
+        raise ConfigError(f"proxy_url {proxy_url!r} is not an address like http://host:8400")
+    origin = (parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS[parts.scheme])
+    _proxies[origin] = parts.path.rstrip("/").encode()
+    for name in HTTP_CLIENTS:
+        if name not in _wrapped:
+            _wrapped.add(name)
+            wrapt.register_post_import_hook(_wrap, name)
+
+
+def _wrap(module: ModuleType) -> None:
+    # The wrapped function of an AsyncClient returns a coroutine: the request is bound when it is made, in the context
+    # of the caller, which is the one that counts.
+    wrapt.wrap_function_wrapper(module, "Client.send", _send)
+    wrapt.wrap_function_wrapper(module, "AsyncClient.send", _send)
+
+
+def _send(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    _bind(args[0] if args else kwargs["request"])
+    return wrapped(*args, **kwargs)
+
+
+def _bind(request: Any) -> None:
+    url = request.url
+    base = _proxies.get((url.scheme, url.host, url.port or _DEFAULT_PORTS.get(url.scheme, 0)))
+    if base is None:
+        return
+    attempt = current_attempt()
+    if attempt is None:
+        raise OutsideRollout(
+            f"{request.method} {url}: the model can be called only within a rollout, because the proxy records each "
+            "call for its rollout. Move the call into the agent function, or start threads from within it."
+        )
+    prefix = base + attempt.path.encode()
+    if not url.raw_path.startswith(prefix + b"/"):  # else: sent again by the caller
+        request.url = url.copy_with(raw_path=prefix + url.raw_path[len(base) :])
+    request.headers["Authorization"] = f"Bearer {attempt.proxy_key}"
+    request.headers["x-api-key"] = attempt.proxy_key
+    _trace_context.inject(request.headers)  # the proxy's span becomes a child of the client's

@@ -1,0 +1,150 @@
+"""Publishing tasks: a file of prompts becomes groups of rollouts, spread over the partitions of their priority."""
+
+import json
+import time
+from collections.abc import Iterable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from millstream.producers.acknowledgements import Acknowledgements
+from millstream.producers.port import Producer
+from millstream.schemas import status
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.ids import new_id
+from millstream.schemas.records import RolloutTask
+from millstream.schemas.settings import Settings
+from millstream.schemas.topics import PRIORITIES, Topics
+
+MODES = ("train", "val", "test")
+MAX_PROBLEMS = 20  # that one error message lists
+
+
+class TaskLine(BaseModel):
+    """One line of a tasks file: a prompt and, where it differs from the settings, how its rollouts are run."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    input: Any
+    group_id: str | None = Field(None, min_length=1)
+    mode: str = "train"
+    priority: str | None = None
+    resources_id: str | None = None
+    max_attempts: int | None = Field(None, ge=1)
+    max_losses: int = Field(0, ge=0)
+    retry_on: list[str] = []
+    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    lease_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    seed: int | None = None
+    metadata: dict[str, str] = {}
+
+    @field_validator("mode")
+    @classmethod
+    def _known_mode(cls, value: str) -> str:
+        return _one_of(value, MODES)
+
+    @field_validator("priority")
+    @classmethod
+    def _known_priority(cls, value: str) -> str:
+        return _one_of(value, PRIORITIES)
+
+    @field_validator("retry_on")
+    @classmethod
+    def _known_statuses(cls, values: list[str]) -> list[str]:
+        return [_one_of(value, sorted(status.TERMINAL - {status.SUCCEEDED})) for value in values]
+
+
+def _one_of(value: str, allowed: Iterable[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
+    return value
+
+
+def group_of(
+    line: TaskLine, settings: Settings, *, size: int = 1, priority: str = "normal", experiment_id: str = ""
+) -> list[RolloutTask]:
+    """The rollouts of one prompt: ``size`` of them, which share a group."""
+    group_id = line.group_id or new_id()
+    now = time.time_ns()
+    return [
+        RolloutTask(
+            rollout_id=new_id(),
+            group_id=group_id,
+            group_size=size,
+            input=json.dumps(line.input, ensure_ascii=False),
+            mode=line.mode,
+            priority=line.priority or priority,
+            resources_id=line.resources_id,
+            max_attempts=line.max_attempts or settings.retry_max_attempts,
+            max_losses=line.max_losses,
+            timeout_s=line.timeout_s or settings.timeout_seconds,
+            lease_s=line.lease_s or settings.lease_seconds,
+            retry_on=tuple(line.retry_on),
+            seed=line.seed,
+            experiment_id=experiment_id,
+            metadata=line.metadata,
+            created_at=now,
+        )
+        for _ in range(size)
+    ]
+
+
+def read_tasks(
+    path: Path,
+    settings: Settings,
+    *,
+    group_size: int = 1,
+    priority: str = "normal",
+    experiment_id: str = "",
+    skip_bad: bool = False,
+) -> tuple[list[RolloutTask], list[str]]:
+    """The rollouts of a file with one JSON object a line (`TaskLine`), and what was wrong with lines left out.
+
+    Raises `ConfigError` naming file, line and cause for every broken line, unless ``skip_bad``. Empty lines are none.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} can't be read: {error}") from error
+    tasks: list[RolloutTask] = []
+    bad: list[str] = []
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
+            continue
+        try:
+            line = TaskLine.model_validate_json(text)
+        except ValidationError as error:
+            bad.append(f"{path}:{number}: {_explain(error)}")
+            continue
+        tasks += group_of(line, settings, size=group_size, priority=priority, experiment_id=experiment_id)
+    if bad and not skip_bad:
+        more = f"\n… and {len(bad) - MAX_PROBLEMS} more" if len(bad) > MAX_PROBLEMS else ""
+        shown = "\n".join(bad[:MAX_PROBLEMS])
+        raise ConfigError(f"{shown}{more}\nNothing was published. Mend the file, or skip such lines with --skip-bad.")
+    return tasks, bad
+
+
+def _explain(error: ValidationError) -> str:
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"]
+        for e in error.errors(include_url=False, include_input=False)
+    )
+
+
+class TaskPublisher:
+    """Sends tasks. The partition is set here, in turns: with a null key a burst would stick to one partition."""
+
+    def __init__(self, producer: Producer, topics: Topics) -> None:
+        self._producer = producer
+        self._topics = topics
+        self._turns = {priority: count() for priority in PRIORITIES}
+
+    async def publish(self, tasks: Iterable[RolloutTask]) -> None:
+        """Returns when the log has acknowledged all of them. Raises what `Producer.send` does, and `LogError`."""
+        acknowledgements = Acknowledgements(self._producer)
+        for task in tasks:
+            partition = next(self._turns[task.priority]) % self._topics.partitions
+            acknowledgements.send(self._topics.tasks(task.priority), task, partition=partition)
+        await acknowledgements.wait()

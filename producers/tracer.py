@@ -1,0 +1,96 @@
+"""The tracer of a process that runs attempts: a TracerProvider of our own, and one root span for each attempt."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+
+from millstream.producers.attempt_context import Attempt, enter, leave
+from millstream.producers.client_binding import bind_clients
+from millstream.producers.instrumentation import instrument
+from millstream.producers.span_processor import AttemptSpanProcessor
+from millstream.schemas import semconv
+from millstream.schemas.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# What frameworks read when they are imported. Whoever has set one knows better.
+SWITCHES = {
+    "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": "SPAN_ONLY",
+    "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "100000",  # at 128, long conversations lose their oldest messages
+    "ANTHROPIC_OPEN_TELEMETRY": "false",  # these two trace on their own: every span would come twice
+    "AUTOGEN_DISABLE_RUNTIME_TRACING": "true",
+}
+PLACEHOLDER_KEY = "millstream"  # the SDKs want a key; the attempt's own takes its place in each request
+
+
+class Tracer:
+    """Make it before the agent is imported, call `adopt_global_provider` after that."""
+
+    def __init__(self, agent_name: str, proxy_url: str = "") -> None:
+        """Prepares the environment for the agent's import, its SDKs and its HTTP clients.
+
+        Raises `ConfigError` if the environment disables OpenTelemetry: nothing would be recorded.
+        """
+        if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+            raise ConfigError("OTEL_SDK_DISABLED is true: attempts can't be traced; unset it")
+        self.agent_name = agent_name
+        for name, value in SWITCHES.items():
+            os.environ.setdefault(name, value)
+        if proxy_url:
+            os.environ["OPENAI_BASE_URL"] = proxy_url.rstrip("/") + "/v1"
+            os.environ["OPENAI_API_KEY"] = PLACEHOLDER_KEY
+            bind_clients(proxy_url)
+        self._tracer = _provider().get_tracer("millstream")
+        self._root_name = f"invoke_agent {agent_name}"
+        self._root_attributes = {semconv.OPERATION: "invoke_agent", semconv.AGENT_NAME: agent_name}
+        instrument(_provider())
+
+    @contextmanager
+    def attempt(self, attempt: Attempt) -> Iterator[None]:
+        """The body runs as part of the attempt, below its root span, which records how it went."""
+        attempt.tracer = self._tracer
+        token = enter(attempt)
+        try:
+            with self._tracer.start_as_current_span(self._root_name, attributes=self._root_attributes):
+                yield
+        finally:
+            leave(token)
+
+
+def adopt_global_provider() -> None:
+    """Takes in the spans that the agent's own code makes with OpenTelemetry's global tracer provider: ours, or the one
+    that the agent has set up for itself by now, which keeps its exporters."""
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, trace.ProxyTracerProvider):
+        trace.set_tracer_provider(_provider())
+    elif not isinstance(provider, TracerProvider):
+        logger.warning(
+            "the agent's global tracer provider (%s) is not OpenTelemetry's SDK: spans made with it are not recorded",
+            type(provider).__name__,
+        )
+    elif provider not in _tapped:
+        provider.add_span_processor(_processor)
+        _tapped.append(provider)
+
+
+# One of each in a process: the processor finds a span's attempt in its context, whoever runs the attempt.
+_processor = AttemptSpanProcessor()
+_tapped: list[TracerProvider] = []
+
+
+@cache
+def _provider() -> TracerProvider:
+    """Made at first use, when the switches are set."""
+    provider = TracerProvider(
+        sampler=ALWAYS_ON, resource=Resource({"service.name": "millstream-agent"}), shutdown_on_exit=False
+    )
+    provider.add_span_processor(_processor)
+    _tapped.append(provider)
+    return provider

@@ -1,0 +1,200 @@
+-- What the sink writes. A row's identity is the sorting key, so that what is sent again replaces its twin; both lie in
+-- the same partition, because that is the date within the rollout's id. Query the views (0002): they hold each row once.
+
+CREATE TABLE IF NOT EXISTS tasks_raw (
+    date Date,
+    rollout_id String CODEC(ZSTD(1)),
+    attempt Int32,
+    group_id String CODEC(ZSTD(1)),
+    group_size Int32,
+    input String CODEC(ZSTD(1)),
+    mode LowCardinality(String),
+    priority LowCardinality(String),
+    resources_id LowCardinality(Nullable(String)),
+    max_attempts Int32,
+    losses Int32,
+    max_losses Int32,
+    timeout_s Float64,
+    lease_s Float64,
+    unresponsive_s Nullable(Float64),
+    retry_on Array(LowCardinality(String)),
+    seed Nullable(Int64),
+    experiment_id LowCardinality(String),
+    metadata Map(LowCardinality(String), String) CODEC(ZSTD(1)),
+    created_at DateTime64(9, 'UTC'),
+    claimed UInt8, -- 1: as the runner that claimed it wrote it down, which may know more than the publisher did
+    topic LowCardinality(String),
+    partition Int32,
+    offset Int64
+) ENGINE = ReplacingMergeTree(claimed)
+PARTITION BY date
+ORDER BY (rollout_id, attempt)
+SETTINGS non_replicated_deduplication_window = 1000;
+
+-- One row for each status of an attempt: of the heartbeats (status running) the last is kept, of anything else the
+-- first, because that is the one which counts. `version` says which it is.
+CREATE TABLE IF NOT EXISTS attempts_raw (
+    date Date,
+    rollout_id String CODEC(ZSTD(1)),
+    attempt_id String CODEC(ZSTD(1)),
+    status LowCardinality(String),
+    attempt Int32,
+    worker_id LowCardinality(String),
+    time DateTime64(9, 'UTC'),
+    lease_s Float64,
+    error_type LowCardinality(String),
+    error_message String CODEC(ZSTD(1)),
+    error_stack String CODEC(ZSTD(1)),
+    span_counts Map(LowCardinality(String), Int64),
+    output Nullable(String) CODEC(ZSTD(1)),
+    state String CODEC(ZSTD(1)),
+    metadata Map(LowCardinality(String), String) CODEC(ZSTD(1)),
+    version Int64,
+    topic LowCardinality(String),
+    partition Int32,
+    offset Int64
+) ENGINE = ReplacingMergeTree(version)
+PARTITION BY date
+ORDER BY (rollout_id, attempt_id, status)
+SETTINGS non_replicated_deduplication_window = 1000;
+
+-- The adapter's marks on the events topic: their offsets compare with those of the attempts.
+CREATE TABLE IF NOT EXISTS rollout_ends_raw (
+    date Date,
+    rollout_id String CODEC(ZSTD(1)),
+    group_id String CODEC(ZSTD(1)),
+    group_size Int32,
+    experiment_id LowCardinality(String),
+    mode LowCardinality(String),
+    resources_id LowCardinality(Nullable(String)),
+    status LowCardinality(String),
+    attempt_id Nullable(String) CODEC(ZSTD(1)),
+    attempts Int32,
+    losses Int32,
+    turns Int32,
+    spans Int32,
+    reward Nullable(Float64),
+    model_version LowCardinality(Nullable(String)),
+    trainable Bool,
+    reason Nullable(String) CODEC(ZSTD(1)),
+    created_at DateTime64(9, 'UTC'),
+    started_at Nullable(DateTime64(9, 'UTC')),
+    ended_at DateTime64(9, 'UTC'),
+    version Int64,
+    topic LowCardinality(String),
+    partition Int32,
+    offset Int64
+) ENGINE = ReplacingMergeTree(version)
+PARTITION BY date
+ORDER BY rollout_id
+SETTINGS non_replicated_deduplication_window = 1000;
+
+-- Up to and including Links the columns of the OpenTelemetry Collector's ClickHouse exporter (its table otel_traces).
+CREATE TABLE IF NOT EXISTS spans_raw (
+    Date Date,
+    Timestamp DateTime64(9) CODEC(Delta, ZSTD(1)),
+    TraceId String CODEC(ZSTD(1)),
+    SpanId String CODEC(ZSTD(1)),
+    ParentSpanId String CODEC(ZSTD(1)),
+    TraceState String CODEC(ZSTD(1)),
+    SpanName LowCardinality(String) CODEC(ZSTD(1)),
+    SpanKind LowCardinality(String) CODEC(ZSTD(1)),
+    ServiceName LowCardinality(String) CODEC(ZSTD(1)),
+    ResourceAttributes Map(LowCardinality(String), String) CODEC(ZSTD(1)),
+    ScopeName String CODEC(ZSTD(1)),
+    ScopeVersion String CODEC(ZSTD(1)),
+    SpanAttributes Map(LowCardinality(String), String) CODEC(ZSTD(1)),
+    Duration UInt64 CODEC(ZSTD(1)), -- ns
+    StatusCode LowCardinality(String) CODEC(ZSTD(1)),
+    StatusMessage String CODEC(ZSTD(1)),
+    Events Nested (
+        Timestamp DateTime64(9),
+        Name LowCardinality(String),
+        Attributes Map(LowCardinality(String), String)
+    ) CODEC(ZSTD(1)),
+    Links Nested (
+        TraceId String,
+        SpanId String,
+        TraceState String,
+        Attributes Map(LowCardinality(String), String)
+    ) CODEC(ZSTD(1)),
+    RolloutId String CODEC(ZSTD(1)),
+    AttemptId String CODEC(ZSTD(1)),
+    Source LowCardinality(String),
+    Kind LowCardinality(String),
+    Sequence Int64,
+    Reward Nullable(Float64),
+    RewardName LowCardinality(Nullable(String)),
+    ModelVersion LowCardinality(Nullable(String)),
+    PromptTokens UInt32,
+    ResponseTokens UInt32,
+    Topic LowCardinality(String),
+    Partition Int32,
+    Offset Int64,
+    INDEX idx_trace_id TraceId TYPE bloom_filter(0.001) GRANULARITY 1
+) ENGINE = ReplacingMergeTree
+PARTITION BY Date
+ORDER BY (RolloutId, AttemptId, Source, Sequence, SpanId)
+SETTINGS non_replicated_deduplication_window = 1000;
+
+CREATE TABLE IF NOT EXISTS triplets_raw (
+    date Date,
+    rollout_id String CODEC(ZSTD(1)),
+    attempt_id String CODEC(ZSTD(1)),
+    turn Int32,
+    group_id String CODEC(ZSTD(1)),
+    experiment_id LowCardinality(String),
+    mode LowCardinality(String),
+    resources_id LowCardinality(Nullable(String)),
+    span_id String CODEC(ZSTD(1)),
+    prompt String CODEC(ZSTD(1)),
+    response String CODEC(ZSTD(1)),
+    prompt_token_ids String CODEC(ZSTD(1)), -- int32, little-endian
+    response_token_ids String CODEC(ZSTD(1)), -- int32, little-endian
+    response_logprobs String CODEC(ZSTD(1)), -- float32, little-endian
+    reward Nullable(Float64),
+    model_version LowCardinality(Nullable(String)),
+    agent_name LowCardinality(Nullable(String)),
+    trainable Bool,
+    reason Nullable(String) CODEC(ZSTD(1)),
+    metadata Map(LowCardinality(String), String) CODEC(ZSTD(1)),
+    topic LowCardinality(String),
+    partition Int32,
+    offset Int64
+) ENGINE = ReplacingMergeTree
+PARTITION BY date
+ORDER BY (rollout_id, attempt_id, turn)
+SETTINGS non_replicated_deduplication_window = 1000;
+
+-- As on the compacted topic, the last of each kind and name counts.
+CREATE TABLE IF NOT EXISTS controls_raw (
+    kind LowCardinality(String),
+    name String,
+    experiment_id LowCardinality(String),
+    body String CODEC(ZSTD(1)),
+    created_at DateTime64(9, 'UTC'),
+    topic LowCardinality(String),
+    partition Int32,
+    offset Int64
+) ENGINE = ReplacingMergeTree(created_at)
+ORDER BY (kind, name)
+SETTINGS non_replicated_deduplication_window = 1000;
+
+CREATE TABLE IF NOT EXISTS dead_letters_raw (
+    source_topic LowCardinality(String),
+    source_partition Int32,
+    source_offset Int64,
+    role LowCardinality(String),
+    reason LowCardinality(String),
+    error String CODEC(ZSTD(1)),
+    time DateTime64(9, 'UTC'),
+    key Nullable(String),
+    value Nullable(String) CODEC(ZSTD(1)),
+    headers Map(LowCardinality(String), String),
+    written_at DateTime64(3, 'UTC'), -- the refused record's own timestamp
+    topic LowCardinality(String),
+    partition Int32,
+    offset Int64
+) ENGINE = ReplacingMergeTree
+ORDER BY (source_topic, source_partition, source_offset, role, reason)
+SETTINGS non_replicated_deduplication_window = 1000;

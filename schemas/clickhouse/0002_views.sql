@@ -1,0 +1,212 @@
+-- What people query: exact at every moment, whatever has been sent again. A row and its twin lie in the same partition,
+-- so FINAL need not look across partitions.
+
+-- Every publication of a task; `attempt` counts them.
+CREATE OR REPLACE VIEW tasks AS
+SELECT * EXCEPT (date, claimed)
+FROM tasks_raw FINAL
+SETTINGS do_not_merge_across_partitions_select_final = 1;
+
+CREATE OR REPLACE VIEW spans AS
+SELECT * EXCEPT (Date)
+FROM spans_raw FINAL
+SETTINGS do_not_merge_across_partitions_select_final = 1;
+
+-- Token ids and logprobs as arrays.
+CREATE OR REPLACE VIEW triplets AS
+SELECT
+    * EXCEPT (date, prompt_token_ids, response_token_ids, response_logprobs, topic, partition, offset),
+    toUInt32(intDiv(length(prompt_token_ids), 4)) AS prompt_tokens,
+    toUInt32(intDiv(length(response_token_ids), 4)) AS response_tokens,
+    arrayMap(i -> reinterpretAsInt32(substring(r.prompt_token_ids, 4 * i + 1, 4)), range(intDiv(length(r.prompt_token_ids), 4))) AS prompt_token_ids,
+    arrayMap(i -> reinterpretAsInt32(substring(r.response_token_ids, 4 * i + 1, 4)), range(intDiv(length(r.response_token_ids), 4))) AS response_token_ids,
+    arrayMap(i -> reinterpretAsFloat32(substring(r.response_logprobs, 4 * i + 1, 4)), range(intDiv(length(r.response_logprobs), 4))) AS response_logprobs,
+    topic, partition, offset
+FROM triplets_raw AS r FINAL
+SETTINGS do_not_merge_across_partitions_select_final = 1;
+
+-- One row per attempt. The first terminal event counts, unless the adapter's mark (retry, or the rollout's end) lies
+-- before it: then the attempt is lost, and whatever it still wrote is late. The rules are those of `schemas.status`.
+CREATE OR REPLACE VIEW attempts AS
+WITH
+    status IN ('succeeded', 'failed', 'timeout', 'unresponsive', 'cancelled', 'lost') AS terminal,
+    events AS (
+        SELECT
+            rollout_id,
+            attempt_id,
+            any(attempt) AS attempt,
+            anyIf(worker_id, status != 'retry') AS worker_id,
+            minIf(time, status = 'preparing') AS started_at,
+            maxIf(time, status != 'retry') AS last_seen,
+            countIf(status = 'running') > 0 AS running,
+            maxIf(offset, status IN ('preparing', 'running')) AS live_offset,
+            minOrNullIf(offset, terminal) AS final_offset,
+            argMinIf(status, offset, terminal) AS final_status,
+            argMinIf(time, offset, terminal) AS final_time,
+            argMinIf(error_type, offset, terminal) AS final_error_type,
+            argMinIf(error_message, offset, terminal) AS final_error_message,
+            argMinIf(error_stack, offset, terminal) AS final_error_stack,
+            argMinIf(span_counts, offset, terminal) AS final_span_counts,
+            argMinIf(output, offset, terminal) AS final_output,
+            argMinIf(metadata, offset, terminal) AS final_metadata,
+            minOrNullIf(offset, status = 'retry') AS retry_offset,
+            minOrNullIf(time, status = 'retry') AS retry_time
+        FROM attempts_raw FINAL
+        GROUP BY rollout_id, attempt_id
+        HAVING countIf(status = 'preparing') > 0
+    ),
+    ends AS (
+        SELECT rollout_id, toNullable(offset) AS end_offset, toNullable(ended_at) AS end_time
+        FROM rollout_ends_raw FINAL
+    )
+SELECT
+    events.rollout_id AS rollout_id,
+    events.attempt_id AS attempt_id,
+    attempt,
+    multiIf(ended, final_status, retry_offset IS NOT NULL OR end_offset IS NOT NULL, 'lost', running, 'running', 'preparing') AS status,
+    worker_id,
+    started_at,
+    last_seen,
+    if(ended, final_time, coalesce(retry_time, end_time)) AS ended_at,
+    dateDiff('nanosecond', started_at, ended_at) / 1e9 AS duration_s,
+    if(ended, final_error_type, '') AS error_type,
+    if(ended, final_error_message, '') AS error_message,
+    if(ended, final_error_stack, '') AS error_stack,
+    if(ended, final_span_counts, map()) AS span_counts,
+    if(ended AND final_status = 'succeeded', final_output, NULL) AS output,
+    if(ended, final_metadata, map()) AS metadata,
+    retry_offset,
+    least(events.live_offset, coalesce(retry_offset, final_offset, events.live_offset)) AS live_offset,
+    final_offset IS NOT NULL
+        AND final_offset < coalesce(retry_offset, 9223372036854775807)
+        AND final_offset < coalesce(end_offset, 9223372036854775807) AS ended
+FROM events
+LEFT JOIN ends ON events.rollout_id = ends.rollout_id
+SETTINGS do_not_merge_across_partitions_select_final = 1, join_use_nulls = 0;
+
+-- One row per rollout. Its end decides; until there is one, so do its attempts. Tokens are those of the deciding
+-- attempt's LLM calls.
+CREATE OR REPLACE VIEW rollouts AS
+WITH
+    latest AS (
+        SELECT
+            rollout_id,
+            argMax(group_id, attempt) AS group_id,
+            argMax(group_size, attempt) AS group_size,
+            argMax(experiment_id, attempt) AS experiment_id,
+            argMax(mode, attempt) AS mode,
+            argMax(priority, attempt) AS priority,
+            argMax(input, attempt) AS input,
+            argMax(resources_id, attempt) AS resources_id,
+            argMax(metadata, attempt) AS metadata,
+            argMax(losses, attempt) AS losses,
+            min(created_at) AS created_at
+        FROM tasks_raw FINAL
+        GROUP BY rollout_id
+    ),
+    tried AS (
+        SELECT
+            rollout_id,
+            count() AS attempts,
+            countIf(status IN ('preparing', 'running')) AS live,
+            max(retry_offset) AS last_retry,
+            max(live_offset) AS last_live,
+            min(started_at) AS started_at,
+            anyIf(output, status = 'succeeded') AS output,
+            argMaxIf((error_type, error_message), live_offset, error_type != '') AS failure
+        FROM attempts
+        GROUP BY rollout_id
+    ),
+    ends AS (SELECT *, toNullable(ended_at) AS end_time FROM rollout_ends_raw FINAL),
+    tokens AS (
+        SELECT
+            rollout_id,
+            sum(intDiv(length(prompt_token_ids), 4)) AS prompt_tokens,
+            sum(intDiv(length(response_token_ids), 4)) AS response_tokens
+        FROM triplets_raw FINAL
+        GROUP BY rollout_id
+    )
+SELECT
+    latest.rollout_id AS rollout_id,
+    latest.group_id AS group_id,
+    latest.group_size AS group_size,
+    latest.experiment_id AS experiment_id,
+    latest.mode AS mode,
+    priority,
+    input,
+    latest.resources_id AS resources_id,
+    multiIf(
+        end_time IS NOT NULL, ends.status,
+        tried.attempts = 0, 'queued',
+        tried.live = 0 AND tried.last_retry >= tried.last_live, 'retrying',
+        'running'
+    ) AS status,
+    if(end_time IS NOT NULL, ends.attempts, toInt32(tried.attempts)) AS attempts,
+    if(end_time IS NOT NULL, ends.losses, latest.losses) AS losses,
+    ends.turns AS turns,
+    ends.spans AS spans,
+    ends.reward AS reward,
+    ends.model_version AS model_version,
+    if(end_time IS NULL, NULL, ends.trainable) AS trainable,
+    ends.reason AS reason,
+    tried.output AS output,
+    if(end_time IS NOT NULL AND ends.status = 'succeeded', '', tried.failure.1) AS error_type,
+    if(end_time IS NOT NULL AND ends.status = 'succeeded', '', tried.failure.2) AS error_message,
+    latest.created_at AS created_at,
+    if(tried.attempts = 0, NULL, toNullable(tried.started_at)) AS started_at,
+    end_time AS ended_at,
+    dateDiff('nanosecond', created_at, started_at) / 1e9 AS queued_s,
+    dateDiff('nanosecond', started_at, ended_at) / 1e9 AS duration_s,
+    tokens.prompt_tokens AS prompt_tokens,
+    tokens.response_tokens AS response_tokens,
+    latest.metadata AS metadata
+FROM latest
+LEFT JOIN tried ON latest.rollout_id = tried.rollout_id
+LEFT JOIN ends ON latest.rollout_id = ends.rollout_id
+LEFT JOIN tokens ON latest.rollout_id = tokens.rollout_id
+SETTINGS do_not_merge_across_partitions_select_final = 1, join_use_nulls = 0;
+
+CREATE OR REPLACE VIEW rewards AS
+SELECT
+    RolloutId AS rollout_id,
+    AttemptId AS attempt_id,
+    Timestamp AS time,
+    ifNull(RewardName, '') AS name,
+    assumeNotNull(Reward) AS value,
+    Source AS source,
+    Sequence AS sequence,
+    SpanId AS span_id
+FROM spans_raw FINAL
+WHERE Reward IS NOT NULL
+SETTINGS do_not_merge_across_partitions_select_final = 1;
+
+CREATE OR REPLACE VIEW tool_calls AS
+SELECT
+    RolloutId AS rollout_id,
+    AttemptId AS attempt_id,
+    Timestamp AS time,
+    if(mapContains(SpanAttributes, 'gen_ai.tool.name'), SpanAttributes['gen_ai.tool.name'], SpanName) AS name,
+    SpanAttributes['gen_ai.tool.call.arguments'] AS arguments,
+    SpanAttributes['gen_ai.tool.call.result'] AS result,
+    StatusCode != 'Error' AND NOT mapContains(SpanAttributes, 'error.type') AS succeeded,
+    if(StatusMessage = '', SpanAttributes['error.type'], StatusMessage) AS error_message,
+    Duration / 1e9 AS duration_s,
+    SpanId AS span_id
+FROM spans_raw FINAL
+WHERE Kind = 'tool'
+SETTINGS do_not_merge_across_partitions_select_final = 1;
+
+-- One row per version; `items` maps each name to its JSON, `model_version` is that of its first model.
+CREATE OR REPLACE VIEW resources AS
+SELECT
+    name AS resources_id,
+    experiment_id,
+    created_at,
+    mapFromArrays(JSONExtractKeys(body), arrayMap(kv -> kv.2, JSONExtractKeysAndValuesRaw(body))) AS items,
+    arrayFirst(v -> v != '', arrayMap(kv -> JSONExtractString(kv.2, 'model_version'), JSONExtractKeysAndValuesRaw(body))) AS model_version
+FROM controls_raw FINAL
+WHERE kind = 'resources';
+
+CREATE OR REPLACE VIEW dead_letters AS
+SELECT *
+FROM dead_letters_raw FINAL;

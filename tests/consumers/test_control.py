@@ -1,0 +1,69 @@
+"""Following the control topic."""
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from millstream.consumers.control import ControlFollower
+from millstream.pipeline.memory_log import MemoryLog
+from millstream.producers.control import publish_control, publish_resources
+from millstream.schemas.ids import derived_id
+from millstream.schemas.records import Control
+from millstream.schemas.resources import LLM, PromptTemplate, Resources
+from millstream.schemas.topics import Topics
+
+TOPICS = Topics("t", 2)
+
+
+def version(number: int, experiment: str = "e") -> Resources:
+    items = {"policy": LLM(model="policy", model_version=f"r.0.{number}"), "ask": PromptTemplate(template="{q}?")}
+    return Resources(resources_id=derived_id(number * 10**9, experiment), experiment_id=experiment, items=items)
+
+
+@pytest.fixture(params=[False, True], ids=["live", "encoded"])
+def log(request: pytest.FixtureRequest) -> MemoryLog:
+    return MemoryLog(TOPICS, encode=request.param)
+
+
+@pytest.fixture
+async def follower(log: MemoryLog) -> AsyncIterator[ControlFollower]:
+    await publish_resources(log.producer(), TOPICS, version(1))
+    follower = ControlFollower(log, TOPICS)
+    await follower.start()
+    yield follower
+    await follower.close()
+
+
+async def test_what_was_there_before_is_known_after_the_start(follower: ControlFollower) -> None:
+    assert follower.latest("e") == version(1)
+    assert follower.latest("another") is None
+
+
+async def test_the_latest_of_an_experiment_and_pinned_versions(log: MemoryLog, follower: ControlFollower) -> None:
+    producer = log.producer()
+    await publish_resources(producer, TOPICS, version(3))
+    await publish_resources(producer, TOPICS, version(2))  # announced late, but older
+    await publish_resources(producer, TOPICS, version(9, ""))
+    await follower.wait_until_current()
+    assert follower.latest("e") == version(3)
+    assert follower.pinned(version(2).resources_id) == version(2)
+    assert follower.latest("another") == version(9, "")
+
+
+async def test_the_last_record_of_a_key_holds_and_a_broken_one_is_left_out(
+    log: MemoryLog, follower: ControlFollower, caplog: pytest.LogCaptureFixture
+) -> None:
+    producer = log.producer()
+    for body in ("1", "2"):
+        await publish_control(producer, TOPICS, Control(kind="pause", name="e", body=body, created_at=1))
+    await publish_control(
+        producer, TOPICS, Control(kind="resources", name="x", experiment_id="e", body="?", created_at=1)
+    )
+    producer.send(TOPICS.control, b"garbage", key="pause/e")
+    await follower.wait_until_current()
+    found = follower.get("pause", "e")
+    assert found is not None
+    assert found.body == "2"
+    assert follower.latest("e") == version(1)
+    assert "t.control[0]@3 is left out: resources x" in caplog.text
+    assert "t.control[0]@4 is left out" in caplog.text

@@ -1,0 +1,173 @@
+"""Both demos as a newcomer runs them, against the agent's own ledger, with controls that must not learn."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.torch, pytest.mark.timeout(900)]
+BOTH = pytest.mark.parametrize("kafka", [False, pytest.param(True, marks=pytest.mark.kafka)], ids=["memory", "kafka"])
+
+
+class Demo:
+    """One run of the demo in a process of its own."""
+
+    def __init__(self, folder, *options):
+        self.folder = folder
+        self.ledger_file = folder / "ledger.jsonl"
+        self.environment = os.environ | {
+            "CALCULATOR_LEDGER": str(self.ledger_file),
+            "MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{folder / 'run' / 'store'}",
+        }
+        self.output = folder / "output.txt"
+        with self.output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "examples.calculator.demo", "--run-dir", folder / "run", *options],
+                cwd=ROOT,
+                env=self.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait(self):
+        code = self.process.wait()
+        if not (self.folder / "run" / "summary.json").exists():
+            pytest.fail(f"the demo ended with {code}:\n{self.output.read_text()[-5000:]}")
+        return code
+
+    @property
+    def summary(self):
+        return json.loads((self.folder / "run" / "summary.json").read_text())
+
+    @property
+    def trained(self):
+        return json.loads((self.folder / "run" / "train.json").read_text())
+
+    def sql(self, query):
+        """Rows, as somebody at a terminal gets them."""
+        answer = subprocess.run(
+            [sys.executable, "-m", "millstream.pipeline", "sql", "--json", query],
+            cwd=ROOT,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return json.loads(answer.stdout)
+
+    def ledger(self):
+        """Right answers by rollout and step, as the agent wrote them down itself."""
+        found = defaultdict(dict)
+        for line in self.ledger_file.read_text().splitlines():
+            entry = json.loads(line)
+            assert entry["step"] not in found[entry["rollout"]], f"ran twice: {entry}"
+            found[entry["rollout"]][entry["step"]] = entry["right"]
+        return found
+
+
+def compare_with_ledger(demo):
+    """What the store says, and what the trainer used, is what the agent did."""
+    ledger = demo.ledger()
+    succeeded = {r["rollout_id"]: r for r in demo.sql("SELECT * FROM rollouts WHERE status = 'succeeded'")}
+    assert succeeded.keys() <= ledger.keys()
+    expected = {rollout: 0.5 * sum(ledger[rollout].values()) for rollout in succeeded}
+    assert {rollout: row["reward"] for rollout, row in succeeded.items()} == expected
+
+    counts = demo.sql(
+        "SELECT RolloutId AS rollout, countIf(Kind = 'reward') AS rewards, "
+        "countIf(Kind = 'llm' AND Source = 'proxy') AS calls FROM spans GROUP BY rollout"
+    )
+    counts = {row["rollout"]: (row["rewards"], row["calls"]) for row in counts if row["rollout"] in succeeded}
+    assert counts == {rollout: (len(ledger[rollout]), len(ledger[rollout])) for rollout in succeeded}
+
+    used = defaultdict(dict)
+    for row in demo.sql("SELECT rollout_id, turn, reward, trainable FROM triplets"):
+        assert row["trainable"]
+        used[row["rollout_id"]][row["turn"]] = row["reward"]
+    assert used == {rollout: {step: 0.5 * right for step, right in ledger[rollout].items()} for rollout in succeeded}
+
+    (ends,) = demo.sql("SELECT count() AS ended, uniqExact(rollout_id) AS ids FROM rollouts WHERE status != 'queued'")
+    assert ends["ended"] == ends["ids"] == demo.summary["rollouts"] == demo.trained["rollouts"]
+
+    by_version = defaultdict(list)
+    for row in succeeded.values():
+        if row["mode"] == "train":
+            by_version[row["model_version"]].append(expected[row["rollout_id"]])
+    for step in demo.trained["steps"]:
+        rewards = by_version[step["model_version"]]
+        assert step["reward"] == pytest.approx(sum(rewards) / len(rewards))
+
+
+def check_summary(demo):
+    keys = {
+        "first_reward",
+        "validation_reward",
+        "seconds",
+        "rollouts",
+        "rollouts_per_second",
+        "spans",
+        "by_version",
+    }
+    assert keys <= demo.summary.keys()
+    assert len(demo.summary["by_version"]) >= len(demo.trained["steps"])
+
+
+def test_the_agent_learns_in_one_process(tmp_path):
+    demo = Demo(tmp_path)
+    assert demo.wait() == 0, demo.output.read_text()[-3000:]
+    check_summary(demo)
+    assert demo.summary["first_reward"] < 0.4
+    assert demo.summary["validation_reward"] > 0.9
+    assert demo.trained["validation_failed"] == 0
+    compare_with_ledger(demo)
+
+
+@pytest.mark.kafka
+@pytest.mark.chaos
+def test_the_agent_learns_over_kafka_although_a_runner_is_killed(tmp_path):
+    demo = Demo(tmp_path, "--kafka")
+    pids = tmp_path / "run" / "log" / "processes.json"
+    while demo.process.poll() is None and demo.output.read_text().count("step ") < 5:
+        time.sleep(0.1)
+    started = json.loads(pids.read_text())
+    assert set(started) == {"sink", "adapter", "proxy", "runner-1", "runner-2", "trainer"}
+    os.kill(started["runner-1"], signal.SIGKILL)
+    assert demo.wait() == 0, demo.output.read_text()[-3000:]
+    assert "runner-1 ended (killed by SIGKILL)" in demo.output.read_text()
+    check_summary(demo)
+    assert demo.summary["validation_reward"] > 0.9
+    compare_with_ledger(demo)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in started.values())
+
+
+@BOTH
+@pytest.mark.parametrize(
+    "control", [("--lr", "0"), ("--adapter", "examples.calculator.controls:zero_rewards")], ids=["lr=0", "zero rewards"]
+)
+def test_controls_stay_flat(tmp_path, kafka, control):
+    demo = Demo(tmp_path, "--max-steps", "8", *control, *["--kafka"][: int(kafka)])
+    assert demo.wait() == 1
+    assert demo.summary["validation_reward"] < 0.1
+    assert all(step["reward"] < 0.1 for step in demo.trained["steps"])
+
+
+@pytest.mark.kafka
+def test_ctrl_c_leaves_nothing_behind(tmp_path):
+    demo = Demo(tmp_path, "--kafka")
+    pids = tmp_path / "run" / "log" / "processes.json"
+    while demo.process.poll() is None and "step " not in demo.output.read_text():
+        time.sleep(0.1)
+    started = json.loads(pids.read_text())
+    demo.process.send_signal(signal.SIGINT)
+    assert demo.process.wait(60) == 130
+    assert len(started) == 6
+    assert not any(Path(f"/proc/{pid}").exists() for pid in started.values())
+    left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout
+    assert left == ""

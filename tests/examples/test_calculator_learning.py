@@ -1,0 +1,128 @@
+"""Engine, agent and GRPO in a bare loop, without a log: does the example learn at all, and only when it is taught?"""
+
+import asyncio
+import importlib
+import struct
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch")
+
+from examples.calculator import model
+from examples.calculator.tasks import make_tasks
+from millstream.pipeline.algorithms.grpo import GRPO
+from millstream.pipeline.batches import FinishedRollout, Group
+from millstream.pipeline.engine import Engine
+from millstream.schemas.records import RolloutEnd, Triplet
+
+pytestmark = [pytest.mark.torch, pytest.mark.slow]
+
+
+class BareLoop:
+    """Runs the agent in threads, its client wired to the engine, its rewards to this object."""
+
+    def __init__(self, folder: Any, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **settings: Any) -> None:
+        model.create(folder, seed)
+        self.engine = Engine(folder, seed=seed)
+        self.algorithm = GRPO(folder, seed=seed, **settings)
+        self.local = threading.local()
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+        self.pool = ThreadPoolExecutor(32)
+        monkeypatch.setenv("OPENAI_API_KEY", "unused")
+        self.agent = importlib.import_module("examples.calculator.agent")
+        completions = SimpleNamespace(create=self._create)
+        monkeypatch.setattr(self.agent, "client", SimpleNamespace(chat=SimpleNamespace(completions=completions)))
+        monkeypatch.setattr(self.agent, "score", lambda step, right, rollout: self.local.rewards.append(right / 2))
+        monkeypatch.setattr(self.agent, "tool_called", lambda word, known: None)
+
+    def close(self) -> None:
+        asyncio.run_coroutine_threadsafe(self.engine.close(), self.loop).result()
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+        self.pool.shutdown()
+
+    def _create(self, **request: Any) -> Any:
+        asked = self.engine.chat(request | {"logprobs": True, "return_token_ids": True, **self.sampling})
+        answer = asyncio.run_coroutine_threadsafe(asked, self.loop).result()
+        assert answer.status == 200, answer.body
+        self.local.answers.append(answer)
+        message = SimpleNamespace(**answer.body["choices"][0]["message"])
+        return SimpleNamespace(choices=[SimpleNamespace(message=message)])
+
+    def rollout(self, task: dict[str, Any], group: int) -> FinishedRollout:
+        self.local.answers, self.local.rewards = [], []
+        self.agent.agent(task)
+        triplets = []
+        for turn, (answer, reward) in enumerate(zip(self.local.answers, self.local.rewards, strict=True)):
+            choice = answer.body["choices"][0]
+            logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+            triplets.append(
+                Triplet(
+                    rollout_id="r",
+                    attempt_id="a",
+                    group_id=str(group),
+                    turn=turn,
+                    span_id="s",
+                    prompt="",
+                    response=choice["message"]["content"],
+                    prompt_token_ids=struct.pack(f"<{len(answer.body['prompt_token_ids'])}i", *answer.body["prompt_token_ids"]),
+                    response_token_ids=struct.pack(f"<{len(choice['token_ids'])}i", *choice["token_ids"]),
+                    response_logprobs=struct.pack(f"<{len(logprobs)}f", *logprobs),
+                    reward=reward,
+                    model_version=answer.model_version,
+                )
+            )
+        end = RolloutEnd(
+            rollout_id="r",
+            group_id=str(group),
+            group_size=8,
+            status="succeeded",
+            attempts=1,
+            reward=sum(self.local.rewards),
+            created_at=0,
+            ended_at=0,
+        )
+        return FinishedRollout(end, tuple(triplets))
+
+    def reward(self, tasks: list[Any], temperature: float = 1.0) -> float:
+        self.sampling = {"temperature": temperature}
+        return fmean(m.end.reward or 0.0 for m in self.pool.map(self.rollout, tasks, range(len(tasks))))
+
+    def step(self, number: int, seed: int = 0) -> tuple[float, dict[str, float]]:
+        self.sampling = {}
+        size = self.algorithm.group_size
+        tasks = make_tasks(self.algorithm.groups_per_step, "train", seed=1000 * seed + number)
+        jobs = [(task, g) for g, task in enumerate(tasks) for _ in range(size)]
+        members = list(self.pool.map(self.rollout, *zip(*jobs, strict=True)))
+        groups = [Group(str(g), tuple(members[g * size : (g + 1) * size])) for g in range(len(tasks))]
+        metrics = self.algorithm.update(groups)
+        self.engine.load(self.algorithm.weights(), f"0.0.{number + 1}")
+        return fmean(m.end.reward or 0.0 for m in members), metrics
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    seed, steps = int(sys.argv[1]), int(sys.argv[2])
+    loop = BareLoop(tempfile.mkdtemp(), pytest.MonkeyPatch(), seed, **eval(sys.argv[3]) if len(sys.argv) > 3 else {})
+    start = time.perf_counter()
+    val = make_tasks(100, "val")
+    gone = 0.0
+    for i in range(steps):
+        a = time.perf_counter()
+        reward, metrics = loop.step(i, seed)
+        gone += time.perf_counter() - a
+        if i % 10 == 9 or i == 0:
+            print(i + 1, f"{reward:.3f} val1 {loop.reward(val):.3f} val0 {loop.reward(val, 0.0):.3f} {gone:.1f}s",
+                  {k: round(v, 4) for k, v in metrics.items()}, flush=True)
+    loop.close()

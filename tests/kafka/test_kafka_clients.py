@@ -1,0 +1,205 @@
+"""What only a real broker shows of the two clients."""
+
+import asyncio
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+from aiokafka import AIOKafkaProducer
+
+from millstream.consumers.port import Consumer
+from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.kafka_log import KafkaLog
+from millstream.producers import kafka as kafka_producer
+from millstream.schemas.errors import BufferFull, LogUnavailable
+from millstream.schemas.log import LogRecord, Partition
+from millstream.schemas.settings import Settings, load_settings
+from millstream.schemas.topics import partition_of
+
+MakeSettings = Callable[..., Settings]
+
+
+async def read(consumer: Consumer, count: int, deadline_s: float = 60.0) -> list[LogRecord]:
+    found: list[LogRecord] = []
+    deadline = time.monotonic() + deadline_s
+    while len(found) < count and time.monotonic() < deadline:
+        found += [r for r in await consumer.poll(1000, 0.5) if isinstance(r, LogRecord)]
+    return found
+
+
+def events(settings: Settings) -> list[Partition]:
+    return [Partition(settings.topics.events, n) for n in range(settings.kafka_partitions)]
+
+
+@pytest.mark.kafka
+async def test_both_clients_place_a_key_where_our_partitioner_says(kafka_settings: MakeSettings) -> None:
+    settings = kafka_settings(kafka_partitions=8)
+    log, topic = KafkaLog(settings), settings.topics.events
+    await log.create_topics()
+    keys = [f"rollout/{n}·ü" for n in range(1000)]
+    producer = log.producer()
+    for key in keys:
+        producer.send(topic, b"librdkafka", key=key)
+    producer.close(30.0)
+    async with AIOKafkaProducer(bootstrap_servers=settings.kafka_bootstrap_servers) as other:
+        for sent in [await other.send(topic, b"aiokafka", key=key.encode()) for key in keys]:
+            await sent
+    consumer = log.consumer()
+    await consumer.assign(events(settings))
+    found = await read(consumer, 2000)
+    await consumer.close()
+    expected = Counter({(key, partition_of(key, 8)): 2 for key in keys})
+    assert Counter((r.key, r.partition.number) for r in found) == expected
+
+
+@pytest.mark.kafka
+async def test_records_without_a_key_go_round_the_partitions(kafka_settings: MakeSettings) -> None:
+    settings = kafka_settings()
+    log, topic = KafkaLog(settings), settings.topics.tasks("normal")
+    await log.create_topics()
+    producer = log.producer()
+    for _ in range(8 * 4):
+        producer.send(topic, b"task")
+    producer.close(30.0)
+    consumer = log.consumer()
+    ends = await consumer.end_offsets(Partition(topic, n) for n in range(4))
+    assert set(ends.values()) == {8}
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("eof", [False, True], ids=["aiokafka", "librdkafka"])
+async def test_a_record_of_the_largest_size_passes_and_its_neighbour_too(
+    kafka_settings: MakeSettings, eof: bool
+) -> None:
+    settings = kafka_settings(kafka_partitions=1)
+    log, topic = KafkaLog(settings), settings.topics.events
+    await log.create_topics()
+    large = random.Random(1).randbytes(settings.max_record_bytes)  # nothing to compress
+    producer = log.producer()
+    producer.send(topic, b"before", partition=0)
+    producer.send(topic, large, partition=0)
+    producer.send(topic, b"after", partition=0)
+    producer.close(30.0)
+    consumer = log.consumer(eof=eof)
+    await consumer.assign(events(settings))
+    assert [r.value for r in await read(consumer, 3)] == [b"before", large, b"after"]
+    await consumer.close()
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("transactions", [False, True], ids=["aiokafka", "librdkafka"])
+async def test_an_outage_of_the_broker_loses_and_repeats_nothing(
+    kafka_settings: MakeSettings, kafka_broker: LocalKafka, transactions: bool
+) -> None:
+    settings = kafka_settings()
+    log, topic = KafkaLog(settings), settings.topics.events
+    await log.create_topics()
+    consumer = log.consumer(f"{settings.topic_prefix}.team", transactions=transactions)
+    await consumer.subscribe([topic])
+    producer = log.producer()
+    acks: list[Exception | None] = []
+    stop = threading.Event()
+    sent = 0
+
+    def send_steadily() -> None:
+        nonlocal sent
+        while not stop.is_set():
+            producer.send(topic, b"%d" % sent, partition=sent % 4, on_ack=lambda error, _: acks.append(error))
+            sent += 1
+            time.sleep(0.002)
+
+    sender = threading.Thread(target=send_steadily)
+    sender.start()
+    try:
+        found = await read(consumer, 100)
+        await asyncio.to_thread(kafka_broker.kill)
+        found += await read(consumer, 10_000, deadline_s=1.0)  # whatever was fetched before
+        await asyncio.to_thread(kafka_broker.up)
+        found += await read(consumer, 100)
+    finally:
+        stop.set()
+        sender.join()
+    producer.close(60.0)
+    found += await read(consumer, sent - len(found))
+    found += await read(consumer, 1, deadline_s=1.0)
+    await consumer.close()
+    assert acks == [None] * sent
+    assert Counter(int(r.value) for r in found if isinstance(r.value, bytes)) == Counter(range(sent))
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("eof", [False, True], ids=["aiokafka", "librdkafka"])
+async def test_ends_count_what_an_open_transaction_has_written(kafka_settings: MakeSettings, eof: bool) -> None:
+    settings = kafka_settings(kafka_partitions=1)
+    log, topic = KafkaLog(settings), settings.topics.events
+    await log.create_topics()
+    (partition,) = events(settings)
+    consumer = log.consumer(eof=eof)
+    await consumer.assign([partition])
+    producer = log.transactional_producer(f"{settings.topic_prefix}.writer")
+    producer.init_transactions(30.0)
+    producer.begin_transaction()
+    for _ in range(3):
+        producer.send(topic, b"open", partition=0)
+    producer.flush(20.0)
+    assert await consumer.end_offsets([partition]) == {partition: 3}
+    assert await read(consumer, 1, deadline_s=0.5) == []
+
+    late = log.consumer(eof=eof)  # whoever begins at the end still sees what is committed from now on
+    await late.assign([partition], "end")
+    producer.commit_transaction(20.0)
+    assert len(await read(consumer, 3)) == 3
+    assert len(await read(late, 3)) == 3
+    assert await consumer.end_offsets([partition]) == {partition: 4}  # the commit itself takes an offset
+    await read(consumer, 1, deadline_s=0.5)
+    assert consumer.position(partition) == 4
+    for reader in (consumer, late):
+        await reader.close()
+    producer.close()
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("eof", [False, True], ids=["aiokafka", "librdkafka"])
+async def test_a_cancelled_poll_loses_nothing(kafka_settings: MakeSettings, eof: bool) -> None:
+    settings = kafka_settings(kafka_partitions=1)
+    log, topic = KafkaLog(settings), settings.topics.events
+    await log.create_topics()
+    consumer = log.consumer(eof=eof)
+    await consumer.assign(events(settings))
+    producer = log.producer()
+    found: list[LogRecord] = []
+    for n in range(40):
+        poll = asyncio.create_task(consumer.poll(1000, 5.0))
+        producer.send(topic, b"%d" % n, partition=0)
+        await asyncio.sleep(0.0005 * n)  # before, while and after the record comes
+        poll.cancel()
+        try:
+            found += [r for r in await poll if isinstance(r, LogRecord)]
+        except asyncio.CancelledError:
+            continue
+    producer.close(30.0)
+    found += await read(consumer, 40 - len(found), deadline_s=10.0)
+    await consumer.close()
+    assert [r.offset for r in found] == list(range(40))
+
+
+def test_a_full_buffer_is_told_and_so_is_every_record_that_was_never_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kafka_producer, "BUFFER_RECORDS", 10)
+    monkeypatch.setattr(kafka_producer, "BUFFER_WAIT_S", 0.2)
+    settings = load_settings(kafka_bootstrap_servers="127.0.0.1:1")
+    producer = kafka_producer.KafkaProducer(settings)
+    acks: list[tuple[Exception | None, int]] = []
+    for _ in range(10):
+        producer.send("t", b"x", partition=0, on_ack=lambda error, offset: acks.append((error, offset)))
+    with pytest.raises(BufferFull, match="kafka_bootstrap_servers"):
+        producer.send("t", b"x", partition=0)
+    with pytest.raises(LogUnavailable, match="10 records"):
+        producer.flush(0.2)
+    assert acks == []
+    with pytest.raises(LogUnavailable):
+        producer.close(0.2)
+    assert [offset for _, offset in acks] == [-1] * 10
+    assert all(error is not None for error, _ in acks)

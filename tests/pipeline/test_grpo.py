@@ -1,0 +1,172 @@
+import asyncio
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from examples.calculator import model
+from millstream.pipeline.algorithms.grpo import GRPO, batch_of, policy_loss
+from millstream.pipeline.batches import FinishedRollout, Group
+from millstream.pipeline.engine import Engine
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.records import RolloutEnd, Triplet
+
+pytestmark = pytest.mark.torch
+
+QUESTION = [{"role": "user", "content": "add 3 to 8 ?"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    model.create(path, seed=1)
+    return path
+
+
+def rollout(name: str, turns: Sequence[dict[str, Any]], status: str = "succeeded", **end: Any) -> FinishedRollout:
+    """``turns`` are fields of triplets."""
+    common = {"rollout_id": name, "attempt_id": "a", "group_id": "g", "span_id": "s", "prompt": "", "response": ""}
+    triplets = tuple(Triplet(**{**common, "turn": i, **fields}) for i, fields in enumerate(turns))
+    ended = RolloutEnd(
+        rollout_id=name, group_id="g", group_size=8, status=status, attempts=1, created_at=0, ended_at=0, **end
+    )
+    return FinishedRollout(ended, triplets)
+
+
+def data(prompt: Sequence[int], response: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any]:
+    return {
+        "prompt_token_ids": struct.pack(f"<{len(prompt)}i", *prompt),
+        "response_token_ids": struct.pack(f"<{len(response)}i", *response),
+        "response_logprobs": struct.pack(f"<{len(logprobs)}f", *logprobs),
+    }
+
+
+ANY = data([2, 5], [6], [-1.0])
+
+
+async def sampled(folder: Path, count: int, max_tokens: int = 1, weights: Any = None) -> list[dict[str, Any]]:
+    """Answers of the engine as triplet fields, rewarded in turns with 0 and 1."""
+    engine = Engine(folder, seed=3)
+    try:
+        if weights is not None:
+            engine.load(weights, "later")
+        request = {"messages": QUESTION, "max_tokens": max_tokens, "logprobs": True, "return_token_ids": True}
+        answers = await asyncio.gather(*(engine.chat(request) for _ in range(count)))
+    finally:
+        await engine.close()
+    found = []
+    for i, answer in enumerate(answers):
+        choice = answer.body["choices"][0]
+        logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+        found.append(data(answer.body["prompt_token_ids"], choice["token_ids"], logprobs) | {"reward": float(i % 2)})
+    return found
+
+
+def group(turns: Sequence[dict[str, Any]]) -> Group:
+    return Group("g", tuple(rollout(f"r{i}", [turn]) for i, turn in enumerate(turns)))
+
+
+def test_policy_loss_holds_back_only_what_leaves_the_clip_range() -> None:
+    log_ratio = torch.tensor([0.5, 2.0, 0.5, 2.0, 1.1]).log()
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0])
+    loss, clipped = policy_loss(log_ratio, advantage, (0.2, 0.28))
+    # min(ρA, clip(ρ)A): .5, 1.28, −.8, −2, 2.2
+    assert loss.item() == pytest.approx(-(0.5 + 1.28 - 0.8 - 2.0 + 2.2) / 5)
+    assert clipped.item() == pytest.approx(2 / 5)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 5])
+async def test_the_engines_logprobs_are_the_algorithms_own(folder: Path, max_tokens: int) -> None:
+    turns = await sampled(folder, 16, max_tokens)
+    metrics = GRPO(folder).update([group(turns)])
+    assert metrics["turns"] == 16
+    assert metrics["max_ratio_error"] < 1e-4
+
+
+async def test_a_wrong_token_shows_in_the_ratio(folder: Path) -> None:
+    turns = await sampled(folder, 8)
+    turns[0]["response_token_ids"] = struct.pack("<i", struct.unpack("<i", turns[0]["response_token_ids"])[0] ^ 1)
+    assert GRPO(folder).update([group(turns)])["max_ratio_error"] > 1e-3
+
+
+async def test_a_rewarded_answer_becomes_more_likely(folder: Path) -> None:
+    add, other = 6, 7
+    turns = await sampled(folder, 8)
+    base = GRPO(folder, entropy=0.0)
+    prompt = list(struct.unpack(f"<{len(turns[0]['prompt_token_ids']) // 4}i", turns[0]["prompt_token_ids"]))
+
+    def logprob(algorithm: GRPO, token: int) -> float:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            return float(torch.log_softmax(algorithm._model(ids).logits[0, -1], -1)[token])
+
+    before = logprob(base, add), logprob(base, other)
+    answers = [data(prompt, [add], [before[0]]) | {"reward": 1.0}, data(prompt, [other], [before[1]]) | {"reward": 0.0}]
+    base.update([group(answers * 4)])
+    assert logprob(base, add) > before[0]
+    assert logprob(base, other) < before[1]
+
+
+async def test_without_a_learning_rate_the_weights_stay(folder: Path) -> None:
+    algorithm = GRPO(folder, lr=0.0)
+    before = {name: tensor.clone() for name, tensor in algorithm.weights().items()}
+    algorithm.update([group(await sampled(folder, 8))])
+    assert all(torch.equal(before[name], tensor) for name, tensor in algorithm.weights().items())
+
+
+async def test_its_weights_fit_the_engine(folder: Path) -> None:
+    algorithm = GRPO(folder)
+    algorithm.update([group(await sampled(folder, 8))])
+    later = await sampled(folder, 8, weights=algorithm.weights())
+    assert algorithm.update([group(later)])["max_ratio_error"] < 1e-4
+
+
+async def test_going_on_from_a_state_is_exact(folder: Path) -> None:
+    batches = [group(await sampled(folder, 8)), group(await sampled(folder, 8, 3))]
+    straight, stopped, resumed = (GRPO(folder, minibatch=3, seed=5) for _ in range(3))
+    straight.update(batches[:1])
+    stopped.update(batches[:1])
+    resumed.load_state(stopped.state())
+    expected, found = straight.update(batches[1:]), resumed.update(batches[1:])
+    assert found == expected
+    assert all(torch.equal(straight.weights()[name], tensor) for name, tensor in resumed.weights().items())
+
+
+def test_remaining_members_are_used_and_small_groups_dropped() -> None:
+    good = rollout("good", [ANY | {"reward": 1.0}])
+    bad = rollout("bad", [ANY | {"reward": 0.0}])
+    failed = rollout("failed", [ANY | {"reward": 1.0}], status="failed")
+    untrainable = rollout("untrainable", [ANY], trainable=False, reason="span_count")
+    callless = rollout("callless", [])
+    usable, lonely = Group("g", (good, failed, bad, untrainable, callless)), Group("h", (good, failed))
+    turns, dropped = batch_of([usable, lonely])
+    assert dropped == 1
+    assert [turn.advantage for turn in turns] == [1.0, -1.0]
+    assert (turns[0].prompt, turns[0].response, turns[0].logprobs) == ([2, 5], [6], [-1.0])
+
+
+def test_an_untrainable_turn_is_left_out() -> None:
+    member = rollout("r", [ANY, {"trainable": False, "reason": "tokens"}, ANY | {"reward": 1.0}])
+    turns, dropped = batch_of([Group("g", (member, member))])
+    assert (len(turns), dropped) == (4, 0)
+
+
+def test_a_step_without_any_data_changes_nothing(folder: Path) -> None:
+    metrics = GRPO(folder).update([Group("g", (rollout("r", [ANY]),))])
+    assert metrics == {"dropped_groups": 1.0, "turns": 0.0}
+
+
+@pytest.mark.parametrize("broken", [{"response_logprobs": None}, data([2], [6, 7], [-1.0])])
+def test_missing_data_names_rollout_and_turn(broken: dict[str, Any]) -> None:
+    group_ = Group("g", (rollout("good", [ANY]), rollout("broken", [ANY, ANY | broken])))
+    with pytest.raises(ValueError, match="rollout broken, turn 1"):
+        batch_of([group_])
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=str(tmp_path)):
+        GRPO(tmp_path)

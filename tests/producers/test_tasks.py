@@ -1,0 +1,90 @@
+"""Tasks files, and where published tasks come to lie."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from millstream.pipeline.memory_log import MemoryLog
+from millstream.producers.tasks import TaskPublisher, read_tasks
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.log import LogRecord, Partition
+from millstream.schemas.records import RolloutTask
+from millstream.schemas.settings import load_settings
+
+SETTINGS = load_settings(timeout_seconds=77, lease_seconds=7, retry_max_attempts=2)
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines), "utf-8")
+    return path
+
+
+def test_a_line_becomes_a_group_with_the_settings_defaults(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "t.jsonl", '{"input": {"q": "Zürich"}}', "", '{"input": 2, "group_id": "g", "timeout_s": 5}'
+    )
+    tasks, bad = read_tasks(file, SETTINGS, group_size=3, priority="high", experiment_id="e")
+    assert bad == []
+    assert len(tasks) == len({t.rollout_id for t in tasks}) == 6
+    first, second = tasks[:3], tasks[3:]
+    assert len({t.group_id for t in first}) == 1
+    assert {t.group_id for t in second} == {"g"}
+    assert json.loads(first[0].input) == {"q": "Zürich"}
+    assert {(t.group_size, t.priority, t.experiment_id, t.mode, t.max_attempts, t.lease_s) for t in tasks} == {
+        (3, "high", "e", "train", 2, 7.0)
+    }
+    assert (first[0].timeout_s, second[0].timeout_s) == (77.0, 5.0)
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        ("{", "JSON"),
+        ("[1]", "object"),
+        ("{}", "input: Field required"),
+        ('{"input": 1, "inptu": 2}', "inptu"),
+        ('{"input": 1, "priority": "urgent"}', "'urgent' is none of high, normal, low"),
+        ('{"input": 1, "mode": "prod"}', "'prod' is none of train, val, test"),
+        ('{"input": 1, "timeout_s": -1}', "timeout_s"),
+        ('{"input": 1, "timeout_s": "5"}', "timeout_s"),
+        ('{"input": 1, "metadata": {"a": 1}}', "metadata.a"),
+        ('{"input": 1, "retry_on": ["succeeded"]}', "succeeded"),
+    ],
+)
+def test_a_broken_line_is_named_and_nothing_is_read(tmp_path: Path, line: str, why: str) -> None:
+    file = write(tmp_path / "t.jsonl", '{"input": 1}', line, '{"input": 3}')
+    with pytest.raises(ConfigError) as raised:
+        read_tasks(file, SETTINGS)
+    assert f"{file}:2: " in str(raised.value)
+    assert why in str(raised.value)
+    assert "Nothing was published" in str(raised.value)
+    tasks, bad = read_tasks(file, SETTINGS, skip_bad=True)
+    assert [t.input for t in tasks] == ["1", "3"]
+    assert len(bad) == 1
+    assert bad[0].startswith(f"{file}:2: ")
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="none.jsonl"):
+        read_tasks(tmp_path / "none.jsonl", SETTINGS)
+
+
+async def test_tasks_are_spread_evenly_over_the_partitions_of_their_priority(tmp_path: Path) -> None:
+    file = write(tmp_path / "t.jsonl", '{"input": 1}', '{"input": 2, "priority": "low"}')
+    tasks, _ = read_tasks(file, SETTINGS, group_size=16)
+    log = MemoryLog(SETTINGS.topics)
+    publisher = TaskPublisher(log.producer(), SETTINGS.topics)
+    await publisher.publish(tasks)
+    await publisher.publish(tasks[:8])
+
+    consumer = log.consumer(eof=True)
+    topics = SETTINGS.topics
+    await consumer.assign([Partition(topics.tasks(p), n) for p in ("high", "normal", "low") for n in range(8)])
+    records = [r for r in await consumer.poll(1000, 1) if isinstance(r, LogRecord)]
+    assert Counter(r.partition for r in records) == {
+        **{Partition(topics.tasks("normal"), n): 3 for n in range(8)},
+        **{Partition(topics.tasks("low"), n): 2 for n in range(8)},
+    }
+    assert all(isinstance(r.value, RolloutTask) and r.key is None for r in records)
