@@ -181,6 +181,8 @@ class AioConsumer:
 
     async def commit(self, offsets: Mapping[Partition, int], timeout_s: float = CALL_TIMEOUT_S) -> None:
         client = self._joined()
+        if not offsets:
+            return
         lost = [str(p) for p in offsets if p not in self._positions]
         if lost:
             raise TransactionAborted(f"committing as {self._group}: {', '.join(lost)} belong to another member now")

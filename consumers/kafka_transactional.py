@@ -211,6 +211,8 @@ class TransactionalConsumer:
         self._client.resume([TopicPartition(*p) for p in freed - self._held])
 
     async def commit(self, offsets: Mapping[Partition, int], timeout_s: float = CALL_TIMEOUT_S) -> None:
+        if not offsets:
+            return
         lost = [str(p) for p in offsets if p not in self._positions]
         if lost:
             raise TransactionAborted(f"committing as {self._group}: {', '.join(lost)} belong to another member now")

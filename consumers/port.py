@@ -8,8 +8,9 @@ from millstream.schemas.log import EndOfPartition, LogRecord, Partition
 
 
 class RebalanceListener(Protocol):
-    """Told of assignments, within ``poll``. Callbacks are synchronous: state for a partition must exist before its
-    first record is handed out, and must not be dropped later than its loss."""
+    """Told of assignments, within ``poll`` or another call of the consumer; by `AioConsumer` also between two calls, at
+    an await of the event loop. Callbacks are synchronous: state for a partition must exist before its first record is
+    handed out, and must not be dropped later than its loss."""
 
     def on_assign(self, partitions: Sequence[Partition]) -> None: ...
 
@@ -83,5 +84,5 @@ class Log(Protocol):
         exists with another number of partitions than the settings say."""
 
     async def check(self) -> None:
-        """Raises `LogUnavailable` within 10 s, saying what to do, unless the log answers and its topics exist as the
-        settings say."""
+        """Raises `LogUnavailable` within 10 s, saying what to do, unless the log answers; and `ConfigError` where it is
+        a setting that keeps us out, or its topics do not exist as the settings say."""

@@ -36,7 +36,7 @@ from millstream.schemas.settings import Settings
 
 logger = logging.getLogger(__name__)
 
-CLAIM_S = 0.3  # how long one poll for tasks waits; also how late a stop may be noticed
+CLAIM_S = 0.2  # how long one poll for tasks waits; also how late a stop may be noticed
 GATHER_S = 0.005  # slots that become free one after the other are filled by one claim, with one commit
 STAY_S = 2.0  # between signs of life to the group while there is no free slot
 CANCEL_GRACE_S = 5.0  # between asking an agent to end and ending it
@@ -148,10 +148,11 @@ class Runner:
         if self._host.lost is not None:
             raise self._host.lost
         self._changed.clear()
-        if self._host.free > 0:
-            if self._running:
-                await asyncio.sleep(GATHER_S)
-            for claim in await claims.claim(max(self._host.free, 1), CLAIM_S):
+        if self._running:
+            await asyncio.sleep(GATHER_S)
+        free = self._host.free
+        if free > 0:
+            for claim in await claims.claim(free, CLAIM_S):
                 self._begin(claim)
             return
         try:

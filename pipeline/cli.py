@@ -152,7 +152,7 @@ def adapter(
     _run_role(settings, work)
 
 
-@app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb:///runs/store millstream sink")
+@app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb://runs/store millstream sink")
 def sink() -> None:
     """Write everything that happens to ClickHouse."""
     from millstream.consumers.sink import Sink

@@ -1,7 +1,7 @@
 """A small inference engine: chat completions from a torch model in this process, in vLLM's form.
 
-For models that fit a laptop's CPU. Requests that wait are answered together; new weights go live between two batches,
-so every answer is made by exactly one version.
+For models that fit a laptop's CPU. While a batch is in work the next one gathers; new weights go live between two
+batches, so every answer is made by exactly one version.
 """
 
 import asyncio
@@ -71,14 +71,10 @@ class _Job:
 class Engine:
     """Serves the model of a Hugging Face folder. All methods may be called from any thread."""
 
-    def __init__(
-        self, model_dir: str | Path, *, version: str = "0", max_batch: int = 64, window_s: float = 0.0, seed: int = 0
-    ) -> None:
-        """``window_s``: how long the first request of a batch waits for company. Raises `ConfigError` if the folder
-        holds no model or no chat template."""
+    def __init__(self, model_dir: str | Path, *, version: str = "0", max_batch: int = 64, seed: int = 0) -> None:
+        """Raises `ConfigError` if the folder holds no model or no chat template."""
         self.name = Path(model_dir).resolve().name
         self.max_batch = max_batch
-        self.window_s = window_s
         self._model = load_model(model_dir).eval()
         self._tokenizer = load_tokenizer(model_dir)
         self._context: int = self._model.config.max_position_embeddings
@@ -149,9 +145,9 @@ class Engine:
                 "messages",
                 "context_length_exceeded",
             )
-        stop = request.get("stop", ())
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if not all(isinstance(text, str) and text for text in stop):
+        stop = request.get("stop", [])
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
             raise BadRequest("stop has to be a text, or a list of texts", "stop", "invalid_value")
         random = None
         if "seed" in request:
@@ -162,7 +158,7 @@ class Engine:
             prompt=prompt,
             limit=limit,
             temperature=_number(request, "temperature", 1.0, float, 0.0),
-            stop=stop,
+            stop=tuple(stop),
             random=random,
             logprobs=bool(request.get("logprobs")),
             return_token_ids=bool(request.get("return_token_ids")),
@@ -199,11 +195,9 @@ class Engine:
 
     def _batch(self, first: _Job) -> list[_Job]:
         jobs = [first]
-        deadline = time.monotonic() + self.window_s
         with suppress(queue.Empty):
             while len(jobs) < self.max_batch:
-                wait = deadline - time.monotonic()
-                job = self._jobs.get(timeout=wait) if wait > 0 else self._jobs.get_nowait()
+                job = self._jobs.get_nowait()
                 if job is None:
                     self._jobs.put(None)  # for `_work`, after this batch
                     break

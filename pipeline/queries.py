@@ -23,7 +23,8 @@ LIMIT 5
 SELECT name, succeeded, count() AS calls, round(quantile(0.5)(duration_s) * 1000, 2) AS median_ms
 FROM tool_calls
 GROUP BY name, succeeded
-ORDER BY name, succeeded
+ORDER BY calls DESC
+LIMIT 8
 """,
 }
 

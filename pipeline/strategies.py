@@ -98,11 +98,12 @@ async def _roles(
         adapter = Adapter(
             log, topics, transactional_id=f"{topics.prefix}.adapter.embedded-{os.getpid()}", to_triplets=to_triplets
         )
-        roles = (Runner(log, settings, agent, processes=0), adapter, Sink(log, store, settings))
+        runner = Runner(log, settings, agent, processes=0, drain_s=0.0)
+        roles = [runner.run, adapter.run, Sink(log, store, settings).run]
         stops = [asyncio.Event() for _ in roles]
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(role.run(stop)) for role, stop in zip(roles, stops, strict=True)]
+                tasks = [group.create_task(role(stop)) for role, stop in zip(roles, stops, strict=True)]
                 try:
                     yield
                 finally:

@@ -15,7 +15,7 @@ client = openai.OpenAI()
 def agent(task: dict[str, Any], rollout: Any = None) -> int:
     """Works a question out, step by step; returns the number it arrives at."""
     result, *operands = task["numbers"]
-    messages: list[Any] = [{"role": "user", "content": f"{task['question']} . which tool first ?"}]
+    messages: list[Any] = [{"role": "user", "content": f"{task['question']} ?"}]
     for step, operand in enumerate(operands):
         completion = client.chat.completions.create(model="calculator", messages=messages, max_tokens=1)
         word = completion.choices[0].message.content or ""
@@ -24,5 +24,5 @@ def agent(task: dict[str, Any], rollout: Any = None) -> int:
             result = TOOLS[word](result, operand)
         score(step, word == task["tools"][step], rollout)
         messages.append({"role": "assistant", "content": word})
-        messages.append({"role": "user", "content": f"the result is {result} . which tool next ?"})
+        messages.append({"role": "user", "content": f"result {result} . next ?"})
     return result

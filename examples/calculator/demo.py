@@ -134,7 +134,9 @@ def over_kafka(run_dir: Path, adapter: str) -> Settings:
             processes.start("proxy", "proxy")
             _wait_until_up(settings.proxy_url, processes)
             for number in (1, 2):
-                processes.start(f"runner-{number}", "runner", AGENT, *(["--env", LEDGER] if LEDGER in os.environ else []))
+                processes.start(
+                    f"runner-{number}", "runner", AGENT, *(["--env", LEDGER] if LEDGER in os.environ else [])
+                )
             trainer = processes.start("trainer", "train", str(run_dir / "train.toml"), inherit_output=True)
             while trainer.poll() is None:
                 processes.check(besides="trainer")

@@ -19,12 +19,12 @@ RESULTS = range(NUMBERS[0] - NUMBERS[-1], NUMBERS[-1] ** 2 + 1)  # whatever a fi
 FIRST = {
     "add": ("add {y} to {x}", "{x} plus {y}", "the sum of {x} and {y}", "increase {x} by {y}"),
     "subtract": ("subtract {y} from {x}", "{x} minus {y}", "take {y} from {x}", "decrease {x} by {y}"),
-    "multiply": ("multiply {x} by {y}", "{x} times {y}", "the product of {x} and {y}", "scale {x} by {y}"),
+    "multiply": ("multiply {x} by {y}", "scale {x} by {y}", "the product of {x} and {y}", "{y} groups of {x}"),
 }
 SECOND = {
-    "add": ("add {z}", "plus {z}", "put {z} more", "increase it by {z}"),
-    "subtract": ("subtract {z}", "minus {z}", "take {z} away", "decrease it by {z}"),
-    "multiply": ("multiply by {z}", "times {z}", "make it {z} fold", "scale it by {z}"),
+    "add": ("put {z} more", "raise it by {z}", "append {z}", "gain {z}"),
+    "subtract": ("drop {z}", "less {z}", "reduce it by {z}", "lose {z}"),
+    "multiply": ("times {z}", "make it {z} fold", "stretch it by {z}", "repeat it {z}"),
 }
 
 _FIRST = [(tool, phrase) for tool, phrases in FIRST.items() for phrase in phrases]

@@ -103,24 +103,23 @@ def terminal(events: Iterable[Any]) -> list[AttemptEvent]:
 
 
 def by_input(events: Iterable[Any]) -> dict[str, Ended]:
-    found: dict[str, Ended] = {}
-    inputs: dict[str, str] = {}
+    """The attempt that ran of each task. A claim given up in a rebalance leaves a ``preparing`` and nothing else."""
+    attempts: dict[str, Ended] = {}
     for event in events:
         if isinstance(event, AttemptEvent):
             if event.status == status.PREPARING:
                 assert event.task is not None
-                task = codec.decode_as(RolloutTask, event.task)
-                inputs[event.attempt_id] = task.input
-                assert task.input not in found, "claimed twice"
-                found[task.input] = Ended(task, [], [], [])
-            ended = found[inputs[event.attempt_id]]
-            ended.events.append(event)
-            ended.order.append(event.status)
+                attempts[event.attempt_id] = Ended(codec.decode_as(RolloutTask, event.task), [], [], [])
+            attempts[event.attempt_id].events.append(event)
+            attempts[event.attempt_id].order.append(event.status)
         elif isinstance(event, Span):
-            ended = found[inputs[event.attempt_id]]
-            assert event.rollout_id == ended.task.rollout_id
-            ended.spans.append(event)
-            ended.order.append(event.kind)
+            attempt = attempts[event.attempt_id]
+            assert event.rollout_id == attempt.task.rollout_id
+            attempt.spans.append(event)
+            attempt.order.append(event.kind)
+    ran = [attempt for attempt in attempts.values() if len(attempt.events) > 1]
+    found = {attempt.task.input: attempt for attempt in ran}
+    assert len(found) == len(ran), "a task ran twice"
     return found
 
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from runner_rig import Rig, assert_whole, by_input, running, settings_for_tests, write_agent
 
 from millstream.consumers.frames import Frame, FrameReader, Kind, pack
+from millstream.consumers.runner import Runner
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.schemas.errors import MillstreamError
 
@@ -87,12 +89,13 @@ async def test_an_agent_that_can_not_be_imported_again_ends_the_runner(tmp_path:
             os._exit(1)
     """
     folder = write_agent(tmp_path, code, "once.py")
+    settings = settings_for_tests()
+    rig = Rig(MemoryLog(settings.topics), settings)
+    await rig.publish([1])
+    runner = Runner(rig.log, settings, "once:agent", folder=folder, processes=1)
     with pytest.raises(MillstreamError, match="the licence has run out"):
-        async with running("once:agent", folder, processes=1) as rig:
-            assert rig.runner is not None
-            await rig.publish([1])
-            await rig.runner
-    assert [one.last.status for one in by_input(await Rig(rig.log, rig.settings).everything()).values()] == ["failed"]
+        await runner.run(asyncio.Event())
+    assert [one.last.status for one in by_input(await rig.everything()).values()] == ["failed"]
 
 
 async def test_an_agent_project_with_folders_named_like_ours_runs_unchanged(tmp_path: Path) -> None:
@@ -197,10 +200,14 @@ async def test_agent_processes_do_not_outlive_a_killed_runner(tmp_path: Path) ->
     folder = write_agent(tmp_path, script, "runner_that_dies.py")
     process = await asyncio.create_subprocess_exec(sys.executable, str(folder / "runner_that_dies.py"))
     assert await process.wait() == -signal.SIGKILL
-    pids = [int(path.name.removeprefix("pid-")) for path in tmp_path.glob("pid-*")]
-    async with asyncio.timeout(10):
-        while any(_alive(pid) for pid in pids):
-            await asyncio.sleep(0.02)
+    await asyncio.wait_for(asyncio.to_thread(_wait_for_deaths, tmp_path), 10)
+
+
+def _wait_for_deaths(folder: Path) -> None:
+    pids = [int(path.name.removeprefix("pid-")) for path in folder.glob("pid-*")]
+    assert len(pids) == 2
+    while any(_alive(pid) for pid in pids):
+        time.sleep(0.02)
 
 
 def _alive(pid: int) -> bool:

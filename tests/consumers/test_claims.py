@@ -84,11 +84,9 @@ async def test_what_one_priority_leaves_the_others_get() -> None:
 async def test_a_claim_waits_for_a_task_and_takes_no_more_than_its_slots() -> None:
     log = MemoryLog(TOPICS)
     async with claiming(log) as claims:
-        waiting = asyncio.create_task(claims.claim(2, 30.0))
-        while not log.partitions[TOPICS.tasks("low")][0].waiters:
-            await asyncio.sleep(0)
-        await Rig(log, SETTINGS).publish_tasks([task() for _ in range(5)])
-        assert len(await waiting) == 2
+        publishing = Rig(log, SETTINGS).publish_tasks([task() for _ in range(5)])
+        asyncio.get_running_loop().call_later(0.05, asyncio.ensure_future, publishing)
+        assert len(await claims.claim(2, 30.0)) == 2
 
 
 class SpyLog:

@@ -32,7 +32,7 @@ KINDS_OF_AGENT = """
     import millstream as ms
 
     def sync_number(input):
-        ms.emit_span("work", {"n": input})
+        ms.emit_span("work", {"n": 1})
         return 0.5
 
     async def async_number(input):
@@ -51,7 +51,7 @@ KINDS_OF_AGENT = """
         city: str
 
     def other(input):
-        return {"answer": Answer("Zürich"), "set": (1, 2), input["key"]: None}
+        return {"answer": Answer("Zürich"), "pair": (1, 2), "sync": None}
 
     def nothing(input):
         pass
@@ -69,66 +69,75 @@ KINDS_OF_AGENT = """
     def leaves(input):
         sys.exit(3)
 
+    async def async_leaves(input):
+        sys.exit(3)
+
     def wrapped(input):
         return async_number(input)
 
     class Callable:
         async def __call__(self, input, *, rollout, resources):
-            return [rollout.mode, rollout.attempt, rollout.input, dict(rollout.metadata), resources["ask"].format(q="x"),
-                    resources["policy"].model_version, resources["mine"]]
+            told = [rollout.mode, rollout.attempt, rollout.input, dict(rollout.metadata)]
+            return [*told, resources["ask"].format(q="x"), resources["policy"].model_version, resources["mine"]]
 
     told = Callable()
 
     def not_told(input, **anything):
         return sorted(anything)
 
-    AGENTS = {name: value for name, value in list(globals().items()) if callable(value)}
+    NOT_CALLABLE = 1
 
-    def agent(input, resources, rollout):
-        return AGENTS[input["agent"]](input)
+    def agent(input):
+        return globals()[input](input)
+
+    async def async_agent(input):
+        return await globals()[input](input)
 """
 
 MODES = pytest.mark.parametrize("processes", [0, 1], ids=["threads", "process"])
 
 
+# name: status, error, output, rewards
+SYNC = {
+    "sync_number": ("succeeded", None, "0.5", [0.5]),
+    "rewards_win": ("succeeded", None, "7", [0.25]),
+    "true_is_no_number": ("succeeded", None, "true", []),
+    "other": ("succeeded", None, '{"answer": {"city": "Zürich"}, "pair": [1, 2], "sync": null}', []),
+    "nothing": ("succeeded", None, None, []),
+    "nan": ("failed", "RewardError", None, []),
+    "raises": ("failed", "KeyError", None, []),
+    "leaves": ("failed", "SystemExit", None, []),
+    "wrapped": ("succeeded", None, "2", [2.0]),
+}
+ASYNC = {
+    "async_number": ("succeeded", None, "2", [2.0]),
+    "async_raises": ("failed", "ValueError", None, []),
+    "async_leaves": ("failed", "SystemExit", None, []),
+}
+
+
 @MODES
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("sync_number", ("succeeded", None, "0.5", [0.5])),
-        ("async_number", ("succeeded", None, "2", [2.0])),
-        ("rewards_win", ("succeeded", None, "7", [0.25])),
-        ("true_is_no_number", ("succeeded", None, "true", [])),
-        ("other", ("succeeded", None, '{"answer": {"city": "Zürich"}, "set": [1, 2], "k": null}', [])),
-        ("nothing", ("succeeded", None, None, [])),
-        ("nan", ("failed", "RewardError", None, [])),
-        ("raises", ("failed", "KeyError", None, [])),
-        ("async_raises", ("failed", "ValueError", None, [])),
-        ("leaves", ("failed", "SystemExit", None, [])),
-        ("wrapped", ("succeeded", None, "2", [2.0])),
-    ],
-)
+@pytest.mark.parametrize(("agent", "expected"), [("agent", SYNC), ("async_agent", ASYNC)], ids=["sync", "async"])
 async def test_what_an_agent_does_is_how_its_attempt_ends(
-    tmp_path: Path, processes: int, name: str, expected: tuple[Any, ...]
+    tmp_path: Path, processes: int, agent: str, expected: dict[str, tuple[Any, ...]]
 ) -> None:
     folder = write_agent(tmp_path, KINDS_OF_AGENT, f"kinds_{processes}.py")
-    async with running(f"kinds_{processes}:{name}", folder, processes=processes, concurrency=2) as rig:
-        await rig.publish([{"key": "k"}])
-        ended = await rig.ends(1)
+    async with running(f"kinds_{processes}:{agent}", folder, processes=processes) as rig:
+        await rig.publish(expected)
+        ended = {json.loads(text): one for text, one in (await rig.ends(len(expected))).items()}
     assert_whole(ended)
-    (one,) = ended.values()
-    error = one.last.error
-    assert (one.last.status, error and error.type, one.last.output, one.rewards) == expected
-    assert one.order[:2] == ["preparing", "running"]
-    assert one.spans[-1].name == f"invoke_agent kinds_{processes}:{name}"
-    if error is not None:
-        assert one.spans[-1].status == "Error" or error.type == "SystemExit"
-        assert error.type in error.stack
-    if name == "raises":
-        assert error is not None
-        assert error.message == "'no such tool'"
-        assert "kinds_" in error.stack
-        assert [s.name for s in one.spans][0] == "before"
+    for name, one in ended.items():
+        error = one.last.error
+        assert (one.last.status, error and error.type, one.last.output, one.rewards) == expected[name]
+        assert one.order[:2] == ["preparing", "running"]
+        assert one.spans[-1].name == f"invoke_agent kinds_{processes}:{agent}"
+        assert error is None or error.type in error.stack
+    if agent == "agent":
+        raised = ended["raises"]
+        assert raised.last.error is not None
+        assert raised.last.error.message == "'no such tool'"
+        assert f"kinds_{processes}.py" in raised.last.error.stack
+        assert (raised.spans[0].name, raised.spans[1].status) == ("before", "Error")
 
 
 @MODES
@@ -219,7 +228,7 @@ async def test_fifty_at_a_time_and_every_span_is_its_own(
 
 
 async def test_in_memory_spans_are_never_encoded() -> None:
-    async with running(lambda input: 1.0) as rig:  # noqa: A006
+    async with running(lambda question: 1.0) as rig:
         await rig.publish([1])
         await rig.ends(1)
     spans = [r for r in rig.records if r.headers["kind"] in (b"agent", b"reward")]
@@ -249,7 +258,7 @@ async def test_headers_tell_the_kind_and_the_key_is_the_rollout(tmp_path: Path) 
     [
         ("no_such_module:agent", "No module named 'no_such_module'"),
         ("kinds_bad:nobody", "kinds_bad has no nobody"),
-        ("kinds_bad:AGENTS", "not callable"),
+        ("kinds_bad:NOT_CALLABLE", "not callable"),
         ("kinds_bad", "module:attribute"),
         ("broken_agent:agent", "ZeroDivisionError"),
     ],
@@ -424,7 +433,7 @@ async def test_an_attempt_is_closed_at_its_proxy_and_both_counts_are_told() -> N
 
     async with proxy(answer) as url:
         settings = settings_for_tests(proxy_url=url, proxy_secret=SecretStr("s"))
-        async with running(lambda input: None, settings=settings) as rig:  # noqa: A006
+        async with running(lambda question: None, settings=settings) as rig:
             await rig.publish([1])
             (one,) = (await rig.ends(1)).values()
     rollout_id, attempt_id = one.task.rollout_id, one.last.attempt_id
@@ -439,7 +448,7 @@ async def test_an_attempt_that_can_not_be_closed_is_lost(broken: str) -> None:
 
     async with proxy(answer) as url:
         settings = settings_for_tests(proxy_url=url if broken == "refuses" else "http://127.0.0.1:9")
-        async with running(lambda input: 1.0, settings=settings) as rig:  # noqa: A006
+        async with running(lambda question: 1.0, settings=settings) as rig:
             await rig.publish([1])
             (one,) = (await rig.ends(1)).values()
     assert one.last.status == "lost"
@@ -479,7 +488,7 @@ async def test_a_span_too_large_for_the_log_fails_its_attempt_and_leaves_a_dead_
 async def test_what_an_agent_returns_may_be_too_large_too() -> None:
     settings = settings_for_tests()
     log = MemoryLog(settings.topics, encode=True, max_record_bytes=4000)
-    async with running(lambda input: "x" * 5000, log=log, settings=settings) as rig:  # noqa: A006
+    async with running(lambda question: "x" * 5000, log=log, settings=settings) as rig:
         await rig.publish([1])
         (one,) = (await rig.ends(1)).values()
     assert one.last.error is not None
@@ -488,7 +497,7 @@ async def test_what_an_agent_returns_may_be_too_large_too() -> None:
 
 async def test_resources_that_do_not_exist_fail_the_attempt_by_name() -> None:
     missing = new_id()
-    async with running(lambda input: 1.0) as rig:  # noqa: A006
+    async with running(lambda question: 1.0) as rig:
         await rig.publish([1], resources_id=missing)
         (one,) = (await rig.ends(1)).values()
     assert one.order == ["preparing", "failed"]

@@ -1,4 +1,5 @@
 """Engine, agent and GRPO in a bare loop, without a log: does the example learn at all, and only when it is taught?"""
+# ruff: noqa: E402 — torch comes with the `train` extra
 
 import asyncio
 import importlib

@@ -186,6 +186,36 @@ async def test_a_cancelled_poll_loses_nothing(kafka_settings: MakeSettings, eof:
     assert [r.offset for r in found] == list(range(40))
 
 
+@pytest.mark.kafka
+async def test_in_an_outage_every_call_ends_and_everything_can_be_closed(
+    kafka_settings: MakeSettings, kafka_broker: LocalKafka
+) -> None:
+    settings = kafka_settings(kafka_partitions=1)
+    log, topic = KafkaLog(settings), settings.topics.events
+    await log.create_topics()
+    (partition,) = events(settings)
+    producer, consumers = log.producer(), [log.consumer("a"), log.consumer("b", transactions=True)]
+    producer.send(topic, b"x", partition=0)
+    producer.flush(20.0)
+    for consumer in consumers:
+        await consumer.subscribe([topic])
+        assert len(await read(consumer, 1)) == 1
+    await asyncio.to_thread(kafka_broker.kill)
+    for consumer in consumers:
+        assert await consumer.poll(10, 0.2) == []
+        began = time.monotonic()
+        with pytest.raises(LogUnavailable):
+            await consumer.commit({partition: 1}, timeout_s=0.5)
+        assert time.monotonic() - began < 3.0
+    producer.send(topic, b"never", partition=0)
+    with pytest.raises(LogUnavailable):
+        producer.close(0.2)
+    for consumer in consumers:
+        began = time.monotonic()
+        await consumer.close()
+        assert time.monotonic() - began < 12.0
+
+
 def test_a_full_buffer_is_told_and_so_is_every_record_that_was_never_stored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kafka_producer, "BUFFER_RECORDS", 10)
     monkeypatch.setattr(kafka_producer, "BUFFER_WAIT_S", 0.2)

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 — torch comes with the `train` extra
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ POSITIONS = {0: 17, 5: 0}
 EXTRA = {"model_version": "run.0.3", "outstanding": ["a", "b"], "tasks_drawn": 48}
 
 
-def state(value: float = 1.0) -> dict[str, Any]:
-    parameter = torch.nn.Parameter(torch.full((3, 2), value))
+def state() -> dict[str, Any]:
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
     optimizer = torch.optim.Adam([parameter])
     parameter.sum().backward()
     optimizer.step()
@@ -52,7 +53,7 @@ def test_nothing_there(tmp_path: Path) -> None:
 
 def test_the_last_ones_are_kept(tmp_path: Path) -> None:
     for step in range(9, 13):
-        save(tmp_path, step, state(step), {}, {}, keep=2)
+        save(tmp_path, step, state(), {}, {}, keep=2)
     assert steps(tmp_path) == ["step-00000011", "step-00000012"]
     found = load_latest(tmp_path)
     assert found is not None
@@ -60,18 +61,19 @@ def test_the_last_ones_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_crash_while_saving_leaves_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save(tmp_path, 1, state(1), {}, {"mark": 1})
+    save(tmp_path, 1, state(), {}, {"mark": 1})
 
     def crash(path: Path) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "_sync", crash)
-        save(tmp_path, 2, state(2), {}, {"mark": 2})
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 2, state(), {}, {"mark": 2})
     found = load_latest(tmp_path)
     assert found is not None
     assert found.extra == {"mark": 1}
-    save(tmp_path, 2, state(2), {}, {"mark": 2})
+    save(tmp_path, 2, state(), {}, {"mark": 2})
     assert steps(tmp_path) == ["step-00000001", "step-00000002"]
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: E402 — torch comes with the `train` extra
 import asyncio
 import struct
 from collections.abc import Sequence

@@ -168,8 +168,8 @@ async def test_httpx_itself_is_bound_and_other_hosts_are_left_alone(
     def answer(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, text=f"{request.url} {request.headers.get('authorization')}")
 
-    with httpx.Client(transport=httpx.MockTransport(answer)) as elsewhere:
-        assert elsewhere.get("http://example.com/v1/x").text == "http://example.com/v1/x None"
+    async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as elsewhere:
+        assert (await elsewhere.get("http://example.com/v1/x")).text == "http://example.com/v1/x None"
 
 
 @pytest.mark.parametrize("url", ["localhost:8400", "ftp://h", "http://"])

@@ -67,7 +67,7 @@ def test_a_broken_line_is_named_and_nothing_is_read(tmp_path: Path, line: str, w
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none.jsonl"):
+    with pytest.raises(ConfigError, match=r"none\.jsonl"):
         read_tasks(tmp_path / "none.jsonl", SETTINGS)
 
 

@@ -1,0 +1,49 @@
+"""Runners on a real Kafka: what is claimed runs once, however many runners come and go."""
+
+import asyncio
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from millstream.pipeline.kafka_log import KafkaLog
+from millstream.schemas.settings import Settings
+
+sys.path.append(str(Path(__file__).parents[1] / "consumers"))
+from runner_rig import assert_whole, running, write_agent
+
+pytestmark = pytest.mark.kafka
+
+AGENT = """
+    import asyncio
+    import millstream as ms
+
+    async def agent(input):
+        ms.emit_span("work", {"n": input})
+        with open("ran", "a") as ledger:
+            print(input, file=ledger)
+        await asyncio.sleep(0.02)
+        return 1.0
+"""
+
+
+async def test_two_runners_that_join_and_leave_run_every_task_once(
+    tmp_path: Path, kafka_settings: Callable[..., Settings]
+) -> None:
+    settings = kafka_settings(proxy_url="", runner_processes=1, runner_concurrency=4)
+    log = KafkaLog(settings)
+    await log.create_topics()
+    folder = write_agent(tmp_path, AGENT)
+    async with running("my_agent:agent", folder, log=log, settings=settings) as rig:
+        await rig.publish(range(60))
+        await rig.ends(5)
+        async with running("my_agent:agent", folder, log=log, settings=settings):
+            await rig.publish(range(60, 120), priority="low")
+            await rig.ends(60)
+        ended = await rig.ends(120)
+    assert_whole(ended)
+    assert {one.last.status for one in ended.values()} == {"succeeded"}
+    ran = await asyncio.to_thread((tmp_path / "ran").read_text)
+    assert sorted(map(int, ran.split())) == list(range(120))
+    assert len({one.last.worker_id for one in ended.values()}) == 2
