@@ -133,19 +133,15 @@ class ThreadHost:
     async def close(self) -> None:
         for writer in list(self._running):
             self.kill(writer)
-        if self._thread.is_alive():
-            asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop)
-            await asyncio.to_thread(self._thread.join, STOP_S)
-        if not self._thread.is_alive():  # else an agent blocks it; the thread ends with this process
+        if not self._thread.is_alive():
             self._loop.close()
-
-    async def _shut_down(self) -> None:
-        tasks = asyncio.all_tasks() - {asyncio.current_task()}
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=STOP_S / 2)
-        self._loop.stop()
+            return
+        idle = asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop)
+        with suppress(TimeoutError):
+            if await asyncio.wait_for(asyncio.wrap_future(idle), STOP_S):
+                self._loop.call_soon_threadsafe(self._loop.stop)
+                await asyncio.to_thread(self._thread.join)
+                self._loop.close()
 
     def _begin(self, attempts: AttemptRunner, attempt: Attempt, writer: AttemptWriter) -> None:
         """On the agents' loop."""
@@ -161,6 +157,14 @@ class ThreadHost:
         self._running.discard(writer)
         writer.end(outcome)
         self._options.on_free()
+
+
+async def _cancel_all() -> bool:
+    """Whether nothing runs any more on this loop. An agent that ignores its end keeps it, and its daemon thread."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    return not tasks or not (await asyncio.wait(tasks, timeout=STOP_S / 3))[1]
 
 
 def _emit(writer: AttemptWriter, span: Span) -> None:

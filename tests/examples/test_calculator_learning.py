@@ -76,7 +76,9 @@ class BareLoop:
                     span_id="s",
                     prompt="",
                     response=choice["message"]["content"],
-                    prompt_token_ids=struct.pack(f"<{len(answer.body['prompt_token_ids'])}i", *answer.body["prompt_token_ids"]),
+                    prompt_token_ids=struct.pack(
+                        f"<{len(answer.body['prompt_token_ids'])}i", *answer.body["prompt_token_ids"]
+                    ),
                     response_token_ids=struct.pack(f"<{len(choice['token_ids'])}i", *choice["token_ids"]),
                     response_logprobs=struct.pack(f"<{len(logprobs)}f", *logprobs),
                     reward=reward,
@@ -124,6 +126,10 @@ if __name__ == "__main__":
         reward, metrics = loop.step(i, seed)
         gone += time.perf_counter() - a
         if i % 10 == 9 or i == 0:
-            print(i + 1, f"{reward:.3f} val1 {loop.reward(val):.3f} val0 {loop.reward(val, 0.0):.3f} {gone:.1f}s",
-                  {k: round(v, 4) for k, v in metrics.items()}, flush=True)
+            print(
+                i + 1,
+                f"{reward:.3f} val1 {loop.reward(val):.3f} val0 {loop.reward(val, 0.0):.3f} {gone:.1f}s",
+                {k: round(v, 4) for k, v in metrics.items()},
+                flush=True,
+            )
     loop.close()

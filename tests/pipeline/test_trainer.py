@@ -102,7 +102,9 @@ class TestLearning:
         import sys
 
         Trainer(algorithm=algorithm, agent=agent, run_dir=tmp_path, max_steps=2).fit(TASKS)
-        query = "SELECT count() AS n, countIf(status = 'succeeded') AS ok, countIf(reward IS NOT NULL) AS r FROM rollouts"
+        query = (
+            "SELECT count() AS n, countIf(status = 'succeeded') AS ok, countIf(reward IS NOT NULL) AS r FROM rollouts"
+        )
         answer = subprocess.run(
             [sys.executable, "-m", "millstream.pipeline", "sql", "--json", query],
             env={"MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{tmp_path / 'store'}", "PATH": ""},
