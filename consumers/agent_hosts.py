@@ -131,17 +131,20 @@ class ThreadHost:
         self._end(writer, Outcome(status.LOST))
 
     async def close(self) -> None:
+        idle = True
+        if self._thread.is_alive():
+            ending = asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop)
+            try:
+                idle = await asyncio.wait_for(asyncio.wrap_future(ending), STOP_S)
+            except TimeoutError:  # an agent blocks the loop
+                idle = False
         for writer in list(self._running):
             self.kill(writer)
-        if not self._thread.is_alive():
-            self._loop.close()
-            return
-        idle = asyncio.run_coroutine_threadsafe(_cancel_all(), self._loop)
-        with suppress(TimeoutError):
-            if await asyncio.wait_for(asyncio.wrap_future(idle), STOP_S):
+        if idle:
+            if self._thread.is_alive():
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 await asyncio.to_thread(self._thread.join)
-                self._loop.close()
+            self._loop.close()
 
     def _begin(self, attempts: AttemptRunner, attempt: Attempt, writer: AttemptWriter) -> None:
         """On the agents' loop."""

@@ -17,14 +17,14 @@ NUMBERS = range(1, 10)
 RESULTS = range(NUMBERS[0] - NUMBERS[-1], NUMBERS[-1] ** 2 + 1)  # whatever a first step can give, wrong tools included
 
 FIRST = {
-    "add": ("add {y} to {x}", "{x} plus {y}", "the sum of {x} and {y}", "increase {x} by {y}"),
-    "subtract": ("subtract {y} from {x}", "{x} minus {y}", "take {y} from {x}", "decrease {x} by {y}"),
-    "multiply": ("multiply {x} by {y}", "scale {x} by {y}", "the product of {x} and {y}", "{y} groups of {x}"),
+    "add": ("add {y} to {x}", "{x} plus {y}", "the sum of {x} and {y}"),
+    "subtract": ("subtract {y} from {x}", "{x} minus {y}", "take {y} from {x}"),
+    "multiply": ("multiply {x} by {y}", "scale {x} by {y}", "the product of {x} and {y}"),
 }
 SECOND = {
-    "add": ("put {z} more", "raise it by {z}", "append {z}", "gain {z}"),
-    "subtract": ("drop {z}", "less {z}", "reduce it by {z}", "lose {z}"),
-    "multiply": ("times {z}", "make it {z} fold", "stretch it by {z}", "repeat it {z}"),
+    "add": ("put {z} more", "raise it by {z}", "append {z}"),
+    "subtract": ("drop {z}", "less {z}", "reduce it by {z}"),
+    "multiply": ("times {z}", "make it {z} fold", "stretch it by {z}"),
 }
 
 _FIRST = [(tool, phrase) for tool, phrases in FIRST.items() for phrase in phrases]
@@ -36,7 +36,7 @@ def _held_out_numbers(x: int, y: int, z: int) -> bool:
 
 
 def _held_out_phrasings(first: int, second: int) -> bool:
-    return (first + 5 * second) % 6 == 0
+    return (first + 2 * second) % 7 == 0
 
 
 def make_tasks(count: int, mode: Mode = "train", seed: int = 0) -> list[Task]:

@@ -1,13 +1,12 @@
 """Engine, agent and GRPO in a bare loop, without a log: does the example learn at all, and only when it is taught?"""
-# ruff: noqa: E402 — torch comes with the `train` extra
 
 import asyncio
 import importlib
 import struct
-import sys
 import threading
-import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
@@ -26,10 +25,14 @@ from millstream.schemas.records import RolloutEnd, Triplet
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 
+def ints(values: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(values)}i", *values)
+
+
 class BareLoop:
     """Runs the agent in threads, its client wired to the engine, its rewards to this object."""
 
-    def __init__(self, folder: Any, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **settings: Any) -> None:
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **settings: Any) -> None:
         model.create(folder, seed)
         self.engine = Engine(folder, seed=seed)
         self.algorithm = GRPO(folder, seed=seed, **settings)
@@ -53,7 +56,7 @@ class BareLoop:
         self.pool.shutdown()
 
     def _create(self, **request: Any) -> Any:
-        asked = self.engine.chat(request | {"logprobs": True, "return_token_ids": True, **self.sampling})
+        asked = self.engine.chat(request | {"logprobs": True, "return_token_ids": True})
         answer = asyncio.run_coroutine_threadsafe(asked, self.loop).result()
         assert answer.status == 200, answer.body
         self.local.answers.append(answer)
@@ -79,7 +82,7 @@ class BareLoop:
                     prompt_token_ids=struct.pack(
                         f"<{len(answer.body['prompt_token_ids'])}i", *answer.body["prompt_token_ids"]
                     ),
-                    response_token_ids=struct.pack(f"<{len(choice['token_ids'])}i", *choice["token_ids"]),
+                    response_token_ids=ints(choice["token_ids"]),
                     response_logprobs=struct.pack(f"<{len(logprobs)}f", *logprobs),
                     reward=reward,
                     model_version=answer.model_version,
@@ -97,12 +100,10 @@ class BareLoop:
         )
         return FinishedRollout(end, tuple(triplets))
 
-    def reward(self, tasks: list[Any], temperature: float = 1.0) -> float:
-        self.sampling = {"temperature": temperature}
+    def reward(self, tasks: Sequence[dict[str, Any]]) -> float:
         return fmean(m.end.reward or 0.0 for m in self.pool.map(self.rollout, tasks, range(len(tasks))))
 
     def step(self, number: int, seed: int = 0) -> tuple[float, dict[str, float]]:
-        self.sampling = {}
         size = self.algorithm.group_size
         tasks = make_tasks(self.algorithm.groups_per_step, "train", seed=1000 * seed + number)
         jobs = [(task, g) for g, task in enumerate(tasks) for _ in range(size)]
@@ -113,23 +114,33 @@ class BareLoop:
         return fmean(m.end.reward or 0.0 for m in members), metrics
 
 
-if __name__ == "__main__":
-    import tempfile
+@pytest.fixture
+def bare_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[BareLoop]:
+    """With the settings of GRPO that the test's parameter names."""
+    loop = BareLoop(tmp_path, monkeypatch, **getattr(request, "param", {}))
+    try:
+        yield loop
+    finally:
+        loop.close()
 
-    seed, steps = int(sys.argv[1]), int(sys.argv[2])
-    loop = BareLoop(tempfile.mkdtemp(), pytest.MonkeyPatch(), seed, **eval(sys.argv[3]) if len(sys.argv) > 3 else {})
-    start = time.perf_counter()
-    val = make_tasks(100, "val")
-    gone = 0.0
-    for i in range(steps):
-        a = time.perf_counter()
-        reward, metrics = loop.step(i, seed)
-        gone += time.perf_counter() - a
-        if i % 10 == 9 or i == 0:
-            print(
-                i + 1,
-                f"{reward:.3f} val1 {loop.reward(val):.3f} val0 {loop.reward(val, 0.0):.3f} {gone:.1f}s",
-                {k: round(v, 4) for k, v in metrics.items()},
-                flush=True,
-            )
-    loop.close()
+
+def test_it_learns_what_it_was_not_shown(bare_loop: BareLoop) -> None:
+    validation = make_tasks(128, "val")
+    first, metrics = bare_loop.step(0)
+    assert first < 0.4
+    for number in range(1, 60):
+        _, metrics = bare_loop.step(number)
+        assert metrics["max_ratio_error"] < 1e-3  # trains on exactly the tokens that were sampled
+        assert metrics["dropped_groups"] == 0
+        if number % 5 == 4 and bare_loop.reward(validation) >= 0.9:
+            return
+    pytest.fail(f"validation reward {bare_loop.reward(validation):.2f} after 60 steps")
+
+
+@pytest.mark.parametrize("bare_loop", [{"lr": 0.0}], indirect=True)
+def test_without_a_learning_rate_it_stays_at_nothing(bare_loop: BareLoop) -> None:
+    validation = make_tasks(128, "val")
+    for number in range(4):
+        reward, _ = bare_loop.step(number)
+        assert reward < 0.1
+    assert bare_loop.reward(validation) < 0.1
