@@ -37,6 +37,7 @@ ATTEMPT = "/rollout/{rollout_id}/attempt/{attempt_id}"
 class _Attempt:
     rollout_id: str
     attempt_id: str
+    key: bytes
     spans: int = 0
     in_flight: int = 0
     closed: bool = False
@@ -121,12 +122,14 @@ class Proxy:
 
     def _authorised(self, request: web.Request) -> _Attempt:
         rollout_id, attempt_id = request.match_info["rollout_id"], request.match_info["attempt_id"]
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), attempt_key(self._secret, rollout_id, attempt_id).encode()):
-            raise web.HTTPUnauthorized(text=f"the API key is not that of attempt {attempt_id}")
         attempt = self._attempts.get(attempt_id)
-        if attempt is None:
-            attempt = self._attempts[attempt_id] = _Attempt(rollout_id, attempt_id)
+        if attempt is None or attempt.rollout_id != rollout_id:
+            key = attempt_key(self._secret, rollout_id, attempt_id).encode()
+            attempt = _Attempt(rollout_id, attempt_id, key)
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(given.encode(), attempt.key):
+            raise web.HTTPUnauthorized(text=f"the API key is not that of attempt {attempt_id}")
+        self._attempts[attempt_id] = attempt
         attempt.touched = time.monotonic()
         self._attempts.move_to_end(attempt_id)
         return attempt

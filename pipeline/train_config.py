@@ -25,8 +25,8 @@ class GrpoConfig(BaseModel):
     model: Path = Field(description="Hugging Face folder of the policy.")
     groups_per_step: int = Field(16, ge=1)
     group_size: int = Field(8, ge=2)
-    lr: float = Field(1e-3, ge=0)
-    entropy: float = Field(0.02, ge=0)
+    lr: float = Field(5e-4, ge=0)
+    entropy: float = Field(0.1, ge=0)
     epochs: int = Field(2, ge=1)
     minibatch: int = Field(128, ge=1, description="Turns.")
     seed: int = 0

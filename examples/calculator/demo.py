@@ -60,7 +60,7 @@ def main(
     run_dir: Annotated[Path, typer.Option(help="Where the run goes; what an earlier run left there is removed.")],
     kafka: Annotated[bool, typer.Option(help="Over Kafka, every role its own process.")] = False,
     max_steps: Annotated[int, typer.Option(min=1)] = 100,
-    lr: Annotated[float, typer.Option(min=0, help="0 is the control: nothing may be learnt.")] = 1e-3,
+    lr: Annotated[float, typer.Option(min=0, help="0 is the control: nothing may be learnt.")] = 5e-4,
     adapter: Annotated[str, typer.Option(help="module:attribute in the adapter's place, for another control.")] = "",
     seed: int = 0,
 ) -> None:

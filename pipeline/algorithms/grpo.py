@@ -115,10 +115,13 @@ class GRPO:
         """Log-probabilities of the responses' tokens, entropies at them, and which places hold one: each
         (turns, longest response), flush right."""
         longest = max(len(turn.response) for turn in turns)
-        inputs = left_pad([turn.prompt + turn.response for turn in turns])
-        logits = self._model(**inputs, use_cache=False, logits_to_keep=longest + 1).logits[:, :-1].float()
-        full = torch.log_softmax(logits, dim=-1)
-        targets = inputs["input_ids"][:, -longest:]
+        # A group asks the same first question, so many turns share all that comes before their last token: such a row
+        # goes through the model once.
+        rows = [(*turn.prompt, *turn.response[:-1]) for turn in turns]
+        places = {row: place for place, row in enumerate(dict.fromkeys(rows))}
+        logits = self._model(**left_pad(list(places)), use_cache=False, logits_to_keep=longest).logits.float()
+        full = torch.log_softmax(logits, dim=-1)[torch.tensor([places[row] for row in rows])]
+        targets = left_pad([turn.response for turn in turns])["input_ids"]
         lengths = torch.tensor([len(turn.response) for turn in turns])
         mask = torch.arange(longest)[None, :] >= longest - lengths[:, None]
         return full.gather(2, targets[:, :, None])[:, :, 0], -(full.exp() * full).sum(-1), mask
