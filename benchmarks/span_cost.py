@@ -1,6 +1,6 @@
 """What a span costs the agent's process, in CPU time: ours beside the bare OpenTelemetry SDK's, in one run.
 
-Ours is all that happens in an agent process: the SDK's span, our record, its Avro encoding, the hand-over to the socket.
+Ours is all that happens in an agent process: the SDK's span, our record, its Avro encoding, the hand-over.
 The runs take turns, so that a noisy machine disturbs both alike. Prints JSON: microseconds per span.
 """
 

@@ -182,9 +182,8 @@ def proxy() -> None:
 
     async def work(log: KafkaLog, stop: asyncio.Event) -> None:
         backend, producer = HttpBackend(settings.model_url), log.producer()
-        secret = settings.proxy_secret.get_secret_value()
         try:
-            front = Proxy(producer, settings.topics, backend, secret, max_body=settings.max_record_bytes)
+            front = Proxy.of(settings, producer, backend, settings.proxy_secret.get_secret_value())
             async with serve(front.app, settings.proxy_url):
                 await stop.wait()
         finally:
@@ -195,11 +194,18 @@ def proxy() -> None:
 
 
 @app.command(epilog="Example: millstream train examples/calculator/train.toml")
-def train(config: Annotated[Path, typer.Argument(help="TOML file; see examples/calculator/train.toml.")]) -> None:
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file; see examples/calculator/train.toml.")],
+    as_json: Json = False,
+) -> None:
     """Train as a file says; live view, then a summary. Needs the `train` extra."""
     from millstream.pipeline.train_config import train_from
 
-    train_from(config)
+    summary = train_from(config, err if as_json else out)
+    values = summary.first_reward, summary.validation_reward, summary.rollouts, summary.rollouts_per_second
+    columns = ["steps", "first_reward", "validation_reward", "rollouts", "rollouts_per_second", "seconds"]
+    rounded = [value if value is None else round(value, 3) for value in (*values, summary.seconds)]
+    _print_rows(columns, [[len(summary.steps), *rounded]], as_json)
 
 
 # --- questions

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 from millstream.schemas.errors import ConfigError
 
@@ -14,6 +15,7 @@ from millstream.schemas.errors import ConfigError
 def load_model(folder: str | Path) -> Any:
     """The causal language model of a Hugging Face folder, in float32. Raises `ConfigError` naming the folder."""
     _check(folder, "config.json")
+    disable_progress_bar()  # a run has a view of its own
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 

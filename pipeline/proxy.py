@@ -8,6 +8,7 @@ call. A call that can't be recorded fails: training on a hole would be worse.
 """
 
 import asyncio
+import hashlib
 import hmac
 import json
 import struct
@@ -26,9 +27,11 @@ from millstream.schemas.errors import LogError, TooLarge
 from millstream.schemas.identity import attempt_key
 from millstream.schemas.log import KIND_HEADER
 from millstream.schemas.records import Span
+from millstream.schemas.settings import Settings
 from millstream.schemas.topics import Topics
 
 CLOSED_KEPT_S = 3600.0  # how long an attempt's end is remembered; longer than any call of it can still be under way
+CACHED_ANSWERS = 10_000  # at most; the oldest go first
 RECORD_S = 30.0  # how long a span may take to be acknowledged before its call fails
 ATTEMPT = "/rollout/{rollout_id}/attempt/{attempt_id}"
 
@@ -49,13 +52,24 @@ class Proxy:
     """An aiohttp application (`app`) in front of one back end."""
 
     def __init__(
-        self, producer: Producer, topics: Topics, backend: Backend, secret: str, *, max_body: int = 16 << 20
+        self,
+        producer: Producer,
+        topics: Topics,
+        backend: Backend,
+        secret: str,
+        *,
+        max_body: int = 16 << 20,
+        cache_ttl: float = 0.0,
     ) -> None:
+        """``max_body`` is in bytes. For ``cache_ttl`` seconds a request with temperature 0 is answered again without
+        the model; such an answer has no token ids in its span, so nobody trains on it. 0 turns that off."""
         self._producer = producer
         self._topics = topics
         self._backend = backend
         self._secret = secret
         self._attempts: OrderedDict[str, _Attempt] = OrderedDict()
+        self._cache_ttl = cache_ttl
+        self._cache: OrderedDict[bytes, tuple[float, Completion]] = OrderedDict()  # oldest first
         self.app = web.Application(client_max_size=max_body, middlewares=[_openai_errors])
         self.app.add_routes(
             [
@@ -65,6 +79,12 @@ class Proxy:
                 web.post("/v1/{rest:.*}", _outside),
             ]
         )
+
+    @classmethod
+    def of(cls, settings: Settings, producer: Producer, backend: Backend, secret: str) -> "Proxy":
+        """With the limits of a deployment."""
+        limit, ttl = settings.max_record_bytes, settings.cache_ttl
+        return cls(producer, settings.topics, backend, secret, max_body=limit, cache_ttl=ttl)
 
     async def _chat(self, request: web.Request) -> web.Response:
         attempt = self._authorised(request)
@@ -86,10 +106,28 @@ class Proxy:
         return web.json_response(_for_client(asked, completion.body), status=completion.status)
 
     async def _complete(self, asked: dict[str, Any]) -> Completion:
+        key: bytes | None = None
+        if self._cache_ttl and asked.get("temperature") == 0:
+            key = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).digest()
+            if (cached := self._cached(key)) is not None:
+                return cached
         try:
-            return await self._backend.chat({**asked, "return_token_ids": True, "logprobs": True})
+            completion = await self._backend.chat({**asked, "return_token_ids": True, "logprobs": True})
         except BackendUnavailable as error:
             return Completion(502, _error(f"the model server doesn't answer: {error}", "api_error"), None)
+        if key is not None and completion.status == 200:
+            self._cache[key] = (time.monotonic() + self._cache_ttl, completion)
+            if len(self._cache) > CACHED_ANSWERS:
+                self._cache.popitem(last=False)
+        return completion
+
+    def _cached(self, key: bytes) -> Completion | None:
+        """An answer given before, as a new one that nothing can be learnt from."""
+        expires, completion = self._cache.get(key, (0.0, None))
+        if completion is None or expires < time.monotonic():
+            return None
+        body = _for_client({}, completion.body) | {"id": f"chatcmpl-{token_hex(16)}"}
+        return Completion(completion.status, body, completion.model_version)
 
     async def _record(
         self, attempt: _Attempt, asked: dict[str, Any], completion: Completion, start: int, traceparent: str

@@ -92,7 +92,7 @@ async def _roles(
         if engine is not None:
             producer = log.producer()
             stack.push_async_callback(asyncio.to_thread, producer.close)
-            proxy = Proxy(producer, topics, engine, secret, max_body=settings.max_record_bytes)
+            proxy = Proxy.of(settings, producer, engine, secret)
             url = await stack.enter_async_context(serve(proxy.app, "http://127.0.0.1:0"))
         settings = settings.model_copy(update={"proxy_url": url, "proxy_secret": SecretStr(secret)})
         adapter = Adapter(

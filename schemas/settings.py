@@ -65,7 +65,7 @@ class Settings(BaseSettings):
     proxy_url: str = Field("http://127.0.0.1:8400", description="Where runners reach the LLM proxy.")
     proxy_secret: SecretStr = Field(SecretStr(""), description="Signs attempt keys; runners and proxies share it.")
     model_url: str = Field("http://127.0.0.1:8500", description="The model server behind the proxy.")
-    cache_ttl: float = Field(0.0, ge=0, description="Seconds a proxy may repeat a deterministic external answer.")
+    cache_ttl: float = Field(0.0, ge=0, description="Seconds the proxy repeats answers of temperature 0; 0: never.")
 
     @property
     def topics(self) -> Topics:

@@ -5,6 +5,7 @@ Ends with what SQL says about the run, and ``summary.json`` in the run's folder.
 
 import asyncio
 import json
+import logging
 import os
 import shutil
 import signal
@@ -88,13 +89,16 @@ def main(
 
 def prepare(run_dir: Path, strategy: str, max_steps: int, lr: float, seed: int) -> None:
     """Model, tasks and ``train.toml``, in a folder without traces of an earlier run."""
-    from examples.calculator import model  # torch takes its time
+    from transformers.utils.logging import disable_progress_bar  # torch takes its time
+
+    from examples.calculator import model
 
     run_dir.mkdir(parents=True, exist_ok=True)
     for name in ("store", "checkpoints", "model", "kafka", "log"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in ("train.json", "summary.json"):
         (run_dir / name).unlink(missing_ok=True)
+    disable_progress_bar()  # there is a live view
     model.create(run_dir / "model", seed)
     for mode, count in (("train", TRAIN_TASKS), ("val", VAL_TASKS)):
         lines = [json.dumps({"input": task}) for task in make_tasks(count, mode, seed)]  # type: ignore[arg-type]
@@ -109,6 +113,8 @@ def in_process(run_dir: Path, adapter: str) -> Settings:
     """Everything here. The store is closed when this returns."""
     from millstream.pipeline.train_config import train_from
 
+    (run_dir / "log").mkdir()
+    logging.basicConfig(filename=run_dir / "log" / "demo.log", format="%(asctime)s %(name)s %(levelname)s %(message)s")
     train_from(run_dir / "train.toml", console, adapter=adapter)
     return load_settings(clickhouse_dsn=f"chdb://{run_dir / 'store'}")
 

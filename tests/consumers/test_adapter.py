@@ -2,30 +2,45 @@
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
 
 import pytest
 from factories import call, event, reward, task
 
 from millstream.consumers.adapter import Adapter
+from millstream.consumers.port import Log
 from millstream.consumers.triplets import to_triplets
+from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.producers.port import send_acknowledged
 from millstream.schemas import codec
 from millstream.schemas.log import LogRecord, Partition
 from millstream.schemas.records import DeadLetter, RolloutEnd, Triplet
-from millstream.schemas.topics import Topics
-
-TOPICS = Topics("t", partitions=4)
+from millstream.schemas.topics import Topics, partition_of
 
 
-@pytest.fixture(params=[False, True], ids=["live", "encoded"])
-def log(request):
-    return MemoryLog(TOPICS, encode=request.param)
+@dataclass
+class Bed:
+    """A log and its topics."""
+
+    log: Log
+    topics: Topics
+
+
+@pytest.fixture(params=["live", "encoded", pytest.param("kafka", marks=pytest.mark.kafka)])
+async def bed(request):
+    if request.param != "kafka":
+        topics = Topics("t", partitions=4)
+        return Bed(MemoryLog(topics, encode=request.param == "encoded"), topics)
+    settings = request.getfixturevalue("kafka_settings")()
+    log = KafkaLog(settings)
+    await log.create_topics()
+    return Bed(log, settings.topics)
 
 
 @asynccontextmanager
-async def adapter_on(log, name="0", **options):
-    adapter = Adapter(log, TOPICS, transactional_id=f"adapter-{name}", **options)
+async def adapter_on(bed, name="0", **options):
+    adapter = Adapter(bed.log, bed.topics, transactional_id=f"{bed.topics.prefix}-{name}", **options)
     stop = asyncio.Event()
     running = asyncio.create_task(adapter.run(stop))
     await asyncio.wait([running, asyncio.create_task(adapter.wait_ready())], return_when=asyncio.FIRST_COMPLETED)
@@ -36,25 +51,26 @@ async def adapter_on(log, name="0", **options):
         await running
 
 
-async def write(log, *values):
-    producer = log.producer()
+async def write(bed, *values):
+    producer = bed.log.producer()
     for value in values:
         key = value.rollout_id if not isinstance(value, bytes) else "garbage"
-        await send_acknowledged(producer, TOPICS.events, value, key=key)
+        await send_acknowledged(producer, bed.topics.events, value, key=key)
+    producer.close()
 
 
 class Reader:
     """Everything committed on a topic, as it comes."""
 
-    def __init__(self, log, topic, partitions):
-        self.consumer = log.consumer()
+    def __init__(self, bed, topic, partitions=4):
+        self.consumer = bed.log.consumer()
         self.partitions = [Partition(topic, n) for n in range(partitions)]
         self.found = []
 
     async def until(self, condition):
         if not self.consumer.assignment():
             await self.consumer.assign(self.partitions, "beginning")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not condition(self.found):
                 for record in await self.consumer.poll(100, 1.0):
                     assert isinstance(record, LogRecord)
@@ -71,14 +87,12 @@ def history(of, attempt="a", value=0.5):
     )
 
 
-async def test_a_rollouts_triplets_come_before_its_one_end_on_the_partition_of_its_events(log):
+async def test_a_rollouts_triplets_come_before_its_one_end_on_the_partition_of_its_events(bed):
     tasks = [task() for _ in range(20)]
-    reader = Reader(log, TOPICS.triplets, 4)
-    async with adapter_on(log):
-        await write(log, *(record for of in tasks for record in history(of)))
+    reader = Reader(bed, bed.topics.triplets)
+    async with adapter_on(bed):
+        await write(bed, *(record for of in tasks for record in history(of)))
         await reader.until(lambda found: sum(isinstance(v, RolloutEnd) for _, v in found) == 20)
-    from millstream.schemas.topics import partition_of
-
     for of in tasks:
         mine = [(r, v) for r, v in reader.found if v.rollout_id == of.rollout_id]
         assert [type(v) for _, v in mine] == [Triplet, RolloutEnd]
@@ -86,68 +100,65 @@ async def test_a_rollouts_triplets_come_before_its_one_end_on_the_partition_of_i
         assert mine[1][1].reward == 0.5
 
 
-async def test_a_restart_repeats_no_decision(log):
+async def test_a_restart_repeats_no_decision(bed):
     tasks = [task() for _ in range(10)]
-    reader = Reader(log, TOPICS.triplets, 4)
+    reader = Reader(bed, bed.topics.triplets)
     ends = lambda found: sum(isinstance(v, RolloutEnd) for _, v in found)  # noqa: E731
-    async with adapter_on(log):
-        await write(log, *(record for of in tasks[:5] for record in history(of)))
+    async with adapter_on(bed):
+        await write(bed, *(record for of in tasks[:5] for record in history(of)))
         await reader.until(lambda found: ends(found) == 5)
-    async with adapter_on(log):
-        await write(log, *(record for of in tasks[5:] for record in history(of)))
-        await write(log, *history(tasks[0], attempt="again"))
-        await write(log, *history(last := task()))
+    async with adapter_on(bed):
+        await write(bed, *(record for of in tasks[5:] for record in history(of)))
+        await write(bed, *history(tasks[0], attempt="again"))
+        await write(bed, *history(last := task()))
         await reader.until(lambda found: any(v.rollout_id == last.rollout_id for _, v in found) and ends(found) >= 11)
     assert ends(reader.found) == 11
 
 
-async def test_two_adapters_share_the_work_and_end_each_rollout_once(log):
+async def test_two_adapters_share_the_work_and_end_each_rollout_once(bed):
     tasks = [task() for _ in range(40)]
-    reader = Reader(log, TOPICS.triplets, 4)
-    async with adapter_on(log, "0"):
-        await write(log, *(r for of in tasks[:20] for r in history(of)))
-        async with adapter_on(log, "1"):
-            await write(log, *(r for of in tasks[20:] for r in history(of)))
+    reader = Reader(bed, bed.topics.triplets)
+    async with adapter_on(bed, "0"):
+        await write(bed, *(r for of in tasks[:20] for r in history(of)))
+        async with adapter_on(bed, "1"):
+            await write(bed, *(r for of in tasks[20:] for r in history(of)))
             await reader.until(lambda found: sum(isinstance(v, RolloutEnd) for _, v in found) >= 40)
     ended = [v.rollout_id for _, v in reader.found if isinstance(v, RolloutEnd)]
     assert sorted(ended) == sorted(of.rollout_id for of in tasks)
 
 
-async def test_an_attempt_that_falls_silent_ends_as_failed(log):
+async def test_an_attempt_that_falls_silent_ends_as_failed(bed):
     of = task(lease_s=0.2)
-    reader = Reader(log, TOPICS.triplets, 4)
-    async with adapter_on(log):
-        await write(log, event(of, "a", "preparing"))
+    reader = Reader(bed, bed.topics.triplets)
+    async with adapter_on(bed):
+        await write(bed, event(of, "a", "preparing"))
         (end,) = await reader.until(lambda found: len(found) == 1)
     assert (end.status, end.reason) == ("failed", "lost: no heartbeat for 0.2 s")
 
 
-async def test_garbage_goes_to_the_dead_letter_topic_once_and_the_rest_goes_on():
-    log = MemoryLog(TOPICS, encode=True)
+async def test_garbage_goes_to_the_dead_letter_topic_once_and_the_rest_goes_on(bed):
     of = task()
-    dead, ends = Reader(log, TOPICS.dead, 1), Reader(log, TOPICS.triplets, 4)
+    dead, ends = Reader(bed, bed.topics.dead, 1), Reader(bed, bed.topics.triplets)
     for _ in range(2):  # a restarted adapter reads it again
-        async with adapter_on(log):
+        async with adapter_on(bed):
             if not ends.found:
-                await write(log, b"garbage", *history(of))
+                await write(bed, b"garbage", *history(of))
             await ends.until(lambda found: len(found) == 2)
             (letter,) = await dead.until(lambda found: len(found) >= 1)
-    async with adapter_on(log):
-        await write(log, *history(task()))
+    async with adapter_on(bed):
+        await write(bed, *history(task()))
         await ends.until(lambda found: len(found) == 4)
     assert len(dead.found) == 1
     assert isinstance(letter, DeadLetter)
     assert (letter.value, letter.role, letter.reason) == (b"garbage", "adapter", "undecodable")
     assert "not Avro single-object encoding" in letter.error
-    assert letter.topic == TOPICS.events
+    assert letter.topic == bed.topics.events
 
 
-async def test_a_users_own_function_makes_the_triplets(log):
-    from dataclasses import replace
-
-    reader = Reader(log, TOPICS.triplets, 4)
+async def test_a_users_own_function_makes_the_triplets(bed):
+    reader = Reader(bed, bed.topics.triplets)
     zero = lambda trace: [replace(t, reward=0.0) for t in to_triplets(trace)]  # noqa: E731
-    async with adapter_on(log, to_triplets=zero):
-        await write(log, *history(task()))
+    async with adapter_on(bed, to_triplets=zero):
+        await write(bed, *history(task()))
         triplet, end = await reader.until(lambda found: len(found) == 2)
     assert (triplet.reward, end.reward) == (0.0, 0.5)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
@@ -105,6 +105,35 @@ def compare_with_ledger(demo):
         assert step["reward"] == pytest.approx(sum(rewards) / len(rewards))
 
 
+def ends_in_the_log(folder):
+    """How often each rollout has ended, as a Kafka client of no project of ours reads it."""
+    from confluent_kafka import Consumer, KafkaError
+
+    from millstream.deploy.kafka.local import LocalKafka
+    from millstream.schemas import codec
+    from millstream.schemas.records import RolloutEnd
+
+    broker = LocalKafka(folder, port=0)
+    broker.up()
+    options = {"group.id": "witness", "auto.offset.reset": "earliest", "enable.partition.eof": True}
+    consumer = Consumer({"bootstrap.servers": broker.bootstrap_servers, "isolation.level": "read_committed", **options})
+    try:
+        consumer.subscribe(["millstream.triplets"])
+        ends, finished = Counter(), set()
+        while len(finished) < 8:
+            for message in consumer.consume(1000, 5.0):
+                if message.error() is None:
+                    record = codec.decode(message.value())
+                    ends[record.rollout_id] += isinstance(record, RolloutEnd)
+                else:
+                    assert message.error().code() == KafkaError._PARTITION_EOF
+                    finished.add(message.partition())
+        return ends
+    finally:
+        consumer.close()
+        broker.down()
+
+
 def check_summary(demo):
     keys = {
         "first_reward",
@@ -145,6 +174,9 @@ def test_the_agent_learns_over_kafka_although_a_runner_is_killed(tmp_path):
     assert demo.summary["validation_reward"] > 0.9
     compare_with_ledger(demo)
     assert not any(Path(f"/proc/{pid}").exists() for pid in started.values())
+    ends = ends_in_the_log(tmp_path / "run" / "kafka")
+    assert len(ends) == demo.summary["rollouts"]
+    assert set(ends.values()) == {1}
 
 
 @BOTH

@@ -1,11 +1,11 @@
-"""An agent project with a `schemas/` and a `pipeline.py` of its own runs unchanged, from checkout and from the wheel."""
+"""An agent project with `schemas/` and `pipeline.py` of its own runs unchanged, from a checkout and from the wheel."""
 
 import os
 import subprocess
 import sys
 import sysconfig
 import venv
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -56,6 +56,16 @@ def wheel_python(tmp_path_factory):
     return python
 
 
+@contextmanager
+def roles_running(python, project, environment):
+    with ExitStack() as stack:
+        for role in (["adapter"], ["runner", "agent:agent"]):
+            process = subprocess.Popen([python, "-m", "millstream.pipeline", *role], cwd=project, env=environment)
+            stack.callback(process.wait, 60)
+            stack.callback(process.terminate)
+        yield
+
+
 async def ends_of(settings, python, project):
     log = KafkaLog(settings)
     await log.create_topics()
@@ -68,11 +78,7 @@ async def ends_of(settings, python, project):
     producer = log.producer()
     collector = Collector(log, settings.topics, producer)
     await collector.start()
-    with ExitStack() as stack:
-        for role in (["adapter"], ["runner", "agent:agent"]):
-            process = subprocess.Popen([python, "-m", "millstream.pipeline", *role], cwd=project, env=environment)
-            stack.callback(process.wait, 60)
-            stack.callback(process.terminate)
+    with roles_running(python, project, environment):
         tasks, _ = read_tasks(project / "tasks.jsonl", settings)
         ids = [task.rollout_id for task in tasks]
         collector.expect(ids)

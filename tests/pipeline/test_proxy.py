@@ -89,9 +89,9 @@ class Setup:
 
 
 @asynccontextmanager
-async def setup_of(log):
+async def setup_of(log, **options):
     model = Model()
-    async with serve(Proxy(log.producer(), TOPICS, model, SECRET).app, "http://127.0.0.1:0") as url:
+    async with serve(Proxy(log.producer(), TOPICS, model, SECRET, **options).app, "http://127.0.0.1:0") as url:
         found = Setup(url, model, log)
         yield found
         await found.client.close()
@@ -126,6 +126,16 @@ async def test_the_client_sees_only_what_it_asked_for(setup):
     assert asked.choices[0].logprobs.content[0].logprob == -0.25
     assert asked.model_dump()["choices"][0]["token_ids"] == [7]
     assert all(request["return_token_ids"] and request["logprobs"] for request in setup.model.requests)
+
+
+async def test_the_cache_repeats_answers_of_temperature_zero_and_nobody_trains_on_them():
+    async with setup_of(MemoryLog(TOPICS), cache_ttl=60.0) as setup:
+        greedy = ASKED | {"temperature": 0}
+        answers = [await setup.client.chat.completions.create(**asked) for asked in (greedy, greedy, ASKED, ASKED)]
+        assert [a.choices[0].message.content for a in answers] == ["add"] * 4
+        assert len({a.id for a in answers}) == 4
+        assert len(setup.model.requests) == 3
+        assert [span.response_token_ids is None for span in await setup.spans()] == [False, True, False, False]
 
 
 async def test_close_waits_for_calls_under_way_and_refuses_new_ones(setup):
