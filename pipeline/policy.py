@@ -15,7 +15,7 @@ from millstream.schemas.errors import ConfigError
 def load_model(folder: str | Path) -> Any:
     """The causal language model of a Hugging Face folder, in float32. Raises `ConfigError` naming the folder."""
     _check(folder, "config.json")
-    disable_progress_bar()  # a run has a view of its own
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # a run has a view of its own
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
