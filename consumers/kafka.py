@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 SESSION_TIMEOUT_MS: Final = 6_000  # a killed member's partitions move on after this
 HEARTBEAT_MS: Final = 1_000
+MAX_POLL_INTERVAL_MS: Final = 86_400_000  # a runner whose slots are all taken reads nothing for as long as they run
 # Also how long a resumed or newly assigned partition may wait for a fetch that is under way to the same broker.
 FETCH_WAIT_MS: Final = 100
 FETCH_BYTES: Final = 50 << 20  # of one answer; more if a single record may be larger
@@ -239,6 +240,7 @@ class AioConsumer:
             isolation_level="read_committed",
             session_timeout_ms=SESSION_TIMEOUT_MS,
             heartbeat_interval_ms=HEARTBEAT_MS,
+            max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
             fetch_max_wait_ms=FETCH_WAIT_MS,
             max_partition_fetch_bytes=size,
             fetch_max_bytes=max(FETCH_BYTES, size),
