@@ -1,9 +1,11 @@
 """Dead letters: what a role can't use is kept, as it was, with the reason."""
 
 import time
+from dataclasses import replace
 
 from millstream.producers.port import OnAck, Producer
 from millstream.schemas import codec
+from millstream.schemas.errors import TooLarge
 from millstream.schemas.log import KIND_HEADER, LogRecord
 from millstream.schemas.records import DeadLetter
 from millstream.schemas.topics import Topics
@@ -27,9 +29,13 @@ def dead_letter(record: LogRecord, role: str, reason: str, error: str) -> DeadLe
 
 
 def send_dead_letter(producer: Producer, topics: Topics, letter: DeadLetter, on_ack: OnAck | None = None) -> None:
-    """Sends it to the dead-letter topic under its original key."""
+    """Sends it to the dead-letter topic under its original key; without its body if there is no room for both."""
     headers = {KIND_HEADER: letter.reason.encode()}
-    producer.send(topics.dead, letter, key=letter_key(letter), headers=headers, on_ack=on_ack)
+    try:
+        producer.send(topics.dead, letter, key=letter_key(letter), headers=headers, on_ack=on_ack)
+    except TooLarge:
+        bare = replace(letter, value=None, headers={})
+        producer.send(topics.dead, bare, key=letter_key(letter), headers=headers, on_ack=on_ack)
 
 
 def letter_key(letter: DeadLetter) -> str | None:
