@@ -94,7 +94,7 @@ class PartitionFold:
         self.open: dict[str, OpenRollout] = {}  # in order of their first offset
         # Rollout → offset at which its end was seen or decided, and the attempt that succeeded.
         self.ended: dict[str, tuple[int, str | None]] = {}
-        self.retried: dict[str, tuple[int, int]] = {}  # rollout → offset of its last retry mark, and the attempt it gave up
+        self.retried: dict[str, tuple[int, int]] = {}  # rollout → offset of its last retry mark, its attempt
         self.decided: dict[str, Decision] = {}  # not yet written; these are still open
         self.refused: set[int] = set()  # offsets whose dead letter has been written
         self.ignored: Counter[str] = Counter() if ignored is None else ignored
