@@ -9,21 +9,23 @@ high watermark, then again to fold. ARCHITECTURE.md, "The adapter", tells why ea
 import asyncio
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from itertools import islice
 from typing import TypeVar
 
 from millstream.consumers.dead import dead_letter, letter_key, send_dead_letter
 from millstream.consumers.port import Log
-from millstream.consumers.settle import Decision, PartitionFold
+from millstream.consumers.settle import ROLE, Decision, PartitionFold
 from millstream.consumers.triplets import ToTriplets, to_triplets
 from millstream.producers.port import OnAck
+from millstream.schemas import status
 from millstream.schemas.errors import CodecError, LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.log import KIND_HEADER, EndOfPartition, LogRecord, Partition
 from millstream.schemas.records import DeadLetter, Record
-from millstream.schemas.topics import Topics
+from millstream.schemas.topics import Topics, partition_of
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,7 @@ OFFSETS_S = 2.0  # between transactions that only move offsets
 CALL_S = 10.0  # one try of a call to the log; it is repeated
 PROBE_S = 0.5  # between watermark probes; while none succeeds, no lease runs out
 STALL_S = 1.0  # a gap in our own loop after which leases start anew: we were frozen, not they silent
+PROCESS_BYTES = 1 << 30  # of open rollouts; beyond it the largest fails
 HORIZON_S = 300.0  # the committed offset stays this far behind, so that late claims of ended rollouts are recognised
 
 T = TypeVar("T")
@@ -61,12 +64,21 @@ class _Part:
 
 @dataclass(slots=True)
 class AdapterStats:
-    """What an adapter has done since it started."""
+    """What an adapter has done since it started. What a restart or a rebalance makes it read again counts again in
+    ``ignored``, and nowhere else."""
 
     ended: int = 0
+    retries: Counter[str] = field(default_factory=Counter)  # by the status of the attempt that is made again
+    losses: int = 0  # attempts that were lost, made again or not
     transactions: int = 0
     aborted: int = 0
     dead_letters: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)  # late_event, late_span, zombie_result
+
+    @property
+    def zombie_results_ignored(self) -> int:
+        """Successes that came too late: the attempt had been given up, or another one had ended the rollout."""
+        return self.ignored["zombie_result"]
 
 
 class Adapter:
@@ -99,7 +111,7 @@ class Adapter:
 
     def on_assign(self, partitions: Sequence[Partition]) -> None:
         for partition in partitions:
-            self._parts[partition] = _Part(PartitionFold(self._to_triplets))
+            self._parts[partition] = _Part(PartitionFold(self._to_triplets, ignored=self.stats.ignored))
         # Only here: metadata taken just before a transaction would let a zombie commit another member's partitions.
         self._group = self._consumer.group_metadata()
         self._ready.set()
@@ -139,10 +151,13 @@ class Adapter:
                     self._expire(now)
                 else:
                     self._not_before = self._clock()
-            decided = any(part.fold.decided or part.dead for part in self._parts.values())
-            if now - written >= (TRANSACTION_S if decided else OFFSETS_S):
+            since = now - written
+            if since >= OFFSETS_S or (since >= TRANSACTION_S and self._decided(now)):
                 written = now
                 await self._write(now)
+
+    def _decided(self, now: float) -> bool:
+        return any(part.dead or next(part.fold.ready(now), None) for part in self._parts.values())
 
     async def _read(self) -> None:
         try:
@@ -166,6 +181,15 @@ class Adapter:
                 part.position = max(part.position, item.offset)
             else:
                 self._apply(part, item, now)
+        self._bound_memory(now)
+
+    def _bound_memory(self, now: float) -> None:
+        folds = [part.fold for part in self._parts.values()]
+        while sum(fold.size for fold in folds) > PROCESS_BYTES:
+            fold = max(folds, key=PartitionFold.largest)
+            size, rollout_id = fold.largest()
+            message = f"{size:,} bytes, the most of all open rollouts; the adapter keeps {PROCESS_BYTES:,} in all"
+            fold.too_large(rollout_id, message, time.time_ns(), now)
 
     async def _begin(self, part: _Part, item: LogRecord | EndOfPartition) -> bool:
         """At the first record: how far do marks have to be looked for? False if that can't be told now."""
@@ -196,7 +220,7 @@ class Adapter:
             part.fold.apply(record, now)
         except CodecError as error:
             if record.offset not in part.fold.refused:
-                part.dead[record.offset] = dead_letter(record, "adapter", "undecodable", str(error))
+                part.dead[record.offset] = dead_letter(record, ROLE, "undecodable", str(error))
         part.position = record.offset + 1
         if not part.horizon or now - part.horizon[-1][0] >= 1.0:
             part.horizon.append((now, record.offset))
@@ -234,7 +258,7 @@ class Adapter:
             if part.phase is not _Phase.FOLD:
                 continue
             room = TRANSACTION_ROLLOUTS - len(box)
-            chosen = list(part.fold.decided.items())[: max(0, room)]
+            chosen = list(islice(part.fold.ready(now), room))
             box += [(partition, rollout_id, decision) for rollout_id, decision in chosen]
             dead += [(partition, offset, letter) for offset, letter in part.dead.items()]
             offset = self._committable(part, {rollout_id for rollout_id, _ in chosen}, now)
@@ -246,7 +270,7 @@ class Adapter:
             await asyncio.to_thread(self._transaction, box, dead, offsets)
         except _Oversized as error:
             await self._call(lambda: self._producer.abort_transaction(CALL_S))
-            self._parts[error.partition].fold.without_triplets(error.rollout_id, str(error))
+            self._parts[error.partition].fold.oversized(error.rollout_id, str(error))
         except TransactionAborted as error:
             # Nothing is rewound: the decisions stay, and are sent again unless their partition is lost meanwhile.
             self.stats.aborted += 1
@@ -265,9 +289,14 @@ class Adapter:
         offsets: dict[Partition, int],
     ) -> None:
         self.stats.transactions += 1
-        self.stats.ended += len(box)
         self.stats.dead_letters += len(dead)
-        for partition, rollout_id, _ in box:
+        for partition, rollout_id, decision in box:
+            if decision.retry is None:
+                self.stats.ended += 1
+                self.stats.dead_letters += len(decision.dead)
+            else:
+                self.stats.retries[decision.how] += 1
+            self.stats.losses += decision.how == status.LOST
             if part := self._parts.get(partition):
                 part.fold.written(rollout_id, part.position)
         for partition, at, _ in dead:
@@ -322,13 +351,19 @@ class Adapter:
         self._repeat(lambda: self._producer.commit_transaction(CALL_S))
 
     def _send_decision(self, number: int, rollout_id: str, decision: Decision, on_ack: OnAck) -> None:
+        if (retry := decision.retry) is not None:
+            tasks, to = self._topics.tasks(retry.task.priority), f"{rollout_id}/{retry.task.attempt}"
+            # Tasks have no key. Without a partition said outright a burst of them would stick to one.
+            self._send(tasks, retry.task, None, partition_of(to, self._topics.partitions), b"task", on_ack)
+            self._send(self._topics.events, retry.mark, rollout_id, number, status.RETRY.encode(), on_ack)
+            return
         # The partition is that of the events, said outright: triplets lie beside what they were made from.
         for triplet in decision.triplets:
             self._send(self._topics.triplets, triplet, rollout_id, number, b"triplet", on_ack)
         self._send(self._topics.triplets, decision.end, rollout_id, number, b"end", on_ack)
         self._send(self._topics.events, decision.end, rollout_id, number, b"end", on_ack)
-        for record, error in decision.unreadable:
-            send_dead_letter(self._producer, self._topics, dead_letter(record, "adapter", "undecodable", error), on_ack)
+        for record, reason, error in decision.dead:
+            send_dead_letter(self._producer, self._topics, dead_letter(record, ROLE, reason, error), on_ack)
 
     def _send(self, topic: str, value: Record, key: str | None, number: int, kind: bytes, on_ack: OnAck) -> None:
         self._producer.send(topic, value, key=key, partition=number, headers={KIND_HEADER: kind}, on_ack=on_ack)

@@ -1,12 +1,23 @@
-"""Dead letters: what a role can't use is kept, as it was, with the reason."""
+"""Dead letters: what a role can't use is kept, as it was, with the reason; and sent again when that is mended."""
 
+import logging
 import time
+from collections.abc import AsyncIterator
+from dataclasses import replace
 
-from millstream.producers.port import OnAck, Producer
+from millstream.consumers.port import Log
+from millstream.producers.port import OnAck, Producer, send_acknowledged
+from millstream.producers.tasks import TaskPublisher
 from millstream.schemas import codec
-from millstream.schemas.log import KIND_HEADER, LogRecord
-from millstream.schemas.records import DeadLetter
+from millstream.schemas.errors import CodecError, ConfigError, LogUnavailable, TooLarge
+from millstream.schemas.ids import new_id
+from millstream.schemas.log import KIND_HEADER, LogRecord, Partition
+from millstream.schemas.records import DeadLetter, RolloutTask
 from millstream.schemas.topics import Topics
+
+logger = logging.getLogger(__name__)
+
+READ_S = 10.0  # without anything new before the end: a transaction that somebody left open is over by then
 
 
 def dead_letter(record: LogRecord, role: str, reason: str, error: str) -> DeadLetter:
@@ -27,11 +38,69 @@ def dead_letter(record: LogRecord, role: str, reason: str, error: str) -> DeadLe
 
 
 def send_dead_letter(producer: Producer, topics: Topics, letter: DeadLetter, on_ack: OnAck | None = None) -> None:
-    """Sends it to the dead-letter topic under its original key."""
+    """Sends it to the dead-letter topic under its original key; without its body if there is no room for both."""
     headers = {KIND_HEADER: letter.reason.encode()}
-    producer.send(topics.dead, letter, key=letter_key(letter), headers=headers, on_ack=on_ack)
+    try:
+        producer.send(topics.dead, letter, key=letter_key(letter), headers=headers, on_ack=on_ack)
+    except TooLarge:
+        bare = replace(letter, value=None, headers={})
+        producer.send(topics.dead, bare, key=letter_key(letter), headers=headers, on_ack=on_ack)
 
 
 def letter_key(letter: DeadLetter) -> str | None:
     """The original key as text."""
     return None if letter.key is None else letter.key.decode(errors="replace")
+
+
+async def read_dead_letters(log: Log, topics: Topics) -> AsyncIterator[tuple[LogRecord, DeadLetter]]:
+    """All that the dead-letter topic holds by now, each with its record. Raises `LogUnavailable`."""
+    consumer = log.consumer()
+    partitions = [Partition(topics.dead, number) for number in range(topics.dead_partitions)]
+    try:
+        await consumer.assign(partitions)
+        ends = await consumer.end_offsets(partitions)
+        deadline = time.monotonic() + READ_S
+        while any((consumer.position(partition) or 0) < end for partition, end in ends.items()):
+            for record in await consumer.poll(100, 0.2):
+                deadline = time.monotonic() + READ_S
+                if isinstance(record, LogRecord) and record.offset < ends[record.partition]:
+                    try:
+                        yield record, codec.decode_as(DeadLetter, record.value)
+                    except CodecError as error:
+                        logger.warning("%s is no dead letter: %s", record.place, error)
+            if time.monotonic() > deadline:
+                raise LogUnavailable(f"{topics.dead} could not be read to its end; try again")
+    finally:
+        await consumer.close()
+
+
+async def replay(producer: Producer, topics: Topics, letter: DeadLetter) -> str:
+    """Sends a dead letter's record again, and says what was done.
+
+    The task of a rollout that failed becomes a new rollout, with fresh budgets and without saved state: the old one has
+    ended, and that is final. Its metadata say which it was (``replay_of``). Anything else goes to its topic as it was.
+    Raises `ConfigError` if the letter can't be replayed.
+    """
+    if letter.value is None:
+        raise ConfigError(f"the record was kept without its body ({letter.reason}): there is nothing to send again")
+    if letter.role == "sink":
+        raise ConfigError(
+            f"the sink alone refused this record; the other roles have read it at {letter.topic}[{letter.partition}]"
+            f"@{letter.offset}, and would take it for another one"
+        )
+    if letter.role == "adapter" and letter.reason != "undecodable":
+        ended = codec.decode_as(RolloutTask, letter.value)
+        task = replace(
+            ended,
+            rollout_id=new_id(),
+            attempt=1,
+            losses=0,
+            state=None,
+            metadata={**ended.metadata, "replay_of": ended.rollout_id},
+            created_at=time.time_ns(),
+        )
+        await TaskPublisher(producer, topics).publish([task])
+        return f"rollout {ended.rollout_id} is run again as {task.rollout_id}"
+    key = None if letter.key is None else letter.key.decode("utf-8", "surrogateescape")
+    offset = await send_acknowledged(producer, letter.topic, letter.value, key=key, headers=letter.headers)
+    return f"sent to {letter.topic} as it was, at offset {offset} of its partition"

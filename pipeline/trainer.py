@@ -297,6 +297,7 @@ class _Run:
             mode=mode,
             resources_id=self._resources_id,
             max_attempts=self._settings.retry_max_attempts,
+            max_losses=self._settings.retry_max_losses,
             timeout_s=self._settings.timeout_seconds,
             lease_s=self._settings.lease_seconds,
             experiment_id=self.summary.experiment_id,

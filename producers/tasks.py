@@ -33,7 +33,7 @@ class TaskLine(BaseModel):
     priority: str | None = None
     resources_id: str | None = None
     max_attempts: int | None = Field(None, ge=1)
-    max_losses: int = Field(0, ge=0)
+    max_losses: int | None = Field(None, ge=0)
     retry_on: list[str] = []
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     lease_s: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -53,7 +53,7 @@ class TaskLine(BaseModel):
     @field_validator("retry_on")
     @classmethod
     def _known_statuses(cls, values: list[str]) -> list[str]:
-        return [_one_of(value, sorted(status.TERMINAL - {status.SUCCEEDED})) for value in values]
+        return [_one_of(value, sorted(status.RETRIED)) for value in values]
 
 
 def _one_of(value: str, allowed: Iterable[str]) -> str:
@@ -78,7 +78,7 @@ def group_of(
             priority=line.priority or priority,
             resources_id=line.resources_id,
             max_attempts=line.max_attempts or settings.retry_max_attempts,
-            max_losses=line.max_losses,
+            max_losses=settings.retry_max_losses if line.max_losses is None else line.max_losses,
             timeout_s=line.timeout_s or settings.timeout_seconds,
             lease_s=line.lease_s or settings.lease_seconds,
             retry_on=tuple(line.retry_on),

@@ -58,6 +58,8 @@ class Settings(BaseSettings):
     runner_concurrency: int = Field(8, ge=1, description="Attempts at a time in one agent process.")
     runner_processes: int = Field(1, ge=0, description="Agent processes of a runner; 0: threads of the runner itself.")
     retry_max_attempts: int = Field(1, ge=1, description="Attempts that a task gets unless it says otherwise.")
+    # Generous: what dies with its machine is not the task's fault. Finite: a task that kills its runners has to end.
+    retry_max_losses: int = Field(10, ge=0, description="Lost attempts of a task that are forgiven.")
     timeout_seconds: float = Field(600.0, gt=0, description="Seconds an attempt may run, unless its task says.")
     lease_seconds: float = Field(30.0, gt=0, description="Seconds without a heartbeat until an attempt is lost.")
 

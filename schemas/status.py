@@ -16,6 +16,7 @@ LOST: Final = "lost"
 RETRY: Final = "retry"  # the adapter's mark: the next attempt has been published
 
 TERMINAL: Final = frozenset({SUCCEEDED, FAILED, TIMEOUT, UNRESPONSIVE, CANCELLED, LOST})
+RETRIED: Final = frozenset({FAILED, TIMEOUT, UNRESPONSIVE})  # the agent's own doing: what `retry_on` chooses from
 
 # None is "no event yet". A status may repeat itself while the attempt lives: that is a heartbeat.
 TRANSITIONS: Final[dict[str | None, frozenset[str]]] = {
@@ -41,16 +42,20 @@ def rollout_status(events: Iterable[AttemptEvent | RolloutEnd]) -> str:
     """queued, running, retrying, succeeded, failed or cancelled: a fold over a rollout's events in log order.
 
     A lease that ran out leaves the attempt without a terminal event; the adapter's mark (``retry``, or the
-    `RolloutEnd`) then decides, and whatever that attempt still writes is ignored.
+    `RolloutEnd`) then decides. Whatever that attempt still writes is ignored, and so is another claim of the same
+    number: its task was delivered twice.
     """
     status = "queued"
+    retried = 0  # the highest number of an attempt that has been given up
     attempts: dict[str, str | None] = {}
     for event in events:
         if isinstance(event, RolloutEnd):
             return event.status
+        if event.attempt <= retried:
+            continue
         current = attempts.get(event.attempt_id)
         if event.status == RETRY:
-            attempts[event.attempt_id] = RETRY
+            retried = event.attempt
             status = "retrying"
         elif may_follow(current, event.status):
             attempts[event.attempt_id] = event.status

@@ -15,7 +15,7 @@ LIBRDKAFKA_PARTITIONER: Final = "murmur2_random"
 
 def partition_of(key: str, partitions: int) -> int:
     """The partition of a key: Kafka's default partitioner (murmur2 of the UTF-8 bytes, sign bit cleared)."""
-    return int((murmur2(key.encode()) & 0x7FFFFFFF) % partitions)
+    return int((murmur2(key.encode("utf-8", "surrogateescape")) & 0x7FFFFFFF) % partitions)
 
 
 @dataclass(frozen=True, slots=True)

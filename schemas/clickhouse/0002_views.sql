@@ -108,9 +108,8 @@ WITH
         SELECT
             rollout_id,
             count() AS attempts,
-            countIf(status IN ('preparing', 'running')) AS live,
-            max(retry_offset) AS last_retry,
-            max(live_offset) AS last_live,
+            max(attempt) AS last_attempt,
+            maxIf(attempt, retry_offset IS NOT NULL) AS last_retried,
             min(started_at) AS started_at,
             anyIf(output, status = 'succeeded') AS output,
             argMaxIf((error_type, error_message), live_offset, error_type != '') AS failure
@@ -138,7 +137,7 @@ SELECT
     multiIf(
         end_time IS NOT NULL, ends.status,
         tried.attempts = 0, 'queued',
-        tried.live = 0 AND tried.last_retry >= tried.last_live, 'retrying',
+        tried.last_retried >= tried.last_attempt, 'retrying',
         'running'
     ) AS status,
     if(end_time IS NOT NULL, ends.attempts, toInt32(tried.attempts)) AS attempts,

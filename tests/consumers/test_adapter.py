@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 from factories import call, event, reward, task
 
+from millstream.consumers import adapter as adapter_module
 from millstream.consumers.adapter import Adapter
 from millstream.consumers.port import Log
 from millstream.consumers.triplets import to_triplets
@@ -15,7 +16,8 @@ from millstream.pipeline.memory_log import MemoryLog
 from millstream.producers.port import send_acknowledged
 from millstream.schemas import codec
 from millstream.schemas.log import LogRecord, Partition
-from millstream.schemas.records import DeadLetter, RolloutEnd, Triplet
+from millstream.schemas.records import DeadLetter, RolloutEnd, RolloutTask, Triplet
+from millstream.schemas.status import rollout_status
 from millstream.schemas.topics import Topics, partition_of
 
 
@@ -76,6 +78,12 @@ class Reader:
                     assert isinstance(record, LogRecord)
                     self.found.append((record, codec.decode(record.value)))
         return [value for _, value in self.found]
+
+    async def rest(self):
+        """Everything, with what nobody expected."""
+        while records := await self.consumer.poll(100, 0.5):
+            self.found += [(record, codec.decode(record.value)) for record in records]
+        return self.found
 
 
 def history(of, attempt="a", value=0.5):
@@ -162,3 +170,71 @@ async def test_a_users_own_function_makes_the_triplets(bed):
         await write(bed, *history(task()))
         triplet, end = await reader.until(lambda found: len(found) == 2)
     assert (triplet.reward, end.reward) == (0.0, 0.5)
+
+
+async def test_an_attempt_that_failed_goes_back_to_its_tasks_and_the_next_one_ends_the_rollout(bed):
+    tasks = [task(max_attempts=2, priority="high") for _ in range(20)]
+    again, events, ends = (
+        Reader(bed, bed.topics.tasks("high")),
+        Reader(bed, bed.topics.events),
+        Reader(bed, bed.topics.triplets),
+    )
+    async with adapter_on(bed) as adapter:
+        for of in tasks:
+            await write(bed, event(of, "a", "preparing"), event(of, "a", "failed", state=b"s"))
+        await again.until(lambda found: len(found) == 20)
+    assert adapter.stats.retries == {"failed": 20}
+    assert len({record.partition for record, _ in again.found}) == 4
+    marks = await events.until(lambda found: sum(getattr(v, "status", "") == "retry" for _, v in found) == 20)
+    assert rollout_status(v for v in marks if v.rollout_id == tasks[0].rollout_id) == "retrying"
+    async with adapter_on(bed) as adapter:  # the successor doesn't make them again
+        for _, of in again.found:
+            assert (of.attempt, of.losses, of.state) == (2, 0, b"s")
+            await write(bed, *history(of, attempt="b"))
+        await write(bed, *(event(of, "a", "succeeded") for of in tasks))
+        found = await ends.until(lambda found: sum(isinstance(v, RolloutEnd) for _, v in found) == 20)
+        await write(bed, event(last := task(), "z", "preparing"), event(last, "z", "cancelled"))
+        await ends.until(lambda found: found[-1][1].rollout_id == last.rollout_id)
+    assert {(v.status, v.attempts) for v in found if isinstance(v, RolloutEnd)} == {("succeeded", 2)}
+    assert len(await again.rest()) == 20
+    assert (adapter.stats.ended, adapter.stats.retries, adapter.stats.zombie_results_ignored) == (21, {}, 20)
+
+
+async def test_a_task_that_kills_its_runners_ends_as_one_dead_letter(bed):
+    of = task(max_losses=2, lease_s=0.1)
+    again, dead, ends = (
+        Reader(bed, bed.topics.tasks("normal")),
+        Reader(bed, bed.topics.dead, 1),
+        Reader(bed, bed.topics.triplets),
+    )
+    async with adapter_on(bed) as adapter:
+        await write(bed, event(of, "a1", "preparing"))
+        for attempt in (2, 3):
+            *_, of = await again.until(lambda found, n=attempt: len(found) == n - 1)
+            await write(bed, event(of, f"a{attempt}", "preparing"))
+        (end,) = await ends.until(lambda found: len(found) == 1)
+    assert (end.status, end.attempts, end.losses) == ("failed", 3, 3)
+    (letter,) = await dead.until(lambda found: len(found) == 1)
+    assert (letter.reason, letter.error) == ("losses_exhausted", "lost: no heartbeat for 0.1 s")
+    assert codec.decode_as(RolloutTask, letter.value) == of
+    assert (adapter.stats.losses, adapter.stats.retries, adapter.stats.dead_letters) == (3, {"lost": 2}, 1)
+    async with adapter_on(bed):  # a restart reads it all again
+        await write(bed, event(last := task(), "z", "preparing"), event(last, "z", "cancelled"))
+        await ends.until(lambda found: len(found) == 2)
+    assert len(await dead.rest()) == 1
+
+
+async def test_when_memory_runs_out_the_largest_attempt_fails_and_the_others_go_on(bed, monkeypatch):
+    monkeypatch.setattr(adapter_module, "PROCESS_BYTES", 20_000)
+    large, small = task(), task()
+    ends = Reader(bed, bed.topics.triplets)
+    async with adapter_on(bed):
+        await write(bed, event(small, "s", "preparing"), event(large, "l", "preparing"))
+        await write(bed, *(reward(large, "l", 0.0) for _ in range(100)))
+        (end,) = await ends.until(lambda found: len(found) == 1)
+        await write(bed, event(large, "l", "succeeded", span_counts={"agent": 100}))
+        await write(bed, *history(small, attempt="s")[1:])
+        await ends.until(lambda found: len(found) == 3)
+    assert (end.rollout_id, end.status) == (large.rollout_id, "failed")
+    assert end.reason.startswith("failed: too_large: ")
+    assert ends.found[-1][1].status == "succeeded"

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from factories import call, event, reward, span, task
 
+from millstream.consumers import settle
 from millstream.consumers.settle import PartitionFold
 from millstream.consumers.triplets import to_triplets
 from millstream.schemas import codec
@@ -19,8 +20,8 @@ RID = TASK.rollout_id
 class Feeder:
     """A partition fed record by record, encoded as on Kafka."""
 
-    def __init__(self, adapter=to_triplets):
-        self.fold = PartitionFold(adapter)
+    def __init__(self, adapter=to_triplets, random=lambda: 1.0):
+        self.fold = PartitionFold(adapter, random)
         self.offset = 0
 
     def __call__(self, *values, now=0.0):
@@ -34,6 +35,13 @@ class Feeder:
 
     def end(self):
         return self.fold.decided[RID].end
+
+    def retry(self):
+        """Writes the retry that has been decided, as the adapter does; the next attempt's task."""
+        retry = self.fold.decided[RID].retry
+        self.fold.written(RID, self.offset)
+        self(retry.mark)
+        return retry.task
 
 
 @pytest.fixture
@@ -127,7 +135,7 @@ def test_after_the_mark_everything_is_late(feed):
     feed(event(TASK, "b", "preparing"), span(TASK, "b"), event(TASK, "b", "succeeded"))
     assert feed.fold.decided == {}
     assert feed.fold.open == {}
-    assert feed.fold.ignored == {"late_event": 2, "late_span": 1}
+    assert feed.fold.ignored == {"late_event": 2, "late_span": 1, "zombie_result": 1}
 
 
 def test_marks_found_by_the_first_pass_keep_a_decision_from_being_made_again(feed):
@@ -154,8 +162,8 @@ def test_garbage_is_refused_and_changes_nothing(feed):
 def test_a_broken_span_of_an_open_rollout_is_kept_for_the_dead_letter_topic(feed):
     feed(event(TASK, "a", "preparing"), codec.encode(span(TASK, "a"))[:-3])
     feed(event(TASK, "a", "succeeded", span_counts={"agent": 1}))
-    ((record, error),) = feed.fold.decided[RID].unreadable
-    assert record.offset == 1
+    ((record, reason, error),) = feed.fold.decided[RID].dead
+    assert (record.offset, reason) == (1, "undecodable")
     assert "Span" in error
     assert not feed.end().trainable
 
@@ -181,3 +189,152 @@ def test_the_oldest_open_rollout_holds_the_offset_back(feed):
     assert feed.fold.oldest_open(set()) == 0
     assert feed.fold.oldest_open({RID}) == 1
     assert feed.fold.oldest_open({RID, other.rollout_id}) is None
+
+
+# --- another attempt
+
+
+def test_a_failed_attempt_is_made_again_after_its_backoff_and_goes_on_from_its_state(feed):
+    of = replace(TASK, max_attempts=3, seed=7)
+    feed(event(of, "a", "preparing"), event(of, "a", "running", state=b"step 1"), event(of, "a", "failed"), now=100.0)
+    decision = feed.fold.decided[RID]
+    assert decision.retry.task == replace(of, attempt=2, state=b"step 1")
+    assert (decision.retry.mark.status, decision.retry.mark.attempt_id, decision.retry.mark.attempt) == (
+        "retry",
+        "a",
+        1,
+    )
+    assert list(feed.fold.ready(now=100.9)) == []
+    assert list(feed.fold.ready(now=101.0)) == [(RID, decision)]
+    assert feed.fold.oldest_open(set()) == 0  # a successor has to decide it again
+
+
+def test_attempts_that_fail_end_the_rollout_once_there_are_no_more(feed):
+    of = replace(TASK, max_attempts=2)
+    feed(event(of, "a", "preparing"), event(of, "a", "timeout"))
+    of = feed.retry()
+    assert feed.fold.open == {}  # it waits in tasks, and holds no offset back
+    feed(event(of, "b", "preparing"), event(of, "b", "failed", state=b"s"))
+    assert (feed.end().status, feed.end().attempts, feed.end().attempt_id) == ("failed", 2, "b")
+    ((record, reason, error),) = feed.fold.decided[RID].dead
+    assert (reason, error) == ("attempts_exhausted", feed.end().reason)
+    assert record.value == replace(of, state=b"s")
+    assert record.offset == 3  # the claim's
+
+
+def test_losses_have_a_budget_of_their_own(feed):
+    of = replace(TASK, max_attempts=2, max_losses=2)
+    for how in ("lost", "failed", "lost"):
+        feed(event(of, how + str(of.attempt), "preparing"), event(of, how + str(of.attempt), how))
+        of = feed.retry()
+    assert (of.attempt, of.losses) == (4, 2)
+    feed(event(of, "d", "preparing"), event(of, "d", "lost"))
+    assert (feed.end().status, feed.end().attempts, feed.end().losses) == ("failed", 4, 3)
+    assert feed.fold.decided[RID].dead[0][1] == "losses_exhausted"
+
+
+@pytest.mark.parametrize(("how", "again"), [("failed", False), ("timeout", True), ("unresponsive", False)])
+def test_a_task_may_say_what_is_made_again(feed, how, again):
+    of = replace(TASK, max_attempts=5, retry_on=("timeout",))
+    feed(event(of, "a", "preparing"), event(of, "a", how))
+    decision = feed.fold.decided[RID]
+    assert (decision.retry is not None) == again
+    assert again or decision.dead[0][1] == "not_retried"
+
+
+def test_what_was_cancelled_is_not_made_again(feed):
+    of = replace(TASK, max_attempts=5, max_losses=5, retry_on=("cancelled",))
+    feed(event(of, "a", "preparing"), event(of, "a", "cancelled"))
+    assert (feed.end().status, feed.fold.decided[RID].retry, feed.fold.decided[RID].dead) == ("cancelled", None, ())
+
+
+def test_a_lost_attempts_late_success_is_ignored_for_good_and_counted(feed):
+    of = replace(TASK, max_losses=1)
+    feed(event(of, "a", "preparing"))
+    feed.fold.expire(now=100.0, not_before=0.0, time_ns=1)
+    late = (span(of, "a"), event(of, "a", "succeeded", span_counts={"agent": 1}))
+    feed(*late)  # before the retry is written,
+    second = feed.retry()
+    feed(*late)  # while it waits in tasks,
+    feed(event(second, "b", "preparing"), *late)  # and while it runs
+    assert RID not in feed.fold.decided
+    feed(call(of, "b", "1"), event(second, "b", "succeeded", span_counts={"proxy": 1}))
+    assert (feed.end().attempt_id, feed.end().attempts, feed.end().losses, feed.end().trainable) == ("b", 2, 1, True)
+    feed(feed.end(), *late)
+    assert feed.fold.ignored["zombie_result"] == 4
+
+
+def test_reading_the_deciding_success_again_counts_no_zombie(feed):
+    feed(event(TASK, "a", "preparing"), event(TASK, "a", "succeeded"))
+    successor = Feeder()
+    successor.fold.scan(LogRecord(EVENTS, 9, 0, RID, codec.encode(feed.end())))
+    successor(event(TASK, "a", "preparing"), event(TASK, "a", "succeeded"))
+    assert successor.fold.ignored == {"late_event": 2}
+
+
+def test_a_retry_mark_found_by_the_first_pass_keeps_the_attempt_from_being_made_again_twice(feed):
+    of = replace(TASK, max_attempts=3)
+    first = (event(of, "a", "preparing"), event(of, "a", "failed"))
+    feed(*first)
+    retry = feed.fold.decided[RID].retry
+    successor = Feeder()
+    successor.fold.scan(LogRecord(EVENTS, 2, 0, RID, codec.encode(retry.mark), {"kind": b"retry"}))
+    successor(*first, retry.mark, event(of, "again", "preparing"))  # the first task was delivered twice
+    assert (successor.fold.decided, successor.fold.open) == ({}, {})
+    successor(event(retry.task, "b", "preparing"))
+    assert successor.fold.oldest_open(set()) == 4
+
+
+def test_a_task_delivered_again_during_the_backoff_is_enough(feed):
+    """Its first claimer died before it committed; the second has the task already."""
+    of = replace(TASK, max_losses=3)
+    feed(event(of, "a", "preparing"))
+    feed.fold.expire(now=100.0, not_before=0.0, time_ns=1)
+    feed(event(of, "b", "preparing"), event(of, "b", "succeeded"), now=100.0)
+    assert (feed.end().status, feed.end().attempt_id, feed.end().losses) == ("succeeded", "b", 0)
+    assert feed.fold.decided[RID].retry is None
+
+
+def test_a_next_attempt_that_cannot_be_published_ends_the_rollout(feed):
+    of = replace(TASK, max_attempts=3)
+    feed(event(of, "a", "preparing"), event(of, "a", "failed"))
+    feed.fold.oversized(RID, "too_large: 17 MB")
+    decision = feed.fold.decided[RID]
+    assert (decision.retry, decision.end.status, decision.end.reason) == (None, "failed", "too_large: 17 MB")
+    assert decision.dead[0][1] == "too_large"
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_an_attempt_with_too_many_spans_fails_and_frees_its_memory(monkeypatch, live):
+    monkeypatch.setattr(settle, "ATTEMPT_BYTES", 10_000)
+    feed = Feeder()
+    feed(event(TASK, "a", "preparing"))
+    for n in range(40):
+        one = span(TASK, "a", attributes={"x": "y" * 1000})
+        feed.fold.apply(LogRecord(EVENTS, 1 + n, 0, RID, one if live else codec.encode(one)), 0.0)
+        assert feed.fold.size <= 12_000
+    feed(event(TASK, "a", "succeeded"))
+    assert (feed.end().status, feed.end().reason) == (
+        "failed",
+        "failed: too_large: the adapter keeps at most 10,000 bytes of an attempt",
+    )
+    assert feed.fold.size == 0
+
+
+def test_memory_is_accounted_for_to_the_end(feed):
+    of = replace(TASK, max_attempts=2)
+    feed(event(of, "a", "preparing"), call(of, "a", "1"), event(of, "a", "running", state=b"x" * 100))
+    size = feed.fold.size
+    feed(event(of, "a", "running", state=b"x" * 150))
+    assert feed.fold.size == size + 50
+    assert feed.fold.largest() == (size + 50, RID)
+    feed(event(of, "a", "failed"))
+    feed(event(feed.retry(), "b", "preparing"), call(of, "b", "1"))
+    feed(replace(_ended(of), status="cancelled"))
+    assert (feed.fold.size, feed.fold.open) == (0, {})
+
+
+def _ended(of):
+    other = Feeder()
+    other(event(of, "z", "preparing"), event(of, "z", "succeeded"))
+    return other.end()

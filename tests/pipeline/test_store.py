@@ -431,6 +431,8 @@ def history(random):
         events.append(event(status.RETRY))
         if random.random() < 0.4:
             events += late[-1]
+        if random.random() < 0.2:  # its task was delivered twice
+            events.append(factories.event(task, new_id(), status.PREPARING, attempt=number))
     if random.random() < 0.7:
         if events[-1].status == status.RETRY:
             events.pop()

@@ -72,6 +72,7 @@ def test_an_unknown_status_never_follows_and_is_never_followed() -> None:
         ([event(PREPARING), event(FAILED), event(RETRY), event(PREPARING, 2)], "running"),
         ([event(PREPARING), event(RUNNING), event(RETRY)], "retrying"),  # its lease ran out
         ([event(PREPARING), event(RETRY), event(RUNNING)], "retrying"),  # what it writes after that is ignored
+        ([event(PREPARING, 2), event(RETRY, 2), event(PREPARING, 1)], "retrying"),  # an old task, delivered twice
         ([event(PREPARING), event(SUCCEEDED), end("succeeded")], "succeeded"),
         ([event(PREPARING), end("failed"), event(PREPARING, 2)], "failed"),
         ([end("cancelled")], "cancelled"),

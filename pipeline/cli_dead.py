@@ -1,0 +1,117 @@
+"""Commands on dead letters, read from the log itself: list, show, replay."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from millstream.consumers.dead import letter_key, read_dead_letters, replay
+from millstream.consumers.port import Log
+from millstream.pipeline.kafka_log import KafkaLog
+from millstream.schemas import codec
+from millstream.schemas.errors import CodecError, ConfigError
+from millstream.schemas.log import LogRecord
+from millstream.schemas.records import DeadLetter
+from millstream.schemas.settings import load_settings
+from millstream.schemas.topics import Topics
+
+app = typer.Typer(no_args_is_help=True, help="Records that could not be used, and rollouts that failed.")
+
+Place = Annotated[str, typer.Argument(help="partition:offset, as `millstream dead list` prints it.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+COLUMNS = ("place", "role", "reason", "key", "from", "error")
+
+
+@app.command("list", epilog="Example: millstream dead list --reason losses_exhausted")
+def dead_list(
+    reason: Annotated[str | None, typer.Option(help="Only these: undecodable, attempts_exhausted, …")] = None,
+    role: Annotated[str | None, typer.Option(help="Only what this role refused: runner, adapter, sink.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List dead letters, oldest first in each partition."""
+    settings = load_settings()
+    _print(COLUMNS, asyncio.run(listed(KafkaLog(settings), settings.topics, reason, role)), as_json)
+
+
+@app.command("show", epilog="Example: millstream dead show 0:17")
+def dead_show(place: Place, as_json: Json = False) -> None:
+    """Show a dead letter; its body decoded, if it can be."""
+    settings = load_settings()
+    letter = asyncio.run(find(KafkaLog(settings), settings.topics, [place]))[0]
+    fields = asdict(letter) | {"key": letter_key(letter), "value": _readable(letter.value)}
+    fields["headers"] = {name: _readable(value) for name, value in letter.headers.items()}
+    if as_json:
+        _print(list(fields), [list(fields.values())], True)
+    else:
+        _print(["field", "value"], list(fields.items()), False)
+
+
+@app.command("replay", epilog="Example: millstream dead replay 0:17 0:18")
+def dead_replay(
+    places: Annotated[list[str], typer.Argument(help="partition:offset of each, as `millstream dead list` prints it.")],
+) -> None:
+    """Send records again; the task of a rollout that failed as a new rollout, with fresh budgets."""
+    settings = load_settings()
+
+    async def work() -> None:
+        log = KafkaLog(settings)
+        letters = await find(log, settings.topics, places)
+        producer = log.producer()
+        try:
+            for place, letter in zip(places, letters, strict=True):
+                typer.echo(f"{place}: {await replay(producer, settings.topics, letter)}")
+        finally:
+            await asyncio.to_thread(producer.close)
+
+    asyncio.run(work())
+
+
+async def listed(log: Log, topics: Topics, reason: str | None, role: str | None) -> list[list[str]]:
+    """A row of `COLUMNS` for each dead letter."""
+    await log.check()
+    return [
+        [
+            _place(record),
+            letter.role,
+            letter.reason,
+            letter_key(letter) or "",
+            f"{letter.topic}[{letter.partition}]@{letter.offset}",
+            letter.error,
+        ]
+        async for record, letter in read_dead_letters(log, topics)
+        if reason in (None, letter.reason) and role in (None, letter.role)
+    ]
+
+
+async def find(log: Log, topics: Topics, places: Sequence[str]) -> list[DeadLetter]:
+    """The dead letters at these places of the topic. Raises `ConfigError` naming those that are not there."""
+    await log.check()
+    found = {
+        _place(record): letter async for record, letter in read_dead_letters(log, topics) if _place(record) in places
+    }
+    if missing := [place for place in places if place not in found]:
+        raise ConfigError(f"no dead letter at {', '.join(missing)}; see `millstream dead list` (partition:offset)")
+    return [found[place] for place in places]
+
+
+def _place(record: LogRecord) -> str:
+    return f"{record.partition.number}:{record.offset}"
+
+
+def _readable(body: bytes | None) -> Any:
+    """A record's fields; of what is none, its text."""
+    if body is None:
+        return None
+    try:
+        fields = asdict(codec.decode(body))
+    except CodecError:
+        return body.decode(errors="backslashreplace")
+    return {n: v.decode(errors="backslashreplace") if isinstance(v, bytes) else v for n, v in fields.items()}
+
+
+def _print(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool) -> None:
+    from millstream.pipeline.cli import _print_rows  # which attaches this file's commands
+
+    _print_rows(columns, rows, as_json)

@@ -1,0 +1,86 @@
+"""The adapter on a real Kafka: another attempt, then the end; what is given up can be found and sent again."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import asynccontextmanager
+
+import pytest
+from factories import event, task
+
+from millstream.consumers.adapter import Adapter
+from millstream.consumers.dead import replay
+from millstream.pipeline.cli_dead import find, listed
+from millstream.pipeline.kafka_log import KafkaLog
+from millstream.producers.port import send_acknowledged
+from millstream.schemas import codec
+from millstream.schemas.log import LogRecord, Partition
+from millstream.schemas.records import RolloutEnd, RolloutTask
+from millstream.schemas.settings import Settings
+
+pytestmark = pytest.mark.kafka
+
+
+@asynccontextmanager
+async def adapter_on(log, topics):
+    stop = asyncio.Event()
+    adapter = Adapter(log, topics, transactional_id=f"{topics.prefix}.adapter.0")
+    running = asyncio.create_task(adapter.run(stop))
+    try:
+        yield adapter
+    finally:
+        stop.set()
+        await running
+
+
+async def read(log, partitions, count):
+    consumer = log.consumer()
+    found = []
+    try:
+        await consumer.assign(partitions)
+        async with asyncio.timeout(30):
+            while len(found) < count:
+                found += [r for r in await consumer.poll(100, 1.0) if isinstance(r, LogRecord)]
+    finally:
+        await consumer.close()
+    return [codec.decode(record.value) for record in found]
+
+
+async def test_attempts_are_made_again_across_a_restart_and_what_is_given_up_is_replayed(
+    kafka_settings: Callable[..., Settings],
+) -> None:
+    settings = kafka_settings()
+    topics, log = settings.topics, KafkaLog(settings)
+    await log.create_topics()
+    producer = log.producer()
+    waiting = [Partition(topics.tasks("normal"), n) for n in range(4)]
+    triplets = [Partition(topics.triplets, n) for n in range(4)]
+
+    async def write(*events):
+        for one in events:
+            await send_acknowledged(producer, topics.events, one, key=one.rollout_id)
+
+    first = [task(max_attempts=2) for _ in range(6)]
+    async with adapter_on(log, topics):
+        for of in first:
+            await write(event(of, "a", "preparing"), event(of, "a", "failed"))
+        second = await read(log, waiting, 6)
+    assert sorted((of.rollout_id, of.attempt) for of in second) == sorted((of.rollout_id, 2) for of in first)
+    async with adapter_on(log, topics) as adapter:
+        for of in second:
+            await write(event(of, "b", "preparing"), event(of, "b", "failed" if of is second[0] else "succeeded"))
+        ends = await read(log, triplets, 6)
+        await write(*(event(of, "a", "succeeded") for of in first))
+        async with asyncio.timeout(30):
+            await write(event(last := task(), "z", "preparing"), event(last, "z", "cancelled"))
+            ends = await read(log, triplets, 7)
+    assert all(isinstance(end, RolloutEnd) for end in ends)
+    assert sorted(end.status for end in ends) == ["cancelled", "failed", *["succeeded"] * 5]
+    assert len(await read(log, waiting, 6)) == 6  # the restarted adapter published none again
+    assert adapter.stats.retries == {}
+
+    ((place, role, reason, key, _, _),) = await listed(log, topics, None, None)
+    assert (role, reason, key) == ("adapter", "attempts_exhausted", second[0].rollout_id)
+    await replay(producer, topics, (await find(log, topics, [place]))[0])
+    again = [of for of in await read(log, waiting, 7) if of.attempt == 1]
+    assert [of.metadata for of in again if isinstance(of, RolloutTask)] == [{"replay_of": second[0].rollout_id}]
+    await asyncio.to_thread(producer.close)

@@ -1,0 +1,101 @@
+"""Dead letters, as somebody finds them and sends them again."""
+
+import asyncio
+from dataclasses import replace
+
+import pytest
+from factories import event, task
+
+from millstream.consumers.adapter import Adapter
+from millstream.consumers.dead import dead_letter, replay, send_dead_letter
+from millstream.pipeline.cli_dead import find, listed
+from millstream.pipeline.memory_log import MemoryLog
+from millstream.producers.port import send_acknowledged
+from millstream.schemas import codec
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.log import LogRecord, Partition
+from millstream.schemas.records import RolloutTask
+from millstream.schemas.topics import Topics
+
+TOPICS = Topics("t", partitions=2, dead_partitions=2)
+
+
+@pytest.fixture
+def log():
+    return MemoryLog(TOPICS, encode=True)
+
+
+def letter(value=b"garbage", role="runner", reason="undecodable", topic="t.tasks.low"):
+    return dead_letter(LogRecord(Partition(topic, 1), 5, 7, "k\udcff", value, {"h": b"\xfe"}), role, reason, "why")
+
+
+def records(log, topic):
+    return [record for part in log.partitions[topic] for record in part.records]
+
+
+async def test_listing_by_reason_and_role(log):
+    assert await listed(log, TOPICS, None, None) == []
+    producer = log.producer()
+    for role, reason in (("runner", "undecodable"), ("adapter", "undecodable"), ("adapter", "attempts_exhausted")):
+        send_dead_letter(producer, TOPICS, letter(role=role, reason=reason))
+    producer.send(TOPICS.dead, b"no dead letter", partition=0)
+    assert len(await listed(log, TOPICS, None, None)) == 3
+    assert len(await listed(log, TOPICS, "undecodable", None)) == 2
+    ((place, *rest),) = await listed(log, TOPICS, "undecodable", "runner")
+    assert rest == ["runner", "undecodable", "k\N{REPLACEMENT CHARACTER}", "t.tasks.low[1]@5", "why"]
+    (found,) = await find(log, TOPICS, [place])
+    assert found.value == b"garbage"
+    with pytest.raises(ConfigError, match="no dead letter at 0:99, x"):
+        await find(log, TOPICS, [place, "0:99", "x"])
+
+
+async def test_a_refused_record_is_sent_again_as_it_was(log):
+    said = await replay(log.producer(), TOPICS, letter())
+    (record,) = records(log, TOPICS.tasks("low"))
+    assert (record.key, record.value, record.headers) == ("k\udcff", b"garbage", {"h": b"\xfe"})
+    assert said == "sent to t.tasks.low as it was, at offset 0 of its partition"
+
+
+async def test_a_failed_rollouts_task_becomes_a_new_rollout_with_fresh_budgets(log):
+    ended = task(attempt=4, losses=2, state=b"s", max_attempts=2, priority="high", metadata={"a": "b"}, seed=3)
+    await replay(log.producer(), TOPICS, letter(ended, "adapter", "attempts_exhausted", TOPICS.events))
+    (record,) = records(log, TOPICS.tasks("high"))
+    again = codec.decode_as(RolloutTask, record.value)
+    assert again.rollout_id != ended.rollout_id
+    assert (again.attempt, again.losses, again.state) == (1, 0, None)
+    assert again.metadata == {"a": "b", "replay_of": ended.rollout_id}
+    assert (
+        replace(
+            ended,
+            **{n: getattr(again, n) for n in ("rollout_id", "attempt", "losses", "state", "metadata", "created_at")},
+        )
+        == again
+    )
+
+
+async def test_what_an_adapter_gives_up_can_be_replayed(log):
+    of = task()
+    stop = asyncio.Event()
+    running = asyncio.create_task(Adapter(log, TOPICS, transactional_id="a").run(stop))
+    for what in ("preparing", "failed"):
+        await send_acknowledged(log.producer(), TOPICS.events, event(of, "a", what), key=of.rollout_id)
+    consumer = log.consumer()
+    await consumer.assign([Partition(TOPICS.dead, n) for n in range(2)])
+    assert await consumer.poll(1, 10.0)
+    stop.set()
+    await running
+    ((place, role, reason, key, _, error),) = await listed(log, TOPICS, None, None)
+    assert (role, reason, key, error) == ("adapter", "attempts_exhausted", of.rollout_id, "failed: ValueError: no")
+    said = await replay(log.producer(), TOPICS, (await find(log, TOPICS, [place]))[0])
+    (record,) = records(log, TOPICS.tasks("normal"))
+    assert said == f"rollout {of.rollout_id} is run again as {codec.decode_as(RolloutTask, record.value).rollout_id}"
+
+
+@pytest.mark.parametrize(
+    ("refused", "why"),
+    [(replace(letter(), value=None), "without its body"), (letter(role="sink", reason="unstorable"), "the sink alone")],
+)
+async def test_what_must_not_be_sent_again_is_refused(log, refused, why):
+    with pytest.raises(ConfigError, match=why):
+        await replay(log.producer(), TOPICS, refused)
+    assert records(log, TOPICS.tasks("low")) == []
