@@ -64,6 +64,10 @@ def agent_environment(names: Sequence[str], environment: Mapping[str, str] | Non
     }
 
 
+def _cancelled(what: str) -> Outcome:
+    return stopped_by(status.CANCELLED, "cancelled", f"{what} has been cancelled")
+
+
 _Timers = dict[str, asyncio.TimerHandle]
 
 
@@ -111,7 +115,7 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self._producer: Producer = self._log.producer()
         self._host = self._make_host()
-        control = ControlFollower(self._log, self._topics)
+        control = ControlFollower(self._log, self._topics, lambda: self._end_cancelled(control))
         claims = Claims(self._log, self._topics, self._producer, control, self.worker_id)
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CLOSE_S)) as self._http:
             try:
@@ -164,7 +168,10 @@ class Runner:
         writer = AttemptWriter(claim, self._producer, self._topics, self.worker_id)
         self._running[writer] = {}
         writer.outcome.add_done_callback(lambda outcome: self._finish_soon(writer, outcome.result()))
-        if claim.resources is None:
+        if claim.cancelled is not None:
+            writer.verdict = _cancelled(claim.cancelled)
+            writer.end(writer.verdict)
+        elif claim.resources is None:
             message = f"resources {claim.task.resources_id} do not exist on {self._topics.control}"
             writer.verdict = stopped_by(status.FAILED, "resources", message)
             writer.end(writer.verdict)
@@ -194,10 +201,19 @@ class Runner:
         self._later(writer, "beat", seconds, self._beat)
 
     def _time_out(self, writer: AttemptWriter) -> None:
-        if writer.outcome.done():
-            return
         seconds = writer.claim.task.timeout_s
-        writer.verdict = stopped_by(status.TIMEOUT, "timeout", f"the agent ran for longer than {seconds:g} s")
+        self._stop(writer, stopped_by(status.TIMEOUT, "timeout", f"the agent ran for longer than {seconds:g} s"))
+
+    def _end_cancelled(self, control: ControlFollower) -> None:
+        for writer in self._running:
+            if (what := control.cancelled(writer.claim.task)) is not None:
+                self._stop(writer, _cancelled(what))
+
+    def _stop(self, writer: AttemptWriter, verdict: Outcome) -> None:
+        """Asks the agent to end, and after a while sees to it. The first verdict holds."""
+        if writer.outcome.done() or writer.verdict is not None:
+            return
+        writer.verdict = verdict
         self._host.cancel(writer)
         self._later(writer, "kill", CANCEL_GRACE_S, self._kill)
 
@@ -214,7 +230,8 @@ class Runner:
     async def _finish(self, writer: AttemptWriter, outcome: Outcome) -> None:
         proxy_spans: int | None = None
         try:
-            if self._settings.proxy_url:
+            # One that never ran has no timers, and has called no model.
+            if self._settings.proxy_url and self._running[writer]:
                 try:
                     proxy_spans = await self._close_at_proxy(writer)
                 except (aiohttp.ClientError, TimeoutError, ValueError) as error:
