@@ -27,7 +27,8 @@ _HEADERS = {
 
 
 class AttemptWriter:
-    """Made on the runner's loop. ``started`` and ``span`` may be called from any thread, the rest on the loop."""
+    """Made on the runner's loop. ``started``, ``span`` and ``save_state`` may be called from any thread, the rest on
+    the loop."""
 
     def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str) -> None:
         self.claim = claim
@@ -35,6 +36,7 @@ class AttemptWriter:
         self.verdict: Outcome | None = None  # what the runner has decided; overrules what the agent's side says
         self.last_acknowledged = time.monotonic()  # when the youngest acknowledged sign of life was sent
         self._spans = Acknowledgements(producer)
+        self._states = Acknowledgements(producer)
         self._producer = producer
         self._topics = topics
         self._worker_id = worker_id
@@ -91,9 +93,21 @@ class AttemptWriter:
         except LogError as error:
             self._refused = stopped_by(status.LOST, type(error).__name__, f"a span was not written: {error}")
 
-    def refuse(self, error_type: str, message: str) -> None:
-        """A span can't be recorded: the attempt fails by it, since training on a hole would be worse."""
-        self._refused = stopped_by(status.FAILED, error_type, f"a span can't be recorded: {message}")
+    def save_state(self, state: bytes) -> None:
+        """A checkpoint of the agent's own, for the next attempt. Not counted; one that is not stored ends this one."""
+        try:
+            with self._lock:
+                event = self._event(status.RUNNING, state=state)
+                headers = _HEADERS[status.RUNNING]
+                self._states.send(self._topics.events, event, key=event.rollout_id, headers=headers)
+        except TooLarge as error:
+            self.refuse("too_large", str(error), "the agent's state")
+        except LogError as error:
+            self._refused = stopped_by(status.LOST, type(error).__name__, f"a state was not written: {error}")
+
+    def refuse(self, error_type: str, message: str, what: str = "a span") -> None:
+        """Something can't be recorded: the attempt fails by it, since training on a hole would be worse."""
+        self._refused = stopped_by(status.FAILED, error_type, f"{what} can't be recorded: {message}")
 
     def end(self, outcome: Outcome) -> None:
         """The agent's side is over; only the first time counts."""
@@ -111,8 +125,9 @@ class AttemptWriter:
             outcome = stopped_by(status.LOST, "spans", f"the agent made {outcome.spans} spans, {self.spans} arrived")
         try:
             await self._spans.wait()
+            await self._states.wait()
         except LogError as error:
-            outcome = stopped_by(status.LOST, type(error).__name__, f"a span was not written: {error}")
+            outcome = stopped_by(status.LOST, type(error).__name__, f"a span or state was not written: {error}")
         terminal = Acknowledgements(self._producer)
         with self._lock:
             counts = {semconv.SOURCE_AGENT: self.spans}
@@ -137,7 +152,11 @@ class AttemptWriter:
         return self.verdict
 
     def _event(
-        self, new: str, outcome: Outcome | None = None, span_counts: Mapping[str, int] | None = None
+        self,
+        new: str,
+        outcome: Outcome | None = None,
+        span_counts: Mapping[str, int] | None = None,
+        state: bytes | None = None,
     ) -> AttemptEvent:
         task = self.claim.task
         return AttemptEvent(
@@ -151,6 +170,7 @@ class AttemptWriter:
             error=None if outcome is None else outcome.error,
             output=None if outcome is None else outcome.output,
             span_counts=span_counts or {},
+            state=state,
         )
 
     def _bury(self, error: str) -> None:

@@ -22,6 +22,7 @@ class Kind(IntEnum):
     SPAN = 8  # ← process: the span's kind; encoded Span
     ENDED = 9  # ← process: JSON outcome
     SPAN_REFUSED = 10  # ← process: a span that can't be encoded: why, as text
+    STATE = 11  # ← process: what `save_state` was given
 
 
 class Frame(NamedTuple):

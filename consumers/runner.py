@@ -76,7 +76,7 @@ class Runner:
 
     With ``processes`` 0, and for a callable, attempts run in threads of this process, ``concurrency`` at a time; else
     in child processes, ``concurrency`` in each, which see the environment variables named by ``env`` besides the
-    basics.
+    basics, hold ``memory_limit`` MiB at most, and are replaced after ``max_attempts_per_process``.
     """
 
     def __init__(
@@ -91,6 +91,8 @@ class Runner:
         env: Sequence[str] = (),
         folder: Path | None = None,
         drain_s: float = 30.0,
+        memory_limit: int | None = None,
+        max_attempts_per_process: int | None = None,
     ) -> None:
         self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
         self._log = log
@@ -102,6 +104,10 @@ class Runner:
         self._environment = agent_environment(env)
         self._folder = str(folder or Path.cwd())
         self._drain_s = drain_s
+        self._memory_limit = memory_limit
+        self._max_attempts = max_attempts_per_process
+        if memory_limit is not None and not Path("/proc/self/statm").exists():
+            raise ConfigError("--memory-limit needs Linux's /proc; leave it out, and limit the runner from outside")
         self._secret = settings.proxy_secret.get_secret_value()
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
         self._finishing: set[asyncio.Task[None]] = set()
@@ -142,9 +148,17 @@ class Runner:
             self._concurrency, self._settings.proxy_url, self._secret, self._changed.set, self._late_span
         )
         if self._processes == 0 or not isinstance(self._agent, str):
+            if self._memory_limit or self._max_attempts:
+                raise ConfigError("--memory-limit and --max-attempts-per-process need agent processes (--processes)")
             return ThreadHost(self._agent, options, folder=self._folder)
         return ProcessHost(
-            self._agent, options, processes=self._processes, environment=self._environment, folder=self._folder
+            self._agent,
+            options,
+            processes=self._processes,
+            environment=self._environment,
+            folder=self._folder,
+            memory_limit=self._memory_limit,
+            max_attempts=self._max_attempts,
         )
 
     async def _claim(self, claims: Claims, stopping: "asyncio.Task[bool]") -> None:

@@ -5,13 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from millstream.producers.emit import emit_reward, emit_span
+    from millstream.producers.state import load_state, save_state
 
-__all__ = ["emit_reward", "emit_span"]
+__all__ = ["emit_reward", "emit_span", "load_state", "save_state"]
 
 # Loaded at first use, so that importing any part of Millstream stays fast.
 _HOMES = {
     "emit_reward": "millstream.producers.emit",
     "emit_span": "millstream.producers.emit",
+    "load_state": "millstream.producers.state",
+    "save_state": "millstream.producers.state",
 }
 
 

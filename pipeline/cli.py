@@ -4,6 +4,7 @@ import asyncio
 import csv
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -35,6 +36,7 @@ err = Console(stderr=True)
 
 EXIT_ERROR = 1
 EXIT_FENCED = 3  # another process has this one's identity: the supervisor should start it again
+EXIT_INTERRUPTED = 130
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DataDir = Annotated[Path, typer.Option(help="Where the broker keeps its data.")]
@@ -120,6 +122,8 @@ def runner(
     concurrency: Annotated[int | None, typer.Option(min=1, help="Attempts at a time in each process.")] = None,
     env: Annotated[list[str] | None, typer.Option(help="Variable that agents may see; repeat it.")] = None,
     drain_s: Annotated[float, typer.Option(min=0, help="Seconds that running attempts get at the end.")] = 30.0,
+    memory_limit: Annotated[int | None, typer.Option(min=1, help="MiB that an agent process may hold.")] = None,
+    max_attempts_per_process: Annotated[int | None, typer.Option(min=1, help="Then it is replaced.")] = None,
 ) -> None:
     """Claim tasks and run an agent on them."""
     from millstream.consumers.runner import Runner
@@ -127,7 +131,16 @@ def runner(
     settings = load_settings(runner_processes=processes, runner_concurrency=concurrency)
 
     async def work(log: KafkaLog, stop: asyncio.Event) -> None:
-        await Runner(log, settings, agent, env=env or (), drain_s=drain_s).run(stop)
+        role = Runner(
+            log,
+            settings,
+            agent,
+            env=env or (),
+            drain_s=drain_s,
+            memory_limit=memory_limit,
+            max_attempts_per_process=max_attempts_per_process,
+        )
+        await role.run(stop)
 
     _run_role(settings, work)
 
@@ -285,12 +298,19 @@ def _print_status(kafka: LocalKafka, as_json: bool) -> None:
 
 
 def _run_role(settings: Settings, work: Callable[[KafkaLog, asyncio.Event], Awaitable[None]]) -> None:
-    """Runs until SIGTERM or SIGINT, then lets the role end in good order."""
+    """Runs until SIGTERM or SIGINT, then lets the role end in good order. A second SIGINT ends it at once, which does
+    no harm: whoever takes over finds everything in the log."""
 
     async def role() -> None:
         stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+        def interrupt() -> None:
+            if stop.is_set():
+                os._exit(EXIT_INTERRUPTED)
+            stop.set()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
         log = KafkaLog(settings)
         await log.check()
         await work(log, stop)

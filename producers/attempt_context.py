@@ -34,17 +34,23 @@ class Rollout:
 
 @dataclass(eq=False)
 class Attempt:
-    """One running attempt, as its own code sees it. ``emit`` takes its finished spans, from any thread."""
+    """One running attempt, as its own code sees it. ``emit`` takes its finished spans and ``save`` its state, from any
+    thread."""
 
     task: RolloutTask
     attempt_id: str
     emit: Callable[[Span], None]
+    save: Callable[[bytes], None]
     resources: Mapping[str, Resource] = field(default_factory=dict)
     proxy_url: str = ""  # empty: there is no proxy
     proxy_key: str = ""
     sequence: "count[int]" = field(default_factory=lambda: count(1))
     rewarded: bool = False  # a reward has been emitted
     tracer: Tracer = field(default_factory=NoOpTracer)
+    state: bytes | None = None  # the last one saved, by this attempt or the one before it
+
+    def __post_init__(self) -> None:
+        self.state = self.task.state
 
     @cached_property
     def path(self) -> str:
