@@ -22,10 +22,11 @@ import aiohttp
 from millstream.consumers.agent_hosts import AgentHost, HostOptions, ProcessHost, ThreadHost
 from millstream.consumers.attempt import AgentFunction, Outcome, stopped_by
 from millstream.consumers.attempt_writer import AttemptWriter
-from millstream.consumers.claims import Claim, Claims
+from millstream.consumers.claims import ROLE, Claim, Claims
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.port import Log
 from millstream.producers.port import Producer
+from millstream.producers.workers import reporting
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, LogError, MillstreamError
 from millstream.schemas.identity import attempt_key, attempt_path
@@ -132,9 +133,10 @@ class Runner:
                 stopping = asyncio.create_task(stop.wait())
                 stopping.add_done_callback(lambda _: self._changed.set())
                 try:
-                    while not stop.is_set():
-                        await self._claim(claims, stopping)
-                    await self._until_idle(self._drain_s)
+                    async with reporting(self._producer, self._topics, ROLE, self.worker_id, self.load):
+                        while not stop.is_set():
+                            await self._claim(claims, stopping)
+                        await self._until_idle(self._drain_s)
                 finally:
                     stopping.cancel()
             finally:
@@ -142,6 +144,16 @@ class Runner:
                 await self._end_all()
                 await control.close()
                 await asyncio.to_thread(self._producer.close)
+
+    @property
+    def silent_s(self) -> float:
+        """How long ago the oldest of the last acknowledged heartbeats of the running attempts was sent."""
+        return time.monotonic() - min((w.last_acknowledged for w in self._running), default=time.monotonic())
+
+    def load(self) -> tuple[int, int]:
+        """Slots, and attempts that run."""
+        in_threads = self._processes == 0 or not isinstance(self._agent, str)
+        return self._concurrency * (1 if in_threads else self._processes), len(self._running)
 
     def _make_host(self) -> AgentHost:
         options = HostOptions(

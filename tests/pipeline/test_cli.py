@@ -22,6 +22,8 @@ COMMANDS = [
     ["cancel"],
     ["pause"],
     ["resume"],
+    ["workers"],
+    ["lag"],
     ["kafka", "up"],
     ["kafka", "down"],
     ["kafka", "status"],
