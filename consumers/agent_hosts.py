@@ -120,6 +120,7 @@ class ThreadHost:
             partial(_emit, writer),
             writer.save_state,
             resources={} if claim.resources is None else claim.resources.items,
+            on_calling=writer.calling,
             proxy_url=self._options.proxy_url,
             proxy_key=self._options.key(writer),
         )
@@ -443,6 +444,8 @@ class _Child(asyncio.Protocol):
                 found.span(frame.body, frame.head.decode())
             elif kind is Kind.STATE:
                 found.save_state(frame.body)
+            elif kind is Kind.CALLING:
+                found.calling(bool(frame.head))
             elif kind is Kind.SPAN_REFUSED:
                 found.refuse("undecodable", frame.head.decode())
             else:

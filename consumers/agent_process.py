@@ -102,6 +102,9 @@ class _Running:
     def save(self, state: bytes) -> None:
         self._channel.send(lambda: pack(Kind.STATE, self._number, body=state), now=True)
 
+    def calling(self, calling: bool) -> None:
+        self._channel.send(lambda: pack(Kind.CALLING, self._number, b"1" * calling))
+
     def end(self, outcome: Outcome) -> None:
         def frame() -> bytes:
             described = asdict(outcome) | {"spans": self._spans}
@@ -144,6 +147,7 @@ class _Agent:
             running.emit,
             running.save,
             resources=_resources(frame.body[head["task_bytes"] :]).items,
+            on_calling=running.calling,
             proxy_url=self._proxy_url,
             proxy_key=head["key"],
         )

@@ -27,14 +27,16 @@ _HEADERS = {
 
 
 class AttemptWriter:
-    """Made on the runner's loop. ``started``, ``span`` and ``save_state`` may be called from any thread, the rest on
-    the loop."""
+    """Made on the runner's loop. ``started``, ``span``, ``save_state`` and ``calling`` may be called from any thread,
+    the rest on the loop."""
 
     def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str) -> None:
         self.claim = claim
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.verdict: Outcome | None = None  # what the runner has decided; overrules what the agent's side says
         self.last_acknowledged = time.monotonic()  # when the youngest acknowledged sign of life was sent
+        self._last_sign = self.last_acknowledged
+        self._calling = False
         self._spans = Acknowledgements(producer)
         self._states = Acknowledgements(producer)
         self._producer = producer
@@ -57,8 +59,18 @@ class AttemptWriter:
         """Spans not acknowledged yet."""
         return self._spans.pending
 
+    @property
+    def silent_s(self) -> float:
+        """How long the agent has done nothing that we know of: no span, no state, no model call under way."""
+        return 0.0 if self._calling else time.monotonic() - self._last_sign
+
+    def calling(self, calling: bool) -> None:
+        """A model is being called; or none is any more."""
+        self._calling, self._last_sign = calling, time.monotonic()
+
     def started(self) -> None:
         """The agent's side begins."""
+        self._last_sign = time.monotonic()
         self.heartbeat()
 
     def heartbeat(self) -> None:
@@ -82,6 +94,7 @@ class AttemptWriter:
 
     def span(self, span: Span | bytes, kind: str) -> None:
         """A finished span. One that the log does not take fails the attempt; the agent goes on undisturbed."""
+        self._last_sign = time.monotonic()
         try:
             with self._lock:
                 self._spans.send(self._topics.events, span, key=self.claim.task.rollout_id, headers=_HEADERS[kind])
@@ -95,6 +108,7 @@ class AttemptWriter:
 
     def save_state(self, state: bytes) -> None:
         """A checkpoint of the agent's own, for the next attempt. Not counted; one that is not stored ends this one."""
+        self._last_sign = time.monotonic()
         try:
             with self._lock:
                 event = self._event(status.RUNNING, state=state)

@@ -23,6 +23,7 @@ class Kind(IntEnum):
     ENDED = 9  # ← process: JSON outcome
     SPAN_REFUSED = 10  # ← process: a span that can't be encoded: why, as text
     STATE = 11  # ← process: what `save_state` was given
+    CALLING = 12  # ← process: head "1" when a model is being called, "" when none is any more
 
 
 class Frame(NamedTuple):

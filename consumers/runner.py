@@ -207,6 +207,8 @@ class Runner:
         else:
             self._later(writer, "timeout", claim.task.timeout_s, self._time_out)
             self._later(writer, "beat", claim.task.lease_s / HEARTBEATS, self._beat)
+            if claim.task.unresponsive_s is not None:
+                self._later(writer, "silence", claim.task.unresponsive_s, self._check_silence)
             self._host.run(writer)
 
     def _later(self, writer: AttemptWriter, name: str, seconds: float, call: Callable[[AttemptWriter], None]) -> None:
@@ -229,6 +231,14 @@ class Runner:
     def _time_out(self, writer: AttemptWriter) -> None:
         seconds = writer.claim.task.timeout_s
         self._stop(writer, stopped_by(status.TIMEOUT, "timeout", f"the agent ran for longer than {seconds:g} s"))
+
+    def _check_silence(self, writer: AttemptWriter) -> None:
+        limit_s, silent_s = writer.claim.task.unresponsive_s or 0.0, writer.silent_s
+        if silent_s < limit_s:
+            self._later(writer, "silence", limit_s - silent_s + 0.01, self._check_silence)
+        else:
+            message = f"the agent made no span and no model call for {limit_s:g} s"
+            self._stop(writer, stopped_by(status.UNRESPONSIVE, "unresponsive", message))
 
     def _end_cancelled(self, control: ControlFollower) -> None:
         for writer in self._running:

@@ -2,7 +2,9 @@
 threads and executors (with the threading instrumentation), however many attempts share the process."""
 
 import json
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import Token
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,6 +44,7 @@ class Attempt:
     emit: Callable[[Span], None]
     save: Callable[[bytes], None]
     resources: Mapping[str, Resource] = field(default_factory=dict)
+    on_calling: Callable[[bool], None] = lambda calling: None  # told when a model is being called, and when none is
     proxy_url: str = ""  # empty: there is no proxy
     proxy_key: str = ""
     sequence: "count[int]" = field(default_factory=lambda: count(1))
@@ -51,6 +54,23 @@ class Attempt:
 
     def __post_init__(self) -> None:
         self.state = self.task.state
+        self._calls = 0
+        self._calls_lock = threading.Lock()
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """The body is a model call."""
+        self._count_call(1)
+        try:
+            yield
+        finally:
+            self._count_call(-1)
+
+    def _count_call(self, more: int) -> None:
+        with self._calls_lock:
+            before, self._calls = self._calls, self._calls + more
+            if not before or not self._calls:
+                self.on_calling(self._calls > 0)
 
     @cached_property
     def path(self) -> str:
