@@ -141,3 +141,20 @@ async def test_a_paused_task_survives_the_runner_that_held_it() -> None:
         await rig.ends(2)
     assert ran == [0, 1]
     assert len(by_input(await rig.everything())) == 2
+
+
+async def test_who_shares_a_process_with_an_attempt_that_has_to_be_killed_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner_module, "CANCEL_GRACE_S", 0.2)
+    folder = write_agent(tmp_path, SLOW, "shared.py")
+    async with running("shared:stubborn", folder, processes=1, concurrency=2) as rig:
+        await rig.publish(["other"], timeout_s=60)
+        await rig.publish(["late"], timeout_s=0.3)
+        ended = await rig.ends(2)
+    assert_whole(ended)
+    assert ended['"late"'].last.status == "timeout"
+    other = ended['"other"'].last
+    assert other.status == "lost"
+    assert other.error is not None
+    assert "because another attempt had to be ended" in other.error.message
