@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -36,6 +37,8 @@ logger = logging.getLogger(__name__)
 STOP_S = 3.0  # for a process to end by itself once it was asked to; it may have things of its own to close
 MAX_PENDING = 20_000  # spans not acknowledged yet beyond which a host reads no more: its agents then wait
 PAUSE_S = 0.05
+MEMORY_S = 0.2  # between two looks at how much memory the processes hold
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
 class AgentHost(Protocol):
@@ -115,7 +118,9 @@ class ThreadHost:
             claim.task,
             claim.attempt_id,
             partial(_emit, writer),
+            writer.save_state,
             resources={} if claim.resources is None else claim.resources.items,
+            on_calling=writer.calling,
             proxy_url=self._options.proxy_url,
             proxy_key=self._options.key(writer),
         )
@@ -175,10 +180,22 @@ def _emit(writer: AttemptWriter, span: Span) -> None:
 
 
 class ProcessHost:
-    """Runs attempts in child processes. One that dies takes its own attempts along and is replaced."""
+    """Runs attempts in child processes. One that dies takes its own attempts along and is replaced.
+
+    ``memory_limit``: MiB that a process may hold (its resident memory, without the processes that it starts).
+    ``max_attempts``: how many attempts a process takes; it then ends when they have ended.
+    """
 
     def __init__(
-        self, agent: str, options: HostOptions, *, processes: int, environment: Mapping[str, str], folder: str
+        self,
+        agent: str,
+        options: HostOptions,
+        *,
+        processes: int,
+        environment: Mapping[str, str],
+        folder: str,
+        memory_limit: int | None = None,
+        max_attempts: int | None = None,
     ) -> None:
         self.lost: Exception | None = None
         self._agent = agent
@@ -186,6 +203,9 @@ class ProcessHost:
         self._processes = processes
         self._environment = environment
         self._folder = folder
+        self._memory_limit = memory_limit
+        self._max_attempts = max_attempts
+        self._memory: asyncio.Task[None] | None = None
         self._children: list[_Child] = []
         self._starting: set[asyncio.Task[None]] = set()
         self._closing = False
@@ -195,16 +215,20 @@ class ProcessHost:
         return sum(child.free for child in self._children)
 
     async def start(self) -> None:
-        children = [self._child() for _ in range(self._processes)]
-        results = await asyncio.gather(*(child.start() for child in children), return_exceptions=True)
-        self._children = children
+        self._children = [self._child() for _ in range(self._processes)]
+        if self._memory_limit is not None:
+            self._memory = asyncio.get_running_loop().create_task(self._watch_memory(self._memory_limit))
+        results = await asyncio.gather(*(child.start() for child in self._children), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 await self.close()
                 raise result
 
     def run(self, writer: AttemptWriter) -> None:
-        max(self._children, key=lambda child: child.free).run(writer)
+        child = max(self._children, key=lambda child: child.free)
+        child.run(writer)
+        if child.retired:
+            self._start_another()
 
     def cancel(self, writer: AttemptWriter) -> None:
         for child in self._children:
@@ -217,18 +241,30 @@ class ProcessHost:
 
     async def close(self) -> None:
         self._closing = True
+        if self._memory is not None:
+            self._memory.cancel()
         for task in self._starting:
             task.cancel()
         await asyncio.gather(*(child.close() for child in self._children))
 
     def _child(self) -> "_Child":
         config = {"agent": self._agent, "folder": self._folder, "proxy_url": self._options.proxy_url}
-        return _Child(config, self._environment, self._options, self._replace)
+        return _Child(config, self._environment, self._options, self._max_attempts, self._replace)
 
     def _replace(self, dead: "_Child") -> None:
         if self._closing or dead not in self._children:
             return
         self._children.remove(dead)
+        if not dead.retired:
+            self._start_another()
+
+    async def _watch_memory(self, limit: int) -> None:
+        while True:
+            for child in self._children:
+                child.check_memory(limit)
+            await asyncio.sleep(MEMORY_S)
+
+    def _start_another(self) -> None:
         child = self._child()
         task = asyncio.get_running_loop().create_task(self._start(child))
         self._starting.add(task)
@@ -239,7 +275,8 @@ class ProcessHost:
         try:
             await child.start()
         except MillstreamError as error:
-            self._children.remove(child)
+            if child in self._children:
+                self._children.remove(child)
             self.lost = error
         self._options.on_free()
 
@@ -252,12 +289,14 @@ class _Child(asyncio.Protocol):
         config: Mapping[str, str],
         environment: Mapping[str, str],
         options: HostOptions,
+        max_attempts: int | None,
         on_death: Callable[["_Child"], None],
     ) -> None:
         self._config = config
         self._environment = environment
         self._options = options
         self._on_death = on_death
+        self._left = sys.maxsize if max_attempts is None else max_attempts
         self._numbers = count(1)
         self._running: dict[int, AttemptWriter] = {}
         self._known: WeakValueDictionary[int, AttemptWriter] = WeakValueDictionary()  # also those that finish
@@ -269,11 +308,18 @@ class _Child(asyncio.Protocol):
         self._disconnected = asyncio.Event()
         self._dead: asyncio.Task[None] | None = None
         self._killed = False
+        self._cause: Outcome | None = None  # why it was killed, if that is the fault of its attempts
+        self._ending: asyncio.Task[None] | None = None
 
     @property
     def free(self) -> int:
         alive = self._ready.done() and not self._disconnected.is_set() and not self._killed
-        return self._options.concurrency - len(self._running) if alive else 0
+        return min(self._options.concurrency - len(self._running), self._left) if alive else 0
+
+    @property
+    def retired(self) -> bool:
+        """Takes no more attempts, and ends when the last of them has ended."""
+        return self._left == 0
 
     def has(self, writer: AttemptWriter) -> bool:
         return writer in self._running.values()
@@ -303,6 +349,7 @@ class _Child(asyncio.Protocol):
 
     def run(self, writer: AttemptWriter) -> None:
         claim = writer.claim
+        self._left -= 1
         number = next(self._numbers)
         self._running[number] = self._known[number] = writer
         task = codec.encode(claim.task)
@@ -315,6 +362,20 @@ class _Child(asyncio.Protocol):
         for number, running in self._running.items():
             if running is writer:
                 self._send(pack(Kind.CANCEL, number))
+
+    def check_memory(self, limit: int) -> None:
+        """Kills the process if it holds more than ``limit`` MiB."""
+        if self._process is None or self._killed:
+            return
+        try:
+            held = int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * PAGE_BYTES / (1 << 20)
+        except OSError:  # it has just ended
+            return
+        if held > limit:
+            message = f"the agent process held {held:.0f} MiB of memory, the limit (--memory-limit) is {limit}"
+            logger.error("%s: it is killed", message)
+            self._cause = stopped_by(status.FAILED, "memory", message)
+            self.kill()
 
     def kill(self) -> None:
         """The process, and whatever it has started."""
@@ -364,12 +425,15 @@ class _Child(asyncio.Protocol):
     def _handle(self, frame: Frame) -> None:
         kind = frame.kind
         if kind is Kind.READY:
-            self._ready.set_result(None)
+            if not self._ready.done():  # else: closed meanwhile
+                self._ready.set_result(None)
         elif kind is Kind.REFUSED:
             self._ready.set_exception(ConfigError(frame.head.decode()))
         elif kind is Kind.ENDED:
             writer = self._running.pop(frame.number)
             writer.end(_outcome(frame.head))
+            if self.retired and not self._running:
+                self._ending = asyncio.get_running_loop().create_task(self.close())
             self._options.on_free()
         else:
             found = self._known.get(frame.number)
@@ -378,6 +442,10 @@ class _Child(asyncio.Protocol):
                     self._options.on_late_span(frame.body)
             elif kind is Kind.SPAN:
                 found.span(frame.body, frame.head.decode())
+            elif kind is Kind.STATE:
+                found.save_state(frame.body)
+            elif kind is Kind.CALLING:
+                found.calling(bool(frame.head))
             elif kind is Kind.SPAN_REFUSED:
                 found.refuse("undecodable", frame.head.decode())
             else:
@@ -394,10 +462,13 @@ class _Child(asyncio.Protocol):
         await asyncio.wait([asyncio.ensure_future(self._disconnected.wait())], timeout=STOP_S)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         if not self._ready.done():
+            because = "" if self._cause is None or self._cause.error is None else f": {self._cause.error.message}"
             self._ready.set_exception(
-                MillstreamError(f"the process of agent {self._config['agent']} {how} at its start")
+                MillstreamError(f"the process of agent {self._config['agent']} {how} at its start{because}")
             )
-        if self._killed:
+        if self._cause is not None:
+            outcome = self._cause
+        elif self._killed:
             outcome = stopped_by(
                 status.LOST, "killed", f"its agent process {how}, because another attempt had to be ended"
             )

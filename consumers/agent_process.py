@@ -7,11 +7,13 @@ Holds the agent and runs attempts at it; has no access to the log. It gets tasks
 import asyncio
 import json
 import os
+import signal
 import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 
@@ -27,6 +29,13 @@ from millstream.schemas.resources import Resources
 FLUSH_S = 0.02  # spans wait this long for others, unless their attempt ends
 FLUSH_BYTES = 64 << 10
 RECEIVE_BYTES = 256 << 10
+
+
+def _end() -> None:
+    """The runner is gone: so are we, and whatever the agent has started (this process leads a group of its own)."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
 
 
 class _Channel:
@@ -58,7 +67,7 @@ class _Channel:
         try:
             self._socket.sendall(data)
         except OSError:
-            os._exit(1)  # the runner is gone
+            _end()
 
     def _flush_regularly(self) -> None:
         while True:
@@ -90,6 +99,12 @@ class _Running:
 
         self._channel.send(frame)
 
+    def save(self, state: bytes) -> None:
+        self._channel.send(lambda: pack(Kind.STATE, self._number, body=state), now=True)
+
+    def calling(self, calling: bool) -> None:
+        self._channel.send(lambda: pack(Kind.CALLING, self._number, b"1" * calling))
+
     def end(self, outcome: Outcome) -> None:
         def frame() -> bytes:
             described = asdict(outcome) | {"spans": self._spans}
@@ -103,9 +118,10 @@ class _Agent:
 
     attempts: AttemptRunner  # as soon as the agent is imported, which is before any task comes
 
-    def __init__(self, channel: _Channel, proxy_url: str) -> None:
+    def __init__(self, channel: _Channel, proxy_url: str, folder: str) -> None:
         self._channel = channel
         self._proxy_url = proxy_url
+        self._folder = folder
         self._ids: dict[int, str] = {}
         self._stop = asyncio.Event()
 
@@ -129,7 +145,9 @@ class _Agent:
             task,
             head["attempt_id"],
             running.emit,
+            running.save,
             resources=_resources(frame.body[head["task_bytes"] :]).items,
+            on_calling=running.calling,
             proxy_url=self._proxy_url,
             proxy_key=head["key"],
         )
@@ -137,6 +155,8 @@ class _Agent:
 
         def on_end(outcome: Outcome) -> None:
             self._ids.pop(frame.number, None)
+            with suppress(OSError):
+                os.chdir(self._folder)  # the agent may have gone elsewhere; the next one begins at home
             running.end(outcome)
 
         self._channel.send(lambda: pack(Kind.STARTED, frame.number))
@@ -168,12 +188,12 @@ def main() -> None:
     channel = _Channel(connection)
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
-        agent = _Agent(channel, config["proxy_url"])
+        agent = _Agent(channel, config["proxy_url"], config["folder"])
 
         def listen() -> None:
             for frames in received:
                 loop.call_soon_threadsafe(agent.handle, frames)
-            os._exit(1)  # the runner is gone
+            _end()
 
         threading.Thread(target=listen, name="millstream-receive", daemon=True).start()
         try:

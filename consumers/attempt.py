@@ -153,6 +153,8 @@ def _optional_parameters(agent: AgentFunction) -> tuple[str, ...]:
 
 def _returned(attempt: Attempt, result: Any) -> Outcome:
     """Within the attempt: a number that the agent returns is its reward, unless it has emitted some."""
+    if inspect.isgenerator(result) or inspect.isasyncgen(result) or inspect.isawaitable(result):
+        raise TypeError(f"the agent returned {result!r}, which nobody runs; it has to return its result")
     if isinstance(result, int | float) and not isinstance(result, bool) and not attempt.rewarded:
         emit_reward(result)
     return Outcome(status.SUCCEEDED, output=None if result is None else _as_json(result))

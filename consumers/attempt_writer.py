@@ -27,14 +27,18 @@ _HEADERS = {
 
 
 class AttemptWriter:
-    """Made on the runner's loop. ``started`` and ``span`` may be called from any thread, the rest on the loop."""
+    """Made on the runner's loop. ``started``, ``span``, ``save_state`` and ``calling`` may be called from any thread,
+    the rest on the loop."""
 
     def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str) -> None:
         self.claim = claim
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.verdict: Outcome | None = None  # what the runner has decided; overrules what the agent's side says
         self.last_acknowledged = time.monotonic()  # when the youngest acknowledged sign of life was sent
+        self._last_sign = self.last_acknowledged
+        self._calling = False
         self._spans = Acknowledgements(producer)
+        self._states = Acknowledgements(producer)
         self._producer = producer
         self._topics = topics
         self._worker_id = worker_id
@@ -55,8 +59,18 @@ class AttemptWriter:
         """Spans not acknowledged yet."""
         return self._spans.pending
 
+    @property
+    def silent_s(self) -> float:
+        """How long the agent has done nothing that we know of: no span, no state, no model call under way."""
+        return 0.0 if self._calling else time.monotonic() - self._last_sign
+
+    def calling(self, calling: bool) -> None:
+        """A model is being called; or none is any more."""
+        self._calling, self._last_sign = calling, time.monotonic()
+
     def started(self) -> None:
         """The agent's side begins."""
+        self._last_sign = time.monotonic()
         self.heartbeat()
 
     def heartbeat(self) -> None:
@@ -80,6 +94,7 @@ class AttemptWriter:
 
     def span(self, span: Span | bytes, kind: str) -> None:
         """A finished span. One that the log does not take fails the attempt; the agent goes on undisturbed."""
+        self._last_sign = time.monotonic()
         try:
             with self._lock:
                 self._spans.send(self._topics.events, span, key=self.claim.task.rollout_id, headers=_HEADERS[kind])
@@ -91,9 +106,22 @@ class AttemptWriter:
         except LogError as error:
             self._refused = stopped_by(status.LOST, type(error).__name__, f"a span was not written: {error}")
 
-    def refuse(self, error_type: str, message: str) -> None:
-        """A span can't be recorded: the attempt fails by it, since training on a hole would be worse."""
-        self._refused = stopped_by(status.FAILED, error_type, f"a span can't be recorded: {message}")
+    def save_state(self, state: bytes) -> None:
+        """A checkpoint of the agent's own, for the next attempt. Not counted; one that is not stored ends this one."""
+        self._last_sign = time.monotonic()
+        try:
+            with self._lock:
+                event = self._event(status.RUNNING, state=state)
+                headers = _HEADERS[status.RUNNING]
+                self._states.send(self._topics.events, event, key=event.rollout_id, headers=headers)
+        except TooLarge as error:
+            self.refuse("too_large", str(error), "the agent's state")
+        except LogError as error:
+            self._refused = stopped_by(status.LOST, type(error).__name__, f"a state was not written: {error}")
+
+    def refuse(self, error_type: str, message: str, what: str = "a span") -> None:
+        """Something can't be recorded: the attempt fails by it, since training on a hole would be worse."""
+        self._refused = stopped_by(status.FAILED, error_type, f"{what} can't be recorded: {message}")
 
     def end(self, outcome: Outcome) -> None:
         """The agent's side is over; only the first time counts."""
@@ -111,8 +139,9 @@ class AttemptWriter:
             outcome = stopped_by(status.LOST, "spans", f"the agent made {outcome.spans} spans, {self.spans} arrived")
         try:
             await self._spans.wait()
+            await self._states.wait()
         except LogError as error:
-            outcome = stopped_by(status.LOST, type(error).__name__, f"a span was not written: {error}")
+            outcome = stopped_by(status.LOST, type(error).__name__, f"a span or state was not written: {error}")
         terminal = Acknowledgements(self._producer)
         with self._lock:
             counts = {semconv.SOURCE_AGENT: self.spans}
@@ -137,7 +166,11 @@ class AttemptWriter:
         return self.verdict
 
     def _event(
-        self, new: str, outcome: Outcome | None = None, span_counts: Mapping[str, int] | None = None
+        self,
+        new: str,
+        outcome: Outcome | None = None,
+        span_counts: Mapping[str, int] | None = None,
+        state: bytes | None = None,
     ) -> AttemptEvent:
         task = self.claim.task
         return AttemptEvent(
@@ -151,6 +184,7 @@ class AttemptWriter:
             error=None if outcome is None else outcome.error,
             output=None if outcome is None else outcome.output,
             span_counts=span_counts or {},
+            state=state,
         )
 
     def _bury(self, error: str) -> None:

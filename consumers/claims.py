@@ -3,6 +3,10 @@
 From its claim on an attempt lives in the log, not in Kafka's redelivery: a rebalance re-runs nothing. If the commit
 fails the tasks belong to somebody else, or nobody knows: nothing of them is run, and the lease written with
 ``preparing`` tells the adapter when to stop waiting.
+
+A partition is read in order and has one committed offset, so a task of a paused experiment can't be skipped: it holds
+back its partition, and what lies behind it, until the experiment is resumed. It neither runs nor moves meanwhile, and
+whoever gets the partition meets it again. An experiment that must not wait for another has a topic_prefix of its own.
 """
 
 import asyncio
@@ -57,6 +61,7 @@ class Claim:
     task: RolloutTask
     attempt_id: str
     resources: Resources | None
+    cancelled: str | None = None  # what has been cancelled that it belongs to: it is settled, not run
 
 
 class Claims:
@@ -68,6 +73,7 @@ class Claims:
         self._control = control
         self._worker_id = worker_id
         self._turns = WeightedTurns()
+        self._held: dict[Partition, RolloutTask] = {}  # the task that holds it back
         self._consumer: Consumer = log.consumer(f"{topics.prefix}.runner")
 
     async def start(self) -> None:
@@ -79,7 +85,13 @@ class Claims:
     async def claim(self, slots: int, timeout_s: float) -> list[Claim]:
         """Up to ``slots`` (at least 1) tasks, claimed; returns as soon as there are any, or empty at the deadline."""
         try:
+            released = [partition for partition, task in self._held.items() if not self._control.waits(task)]
+            self._consumer.resume(released)
+            for partition in released:
+                del self._held[partition]
             records = await self._poll(slots, timeout_s)
+            if self._control.pauses:
+                records = await self._hold_back(records)
             return await self._claim(records) if records else []
         except LogUnavailable as error:
             logger.warning("no tasks can be claimed: %s", error)
@@ -118,6 +130,29 @@ class Claims:
                 found += _records(await self._consumer.poll(slots - len(found), 0, [topic]))
         return found
 
+    async def _hold_back(self, records: Sequence[LogRecord]) -> list[LogRecord]:
+        """The records that may be claimed. A rebalance lifts the consumer's pause: the task is then met again."""
+        held: dict[Partition, int] = {}
+        free: list[LogRecord] = []
+        for record in records:
+            if record.partition in held:
+                continue
+            try:
+                task = codec.decode_as(RolloutTask, record.value)
+            except CodecError:  # `_claim` says so
+                free.append(record)
+                continue
+            if self._control.waits(task):
+                held[record.partition] = record.offset
+                self._held[record.partition] = task
+            else:
+                free.append(record)
+        for partition, offset in held.items():
+            if partition in self._consumer.assignment():
+                await self._consumer.seek(partition, offset)
+                self._consumer.pause([partition])
+        return free
+
     async def _claim(self, records: Sequence[LogRecord]) -> list[Claim]:
         claims: list[Claim] = []
         first: dict[Partition, int] = {}
@@ -143,6 +178,7 @@ class Claims:
             for partition, offset in first.items():
                 if partition in self._consumer.assignment():
                     await self._consumer.seek(partition, offset)
+                    self._consumer.resume([partition])  # what holds it back is met again
             await asyncio.sleep(RETRY_S)
             return []
         try:
@@ -185,7 +221,7 @@ class Claims:
         )
         headers = {KIND_HEADER: status.PREPARING.encode()}
         sending.send(self._topics.events, event, key=task.rollout_id, headers=headers)
-        return Claim(task, attempt_id, resources)
+        return Claim(task, attempt_id, resources, self._control.cancelled(task))
 
 
 def _records(polled: Sequence[object]) -> list[LogRecord]:

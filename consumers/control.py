@@ -1,13 +1,14 @@
-"""Following the control topic: the last record of each key, and the resources in force."""
+"""Following the control topic: the last record of each key, the resources in force, what is cancelled and paused."""
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from millstream.consumers.port import Consumer, Log
 from millstream.schemas import codec
 from millstream.schemas.errors import CodecError, ConfigError, LogUnavailable
 from millstream.schemas.log import LogRecord, Partition
-from millstream.schemas.records import Control
+from millstream.schemas.records import Control, RolloutTask
 from millstream.schemas.resources import Resources
 from millstream.schemas.topics import Topics
 
@@ -19,11 +20,13 @@ RETRY_S = 1.0  # while the log is away
 
 class ControlFollower:
     """Reads the topic from its beginning, then as it grows. Compaction keeps the active segment, so the last value of
-    each key is kept here. One event loop."""
+    each key is kept here. One event loop. ``on_cancel`` is called when something more has been cancelled."""
 
-    def __init__(self, log: Log, topics: Topics) -> None:
+    def __init__(self, log: Log, topics: Topics, on_cancel: Callable[[], None] = lambda: None) -> None:
         self._log = log
         self._partition = Partition(topics.control, 0)
+        self._on_cancel = on_cancel
+        self.pauses = False  # whether anything is paused
         self._records: dict[tuple[str, str], Control] = {}
         self._resources: dict[str, Resources] = {}
         self._latest: dict[str, str] = {}  # experiment → resources version
@@ -64,6 +67,22 @@ class ControlFollower:
         """The experiment's latest version, or else that of everybody."""
         found = self._latest.get(experiment_id) or self._latest.get("")
         return None if found is None else self._resources[found]
+
+    def cancelled(self, task: RolloutTask) -> str | None:
+        """What has been cancelled that the task belongs to, in words."""
+        for scope, name in (
+            ("rollout", task.rollout_id),
+            ("group", task.group_id),
+            ("experiment", task.experiment_id),
+        ):
+            if ("cancel", f"{scope}:{name}") in self._records:
+                return f"{scope} {name}"
+        return None
+
+    def waits(self, task: RolloutTask) -> bool:
+        """Whether the task may not be claimed now: its experiment is paused, and nobody has cancelled it."""
+        pause = self._records.get(("pause", task.experiment_id))
+        return pause is not None and pause.body == "true" and self.cancelled(task) is None
 
     async def _follow(self, consumer: Consumer) -> None:
         try:
@@ -109,3 +128,7 @@ class ControlFollower:
             logger.warning("%s is left out: %s", record.place, error)
             return
         self._records[control.kind, control.name] = control
+        if control.kind == "cancel":
+            self._on_cancel()
+        elif control.kind == "pause":
+            self.pauses = any(r.kind == "pause" and r.body == "true" for r in self._records.values())

@@ -22,6 +22,8 @@ class Kind(IntEnum):
     SPAN = 8  # ← process: the span's kind; encoded Span
     ENDED = 9  # ← process: JSON outcome
     SPAN_REFUSED = 10  # ← process: a span that can't be encoded: why, as text
+    STATE = 11  # ← process: what `save_state` was given
+    CALLING = 12  # ← process: head "1" when a model is being called, "" when none is any more
 
 
 class Frame(NamedTuple):

@@ -22,10 +22,11 @@ import aiohttp
 from millstream.consumers.agent_hosts import AgentHost, HostOptions, ProcessHost, ThreadHost
 from millstream.consumers.attempt import AgentFunction, Outcome, stopped_by
 from millstream.consumers.attempt_writer import AttemptWriter
-from millstream.consumers.claims import Claim, Claims
+from millstream.consumers.claims import ROLE, Claim, Claims
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.port import Log
 from millstream.producers.port import Producer
+from millstream.producers.workers import reporting
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, LogError, MillstreamError
 from millstream.schemas.identity import attempt_key, attempt_path
@@ -64,6 +65,10 @@ def agent_environment(names: Sequence[str], environment: Mapping[str, str] | Non
     }
 
 
+def _cancelled(what: str) -> Outcome:
+    return stopped_by(status.CANCELLED, "cancelled", f"{what} has been cancelled")
+
+
 _Timers = dict[str, asyncio.TimerHandle]
 
 
@@ -72,7 +77,7 @@ class Runner:
 
     With ``processes`` 0, and for a callable, attempts run in threads of this process, ``concurrency`` at a time; else
     in child processes, ``concurrency`` in each, which see the environment variables named by ``env`` besides the
-    basics.
+    basics, hold ``memory_limit`` MiB at most, and are replaced after ``max_attempts_per_process``.
     """
 
     def __init__(
@@ -87,6 +92,8 @@ class Runner:
         env: Sequence[str] = (),
         folder: Path | None = None,
         drain_s: float = 30.0,
+        memory_limit: int | None = None,
+        max_attempts_per_process: int | None = None,
     ) -> None:
         self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
         self._log = log
@@ -98,6 +105,10 @@ class Runner:
         self._environment = agent_environment(env)
         self._folder = str(folder or Path.cwd())
         self._drain_s = drain_s
+        self._memory_limit = memory_limit
+        self._max_attempts = max_attempts_per_process
+        if memory_limit is not None and not Path("/proc/self/statm").exists():
+            raise ConfigError("--memory-limit needs Linux's /proc; leave it out, and limit the runner from outside")
         self._secret = settings.proxy_secret.get_secret_value()
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
         self._finishing: set[asyncio.Task[None]] = set()
@@ -111,7 +122,7 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self._producer: Producer = self._log.producer()
         self._host = self._make_host()
-        control = ControlFollower(self._log, self._topics)
+        control = ControlFollower(self._log, self._topics, lambda: self._end_cancelled(control))
         claims = Claims(self._log, self._topics, self._producer, control, self.worker_id)
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CLOSE_S)) as self._http:
             try:
@@ -122,9 +133,10 @@ class Runner:
                 stopping = asyncio.create_task(stop.wait())
                 stopping.add_done_callback(lambda _: self._changed.set())
                 try:
-                    while not stop.is_set():
-                        await self._claim(claims, stopping)
-                    await self._until_idle(self._drain_s)
+                    async with reporting(self._producer, self._topics, ROLE, self.worker_id, self.load):
+                        while not stop.is_set():
+                            await self._claim(claims, stopping)
+                        await self._until_idle(self._drain_s)
                 finally:
                     stopping.cancel()
             finally:
@@ -133,14 +145,32 @@ class Runner:
                 await control.close()
                 await asyncio.to_thread(self._producer.close)
 
+    @property
+    def silent_s(self) -> float:
+        """How long ago the oldest of the last acknowledged heartbeats of the running attempts was sent."""
+        return time.monotonic() - min((w.last_acknowledged for w in self._running), default=time.monotonic())
+
+    def load(self) -> tuple[int, int]:
+        """Slots, and attempts that run."""
+        in_threads = self._processes == 0 or not isinstance(self._agent, str)
+        return self._concurrency * (1 if in_threads else self._processes), len(self._running)
+
     def _make_host(self) -> AgentHost:
         options = HostOptions(
             self._concurrency, self._settings.proxy_url, self._secret, self._changed.set, self._late_span
         )
         if self._processes == 0 or not isinstance(self._agent, str):
+            if self._memory_limit or self._max_attempts:
+                raise ConfigError("--memory-limit and --max-attempts-per-process need agent processes (--processes)")
             return ThreadHost(self._agent, options, folder=self._folder)
         return ProcessHost(
-            self._agent, options, processes=self._processes, environment=self._environment, folder=self._folder
+            self._agent,
+            options,
+            processes=self._processes,
+            environment=self._environment,
+            folder=self._folder,
+            memory_limit=self._memory_limit,
+            max_attempts=self._max_attempts,
         )
 
     async def _claim(self, claims: Claims, stopping: "asyncio.Task[bool]") -> None:
@@ -164,7 +194,10 @@ class Runner:
         writer = AttemptWriter(claim, self._producer, self._topics, self.worker_id)
         self._running[writer] = {}
         writer.outcome.add_done_callback(lambda outcome: self._finish_soon(writer, outcome.result()))
-        if claim.resources is None:
+        if claim.cancelled is not None:
+            writer.verdict = _cancelled(claim.cancelled)
+            writer.end(writer.verdict)
+        elif claim.resources is None:
             message = f"resources {claim.task.resources_id} do not exist on {self._topics.control}"
             writer.verdict = stopped_by(status.FAILED, "resources", message)
             writer.end(writer.verdict)
@@ -174,6 +207,8 @@ class Runner:
         else:
             self._later(writer, "timeout", claim.task.timeout_s, self._time_out)
             self._later(writer, "beat", claim.task.lease_s / HEARTBEATS, self._beat)
+            if claim.task.unresponsive_s is not None:
+                self._later(writer, "silence", claim.task.unresponsive_s, self._check_silence)
             self._host.run(writer)
 
     def _later(self, writer: AttemptWriter, name: str, seconds: float, call: Callable[[AttemptWriter], None]) -> None:
@@ -194,10 +229,27 @@ class Runner:
         self._later(writer, "beat", seconds, self._beat)
 
     def _time_out(self, writer: AttemptWriter) -> None:
-        if writer.outcome.done():
-            return
         seconds = writer.claim.task.timeout_s
-        writer.verdict = stopped_by(status.TIMEOUT, "timeout", f"the agent ran for longer than {seconds:g} s")
+        self._stop(writer, stopped_by(status.TIMEOUT, "timeout", f"the agent ran for longer than {seconds:g} s"))
+
+    def _check_silence(self, writer: AttemptWriter) -> None:
+        limit_s, silent_s = writer.claim.task.unresponsive_s or 0.0, writer.silent_s
+        if silent_s < limit_s:
+            self._later(writer, "silence", limit_s - silent_s + 0.01, self._check_silence)
+        else:
+            message = f"the agent made no span and no model call for {limit_s:g} s"
+            self._stop(writer, stopped_by(status.UNRESPONSIVE, "unresponsive", message))
+
+    def _end_cancelled(self, control: ControlFollower) -> None:
+        for writer in self._running:
+            if (what := control.cancelled(writer.claim.task)) is not None:
+                self._stop(writer, _cancelled(what))
+
+    def _stop(self, writer: AttemptWriter, verdict: Outcome) -> None:
+        """Asks the agent to end, and after a while sees to it. The first verdict holds."""
+        if writer.outcome.done() or writer.verdict is not None:
+            return
+        writer.verdict = verdict
         self._host.cancel(writer)
         self._later(writer, "kill", CANCEL_GRACE_S, self._kill)
 
@@ -214,7 +266,8 @@ class Runner:
     async def _finish(self, writer: AttemptWriter, outcome: Outcome) -> None:
         proxy_spans: int | None = None
         try:
-            if self._settings.proxy_url:
+            # One that never ran has no timers, and has called no model.
+            if self._settings.proxy_url and self._running[writer]:
                 try:
                     proxy_spans = await self._close_at_proxy(writer)
                 except (aiohttp.ClientError, TimeoutError, ValueError) as error:

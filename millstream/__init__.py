@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from millstream.pipeline.store import Store
     from millstream.pipeline.trainer import Trainer
     from millstream.producers.emit import emit_reward, emit_span
+    from millstream.producers.state import load_state, save_state
     from millstream.producers.tracer import Tracer
     from millstream.schemas.records import Triplet
     from millstream.schemas.resources import LLM, PromptTemplate, Resources
@@ -34,6 +35,8 @@ __all__ = [
     "emit_reward",
     "emit_span",
     "load_settings",
+    "load_state",
+    "save_state",
     "to_triplets",
 ]
 
@@ -53,6 +56,8 @@ _HOMES = {
     "emit_reward": "millstream.producers.emit",
     "emit_span": "millstream.producers.emit",
     "load_settings": "millstream.schemas.settings",
+    "load_state": "millstream.producers.state",
+    "save_state": "millstream.producers.state",
     "to_triplets": "millstream.consumers.triplets",
 }
 

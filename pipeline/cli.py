@@ -4,6 +4,7 @@ import asyncio
 import csv
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -17,9 +18,13 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.cli_control import app as control_app
 from millstream.pipeline.cli_dead import app as dead_app
+from millstream.pipeline.cli_workers import app as workers_app
+from millstream.pipeline.health import Health
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.objects import load_object
+from millstream.schemas import metrics
 from millstream.schemas.errors import ConfigError, Fenced, MillstreamError
 from millstream.schemas.settings import Settings, load_settings
 
@@ -29,13 +34,17 @@ kafka_app = typer.Typer(no_args_is_help=True, help="An Apache Kafka on this mach
 app.add_typer(topics_app, name="topics")
 app.add_typer(kafka_app, name="kafka")
 app.add_typer(dead_app, name="dead")
+app.add_typer(control_app)
+app.add_typer(workers_app)
 
 out = Console()
 err = Console(stderr=True)
 
 EXIT_ERROR = 1
 EXIT_FENCED = 3  # another process has this one's identity: the supervisor should start it again
+EXIT_INTERRUPTED = 130
 
+HealthPort = Annotated[int, typer.Option(min=0, help="Serves /livez, /readyz and /metrics; 0: nowhere.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DataDir = Annotated[Path, typer.Option(help="Where the broker keeps its data.")]
 KAFKA_DIR = Path("runs/kafka")
@@ -120,16 +129,31 @@ def runner(
     concurrency: Annotated[int | None, typer.Option(min=1, help="Attempts at a time in each process.")] = None,
     env: Annotated[list[str] | None, typer.Option(help="Variable that agents may see; repeat it.")] = None,
     drain_s: Annotated[float, typer.Option(min=0, help="Seconds that running attempts get at the end.")] = 30.0,
+    memory_limit: Annotated[int | None, typer.Option(min=1, help="MiB that an agent process may hold.")] = None,
+    max_attempts_per_process: Annotated[int | None, typer.Option(min=1, help="Then it is replaced.")] = None,
+    health_port: HealthPort = 0,
 ) -> None:
     """Claim tasks and run an agent on them."""
     from millstream.consumers.runner import Runner
 
     settings = load_settings(runner_processes=processes, runner_concurrency=concurrency)
 
-    async def work(log: KafkaLog, stop: asyncio.Event) -> None:
-        await Runner(log, settings, agent, env=env or (), drain_s=drain_s).run(stop)
+    async def work(health: Health, stop: asyncio.Event) -> None:
+        role = Runner(
+            health.log,
+            settings,
+            agent,
+            env=env or (),
+            drain_s=drain_s,
+            memory_limit=memory_limit,
+            max_attempts_per_process=max_attempts_per_process,
+        )
+        health.gauge(metrics.SLOTS, lambda: role.load()[0])
+        health.gauge(metrics.RUNNING, lambda: role.load()[1])
+        health.gauge(metrics.HEARTBEAT_AGE, lambda: role.silent_s)
+        await role.run(stop)
 
-    _run_role(settings, work)
+    _run_role(settings, health_port, work)
 
 
 @app.command(epilog="Example: millstream adapter --replica 0")
@@ -138,6 +162,7 @@ def adapter(
         str, typer.Option(help="Stable name of this replica; two with the same name fence each other.")
     ] = "0",
     function: Annotated[str, typer.Option("--adapter", help="module:attribute of your own Trace → triplets.")] = "",
+    health_port: HealthPort = 0,
 ) -> None:
     """Settle rollouts: turn their spans into triplets and end each exactly once."""
     from millstream.consumers.adapter import Adapter
@@ -146,35 +171,35 @@ def adapter(
     settings = load_settings()
     chosen = load_object(function) if function else to_triplets
 
-    async def work(log: KafkaLog, stop: asyncio.Event) -> None:
+    async def work(health: Health, stop: asyncio.Event) -> None:
         topics = settings.topics
         transactional_id = f"{topics.prefix}.adapter.{replica}"
-        await Adapter(log, topics, transactional_id=transactional_id, to_triplets=chosen).run(stop)
+        await Adapter(health.log, topics, transactional_id=transactional_id, to_triplets=chosen).run(stop)
 
-    _run_role(settings, work)
+    _run_role(settings, health_port, work)
 
 
 @app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb://runs/store millstream sink")
-def sink() -> None:
+def sink(health_port: HealthPort = 0) -> None:
     """Write everything that happens to ClickHouse."""
     from millstream.consumers.sink import Sink
     from millstream.pipeline.store import Store
 
     settings = load_settings()
 
-    async def work(log: KafkaLog, stop: asyncio.Event) -> None:
+    async def work(health: Health, stop: asyncio.Event) -> None:
         store = Store(settings)
         try:
             store.migrate()
-            await Sink(log, store, settings).run(stop)
+            await Sink(health.log, store, settings).run(stop)
         finally:
             store.close()
 
-    _run_role(settings, work)
+    _run_role(settings, health_port, work)
 
 
 @app.command(epilog="Example: MILLSTREAM_MODEL_URL=http://127.0.0.1:8500 millstream proxy")
-def proxy() -> None:
+def proxy(health_port: HealthPort = 0) -> None:
     """Stand between agents and the model server, and record every call."""
     from millstream.pipeline.http_backend import HttpBackend
     from millstream.pipeline.proxy import Proxy
@@ -182,8 +207,8 @@ def proxy() -> None:
 
     settings = load_settings()
 
-    async def work(log: KafkaLog, stop: asyncio.Event) -> None:
-        backend, producer = HttpBackend(settings.model_url), log.producer()
+    async def work(health: Health, stop: asyncio.Event) -> None:
+        backend, producer = HttpBackend(settings.model_url), health.log.producer()
         try:
             front = Proxy.of(settings, producer, backend, settings.proxy_secret.get_secret_value())
             async with serve(front.app, settings.proxy_url):
@@ -192,7 +217,7 @@ def proxy() -> None:
             await backend.close()
             await asyncio.to_thread(producer.close)
 
-    _run_role(settings, work)
+    _run_role(settings, health_port, work)
 
 
 @app.command(epilog="Example: millstream train examples/calculator/train.toml")
@@ -290,16 +315,25 @@ def _print_status(kafka: LocalKafka, as_json: bool) -> None:
 # --- shared
 
 
-def _run_role(settings: Settings, work: Callable[[KafkaLog, asyncio.Event], Awaitable[None]]) -> None:
-    """Runs until SIGTERM or SIGINT, then lets the role end in good order."""
+def _run_role(settings: Settings, health_port: int, work: Callable[[Health, asyncio.Event], Awaitable[None]]) -> None:
+    """Runs until SIGTERM or SIGINT, then lets the role end in good order. A second SIGINT ends it at once, which does
+    no harm: whoever takes over finds everything in the log."""
 
     async def role() -> None:
         stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+        def interrupt() -> None:
+            if stop.is_set():
+                os._exit(EXIT_INTERRUPTED)
+            stop.set()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
         log = KafkaLog(settings)
         await log.check()
-        await work(log, stop)
+        health = Health(log, stop)
+        health.start(health_port)
+        await work(health, stop)
 
     asyncio.run(role())
 

@@ -2,7 +2,9 @@
 threads and executors (with the threading instrumentation), however many attempts share the process."""
 
 import json
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import Token
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,17 +36,41 @@ class Rollout:
 
 @dataclass(eq=False)
 class Attempt:
-    """One running attempt, as its own code sees it. ``emit`` takes its finished spans, from any thread."""
+    """One running attempt, as its own code sees it. ``emit`` takes its finished spans and ``save`` its state, from any
+    thread."""
 
     task: RolloutTask
     attempt_id: str
     emit: Callable[[Span], None]
+    save: Callable[[bytes], None]
     resources: Mapping[str, Resource] = field(default_factory=dict)
+    on_calling: Callable[[bool], None] = lambda calling: None  # told when a model is being called, and when none is
     proxy_url: str = ""  # empty: there is no proxy
     proxy_key: str = ""
     sequence: "count[int]" = field(default_factory=lambda: count(1))
     rewarded: bool = False  # a reward has been emitted
     tracer: Tracer = field(default_factory=NoOpTracer)
+    state: bytes | None = None  # the last one saved, by this attempt or the one before it
+
+    def __post_init__(self) -> None:
+        self.state = self.task.state
+        self._calls = 0
+        self._calls_lock = threading.Lock()
+
+    @contextmanager
+    def calling(self) -> Iterator[None]:
+        """The body is a model call."""
+        self._count_call(1)
+        try:
+            yield
+        finally:
+            self._count_call(-1)
+
+    def _count_call(self, more: int) -> None:
+        with self._calls_lock:
+            before, self._calls = self._calls, self._calls + more
+            if not before or not self._calls:
+                self.on_calling(self._calls > 0)
 
     @cached_property
     def path(self) -> str:

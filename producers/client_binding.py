@@ -4,6 +4,8 @@ Agents make their client once, at import, when there is no attempt yet; so what 
 when the request is sent, from OpenTelemetry's context.
 """
 
+import inspect
+from collections.abc import Awaitable
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
@@ -11,7 +13,7 @@ from urllib.parse import urlsplit
 import wrapt
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from millstream.producers.attempt_context import current_attempt
+from millstream.producers.attempt_context import Attempt, current_attempt
 from millstream.schemas.errors import ConfigError, MillstreamError
 
 HTTP_CLIENTS = ("httpx", "httpx2")  # openai 3 and anthropic 2 use httpx2
@@ -48,15 +50,26 @@ def _wrap(module: ModuleType) -> None:
 
 
 def _send(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    _bind(args[0] if args else kwargs["request"])
-    return wrapped(*args, **kwargs)
+    attempt = _bind(args[0] if args else kwargs["request"])
+    if attempt is None or attempt.task.unresponsive_s is None:  # nobody wants to know how long it takes
+        return wrapped(*args, **kwargs)
+    if inspect.iscoroutinefunction(wrapped):
+        return _awaited(attempt, wrapped(*args, **kwargs))
+    with attempt.calling():
+        return wrapped(*args, **kwargs)
 
 
-def _bind(request: Any) -> None:
+async def _awaited(attempt: Attempt, answer: Awaitable[Any]) -> Any:
+    with attempt.calling():
+        return await answer
+
+
+def _bind(request: Any) -> Attempt | None:
+    """Its attempt, if the request goes to the proxy."""
     url = request.url
     base = _proxies.get((url.scheme, url.host, url.port or _DEFAULT_PORTS.get(url.scheme, 0)))
     if base is None:
-        return
+        return None
     attempt = current_attempt()
     if attempt is None:
         raise OutsideRollout(
@@ -69,3 +82,4 @@ def _bind(request: Any) -> None:
     request.headers["Authorization"] = f"Bearer {attempt.proxy_key}"
     request.headers["x-api-key"] = attempt.proxy_key
     _trace_context.inject(request.headers)  # the proxy's span becomes a child of the client's
+    return attempt

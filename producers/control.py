@@ -1,6 +1,8 @@
 """Publishing what everybody follows: records on the control topic, of which the last one of each key holds."""
 
+import json
 import time
+from typing import Literal
 
 from millstream.producers.port import Producer, send_acknowledged
 from millstream.schemas.log import KIND_HEADER
@@ -13,6 +15,16 @@ async def publish_control(producer: Producer, topics: Topics, record: Control) -
     """Returns when the log has acknowledged it."""
     key, headers = f"{record.kind}/{record.name}", {KIND_HEADER: record.kind.encode()}
     await send_acknowledged(producer, topics.control, record, key=key, headers=headers)
+
+
+def cancel_record(scope: Literal["rollout", "group", "experiment"], name: str) -> Control:
+    """Cancels what is published of it, and what still will be."""
+    return Control(kind="cancel", name=f"{scope}:{name}", body="true", created_at=time.time_ns())
+
+
+def pause_record(experiment_id: str, paused: bool) -> Control:
+    """Stops the claims of an experiment's tasks, or lets them go on."""
+    return Control(kind="pause", name=experiment_id, body=json.dumps(paused), created_at=time.time_ns())
 
 
 async def publish_resources(producer: Producer, topics: Topics, resources: Resources) -> None:

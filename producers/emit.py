@@ -9,7 +9,7 @@ from typing import Any
 
 from opentelemetry.trace.status import StatusCode
 
-from millstream.producers.attempt_context import current_attempt
+from millstream.producers.attempt_context import Attempt, current_attempt
 from millstream.producers.span_processor import as_text
 from millstream.schemas import semconv
 from millstream.schemas.errors import MillstreamError
@@ -20,6 +20,15 @@ _warned = threading.Event()
 
 class RewardError(MillstreamError, ValueError):
     """A reward that is not a finite number."""
+
+
+def attempt_or_warning(what: str) -> Attempt | None:
+    """The attempt that the calling code belongs to. Without one, says so once in a process."""
+    attempt = current_attempt()
+    if attempt is None and not _warned.is_set():
+        _warned.set()
+        logger.warning("%s is recorded nowhere: this code does not run within a rollout", what)
+    return attempt
 
 
 def emit_reward(value: float, name: str = "reward") -> None:
@@ -52,11 +61,8 @@ def emit_span(name: str, attributes: Mapping[str, Any] | None = None) -> None:
     ``attributes`` hold anything JSON does. ``gen_ai.operation.name`` says what it is (``execute_tool``: a tool call),
     ``error.type`` makes it a failure. Outside a rollout it does nothing but warn, once.
     """
-    attempt = current_attempt()
+    attempt = attempt_or_warning(f"span {name!r}")
     if attempt is None:
-        if not _warned.is_set():
-            _warned.set()
-            logger.warning("span %r is recorded nowhere: this code does not run within a rollout", name)
         return
     given = {key: as_text(value) for key, value in (attributes or {}).items()}
     now = time.time_ns()

@@ -37,6 +37,7 @@ class TaskLine(BaseModel):
     retry_on: list[str] = []
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     lease_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    unresponsive_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     seed: int | None = None
     metadata: dict[str, str] = {}
 
@@ -81,6 +82,7 @@ def group_of(
             max_losses=settings.retry_max_losses if line.max_losses is None else line.max_losses,
             timeout_s=line.timeout_s or settings.timeout_seconds,
             lease_s=line.lease_s or settings.lease_seconds,
+            unresponsive_s=line.unresponsive_s,
             retry_on=tuple(line.retry_on),
             seed=line.seed,
             experiment_id=experiment_id,

@@ -39,8 +39,9 @@ class Rig:
     records: list[LogRecord] = field(default_factory=list)
     runner: "asyncio.Task[None] | None" = None
 
-    async def publish(self, inputs: Iterable[Any], **fields: Any) -> list[RolloutTask]:
-        tasks = [t for x in inputs for t in group_of(TaskLine(input=x, **fields), self.settings)]
+    async def publish(self, inputs: Iterable[Any], experiment_id: str = "", **fields: Any) -> list[RolloutTask]:
+        lines = [TaskLine(input=x, **fields) for x in inputs]
+        tasks = [t for line in lines for t in group_of(line, self.settings, experiment_id=experiment_id)]
         await self.publish_tasks(tasks)
         return tasks
 

@@ -73,7 +73,7 @@ async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
 def new_attempt(url: str) -> tuple[Attempt, list[Span]]:
     spans: list[Span] = []
     attempt_id = new_id()
-    return Attempt(task(), attempt_id, spans.append, proxy_url=url, proxy_key=f"key-{attempt_id}"), spans
+    return Attempt(task(), attempt_id, spans.append, [].append, proxy_url=url, proxy_key=f"key-{attempt_id}"), spans
 
 
 def messages(text: str) -> list[Any]:

@@ -27,7 +27,7 @@ AGENT = Tracer("demo:agent")
 
 def new_attempt() -> tuple[Attempt, list[Span]]:
     spans: list[Span] = []
-    return Attempt(task(), new_id(), spans.append), spans
+    return Attempt(task(), new_id(), spans.append, [].append), spans
 
 
 @contextmanager

@@ -1,0 +1,55 @@
+"""Telling what this process is and does now: a record on the workers topic every few seconds."""
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from millstream.producers.port import Producer
+from millstream.schemas.errors import LogError
+from millstream.schemas.log import KIND_HEADER
+from millstream.schemas.records import Worker
+from millstream.schemas.topics import Topics
+
+logger = logging.getLogger(__name__)
+
+REPORT_S = 5.0
+
+
+@asynccontextmanager
+async def reporting(
+    producer: Producer, topics: Topics, role: str, worker_id: str, load: Callable[[], tuple[int, int]] = lambda: (0, 0)
+) -> AsyncIterator[None]:
+    """Reports while the body runs, and at its end, when there are no slots any more. ``load``: slots, running."""
+    started, host, ours = time.time_ns(), socket.gethostname(), version("millstream")
+
+    def report(slots: int, running: int) -> None:
+        worker = Worker(
+            worker_id=worker_id,
+            role=role,
+            host=host,
+            version=ours,
+            slots=slots,
+            running=running,
+            started=started,
+            last_seen=time.time_ns(),
+        )
+        try:
+            producer.send(topics.workers, worker, key=worker_id, headers={KIND_HEADER: role.encode()})
+        except LogError as error:
+            logger.warning("%s can't report what it does: %s", worker_id, error)
+
+    async def repeat() -> None:
+        while True:
+            report(*load())
+            await asyncio.sleep(REPORT_S)
+
+    task = asyncio.create_task(repeat())
+    try:
+        yield
+    finally:
+        task.cancel()
+        report(0, 0)
