@@ -151,6 +151,7 @@ class AttemptWriter:
             error=None if outcome is None else outcome.error,
             output=None if outcome is None else outcome.output,
             span_counts=span_counts or {},
+            metadata={} if outcome is None else outcome.metadata,
         )
 
     def _bury(self, error: str) -> None:

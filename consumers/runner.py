@@ -24,6 +24,7 @@ from millstream.consumers.attempt import AgentFunction, Outcome, stopped_by
 from millstream.consumers.attempt_writer import AttemptWriter
 from millstream.consumers.claims import Claim, Claims
 from millstream.consumers.control import ControlFollower
+from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
 from millstream.producers.port import Producer
 from millstream.schemas import codec, status
@@ -72,7 +73,7 @@ class Runner:
 
     With ``processes`` 0, and for a callable, attempts run in threads of this process, ``concurrency`` at a time; else
     in child processes, ``concurrency`` in each, which see the environment variables named by ``env`` besides the
-    basics.
+    basics. ``hooks``: ``module:attribute``, or objects where attempts run in threads.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Runner:
         env: Sequence[str] = (),
         folder: Path | None = None,
         drain_s: float = 30.0,
+        hooks: Sequence[Hook | str] = (),
     ) -> None:
         self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
         self._log = log
@@ -98,6 +100,7 @@ class Runner:
         self._environment = agent_environment(env)
         self._folder = str(folder or Path.cwd())
         self._drain_s = drain_s
+        self._hooks = hooks
         self._secret = settings.proxy_secret.get_secret_value()
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
         self._finishing: set[asyncio.Task[None]] = set()
@@ -135,10 +138,20 @@ class Runner:
 
     def _make_host(self) -> AgentHost:
         options = HostOptions(
-            self._concurrency, self._settings.proxy_url, self._secret, self._changed.set, self._late_span
+            self._concurrency,
+            self._settings.proxy_url,
+            self._secret,
+            self._changed.set,
+            self._late_span,
+            self.worker_id,
+            self._hooks,
         )
         if self._processes == 0 or not isinstance(self._agent, str):
             return ThreadHost(self._agent, options, folder=self._folder)
+        for hook in self._hooks:
+            if not isinstance(hook, str):
+                name = type(hook).__name__
+                raise ConfigError(f"hook {name}(…) can't go to agent processes: name it module:attribute")
         return ProcessHost(
             self._agent, options, processes=self._processes, environment=self._environment, folder=self._folder
         )

@@ -118,6 +118,7 @@ def runner(
     concurrency: Annotated[int | None, typer.Option(min=1, help="Attempts at a time in each process.")] = None,
     env: Annotated[list[str] | None, typer.Option(help="Variable that agents may see; repeat it.")] = None,
     drain_s: Annotated[float, typer.Option(min=0, help="Seconds that running attempts get at the end.")] = 30.0,
+    hook: Annotated[list[str] | None, typer.Option(help="module:attribute of a hook; repeat it.")] = None,
 ) -> None:
     """Claim tasks and run an agent on them."""
     from millstream.consumers.runner import Runner
@@ -125,7 +126,7 @@ def runner(
     settings = load_settings(runner_processes=processes, runner_concurrency=concurrency)
 
     async def work(log: KafkaLog, stop: asyncio.Event) -> None:
-        await Runner(log, settings, agent, env=env or (), drain_s=drain_s).run(stop)
+        await Runner(log, settings, agent, env=env or (), drain_s=drain_s, hooks=hook or ()).run(stop)
 
     _run_role(settings, work)
 
