@@ -153,7 +153,13 @@ class AttemptRunner:
             with self._tracer.attempt(attempt):
                 try:
                     await hooks.trace_start()
-                    outcome = _returned(attempt, await self._call(attempt))
+                    # Here and not in a coroutine of its own, which would change a StopIteration.
+                    result = self._agent(attempt.rollout.input, **self._arguments(attempt))
+                    if self._is_async:
+                        result = await result
+                    elif inspect.iscoroutine(result):  # a sync wrapper around an async agent
+                        result = asyncio.run(result)
+                    outcome = _returned(attempt, result)
                 except BaseException as error:  # an agent's sys.exit() ends its attempt, not everybody's
                     outcome = await self._judged(error, hooks)
                     raise
@@ -165,12 +171,6 @@ class AttemptRunner:
                 outcome = self._raised(error)
         await hooks.rollout_end(outcome.status)
         on_end(outcome)
-
-    async def _call(self, attempt: Attempt) -> Any:
-        result = self._agent(attempt.rollout.input, **self._arguments(attempt))
-        if self._is_async:
-            return await result
-        return asyncio.run(result) if inspect.iscoroutine(result) else result  # a sync wrapper around an async agent
 
     async def _judged(self, error: BaseException, hooks: HookedAttempt) -> Outcome:
         hooks.trace.error = error

@@ -97,7 +97,7 @@ async def run(
 ) -> dict[str, Ended]:
     write_agent(folder, AGENT, f"{folder.name}.py".replace("-", "_"))  # a module of its own for each test
     hooks = [f"{folder.name.replace('-', '_')}:{h}" if isinstance(h, str) else h for h in hooks]
-    options = {"concurrency": 1, **options}
+    options = {"concurrency": 1} | options
     path = f"{folder.name.replace('-', '_')}:{agent}"
     async with running(path, folder, processes=processes, hooks=hooks, **options) as rig:
         await rig.publish(inputs)
@@ -278,7 +278,7 @@ async def test_warm_up_loads_once_in_each_process(
     monkeypatch.chdir(tmp_path)
     name = f"warm_{processes}"
     write_agent(tmp_path, SHIPPED, f"{name}.py")
-    options = {"processes": processes * 2, "concurrency": 3, "hooks": [f"{name}:model"]}
+    options: dict[str, Any] = {"processes": processes * 2, "concurrency": 3, "hooks": [f"{name}:model"]}
     async with running(f"{name}:warm", tmp_path, **options) as rig:
         await rig.publish(range(12))
         ended = await rig.ends(12)
@@ -336,7 +336,12 @@ async def test_performance_monitor_counts_in_all_processes_and_alerts(
     metrics.mkdir()
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(metrics))
     write_agent(tmp_path, SHIPPED, "spends.py")
-    options = {"processes": 2, "concurrency": 2, "env": ["PROMETHEUS_MULTIPROC_DIR"], "hooks": ["spends:monitor"]}
+    options: dict[str, Any] = {
+        "processes": 2,
+        "concurrency": 2,
+        "env": ["PROMETHEUS_MULTIPROC_DIR"],
+        "hooks": ["spends:monitor"],
+    }
     async with running("spends:spends", tmp_path, **options) as rig:
         await rig.publish(["a", "b", "c", "bad"])
         ended = await rig.ends(4)
