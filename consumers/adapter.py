@@ -252,7 +252,8 @@ class Adapter:
             self.stats.aborted += 1
             logger.warning("transaction aborted, its decisions are sent again: %s", error)
             await self._call(lambda: self._producer.abort_transaction(CALL_S))
-            await self._read()  # serves the callbacks: a partition may be lost, the group's metadata new
+            await self._read()  # serves the callbacks: what is lost is dropped before the metadata are taken anew
+            self._group = self._consumer.group_metadata()
         else:
             self._written(box, dead, offsets)
         return True

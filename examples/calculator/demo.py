@@ -139,10 +139,10 @@ def over_kafka(run_dir: Path, adapter: str) -> Settings:
             processes.start("adapter", "adapter", *(["--adapter", adapter] if adapter else []))
             processes.start("proxy", "proxy")
             _wait_until_up(settings.proxy_url, processes)
+            ledger = ["--env", LEDGER] if LEDGER in os.environ else []
             for number in (1, 2):
-                processes.start(
-                    f"runner-{number}", "runner", AGENT, *(["--env", LEDGER] if LEDGER in os.environ else [])
-                )
+                # Nothing is left to drain but after Ctrl-C, when nobody waits for it any more.
+                processes.start(f"runner-{number}", "runner", AGENT, "--drain-s", "0", *ledger)
             trainer = processes.start("trainer", "train", str(run_dir / "train.toml"), inherit_output=True)
             while trainer.poll() is None:
                 processes.check(besides="trainer")

@@ -50,16 +50,14 @@ class Demo:
     def trained(self):
         return json.loads((self.folder / "run" / "train.json").read_text())
 
+    def ask(self, query):
+        """What somebody at a terminal gets."""
+        command = [sys.executable, "-m", "millstream.pipeline", "sql", "--json", query]
+        return subprocess.run(command, cwd=ROOT, env=self.environment, capture_output=True, text=True, check=False)
+
     def sql(self, query):
-        """Rows, as somebody at a terminal gets them."""
-        answer = subprocess.run(
-            [sys.executable, "-m", "millstream.pipeline", "sql", "--json", query],
-            cwd=ROOT,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        answer = self.ask(query)
+        assert answer.returncode == 0, answer.stderr
         return json.loads(answer.stdout)
 
     def ledger(self):
@@ -167,6 +165,9 @@ def test_the_agent_learns_over_kafka_although_a_runner_is_killed(tmp_path):
         time.sleep(0.1)
     started = json.loads(pids.read_text())
     assert set(started) == {"sink", "adapter", "proxy", "runner-1", "runner-2", "trainer"}
+    refused = demo.ask("SELECT 1")
+    assert refused.returncode == 1
+    assert "the sink owns it while it runs" in " ".join(refused.stderr.split())
     os.kill(started["runner-1"], signal.SIGKILL)
     assert demo.wait() == 0, demo.output.read_text()[-3000:]
     assert "runner-1 ended (killed by SIGKILL)" in demo.output.read_text()
