@@ -114,13 +114,11 @@ class AttemptRunner:
     A new thread each time: a thread that is used again may carry what the last attempt left in it.
     """
 
-    def __init__(
-        self, agent: AgentFunction, tracer: Tracer, loop: asyncio.AbstractEventLoop, hooks: Hooks | None = None
-    ) -> None:
+    def __init__(self, agent: AgentFunction, tracer: Tracer, loop: asyncio.AbstractEventLoop, hooks: Hooks) -> None:
         self._agent = agent
         self._tracer = tracer
         self._loop = loop
-        self._hooks = hooks or Hooks()
+        self._hooks = hooks
         self._is_async = _is_async(agent)
         self._optional = _optional_parameters(agent)
         self._tasks: dict[str, asyncio.Task[None]] = {}

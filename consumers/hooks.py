@@ -114,19 +114,12 @@ class Hook:
         ended, for a time-out say, is "cancelled" here."""
 
 
+@dataclass(frozen=True, slots=True)
 class Hooks:
-    """The hooks of a process, in order."""
+    """The hooks of a process, in order, and what they are told of it."""
 
-    def __init__(self, hooks: Sequence[Hook] = (), runner: RunnerInfo | None = None) -> None:
-        self.runner = runner or RunnerInfo()
-        self._hooks = hooks
-
-    def __bool__(self) -> bool:
-        return bool(self._hooks)
-
-    def having(self, name: str) -> list[Hook]:
-        """Those that do something at this point."""
-        return [hook for hook in self._hooks if getattr(type(hook), name) is not getattr(Hook, name)]
+    hooks: Sequence[Hook] = ()
+    runner: RunnerInfo = field(default_factory=RunnerInfo)
 
 
 class HookedAttempt:
@@ -147,7 +140,7 @@ class HookedAttempt:
         self._attempt = attempt
         self._loop = loop
         self._on_loop = on_loop
-        if hooks:
+        if hooks.hooks:
             attempt.emit = partial(_observed, attempt.emit, self.trace)
 
     async def rollout_start(self) -> None:
@@ -182,10 +175,11 @@ class HookedAttempt:
     async def _call(self, name: str, *more: Any, before: bool = False) -> list[Any]:
         """The answers of all hooks. ``more``: their arguments besides the rollout, which may come ``before`` it."""
         answers: list[Any] = []
-        hooks = self._hooks.having(name) if self._hooks else []
-        if not hooks or os.getpid() != self._hooks.runner.pid:  # a fork that the agent has made is not the attempt
-            return answers
-        for hook in hooks:
+        for hook in self._hooks.hooks:
+            if getattr(type(hook), name) is getattr(Hook, name):
+                continue  # it has nothing to say here
+            if os.getpid() != self._hooks.runner.pid:
+                break  # a fork that the agent has made is not the attempt
             try:
                 rollout = (self._attempt.rollout,)
                 arguments = more + rollout if before else rollout + more
