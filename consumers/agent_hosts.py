@@ -12,7 +12,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,9 +21,18 @@ from pathlib import Path
 from typing import Protocol
 from weakref import WeakValueDictionary
 
-from millstream.consumers.attempt import AgentFunction, AttemptRunner, Outcome, agent_name, load_agent, stopped_by
+from millstream.consumers.attempt import (
+    AgentFunction,
+    AttemptRunner,
+    Outcome,
+    agent_name,
+    load_agent,
+    load_hooks,
+    stopped_by,
+)
 from millstream.consumers.attempt_writer import AttemptWriter
 from millstream.consumers.frames import Frame, FrameReader, Kind, pack
+from millstream.consumers.hooks import Hook, Hooks, RunnerInfo
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.tracer import Tracer, adopt_global_provider
 from millstream.schemas import codec, status
@@ -77,6 +86,8 @@ class HostOptions:
     proxy_secret: str
     on_free: Callable[[], None]  # a slot may have become free, or the host may be lost
     on_late_span: Callable[[bytes], None]  # an encoded span of an attempt that has been finished
+    worker_id: str
+    hooks: Sequence[Hook | str] = ()  # for agent processes: module:attribute
 
     def key(self, writer: AttemptWriter) -> str:
         if not self.proxy_url:
@@ -107,8 +118,10 @@ class ThreadHost:
     async def start(self) -> None:
         tracer = Tracer(agent_name(self._agent), self._options.proxy_url)
         function = load_agent(self._agent, self._folder) if isinstance(self._agent, str) else self._agent
+        info = RunnerInfo(self._options.worker_id, agent_name(self._agent))
+        hooks = Hooks(load_hooks(self._options.hooks, self._folder), info)
         adopt_global_provider()
-        self._attempts = AttemptRunner(function, tracer, self._loop)
+        self._attempts = AttemptRunner(function, tracer, self._loop, hooks)
         self._thread.start()
 
     def run(self, writer: AttemptWriter) -> None:
@@ -249,6 +262,7 @@ class ProcessHost:
 
     def _child(self) -> "_Child":
         config = {"agent": self._agent, "folder": self._folder, "proxy_url": self._options.proxy_url}
+        config |= {"worker_id": self._options.worker_id, "hooks": json.dumps(self._options.hooks)}
         return _Child(config, self._environment, self._options, self._max_attempts, self._replace)
 
     def _replace(self, dead: "_Child") -> None:
@@ -485,4 +499,6 @@ class _Child(asyncio.Protocol):
 def _outcome(head: bytes) -> Outcome:
     said = json.loads(head)
     error = said["error"]
-    return Outcome(said["status"], None if error is None else ErrorInfo(**error), said["output"], said["spans"])
+    return Outcome(
+        said["status"], None if error is None else ErrorInfo(**error), said["output"], said["spans"], said["metadata"]
+    )

@@ -17,8 +17,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 
-from millstream.consumers.attempt import AttemptRunner, Outcome, load_agent
+from millstream.consumers.attempt import AttemptRunner, Outcome, load_agent, load_hooks
 from millstream.consumers.frames import Frame, FrameReader, Kind, pack
+from millstream.consumers.hooks import Hooks, RunnerInfo
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.tracer import Tracer, adopt_global_provider
 from millstream.schemas import codec
@@ -198,7 +199,10 @@ def main() -> None:
         threading.Thread(target=listen, name="millstream-receive", daemon=True).start()
         try:
             tracer = Tracer(config["agent"], config["proxy_url"])
-            agent.attempts = AttemptRunner(load_agent(config["agent"], config["folder"]), tracer, loop)
+            function = load_agent(config["agent"], config["folder"])
+            info = RunnerInfo(config["worker_id"], config["agent"])
+            hooks = Hooks(load_hooks(json.loads(config["hooks"]), config["folder"]), info)
+            agent.attempts = AttemptRunner(function, tracer, loop, hooks)
         except ConfigError as error:
             reason = str(error).encode("utf-8", "backslashreplace")
             channel.send(lambda: pack(Kind.REFUSED, head=reason), now=True)

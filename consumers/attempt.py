@@ -10,11 +10,13 @@ import json
 import sys
 import threading
 import traceback
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from typing import Any
 
+from millstream.consumers.hooks import IGNORE, RETRY, Hook, HookedAttempt, Hooks
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.emit import emit_reward
 from millstream.producers.span_processor import utf8
@@ -28,12 +30,17 @@ AgentFunction = Callable[..., Any]
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an attempt ended. ``spans``: how many its side has handed over; None if nobody could count them."""
+    """How an attempt ended. ``spans``: how many its side has handed over; None if nobody could count them.
+
+    ``metadata`` goes into the terminal event: ``retry`` ("yes" or "no": what a hook wants, whatever the task's
+    ``retry_on`` says), ``ignored`` (the error that a hook made a success of).
+    """
 
     status: str
     error: ErrorInfo | None = None
     output: str | None = None
     spans: int | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def stopped_by(how: str, cause: str, message: str) -> Outcome:
@@ -46,9 +53,36 @@ def load_agent(path: str, folder: str) -> AgentFunction:
 
     Raises `ConfigError` naming the path and what went wrong.
     """
+    found = _load("agent", path, folder)
+    if not callable(found):
+        raise ConfigError(f"agent {path!r} is not callable: it is a {type(found).__name__}")
+    return found  # type: ignore[no-any-return]
+
+
+def load_hooks(hooks: Sequence[Hook | str], folder: str) -> list[Hook]:
+    """The hooks, of which some are named ``module:attribute``: an instance, a class, or what makes one.
+
+    Raises `ConfigError` naming the path and what went wrong.
+    """
+    return [_load_hook(hook, folder) if isinstance(hook, str) else hook for hook in hooks]
+
+
+def _load_hook(path: str, folder: str) -> Hook:
+    found = _load("hook", path, folder)
+    if not isinstance(found, Hook) and callable(found):
+        try:
+            found = found()
+        except Exception as error:
+            raise ConfigError(f"hook {path!r} can't be made: {type(error).__name__}: {_message(error)}") from error
+    if not isinstance(found, Hook):
+        raise ConfigError(f"hook {path!r} is no millstream.Hook: it is a {type(found).__name__}")
+    return found
+
+
+def _load(what: str, path: str, folder: str) -> Any:
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
-        raise ConfigError(f"agent {path!r} is not of the form module:attribute, like examples.calculator.agent:agent")
+        raise ConfigError(f"{what} {path!r} is not of the form module:attribute, like examples.calculator.agent:agent")
     if sys.path[:1] != [folder]:
         sys.path.insert(0, folder)
     try:
@@ -56,16 +90,14 @@ def load_agent(path: str, folder: str) -> AgentFunction:
     except BaseException as error:  # SystemExit too: the user's module may do anything
         cause = "".join(traceback.format_exception(error)).rstrip()
         raise ConfigError(
-            f"agent {path!r} can't be imported from {folder}: {type(error).__name__}: {_message(error)}\n{cause}"
+            f"{what} {path!r} can't be imported from {folder}: {type(error).__name__}: {_message(error)}\n{cause}"
         ) from error
     for name in attribute.split("."):
         try:
             found = getattr(found, name)
         except AttributeError:
-            raise ConfigError(f"agent {path!r}: {module_name} has no {attribute}") from None
-    if not callable(found):
-        raise ConfigError(f"agent {path!r} is not callable: it is a {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
+            raise ConfigError(f"{what} {path!r}: {module_name} has no {attribute}") from None
+    return found
 
 
 def agent_name(agent: str | AgentFunction) -> str:
@@ -82,10 +114,11 @@ class AttemptRunner:
     A new thread each time: a thread that is used again may carry what the last attempt left in it.
     """
 
-    def __init__(self, agent: AgentFunction, tracer: Tracer, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, agent: AgentFunction, tracer: Tracer, loop: asyncio.AbstractEventLoop, hooks: Hooks) -> None:
         self._agent = agent
         self._tracer = tracer
         self._loop = loop
+        self._hooks = hooks
         self._is_async = _is_async(agent)
         self._optional = _optional_parameters(agent)
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -93,7 +126,7 @@ class AttemptRunner:
     def start(self, attempt: Attempt, on_end: Callable[[Outcome], None]) -> None:
         """Begins an attempt; call it on the loop's thread. ``on_end`` is called on whichever thread it ended."""
         if self._is_async:
-            task = self._loop.create_task(self._run_async(attempt, on_end))
+            task = self._loop.create_task(self._run(attempt, on_end))
             self._tasks[attempt.attempt_id] = task
             task.add_done_callback(lambda _: self._tasks.pop(attempt.attempt_id, None))
         else:
@@ -106,27 +139,51 @@ class AttemptRunner:
         if task is not None:
             task.cancel()
 
-    async def _run_async(self, attempt: Attempt, on_end: Callable[[Outcome], None]) -> None:
+    def _run_sync(self, attempt: Attempt, on_end: Callable[[Outcome], None]) -> None:
+        """In a thread of its own, where nothing suspends: the coroutine runs through in one go."""
+        with suppress(StopIteration):
+            self._run(attempt, on_end).send(None)
+
+    async def _run(self, attempt: Attempt, on_end: Callable[[Outcome], None]) -> None:
+        hooks = HookedAttempt(self._hooks, self._agent, attempt, self._loop, self._is_async)
         try:
+            await hooks.rollout_start()
             with self._tracer.attempt(attempt):
-                result = await self._agent(attempt.rollout.input, **self._arguments(attempt))
-                outcome = _returned(attempt, result)
-        except asyncio.CancelledError as error:
-            outcome = _raised(error, status.CANCELLED)
-        except BaseException as error:  # an agent's sys.exit() ends its attempt, not everybody's
-            outcome = _raised(error)
+                try:
+                    await hooks.trace_start()
+                    # Here and not in a coroutine of its own, which would change a StopIteration.
+                    result = self._agent(attempt.rollout.input, **self._arguments(attempt))
+                    if self._is_async:
+                        result = await result
+                    elif inspect.iscoroutine(result):  # a sync wrapper around an async agent
+                        result = asyncio.run(result)
+                    outcome = _returned(attempt, result)
+                except BaseException as error:  # an agent's sys.exit() ends its attempt, not everybody's
+                    outcome = await self._judged(error, hooks)
+                    raise
+                finally:
+                    hooks.trace.end()
+                    await hooks.trace_end(outcome.status, outcome.output)
+        except BaseException as error:
+            if error is not hooks.trace.error:
+                outcome = self._raised(error)
+        await hooks.rollout_end(outcome.status)
         on_end(outcome)
 
-    def _run_sync(self, attempt: Attempt, on_end: Callable[[Outcome], None]) -> None:
-        try:
-            with self._tracer.attempt(attempt):
-                result = self._agent(attempt.rollout.input, **self._arguments(attempt))
-                if inspect.iscoroutine(result):  # a sync wrapper around an async agent
-                    result = asyncio.run(result)
-                outcome = _returned(attempt, result)
-        except BaseException as error:
-            outcome = _raised(error)
-        on_end(outcome)
+    async def _judged(self, error: BaseException, hooks: HookedAttempt) -> Outcome:
+        hooks.trace.error = error
+        outcome = self._raised(error)
+        if outcome.status != status.FAILED or (wish := await hooks.wish(error)) is None:
+            return outcome
+        if wish == IGNORE:
+            return Outcome(status.SUCCEEDED, metadata={"ignored": f"{type(error).__name__}: {_message(error)}"})
+        return replace(outcome, metadata={"retry": "yes" if wish == RETRY else "no"})
+
+    def _raised(self, error: BaseException) -> Outcome:
+        cancelled = self._is_async and isinstance(error, asyncio.CancelledError)
+        stack = utf8("".join(traceback.format_exception(error)))
+        info = ErrorInfo(type=type(error).__name__, message=_message(error), stack=stack)
+        return Outcome(status.CANCELLED if cancelled else status.FAILED, info)
 
     def _arguments(self, attempt: Attempt) -> dict[str, Any]:
         return {name: getattr(attempt, name) for name in self._optional}
@@ -158,11 +215,6 @@ def _returned(attempt: Attempt, result: Any) -> Outcome:
     if isinstance(result, int | float) and not isinstance(result, bool) and not attempt.rewarded:
         emit_reward(result)
     return Outcome(status.SUCCEEDED, output=None if result is None else _as_json(result))
-
-
-def _raised(error: BaseException, how: str = status.FAILED) -> Outcome:
-    stack = "".join(traceback.format_exception(error))
-    return Outcome(how, ErrorInfo(type=type(error).__name__, message=_message(error), stack=utf8(stack)))
 
 
 def _message(error: BaseException) -> str:

@@ -185,6 +185,7 @@ class AttemptWriter:
             output=None if outcome is None else outcome.output,
             span_counts=span_counts or {},
             state=state,
+            metadata={} if outcome is None else outcome.metadata,
         )
 
     def _bury(self, error: str) -> None:

@@ -32,11 +32,13 @@ def backoff_s(how: str, times: int, random: Callable[[], float]) -> float:
     return random() * min(cap, base * 2.0 ** min(times - 1, 32))
 
 
-def refusal(task: RolloutTask, how: str) -> str | None:
-    """Why there is no other attempt after one of ``task`` that ended as ``how``; None if there is one."""
+def refusal(task: RolloutTask, how: str, wish: str | None = None) -> str | None:
+    """Why there is no other attempt after one of ``task`` that ended as ``how``; None if there is one. ``wish`` is what a
+    hook of the agent's wants: "yes" or "no" in place of ``retry_on``. The budgets hold all the same."""
     if how == status.LOST:
         return None if task.losses < task.max_losses else "losses_exhausted"
-    if how not in status.RETRIED or how not in (task.retry_on or status.RETRIED):
+    wanted = how in (task.retry_on or status.RETRIED) if wish is None else wish == "yes"
+    if how not in status.RETRIED or not wanted:
         return "not_retried"
     return None if task.attempt - task.losses < task.max_attempts else "attempts_exhausted"
 

@@ -24,6 +24,7 @@ from millstream.consumers.attempt import AgentFunction, Outcome, stopped_by
 from millstream.consumers.attempt_writer import AttemptWriter
 from millstream.consumers.claims import ROLE, Claim, Claims
 from millstream.consumers.control import ControlFollower
+from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
 from millstream.producers.port import Producer
 from millstream.producers.workers import reporting
@@ -78,6 +79,7 @@ class Runner:
     With ``processes`` 0, and for a callable, attempts run in threads of this process, ``concurrency`` at a time; else
     in child processes, ``concurrency`` in each, which see the environment variables named by ``env`` besides the
     basics, hold ``memory_limit`` MiB at most, and are replaced after ``max_attempts_per_process``.
+    ``hooks``: ``module:attribute``, or objects where attempts run in threads.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Runner:
         drain_s: float = 30.0,
         memory_limit: int | None = None,
         max_attempts_per_process: int | None = None,
+        hooks: Sequence[Hook | str] = (),
     ) -> None:
         self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
         self._log = log
@@ -109,6 +112,7 @@ class Runner:
         self._max_attempts = max_attempts_per_process
         if memory_limit is not None and not Path("/proc/self/statm").exists():
             raise ConfigError("--memory-limit needs Linux's /proc; leave it out, and limit the runner from outside")
+        self._hooks = hooks
         self._secret = settings.proxy_secret.get_secret_value()
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
         self._finishing: set[asyncio.Task[None]] = set()
@@ -157,12 +161,22 @@ class Runner:
 
     def _make_host(self) -> AgentHost:
         options = HostOptions(
-            self._concurrency, self._settings.proxy_url, self._secret, self._changed.set, self._late_span
+            self._concurrency,
+            self._settings.proxy_url,
+            self._secret,
+            self._changed.set,
+            self._late_span,
+            self.worker_id,
+            self._hooks,
         )
         if self._processes == 0 or not isinstance(self._agent, str):
             if self._memory_limit or self._max_attempts:
                 raise ConfigError("--memory-limit and --max-attempts-per-process need agent processes (--processes)")
             return ThreadHost(self._agent, options, folder=self._folder)
+        for hook in self._hooks:
+            if not isinstance(hook, str):
+                name = type(hook).__name__
+                raise ConfigError(f"hook {name}(…) can't go to agent processes: name it module:attribute")
         return ProcessHost(
             self._agent,
             options,

@@ -245,7 +245,8 @@ class PartitionFold:
                 self._decide(event.rollout_id, rollout, self._success(rollout, attempt, event))
             elif event.status in status.TERMINAL:
                 error = event.error or ErrorInfo(type=event.status, message="no reason given", stack="")
-                self._finish(event.rollout_id, rollout, attempt, event.status, error, event.time, now)
+                wish = event.metadata.get("retry")
+                self._finish(event.rollout_id, rollout, attempt, event.status, error, event.time, now, wish)
 
     def _claim(self, event: AttemptEvent, rollout: OpenRollout | None, record: LogRecord, now: float) -> None:
         if event.task is None:
@@ -292,6 +293,7 @@ class PartitionFold:
         error: ErrorInfo,
         ended: int,
         now: float,
+        wish: str | None = None,
     ) -> None:
         """An attempt is over without success. A claim whose runner lost the task leaves another one alive: the rollout
         then goes on with that."""
@@ -309,7 +311,7 @@ class PartitionFold:
         if how == status.CANCELLED:
             self._decide(rollout_id, rollout, Decision(how, end))
             return
-        refused = refusal(task, how)
+        refused = refusal(task, how, wish)
         dead = (replace(attempt.claim, value=replace(task, state=attempt.state)), refused or TOO_LARGE, reason)
         retry = None
         if refused is None:

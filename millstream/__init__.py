@@ -1,16 +1,19 @@
 """Millstream: train AI agents that already exist, over an event stream.
 
 In an agent: `emit_reward`, `emit_span`. To train one: `Trainer` with an algorithm such as `GRPO` (needs the ``train``
-extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. To ask what happened: `Store`.
+extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. Code of yours around each attempt: `Hook`. To
+ask what happened: `Store`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from millstream.consumers.hooks import Hook
     from millstream.consumers.triplets import Trace, to_triplets
     from millstream.pipeline.algorithms.grpo import GRPO
     from millstream.pipeline.batches import Algorithm
+    from millstream.pipeline.hooks import ErrorHandler, PerformanceMonitor, StateBackup, WarmUp
     from millstream.pipeline.store import Store
     from millstream.pipeline.trainer import Trainer
     from millstream.producers.emit import emit_reward, emit_span
@@ -24,14 +27,19 @@ __all__ = [
     "GRPO",
     "LLM",
     "Algorithm",
+    "ErrorHandler",
+    "Hook",
+    "PerformanceMonitor",
     "PromptTemplate",
     "Resources",
     "Settings",
+    "StateBackup",
     "Store",
     "Trace",
     "Tracer",
     "Trainer",
     "Triplet",
+    "WarmUp",
     "emit_reward",
     "emit_span",
     "load_settings",
@@ -45,14 +53,19 @@ _HOMES = {
     "GRPO": "millstream.pipeline.algorithms.grpo",
     "LLM": "millstream.schemas.resources",
     "Algorithm": "millstream.pipeline.batches",
+    "ErrorHandler": "millstream.pipeline.hooks",
+    "Hook": "millstream.consumers.hooks",
+    "PerformanceMonitor": "millstream.pipeline.hooks",
     "PromptTemplate": "millstream.schemas.resources",
     "Resources": "millstream.schemas.resources",
     "Settings": "millstream.schemas.settings",
+    "StateBackup": "millstream.pipeline.hooks",
     "Store": "millstream.pipeline.store",
     "Trace": "millstream.consumers.triplets",
     "Tracer": "millstream.producers.tracer",
     "Trainer": "millstream.pipeline.trainer",
     "Triplet": "millstream.schemas.records",
+    "WarmUp": "millstream.pipeline.hooks",
     "emit_reward": "millstream.producers.emit",
     "emit_span": "millstream.producers.emit",
     "load_settings": "millstream.schemas.settings",

@@ -129,6 +129,7 @@ def runner(
     concurrency: Annotated[int | None, typer.Option(min=1, help="Attempts at a time in each process.")] = None,
     env: Annotated[list[str] | None, typer.Option(help="Variable that agents may see; repeat it.")] = None,
     drain_s: Annotated[float, typer.Option(min=0, help="Seconds that running attempts get at the end.")] = 30.0,
+    hook: Annotated[list[str] | None, typer.Option(help="module:attribute of a hook; repeat it.")] = None,
     memory_limit: Annotated[int | None, typer.Option(min=1, help="MiB that an agent process may hold.")] = None,
     max_attempts_per_process: Annotated[int | None, typer.Option(min=1, help="Then it is replaced.")] = None,
     health_port: HealthPort = 0,
@@ -147,6 +148,7 @@ def runner(
             drain_s=drain_s,
             memory_limit=memory_limit,
             max_attempts_per_process=max_attempts_per_process,
+            hooks=hook or (),
         )
         health.gauge(metrics.SLOTS, lambda: role.load()[0])
         health.gauge(metrics.RUNNING, lambda: role.load()[1])

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from secrets import token_hex
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import SecretStr
 
 from millstream.consumers.adapter import Adapter
+from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
 from millstream.consumers.runner import Runner
 from millstream.consumers.sink import Sink
@@ -32,13 +33,20 @@ class MemoryStrategy:
 
     @asynccontextmanager
     async def running(
-        self, settings: Settings, *, agent: Any, model: Path | None, run_dir: Path, to_triplets: ToTriplets
+        self,
+        settings: Settings,
+        *,
+        agent: Any,
+        model: Path | None,
+        run_dir: Path,
+        to_triplets: ToTriplets,
+        hooks: Sequence[Hook | str] = (),
     ) -> AsyncIterator[tuple[Log, ModelServer | None]]:
         settings = settings.model_copy(update={"clickhouse_dsn": f"chdb://{(run_dir / 'store').resolve()}"})
         log = MemoryLog(settings.topics)
         async with AsyncExitStack() as stack:
             engine = await _engine(stack, model)
-            await stack.enter_async_context(_roles(log, settings, agent, engine, to_triplets))
+            await stack.enter_async_context(_roles(log, settings, agent, engine, to_triplets, hooks))
             yield log, engine
 
 
@@ -48,7 +56,14 @@ class KafkaStrategy:
 
     @asynccontextmanager
     async def running(
-        self, settings: Settings, *, agent: Any, model: Path | None, run_dir: Path, to_triplets: ToTriplets
+        self,
+        settings: Settings,
+        *,
+        agent: Any,
+        model: Path | None,
+        run_dir: Path,
+        to_triplets: ToTriplets,
+        hooks: Sequence[Hook | str] = (),
     ) -> AsyncIterator[tuple[Log, ModelServer | None]]:
         log = KafkaLog(settings)
         await log.create_topics()
@@ -59,7 +74,7 @@ class KafkaStrategy:
 
                 await stack.enter_async_context(serve(engine_app(engine), settings.model_url))
             if agent is not None:
-                await stack.enter_async_context(_roles(log, settings, agent, engine, to_triplets))
+                await stack.enter_async_context(_roles(log, settings, agent, engine, to_triplets, hooks))
             yield log, engine
 
 
@@ -78,7 +93,12 @@ async def _engine(stack: AsyncExitStack, model: Path | None) -> "Engine | None":
 
 @asynccontextmanager
 async def _roles(
-    log: Log, settings: Settings, agent: Any, engine: "Engine | None", to_triplets: ToTriplets
+    log: Log,
+    settings: Settings,
+    agent: Any,
+    engine: "Engine | None",
+    to_triplets: ToTriplets,
+    hooks: Sequence[Hook | str],
 ) -> AsyncIterator[None]:
     """A proxy (if there is a model), a runner, an adapter and a sink as tasks of this loop. They stop in the order in
     which records flow, so that the store has everything when this is left. What ends one of them ends the run."""
@@ -98,7 +118,7 @@ async def _roles(
         adapter = Adapter(
             log, topics, transactional_id=f"{topics.prefix}.adapter.embedded-{os.getpid()}", to_triplets=to_triplets
         )
-        runner = Runner(log, settings, agent, processes=0, drain_s=0.0)
+        runner = Runner(log, settings, agent, processes=0, drain_s=0.0, hooks=hooks)
         roles = [runner.run, adapter.run, Sink(log, store, settings).run]
         stops = [asyncio.Event() for _ in roles]
         try:

@@ -14,6 +14,7 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any, Protocol
 
+from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
 from millstream.consumers.triplets import ToTriplets, to_triplets
 from millstream.pipeline.batches import Algorithm, FinishedRollout, Group
@@ -45,7 +46,14 @@ class Strategy(Protocol):
     without an algorithm)."""
 
     def running(
-        self, settings: Settings, *, agent: Any, model: Path | None, run_dir: Path, to_triplets: ToTriplets
+        self,
+        settings: Settings,
+        *,
+        agent: Any,
+        model: Path | None,
+        run_dir: Path,
+        to_triplets: ToTriplets,
+        hooks: Sequence[Hook | str],
     ) -> AbstractAsyncContextManager[tuple[Log, ModelServer | None]]: ...
 
 
@@ -90,7 +98,8 @@ class Trainer:
 
     ``agent`` is a callable or ``module:attribute``. ``strategy`` is "memory" (everything in this process) or "kafka":
     then runners, adapter, sink and proxy are processes of their own, unless an agent is given here. ``adapter``
-    replaces the function from traces to triplets where the adapter runs in this process. Training ends after
+    replaces the function from traces to triplets where the adapter runs in this process, ``hooks`` (objects or
+    ``module:attribute``) surround each attempt of an agent given here. Training ends after
     ``max_steps``, or when ``patience`` steps in a row have a mean reward of at least ``stop_reward``.
     """
 
@@ -111,7 +120,11 @@ class Trainer:
         seed: int = 0,
         settings: Settings | None = None,
         on_step: Callable[[StepReport], None] = lambda report: None,
+        hooks: Sequence[Hook | str] = (),
     ) -> None:
+        if hooks and agent is None:
+            raise ConfigError("hooks run where the agent does: give the runners --hook module:attribute")
+        self._hooks = hooks
         self._algorithm = algorithm
         self._agent = agent
         self._strategy = strategy_of(strategy) if isinstance(strategy, str) else strategy
@@ -165,7 +178,12 @@ class Trainer:
         self._run_dir.mkdir(parents=True, exist_ok=True)
         model = self._algorithm.model if self._algorithm is not None else None
         return self._strategy.running(
-            self._settings, agent=self._agent, model=model, run_dir=self._run_dir, to_triplets=self._adapter
+            self._settings,
+            agent=self._agent,
+            model=model,
+            run_dir=self._run_dir,
+            to_triplets=self._adapter,
+            hooks=self._hooks,
         )
 
 

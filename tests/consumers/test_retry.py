@@ -49,3 +49,17 @@ def test_the_budgets_are_kept_apart(ends, max_attempts, max_losses):
 @pytest.mark.parametrize(("priority", "to"), [("low", "low"), ("urgent", "normal")])
 def test_a_priority_of_no_topic_goes_to_the_normal_ones(priority, to):
     assert next_task(task(priority=priority), status.LOST, None).priority == to
+
+
+@pytest.mark.parametrize(
+    ("wish", "retry_on", "attempt", "why"),
+    [
+        ("yes", ("timeout",), 1, None),
+        ("yes", (), 3, "attempts_exhausted"),
+        ("no", ("failed",), 1, "not_retried"),
+        (None, ("timeout",), 1, "not_retried"),
+    ],
+)
+def test_a_hooks_wish_stands_in_place_of_retry_on_but_spends_the_same_budget(wish, retry_on, attempt, why):
+    of = task(max_attempts=3, attempt=attempt, retry_on=retry_on)
+    assert refusal(of, status.FAILED, wish) == why

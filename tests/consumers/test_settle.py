@@ -338,3 +338,9 @@ def _ended(of):
     other = Feeder()
     other(event(of, "z", "preparing"), event(of, "z", "succeeded"))
     return other.end()
+
+
+def test_a_hook_decides_whether_a_failure_is_made_again(feed):
+    of = task(rollout_id=RID, max_attempts=3)
+    feed(event(of, "a", "preparing"), event(of, "a", "failed", metadata={"retry": "no"}))
+    assert feed.fold.decided[RID].retry is None
