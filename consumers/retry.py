@@ -33,8 +33,8 @@ def backoff_s(how: str, times: int, random: Callable[[], float]) -> float:
 
 
 def refusal(task: RolloutTask, how: str, wish: str | None = None) -> str | None:
-    """Why there is no other attempt after one of ``task`` that ended as ``how``; None if there is one. ``wish`` is what a
-    hook of the agent's wants: "yes" or "no" in place of ``retry_on``. The budgets hold all the same."""
+    """Why there is no other attempt after one of ``task`` that ended as ``how``; None if there is one. ``wish`` is what
+    a hook of the agent's wants: "yes" or "no" in place of ``retry_on``. The budgets hold all the same."""
     if how == status.LOST:
         return None if task.losses < task.max_losses else "losses_exhausted"
     wanted = how in (task.retry_on or status.RETRIED) if wish is None else wish == "yes"
