@@ -1,7 +1,8 @@
 """Millstream: train AI agents that already exist, over an event stream.
 
 In an agent: `emit_reward`, `emit_span`. To train one: `Trainer` with an algorithm such as `GRPO` (needs the ``train``
-extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. To ask what happened: `Store`.
+extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. To ask what happened: `Store`. To process the
+stream: `broker`.
 """
 
 from importlib import import_module
@@ -11,6 +12,7 @@ if TYPE_CHECKING:
     from millstream.consumers.triplets import Trace, to_triplets
     from millstream.pipeline.algorithms.grpo import GRPO
     from millstream.pipeline.batches import Algorithm
+    from millstream.pipeline.broker import broker
     from millstream.pipeline.store import Store
     from millstream.pipeline.trainer import Trainer
     from millstream.producers.emit import emit_reward, emit_span
@@ -31,6 +33,7 @@ __all__ = [
     "Tracer",
     "Trainer",
     "Triplet",
+    "broker",
     "emit_reward",
     "emit_span",
     "load_settings",
@@ -50,6 +53,7 @@ _HOMES = {
     "Tracer": "millstream.producers.tracer",
     "Trainer": "millstream.pipeline.trainer",
     "Triplet": "millstream.schemas.records",
+    "broker": "millstream.pipeline.broker",
     "emit_reward": "millstream.producers.emit",
     "emit_span": "millstream.producers.emit",
     "load_settings": "millstream.schemas.settings",

@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.cli_monitor import app as monitor_app
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.objects import load_object
 from millstream.schemas.errors import ConfigError, Fenced, MillstreamError
@@ -27,6 +28,7 @@ topics_app = typer.Typer(no_args_is_help=True, help="The deployment's topics.")
 kafka_app = typer.Typer(no_args_is_help=True, help="An Apache Kafka on this machine, for development.")
 app.add_typer(topics_app, name="topics")
 app.add_typer(kafka_app, name="kafka")
+app.add_typer(monitor_app)
 
 out = Console()
 err = Console(stderr=True)
