@@ -8,7 +8,8 @@ async def count(record): ...
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
@@ -89,6 +90,7 @@ class Broker(KafkaBroker):
             settings.kafka_bootstrap_servers.split(","),
             security=_security(settings),
             codec=Codec(self),
+            parser=_parse,
             middlewares=(partial(_Guard, self),),
             allow_auto_create_topics=False,  # it would create them with one partition
             acks="all",
@@ -108,7 +110,7 @@ class Broker(KafkaBroker):
         }
         return super().subscriber(*topics, **defaults | options)
 
-    async def failed(self, raw: Any, error: Exception, parsed: bool) -> bool:
+    async def failed(self, raw: Any, error: Exception) -> bool:
         """Whether the record is done with: else it has to be read again. ``raw`` is a record, or a batch of them."""
         records: tuple[ConsumerRecord, ...] = raw if isinstance(raw, tuple) else (raw,)
         first, group = records[0], self.context.get_local("handler_").group_id
@@ -116,7 +118,7 @@ class Broker(KafkaBroker):
         offset, tries = self._failed.get(place, (-1, 0))
         tries = tries + 1 if offset == first.offset else 1
         self._failed[place] = first.offset, tries
-        undecodable = isinstance(error, Undecodable) or not parsed
+        undecodable = isinstance(error, Undecodable)
         if group is not None and tries < self._tries and not undecodable:
             await asyncio.sleep(BACKOFF_S * 2 ** (tries - 1))
             return False
@@ -138,6 +140,17 @@ class Broker(KafkaBroker):
             await self.publish(letter, self._settings.topics.dead, key=raw_key, headers={KIND_HEADER: reason})
 
 
+async def _parse(msg: Any, original: Callable[[Any], Awaitable[Any]]) -> Any:
+    """FastStream's own parser wants headers in UTF-8; a record that it can't parse would be skipped."""
+    parsed = await original(tuple(map(_readable, msg)) if isinstance(msg, tuple) else _readable(msg))
+    parsed.raw_message = msg
+    return parsed
+
+
+def _readable(raw: ConsumerRecord) -> ConsumerRecord:
+    return replace(raw, headers=[(key, (value or b"").decode(errors="replace").encode()) for key, value in raw.headers])
+
+
 class _Guard(BaseMiddleware):
     """Around one record: its parsing, its handler and what that publishes. True from here counts as success."""
 
@@ -148,7 +161,7 @@ class _Guard(BaseMiddleware):
     async def after_processed(self, exc_type: Any = None, exc_val: Any = None, exc_tb: Any = None) -> bool:
         if not isinstance(exc_val, Exception) or isinstance(exc_val, IgnoredException):
             return False  # FastStream's own signals, such as NackMessage
-        return await self._broker.failed(self.msg, exc_val, self.context.get_local("message") is not None)
+        return await self._broker.failed(self.msg, exc_val)
 
 
 def _security(settings: Settings) -> BaseSecurity:

@@ -5,7 +5,7 @@
     POST /pause, /resume {"experiment": id}
     GET  /rollouts/{id}, /kpis, /metrics, /asyncapi, /livez, /readyz
 
-It belongs to no group and commits nothing: each monitor reads everything, from `REPLAY_S` before its start.
+It belongs to no group and commits nothing: each monitor reads everything, beginning `REPLAY_S` before its start.
 """
 
 import asyncio
@@ -27,32 +27,23 @@ from faststream.kafka.prometheus import KafkaPrometheusMiddleware
 from faststream.specification import AsyncAPI
 from prometheus_client import CollectorRegistry, make_asgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Mount, Route
+from starlette.routing import Route
 
 from millstream.pipeline.broker import Codec, broker
 from millstream.pipeline.kafka_log import KafkaLog
-from millstream.pipeline.kpis import Kpis
+from millstream.pipeline.kpis import QUANTILES, Kpis
 from millstream.producers.control import publish_cancel, publish_pause
 from millstream.producers.port import Producer
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
-from millstream.schemas import codec
-from millstream.schemas.errors import ConfigError, LogError
-from millstream.schemas.records import (
-    AttemptEvent,
-    Control,
-    DeadLetter,
-    RolloutEnd,
-    RolloutTask,
-    Span,
-    Triplet,
-    Worker,
-)
+from millstream.schemas import codec, records
+from millstream.schemas.errors import CodecError, ConfigError, LogUnavailable, MillstreamError
+from millstream.schemas.records import AttemptEvent, RolloutEnd, RolloutTask, Worker
 from millstream.schemas.settings import Settings
 from millstream.schemas.topics import PRIORITIES, Topics
 
@@ -69,33 +60,16 @@ class PublishOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     experiment: str = ""
-    group_size: int = Field(1, ge=1)
+    group_size: int = Field(1, ge=1, le=10_000)
     priority: Literal["high", "normal", "low"] = "normal"
 
 
-Name = Annotated[str, Field(min_length=1)]
-
-
-class CancelBody(BaseModel):
-    """One of the three."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    rollout: Name | None = None
-    group: Name | None = None
-    experiment: Name | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> "CancelBody":
-        if len(self.model_dump(exclude_none=True)) != 1:
-            raise ValueError("give one of rollout, group and experiment")
-        return self
-
-
-class PauseBody(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    experiment: Name
+Name = Annotated[str, Field(min_length=1, max_length=1000)]
+One = Field(min_length=1, max_length=1)
+CANCEL: Final = TypeAdapter[Any](Annotated[dict[Literal["rollout", "group", "experiment"], Name], One])
+PAUSE: Final = TypeAdapter[Any](Annotated[dict[Literal["experiment"], Name], One])
+OPTIONS: Final = TypeAdapter(PublishOptions)
+LINES: Final = TypeAdapter(list[TaskLine])
 
 
 class Refused(Exception):
@@ -128,13 +102,11 @@ class Monitor:
             include_in_schema=False,
         )
         self._subscriber(self._fold)
-        self._ready = False
-        self._faststream = AsgiFastStream(
+        page = AsgiFastStream(
             self._broker,
             asgi_routes=[("/metrics", make_asgi_app(registry))],
             asyncapi_path=AsyncAPIRoute("/asyncapi", try_it_out_path=None),
             specification=AsyncAPI(_described(self._topics), title="Millstream"),
-            after_startup=[self._replay],
         )
         token = settings.monitor_token.get_secret_value()
         self.app = Starlette(
@@ -147,21 +119,25 @@ class Monitor:
                 Route("/kpis", self._kpis),
                 Route("/livez", self._alive),
                 Route("/readyz", self._is_ready),
-                Mount("/", self._faststream),
+                *(Route(path, page) for path in ("/metrics", "/asyncapi", "/asyncapi.json")),
             ],
             middleware=[Middleware(BaseHTTPMiddleware, dispatch=_gate(token))],
-            exception_handlers={Refused: _refused, LogError: _log_failed},
+            exception_handlers={Refused: _refused, MillstreamError: _failed},
             lifespan=self._lifespan,
         )
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        async with self._faststream.start_lifespan_context():
+        async with self._broker:
+            await self._broker.start()
+            await self._replay()
             yield
 
     async def _replay(self) -> None:
         """Goes back: to the beginning of what is compacted, and by a time elsewhere."""
         consumer = self._subscriber.consumer
+        # The reset to the end, which is under way, would undo a seek.
+        await asyncio.gather(*map(consumer.position, consumer.assignment()))
         workers = [tp for tp in consumer.assignment() if tp.topic == self._topics.workers]
         since = int((time.time() - REPLAY_S) * 1000)
         others = dict.fromkeys(consumer.assignment() - set(workers), since)
@@ -169,18 +145,17 @@ class Monitor:
             if found is not None:
                 consumer.seek(partition, found.offset)
         await consumer.seek_to_beginning(*workers)
-        self._ready = True
 
-    async def _fold(self, records: list[Any]) -> None:
-        for record in records:
+    async def _fold(self, batch: list[Any]) -> None:
+        for record in batch:
             self.kpis.add(record)
 
     # --- HTTP
 
     async def _publish(self, request: Request) -> Response:
-        options = _checked(TypeAdapter(PublishOptions), dict(request.query_params))
+        options = _checked(OPTIONS, dict(request.query_params))
         body = await _json(request)
-        lines: list[TaskLine] = _checked(TypeAdapter(list[TaskLine]), body if isinstance(body, list) else [body])
+        lines: list[TaskLine] = _checked(LINES, body if isinstance(body, list) else [body])
         tasks: list[RolloutTask] = []
         for index, line in enumerate(lines):
             tasks += group_of(
@@ -199,14 +174,14 @@ class Monitor:
         return JSONResponse({"published": ids}, 202)
 
     async def _cancel(self, request: Request) -> Response:
-        body = _checked(TypeAdapter(CancelBody), await _json(request)).model_dump(exclude_none=True)
+        body = _checked(CANCEL, await _json(request))
         ((scope, name),) = body.items()
         await publish_cancel(self._producer, self._topics, scope, name)
         return JSONResponse({"cancelled": body}, 202)
 
     async def _pause(self, request: Request) -> Response:
-        name = _checked(TypeAdapter(PauseBody), await _json(request)).experiment
-        paused = request.url.path == "/pause"
+        name = _checked(PAUSE, await _json(request))["experiment"]
+        paused = request.scope["path"] == "/pause"
         await publish_pause(self._producer, self._topics, name, paused)
         return JSONResponse({"experiment": name, "paused": paused}, 202)
 
@@ -224,9 +199,9 @@ class Monitor:
         return JSONResponse({"status": "ok"})
 
     async def _is_ready(self, _: Request) -> Response:
-        if self._ready and await self._broker.ping(READY_S):
+        if await self._broker.ping(READY_S):
             return JSONResponse({"status": "ok"})
-        raise Refused(503, "Kafka does not answer (kafka_bootstrap_servers)" if self._ready else "still starting")
+        raise Refused(503, "Kafka does not answer (kafka_bootstrap_servers)")
 
     def collect(self) -> Iterable[Metric]:
         """Prometheus' collector: the KPIs at this moment."""
@@ -236,9 +211,9 @@ class Monitor:
                 yield GaugeMetricFamily(f"millstream_{name}", f"{name}, as in /kpis", now[name])
         for name, title in (("latency_s", "From published to ended"), ("queued_s", "From published to claimed")):
             gauge = GaugeMetricFamily(f"millstream_{name[:-2]}_seconds", f"{title}.", labels=["quantile"])
-            for quantile, value in now[name].items():
+            for quantile, value in zip(QUANTILES, now[name].values(), strict=True):
                 if value is not None:
-                    gauge.add_metric([quantile], value)
+                    gauge.add_metric([str(quantile)], value)
             yield gauge
         ended = CounterMetricFamily("millstream_rollouts_ended", "Since the start.", labels=["mode", "status"])
         for labels, count in self.kpis.ended.items():
@@ -247,20 +222,17 @@ class Monitor:
         yield CounterMetricFamily("millstream_retries", "Of ended rollouts.", self.kpis.retries)
         yield CounterMetricFamily("millstream_losses", "Attempts lost, of ended rollouts.", self.kpis.losses)
 
-    def describe(self) -> Iterable[Metric]:
-        return ()  # nothing is collected just to register
-
 
 def _described(topics: Topics) -> KafkaBroker:
     """All topics with what they hold; this broker is never started."""
     page = KafkaBroker()
     holds: dict[str, Any] = {
         **dict.fromkeys(map(topics.tasks, PRIORITIES), RolloutTask),
-        topics.events: AttemptEvent | Span | RolloutEnd,
-        topics.triplets: Triplet | RolloutEnd,
-        topics.control: Control,
+        topics.events: AttemptEvent | records.Span | RolloutEnd,
+        topics.triplets: records.Triplet | RolloutEnd,
+        topics.control: records.Control,
         topics.workers: Worker,
-        topics.dead: DeadLetter,
+        topics.dead: records.DeadLetter,
     }
     for topic in topics.all:
         about = f"Key: {topic.key}. Partitions: {topic.partitions}, {topic.cleanup}. Avro single-object encoding."
@@ -291,7 +263,7 @@ async def _json(request: Request) -> Any:
             raise Refused(413, f"the body is larger than {MAX_BODY:,} bytes; publish in several requests")
     try:
         return json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not JSON: {error}") from None
 
 
@@ -300,7 +272,7 @@ def _gate(token: str) -> Callable[[Request, Callable[[Request], Awaitable[Respon
     resolve to loopback)."""
 
     async def dispatch(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if request.url.path not in OPEN_PATHS:
+        if request.scope["path"] not in OPEN_PATHS:  # request.url is made of the Host header: a caller's to choose
             given = request.headers.get("authorization", "")
             if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
                 message = "send Authorization: Bearer TOKEN, with the monitor_token of this deployment"
@@ -317,8 +289,8 @@ async def _refused(_: Request, error: Exception) -> Response:
     return JSONResponse({"errors": error.problems}, error.http_status)
 
 
-async def _log_failed(_: Request, error: Exception) -> Response:
-    return JSONResponse({"errors": [str(error)]}, 503)
+async def _failed(_: Request, error: Exception) -> Response:
+    return JSONResponse({"errors": [str(error)]}, 422 if isinstance(error, CodecError) else 503)
 
 
 def is_loopback(host: str) -> bool:
@@ -346,11 +318,14 @@ async def serve_monitor(settings: Settings, host: str, port: int) -> None:
             f"can't listen at {host}:{port}: {error.strerror}; another process may have the port"
         ) from error
     producer = log.producer()
-    server = uvicorn.Server(uvicorn.Config(Monitor(producer, settings).app, log_config=None, access_log=False))
+    app = Monitor(producer, settings).app
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, access_log=False))
     # uvicorn ends in good order at a signal, and raises it once more then: the producer still has to be closed.
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: None)
     try:
         await server.serve(sockets=[listener])
+        if not server.started:
+            raise LogUnavailable("the monitor could not start to read the log; the cause is logged above")
     finally:
         await asyncio.to_thread(producer.close)

@@ -148,21 +148,23 @@ async def test_what_is_no_record_becomes_a_dead_letter_at_once(kafka_settings: M
     }
 
 
-async def test_a_header_that_faststream_can_not_read_loses_nothing(kafka_settings: MakeSettings) -> None:
-    settings, log = await begin(kafka_settings, [7], trace=b"\xff\xfe")
+@pytest.mark.parametrize("batch", [False, True], ids=["one by one", "batches"])
+async def test_headers_may_hold_anything(kafka_settings: MakeSettings, batch: bool) -> None:
+    settings, log = await begin(kafka_settings, [7, b"garbage"], trace=b"\xff\xfe")
     await send(log, settings, [8])
-    broker, seen = ms.broker(settings), Seen(lambda s: bool(s.values))
+    broker, seen = ms.broker(settings), Seen(lambda s: set(s.values) == {7, 8})
 
-    @broker.subscriber(settings.topics.events, group_id=GROUP)
-    async def reader(record: AttemptEvent) -> None:
-        seen.add(record.attempt)
+    @broker.subscriber(settings.topics.events, group_id=GROUP, batch=batch)
+    async def reader(record: Any) -> None:
+        seen.add(*(r.attempt for r in (record if batch else [record])))
 
     async with broker:
         await broker.start()
         await seen.wait()
-    (letter,) = await read(log, settings.topics.dead)
-    assert seen.values == [8]
-    assert letter.headers["trace"] == b"\xff\xfe"
+        letters: list[Any] = []
+        while not letters:
+            letters = await read(log, settings.topics.dead)
+    assert letters[0].headers["trace"] == b"\xff\xfe"  # as it was
 
 
 async def test_a_processor_that_ends_while_a_record_fails_meets_it_again(kafka_settings: MakeSettings) -> None:
@@ -186,6 +188,34 @@ async def test_a_processor_that_ends_while_a_record_fails_meets_it_again(kafka_s
 
     async with second:
         await second.start()
+        await seen.wait()
+    assert await read(log, settings.topics.dead) == []
+
+
+async def test_processors_share_the_work_and_a_rebalance_skips_nothing(kafka_settings: MakeSettings) -> None:
+    settings, log = await begin(kafka_settings, list(range(30)))
+    half, seen = asyncio.Event(), Seen(lambda s: set(s.values) == set(range(60)))
+    first, second = ms.broker(settings), ms.broker(settings)
+
+    def subscribe(broker: Any) -> None:
+        flaky = iter(range(10_000))
+
+        @broker.subscriber(settings.topics.events, group_id=GROUP, session_timeout_ms=6000, heartbeat_interval_ms=200)
+        async def count(record: AttemptEvent) -> None:
+            if next(flaky) % 4 == 0:
+                raise OSError("not now")
+            seen.add(record.attempt)
+            if len(seen.values) == 15:
+                half.set()
+
+    subscribe(first)
+    subscribe(second)
+    async with first:
+        await first.start()
+        await asyncio.wait_for(half.wait(), 30)
+        async with second:  # joins while records fail, and leaves while they fail
+            await second.start()
+            await send(log, settings, list(range(30, 60)))
         await seen.wait()
     assert await read(log, settings.topics.dead) == []
 
@@ -215,7 +245,7 @@ async def test_handlers_publish_records(kafka_settings: MakeSettings) -> None:
 
 async def test_the_example_counts_failures(kafka_settings: MakeSettings) -> None:
     bad = task()
-    settings, log = await begin(kafka_settings, [event(bad, "a", "failed"), 1, event(bad, "b", "failed")])
+    settings, _ = await begin(kafka_settings, [event(bad, "a", "failed"), 1, event(bad, "b", "failed")])
     example = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
