@@ -2,7 +2,7 @@
 
 In an agent: `emit_reward`, `emit_span`. To train one: `Trainer` with an algorithm such as `GRPO` (needs the ``train``
 extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. Code of yours around each attempt: `Hook`. To
-ask what happened: `Store`.
+ask what happened: `Store`. To process the stream: `broker`.
 """
 
 from importlib import import_module
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from millstream.consumers.triplets import Trace, to_triplets
     from millstream.pipeline.algorithms.grpo import GRPO
     from millstream.pipeline.batches import Algorithm
+    from millstream.pipeline.broker import broker
     from millstream.pipeline.hooks import ErrorHandler, PerformanceMonitor, StateBackup, WarmUp
     from millstream.pipeline.store import Store
     from millstream.pipeline.trainer import Trainer
@@ -40,6 +41,7 @@ __all__ = [
     "Trainer",
     "Triplet",
     "WarmUp",
+    "broker",
     "emit_reward",
     "emit_span",
     "load_settings",
@@ -66,6 +68,7 @@ _HOMES = {
     "Trainer": "millstream.pipeline.trainer",
     "Triplet": "millstream.schemas.records",
     "WarmUp": "millstream.pipeline.hooks",
+    "broker": "millstream.pipeline.broker",
     "emit_reward": "millstream.producers.emit",
     "emit_span": "millstream.producers.emit",
     "load_settings": "millstream.schemas.settings",

@@ -20,6 +20,7 @@ from rich.table import Table
 from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.cli_control import app as control_app
 from millstream.pipeline.cli_dead import app as dead_app
+from millstream.pipeline.cli_monitor import app as monitor_app
 from millstream.pipeline.cli_workers import app as workers_app
 from millstream.pipeline.health import Health
 from millstream.pipeline.kafka_log import KafkaLog
@@ -36,6 +37,7 @@ app.add_typer(kafka_app, name="kafka")
 app.add_typer(dead_app, name="dead")
 app.add_typer(control_app)
 app.add_typer(workers_app)
+app.add_typer(monitor_app)
 
 out = Console()
 err = Console(stderr=True)

@@ -69,6 +69,9 @@ class Settings(BaseSettings):
     model_url: str = Field("http://127.0.0.1:8500", description="The model server behind the proxy.")
     cache_ttl: float = Field(0.0, ge=0, description="Seconds the proxy repeats answers of temperature 0; 0: never.")
 
+    # The monitor
+    monitor_token: SecretStr = Field(SecretStr(""), description="Bearer token that the monitor asks for.")
+
     @property
     def topics(self) -> Topics:
         return Topics(self.topic_prefix, self.kafka_partitions, 1 if self.kafka_partitions <= 8 else 8)

@@ -10,6 +10,7 @@ import pytest
 from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
 
 from millstream.deploy.kafka.local import HOST, LocalKafka, free_port
+from millstream.pipeline.broker import broker
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.schemas.errors import ConfigError, LogUnavailable, MillstreamError
 from millstream.schemas.settings import Settings, load_settings
@@ -131,6 +132,17 @@ async def test_both_clients_connect_with_a_password_and_with_tls(secured: dict[s
         producer.close()
         assert (await consumer.poll(1, 30.0))[0].offset == 0
         await consumer.close()
+
+
+@pytest.mark.kafka
+async def test_processors_connect_with_a_password_and_with_tls(secured: dict[str, Any]) -> None:
+    for settings in (
+        secured_settings(secured["sasl"], "SASL_PLAINTEXT", kafka_security_password=PASSWORD, **USER),
+        secured_settings(secured["tls"], "SSL", kafka_security_ca_file=secured["ca"]),
+    ):
+        async with broker(settings) as connected:
+            await connected.start()
+            await connected.publish(b"x", settings.topics.events)
 
 
 @pytest.mark.kafka
