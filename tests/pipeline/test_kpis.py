@@ -1,6 +1,7 @@
 """The fold behind the monitor."""
 
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -90,9 +91,10 @@ def test_a_rollouts_status_follows_its_records():
     assert status_after(kpis, event(first, "a1", "failed")) == "running"
     assert status_after(kpis, event(first, "a1", "retry")) == "retrying"
     assert status_after(kpis, event(first, "a1", "running")) == "retrying"  # a zombie
-    assert status_after(kpis, event(first, "a2", "preparing")) == "running"
+    second = replace(first, attempt=2)
+    assert status_after(kpis, event(second, "a2", "preparing")) == "running"
     assert status_after(kpis, end(rollout_id=first.rollout_id, mode="val", reward=1.5)) == "succeeded"
-    assert status_after(kpis, event(first, "a2", "failed")) == "succeeded"
+    assert status_after(kpis, event(second, "a2", "failed")) == "succeeded"
     found = kpis.rollout(first.rollout_id)
     assert found is not None
     assert (found["mode"], found["reward"]) == ("val", 1.5)
