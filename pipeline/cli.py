@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.table import Table
 
 from millstream.deploy.kafka.local import LocalKafka
@@ -62,10 +63,10 @@ def main() -> None:
     try:
         app()
     except Fenced as error:
-        err.print(f"[red]fenced:[/red] {error}", highlight=False)
+        err.print("[red]fenced:[/red]", escape(str(error)), highlight=False)
         sys.exit(EXIT_FENCED)
     except MillstreamError as error:
-        err.print(f"[red]error:[/red] {error}", highlight=False, markup=True)
+        err.print("[red]error:[/red]", escape(str(error)), highlight=False)
         sys.exit(EXIT_ERROR)
 
 

@@ -20,6 +20,7 @@ from urllib.request import urlopen
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from examples.calculator.reward import LEDGER
@@ -74,7 +75,7 @@ def main(
         settings = (over_kafka if kafka else in_process)(run_dir, adapter)
         summary = close(run_dir, settings, time.monotonic() - began)
     except MillstreamError as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False)
+        console.print("[red]error:[/red]", escape(str(error)), highlight=False)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         console.print("interrupted")
