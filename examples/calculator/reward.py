@@ -13,7 +13,8 @@ def score(step: int, right: bool, rollout: Any = None) -> None:
     """Half a point for a right step."""
     ms.emit_reward(0.5 if right else 0.0, name=f"step-{step}")
     if LEDGER in os.environ:
-        line = json.dumps({"rollout": rollout and rollout.rollout_id, "step": step, "right": right}) + "\n"
+        who = {"rollout": rollout and rollout.rollout_id, "attempt": rollout and rollout.attempt_id}
+        line = json.dumps(who | {"step": step, "right": right}) + "\n"
         file = os.open(os.environ[LEDGER], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         try:
             os.write(file, line.encode())  # one write: lines of processes and threads never mix

@@ -61,35 +61,42 @@ class Demo:
         return json.loads(answer.stdout)
 
     def ledger(self):
-        """Right answers by rollout and step, as the agent wrote them down itself."""
-        found = defaultdict(dict)
+        """Right answers by attempt and step, as the agent wrote them down itself; and the attempts of each rollout."""
+        found, attempts = defaultdict(dict), defaultdict(set)
         for line in self.ledger_file.read_text().splitlines():
             entry = json.loads(line)
-            assert entry["step"] not in found[entry["rollout"]], f"ran twice: {entry}"
-            found[entry["rollout"]][entry["step"]] = entry["right"]
-        return found
+            assert entry["step"] not in found[entry["attempt"]], f"ran twice: {entry}"
+            found[entry["attempt"]][entry["step"]] = entry["right"]
+            attempts[entry["rollout"]].add(entry["attempt"])
+        return found, attempts
 
 
 def compare_with_ledger(demo):
     """What the store says, and what the trainer used, is what the agent did."""
-    ledger = demo.ledger()
+    by_attempt, attempts = demo.ledger()
     succeeded = {r["rollout_id"]: r for r in demo.sql("SELECT * FROM rollouts WHERE status = 'succeeded'")}
-    assert succeeded.keys() <= ledger.keys()
+    triplets = demo.sql("SELECT rollout_id, attempt_id, turn, reward, trainable FROM triplets")
+    chosen = {row["rollout_id"]: row["attempt_id"] for row in triplets}
+    assert chosen.keys() == succeeded.keys()
+    assert all(chosen[rollout] in attempts[rollout] for rollout in succeeded)
+    assert all(len(attempts[r]) <= row["losses"] + 1 for r, row in succeeded.items()), "run again without a loss"
+    ledger = {rollout: by_attempt[attempt] for rollout, attempt in chosen.items()}
     expected = {rollout: 0.5 * sum(ledger[rollout].values()) for rollout in succeeded}
     assert {rollout: row["reward"] for rollout, row in succeeded.items()} == expected
 
     counts = demo.sql(
-        "SELECT RolloutId AS rollout, countIf(Kind = 'reward') AS rewards, "
-        "countIf(Kind = 'llm' AND Source = 'proxy') AS calls FROM spans GROUP BY rollout"
+        "SELECT AttemptId AS attempt, countIf(Kind = 'reward') AS rewards, "
+        "countIf(Kind = 'llm' AND Source = 'proxy') AS calls FROM spans GROUP BY attempt"
     )
-    counts = {row["rollout"]: (row["rewards"], row["calls"]) for row in counts if row["rollout"] in succeeded}
-    assert counts == {rollout: (len(ledger[rollout]), len(ledger[rollout])) for rollout in succeeded}
+    counts = {row["attempt"]: (row["rewards"], row["calls"]) for row in counts}
+    for rollout, attempt in chosen.items():
+        assert counts[attempt] == (len(ledger[rollout]), len(ledger[rollout]))
 
     used = defaultdict(dict)
-    for row in demo.sql("SELECT rollout_id, turn, reward, trainable FROM triplets"):
+    for row in triplets:
         assert row["trainable"]
         used[row["rollout_id"]][row["turn"]] = row["reward"]
-    assert used == {rollout: {step: 0.5 * right for step, right in ledger[rollout].items()} for rollout in succeeded}
+    assert used == {rollout: {step: 0.5 * right for step, right in steps.items()} for rollout, steps in ledger.items()}
 
     (ends,) = demo.sql("SELECT count() AS ended, uniqExact(rollout_id) AS ids FROM rollouts WHERE status != 'queued'")
     assert ends["ended"] == ends["ids"] == demo.summary["rollouts"] == demo.trained["rollouts"]

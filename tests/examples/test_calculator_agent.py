@@ -50,10 +50,11 @@ def test_each_step_is_scored_by_itself(
     monkeypatch.setattr("millstream.emit_reward", lambda value, name: rewards.append((value, name)), raising=False)
     monkeypatch.setattr(agent, "client", Model(*words))
     monkeypatch.setenv("CALCULATOR_LEDGER", str(tmp_path / "ledger"))
-    assert agent.agent(TASK, rollout=SimpleNamespace(rollout_id="r-1")) == result
+    assert agent.agent(TASK, rollout=SimpleNamespace(rollout_id="r-1", attempt_id="a-1")) == result
     assert rewards == [(0.5 if correct else 0.0, f"step-{i}") for i, correct in enumerate(right)]
     ledger = [json.loads(line) for line in (tmp_path / "ledger").read_text().splitlines()]
-    assert ledger == [{"rollout": "r-1", "step": i, "right": correct} for i, correct in enumerate(right)]
+    who = {"rollout": "r-1", "attempt": "a-1"}
+    assert ledger == [who | {"step": i, "right": correct} for i, correct in enumerate(right)]
 
 
 def test_it_tells_the_model_what_the_tool_gave(agent: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
