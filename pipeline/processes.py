@@ -68,23 +68,23 @@ class Processes:
             self._say(f"{name} ended ({_how(process)}); it is started again")
             self.start(name, *self._argv[name])
 
-    def stop(self, name: str) -> None:
+    def stop(self, name: str, patience_s: float = STOP_S) -> None:
         """Lets a role end in good order, and waits for it; kills it when it takes too long."""
         process = self._running.pop(name)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         try:
-            process.wait(STOP_S)
+            process.wait(patience_s)
         except subprocess.TimeoutExpired:
-            self._say(f"{name} did not end within {STOP_S:g} s and was killed")
+            self._say(f"{name} did not end within {patience_s:g} s and was killed")
             process.kill()
             process.wait()
         self._write_pids()
 
-    def stop_all(self) -> None:
+    def stop_all(self, patience_s: float = STOP_S) -> None:
         """Ends all that still run: the last that was started first."""
         for name in reversed(list(self._running)):
-            self.stop(name)
+            self.stop(name, patience_s)
 
     def _write_pids(self) -> None:
         pids = {name: process.pid for name, process in self._running.items()}

@@ -100,7 +100,7 @@ class Trainer:
     then runners, adapter, sink and proxy are processes of their own, unless an agent is given here. ``adapter``
     replaces the function from traces to triplets where the adapter runs in this process, ``hooks`` (objects or
     ``module:attribute``) surround each attempt of an agent given here. Training ends after
-    ``max_steps``, or when ``patience`` steps in a row have a mean reward of at least ``stop_reward``.
+    ``max_steps``, or when each of ``patience`` steps in a row has a mean reward of at least ``stop_reward``.
     """
 
     def __init__(
@@ -272,7 +272,7 @@ class _Run:
             await self._publish_policy(step + 1)
             rewards.append(report.reward)
             recent = rewards[-patience:]
-            if stop_reward is not None and len(recent) == patience and statistics.fmean(recent) >= stop_reward:
+            if stop_reward is not None and len(recent) == patience and min(recent) >= stop_reward:
                 return
 
     async def validate(self, tasks: Sequence[Task]) -> None:

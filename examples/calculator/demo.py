@@ -27,7 +27,7 @@ from examples.calculator.reward import LEDGER
 from examples.calculator.tasks import make_tasks
 from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.kafka_log import KafkaLog
-from millstream.pipeline.processes import Processes
+from millstream.pipeline.processes import STOP_S, Processes
 from millstream.pipeline.queries import CLOSING_QUERIES
 from millstream.pipeline.store import Store
 from millstream.schemas.errors import MillstreamError
@@ -35,6 +35,7 @@ from millstream.schemas.settings import Settings, load_settings
 
 TRAIN_TASKS, VAL_TASKS = 2000, 128
 FIRST_REWARD_BELOW, VALIDATION_ABOVE = 0.4, 0.9
+INTERRUPTED_S = 3.0  # for each role to end when nobody waits for its work any more
 LEASE_S = 5.0  # a runner that is killed costs the run this long
 CONFIG = """\
 run = "calculator"
@@ -135,6 +136,7 @@ def over_kafka(run_dir: Path, adapter: str) -> Settings:
         settings = load_settings(**{key.removeprefix("MILLSTREAM_").lower(): value for key, value in variables.items()})
         asyncio.run(KafkaLog(settings).create_topics())
         processes = Processes(run_dir / "log", os.environ | variables, say=console.print)
+        patience_s = INTERRUPTED_S
         try:
             processes.start("sink", "sink")
             processes.start("adapter", "adapter", *(["--adapter", adapter] if adapter else []))
@@ -150,8 +152,9 @@ def over_kafka(run_dir: Path, adapter: str) -> Settings:
                 time.sleep(0.2)
             if trainer.returncode != 0:
                 raise MillstreamError(f"the trainer ended with exit code {trainer.returncode}")
+            patience_s = STOP_S
         finally:
-            processes.stop_all()
+            processes.stop_all(patience_s)
         return settings
 
 
