@@ -4,10 +4,8 @@ The same code runs in an agent process and in a thread of the runner (`agent_hos
 """
 
 import asyncio
-import importlib
 import inspect
 import json
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +15,7 @@ from functools import partial
 from typing import Any
 
 from millstream.consumers.hooks import IGNORE, RETRY, Hook, HookedAttempt, Hooks
+from millstream.consumers.objects import error_message, load_object
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.emit import emit_reward
 from millstream.producers.span_processor import utf8
@@ -53,7 +52,7 @@ def load_agent(path: str, folder: str) -> AgentFunction:
 
     Raises `ConfigError` naming the path and what went wrong.
     """
-    found = _load("agent", path, folder)
+    found = load_object("agent", path, folder)
     if not callable(found):
         raise ConfigError(f"agent {path!r} is not callable: it is a {type(found).__name__}")
     return found  # type: ignore[no-any-return]
@@ -68,35 +67,14 @@ def load_hooks(hooks: Sequence[Hook | str], folder: str) -> list[Hook]:
 
 
 def _load_hook(path: str, folder: str) -> Hook:
-    found = _load("hook", path, folder)
+    found = load_object("hook", path, folder)
     if not isinstance(found, Hook) and callable(found):
         try:
             found = found()
         except Exception as error:
-            raise ConfigError(f"hook {path!r} can't be made: {type(error).__name__}: {_message(error)}") from error
+            raise ConfigError(f"hook {path!r} can't be made: {type(error).__name__}: {error_message(error)}") from error
     if not isinstance(found, Hook):
         raise ConfigError(f"hook {path!r} is no millstream.Hook: it is a {type(found).__name__}")
-    return found
-
-
-def _load(what: str, path: str, folder: str) -> Any:
-    module_name, _, attribute = path.partition(":")
-    if not module_name or not attribute:
-        raise ConfigError(f"{what} {path!r} is not of the form module:attribute, like examples.calculator.agent:agent")
-    if sys.path[:1] != [folder]:
-        sys.path.insert(0, folder)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except BaseException as error:  # SystemExit too: the user's module may do anything
-        cause = "".join(traceback.format_exception(error)).rstrip()
-        raise ConfigError(
-            f"{what} {path!r} can't be imported from {folder}: {type(error).__name__}: {_message(error)}\n{cause}"
-        ) from error
-    for name in attribute.split("."):
-        try:
-            found = getattr(found, name)
-        except AttributeError:
-            raise ConfigError(f"{what} {path!r}: {module_name} has no {attribute}") from None
     return found
 
 
@@ -176,13 +154,13 @@ class AttemptRunner:
         if outcome.status != status.FAILED or (wish := await hooks.wish(error)) is None:
             return outcome
         if wish == IGNORE:
-            return Outcome(status.SUCCEEDED, metadata={"ignored": f"{type(error).__name__}: {_message(error)}"})
+            return Outcome(status.SUCCEEDED, metadata={"ignored": f"{type(error).__name__}: {error_message(error)}"})
         return replace(outcome, metadata={"retry": "yes" if wish == RETRY else "no"})
 
     def _raised(self, error: BaseException) -> Outcome:
         cancelled = self._is_async and isinstance(error, asyncio.CancelledError)
         stack = utf8("".join(traceback.format_exception(error)))
-        info = ErrorInfo(type=type(error).__name__, message=_message(error), stack=stack)
+        info = ErrorInfo(type=type(error).__name__, message=error_message(error), stack=stack)
         return Outcome(status.CANCELLED if cancelled else status.FAILED, info)
 
     def _arguments(self, attempt: Attempt) -> dict[str, Any]:
@@ -215,13 +193,6 @@ def _returned(attempt: Attempt, result: Any) -> Outcome:
     if isinstance(result, int | float) and not isinstance(result, bool) and not attempt.rewarded:
         emit_reward(result)
     return Outcome(status.SUCCEEDED, output=None if result is None else _as_json(result))
-
-
-def _message(error: BaseException) -> str:
-    try:
-        return utf8(str(error))
-    except Exception:  # an exception class of the agent's own
-        return "(its message can't be shown)"
 
 
 def _as_json(value: Any) -> str:

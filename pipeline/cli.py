@@ -2,30 +2,27 @@
 
 import asyncio
 import csv
-import json
 import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
-from rich.table import Table
 
 from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.cli_control import app as control_app
 from millstream.pipeline.cli_dead import app as dead_app
 from millstream.pipeline.cli_monitor import app as monitor_app
+from millstream.pipeline.cli_output import Json, err, out, print_rows
 from millstream.pipeline.cli_workers import app as workers_app
 from millstream.pipeline.health import Health
 from millstream.pipeline.kafka_log import KafkaLog
-from millstream.pipeline.objects import load_object
 from millstream.schemas import metrics
 from millstream.schemas.errors import ConfigError, Fenced, MillstreamError
 from millstream.schemas.settings import Settings, load_settings
@@ -40,15 +37,11 @@ app.add_typer(control_app)
 app.add_typer(workers_app)
 app.add_typer(monitor_app)
 
-out = Console()
-err = Console(stderr=True)
-
 EXIT_ERROR = 1
 EXIT_FENCED = 3  # another process has this one's identity: the supervisor should start it again
 EXIT_INTERRUPTED = 130
 
 HealthPort = Annotated[int, typer.Option(min=0, help="Serves /livez, /readyz and /metrics; 0: nowhere.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 DataDir = Annotated[Path, typer.Option(help="Where the broker keeps its data.")]
 KAFKA_DIR = Path("runs/kafka")
 
@@ -83,7 +76,7 @@ def topics_create(as_json: Json = False) -> None:
         await log.create_topics()
 
     asyncio.run(work())
-    _print_rows(
+    print_rows(
         ["topic", "partitions", "cleanup", "key"],
         [[t.name, t.partitions, t.cleanup, t.key] for t in settings.topics.all],
         as_json,
@@ -119,7 +112,7 @@ def publish(
             await asyncio.to_thread(producer.close)
 
     asyncio.run(work())
-    _print_rows(["rollout_id", "group_id"], [[t.rollout_id, t.group_id] for t in tasks], as_json, limit=20)
+    print_rows(["rollout_id", "group_id"], [[t.rollout_id, t.group_id] for t in tasks], as_json, limit=20)
 
 
 # --- roles
@@ -171,10 +164,11 @@ def adapter(
 ) -> None:
     """Settle rollouts: turn their spans into triplets and end each exactly once."""
     from millstream.consumers.adapter import Adapter
+    from millstream.consumers.objects import load_object
     from millstream.consumers.triplets import to_triplets
 
     settings = load_settings()
-    chosen = load_object(function) if function else to_triplets
+    chosen = load_object("adapter", function, str(Path.cwd())) if function else to_triplets
 
     async def work(health: Health, stop: asyncio.Event) -> None:
         topics = settings.topics
@@ -237,7 +231,7 @@ def train(
     values = summary.first_reward, summary.validation_reward, summary.rollouts, summary.rollouts_per_second
     columns = ["steps", "first_reward", "validation_reward", "rollouts", "rollouts_per_second", "seconds"]
     rounded = [value if value is None else round(value, 3) for value in (*values, summary.seconds)]
-    _print_rows(columns, [[len(summary.steps), *rounded]], as_json)
+    print_rows(columns, [[len(summary.steps), *rounded]], as_json)
 
 
 # --- questions
@@ -259,7 +253,7 @@ def rollouts(
         result = list_rollouts(store, status=status, experiment=experiment, limit=limit)
     finally:
         store.close()
-    _print_rows(result.columns, result.rows, as_json)
+    print_rows(result.columns, result.rows, as_json)
 
 
 @app.command(epilog='Example: millstream sql "SELECT status, count() FROM rollouts GROUP BY status"')
@@ -280,7 +274,7 @@ def sql(
         writer = csv.writer(sys.stdout)
         writer.writerows([result.columns, *result.rows])
     else:
-        _print_rows(result.columns, result.rows, as_json or output == "json")
+        print_rows(result.columns, result.rows, as_json or output == "json")
 
 
 # --- local Kafka
@@ -314,7 +308,7 @@ def _print_status(kafka: LocalKafka, as_json: bool) -> None:
     found = kafka.status()
     if found is None:
         raise ConfigError(f"no broker runs in {kafka.folder}; start one with: millstream kafka up")
-    _print_rows([field.name for field in fields(found)], [astuple(found)], as_json)
+    print_rows([field.name for field in fields(found)], [astuple(found)], as_json)
 
 
 # --- shared
@@ -341,15 +335,3 @@ def _run_role(settings: Settings, health_port: int, work: Callable[[Health, asyn
         await work(health, stop)
 
     asyncio.run(role())
-
-
-def _print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool, limit: int | None = None) -> None:
-    if as_json:
-        out.print_json(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=str))
-        return
-    table = Table(*columns)
-    for row in rows[:limit]:
-        table.add_row(*(str(value) for value in row))
-    out.print(table)
-    if limit is not None and len(rows) > limit:
-        out.print(f"… and {len(rows) - limit} more")

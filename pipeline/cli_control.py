@@ -4,8 +4,8 @@ import asyncio
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
+from millstream.pipeline.cli_output import out
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.schemas.errors import ConfigError
@@ -13,7 +13,6 @@ from millstream.schemas.records import Control
 from millstream.schemas.settings import load_settings
 
 app = typer.Typer()
-out = Console()
 
 Experiment = Annotated[str, typer.Argument(help="Its id, as given to `millstream publish --experiment`.")]
 

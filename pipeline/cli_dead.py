@@ -9,6 +9,7 @@ import typer
 
 from millstream.consumers.dead import letter_key, read_dead_letters, replay
 from millstream.consumers.port import Log
+from millstream.pipeline.cli_output import Json, print_rows
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.schemas import codec
 from millstream.schemas.errors import CodecError, ConfigError
@@ -20,7 +21,6 @@ from millstream.schemas.topics import Topics
 app = typer.Typer(no_args_is_help=True, help="Records that could not be used, and rollouts that failed.")
 
 Place = Annotated[str, typer.Argument(help="partition:offset, as `millstream dead list` prints it.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 COLUMNS = ("place", "role", "reason", "key", "from", "error")
 
 
@@ -32,7 +32,7 @@ def dead_list(
 ) -> None:
     """List dead letters, oldest first in each partition."""
     settings = load_settings()
-    _print(COLUMNS, asyncio.run(listed(KafkaLog(settings), settings.topics, reason, role)), as_json)
+    print_rows(COLUMNS, asyncio.run(listed(KafkaLog(settings), settings.topics, reason, role)), as_json)
 
 
 @app.command("show", epilog="Example: millstream dead show 0:17")
@@ -43,9 +43,9 @@ def dead_show(place: Place, as_json: Json = False) -> None:
     fields = asdict(letter) | {"key": letter_key(letter), "value": _readable(letter.value)}
     fields["headers"] = {name: _readable(value) for name, value in letter.headers.items()}
     if as_json:
-        _print(list(fields), [list(fields.values())], True)
+        print_rows(list(fields), [list(fields.values())], True)
     else:
-        _print(["field", "value"], list(fields.items()), False)
+        print_rows(["field", "value"], list(fields.items()), False)
 
 
 @app.command("replay", epilog="Example: millstream dead replay 0:17 0:18")
@@ -109,9 +109,3 @@ def _readable(body: bytes | None) -> Any:
     except CodecError:
         return body.decode(errors="backslashreplace")
     return {n: v.decode(errors="backslashreplace") if isinstance(v, bytes) else v for n, v in fields.items()}
-
-
-def _print(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool) -> None:
-    from millstream.pipeline.cli import _print_rows  # which attaches this file's commands
-
-    _print_rows(columns, rows, as_json)

@@ -1,25 +1,19 @@
 """Commands about the processes of a deployment: who works, and how much waits for them."""
 
 import asyncio
-import json
 import time
-from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from millstream.consumers.workers import is_alive, read_workers, unclaimed
+from millstream.pipeline.cli_output import Json, print_rows
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.schemas.records import Worker
 from millstream.schemas.settings import load_settings
 
 app = typer.Typer()
-out = Console()
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @app.command(epilog="Example: millstream workers --all")
@@ -41,7 +35,7 @@ def workers(
         for w in asyncio.run(ask())
         if everybody or is_alive(w, now)
     ]
-    _print(["worker_id", "role", "host", "version", "slots", "running", "started", "last_seen"], rows, as_json)
+    print_rows(["worker_id", "role", "host", "version", "slots", "running", "started", "last_seen"], rows, as_json)
 
 
 @app.command(epilog="Example: millstream lag --json")
@@ -61,7 +55,7 @@ def lag(as_json: Json = False) -> None:
     # What runs is known of all priorities together.
     rows: list[list[Any]] = [[priority, n, None, None, _load(n, slots)] for priority, n in waiting.items()]
     total = sum(waiting.values())
-    _print(
+    print_rows(
         ["priority", "unclaimed", "running", "slots", "load"],
         [*rows, ["all", total, running, slots, _load(total + running, slots)]],
         as_json,
@@ -74,13 +68,3 @@ def _load(work: int, slots: int) -> float | None:
 
 def _date(ns: int) -> str:
     return datetime.fromtimestamp(ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S")
-
-
-def _print(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool) -> None:
-    if as_json:
-        out.print_json(json.dumps([dict(zip(columns, row, strict=True)) for row in rows]))
-        return
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*("" if value is None else str(value) for value in row))
-    out.print(table)

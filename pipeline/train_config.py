@@ -9,9 +9,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
+from millstream.consumers.objects import load_object
 from millstream.consumers.triplets import to_triplets
 from millstream.pipeline.live import LiveView
-from millstream.pipeline.objects import load_object
 from millstream.pipeline.trainer import Summary, Trainer
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.settings import Settings, load_settings
@@ -90,7 +90,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "") ->
             patience=config.patience,
             run=config.run,
             run_dir=config.run_dir,
-            adapter=load_object(adapter) if adapter else to_triplets,
+            adapter=load_object("adapter", adapter, str(Path.cwd())) if adapter else to_triplets,
             seed=config.seed,
             settings=settings,
             on_step=view.on_step,

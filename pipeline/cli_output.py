@@ -1,0 +1,27 @@
+"""How commands print what they found: a table for people, JSON for programs."""
+
+import json
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool, limit: int | None = None) -> None:
+    """``limit``: rows of a table at most; JSON has all of them. A missing value is an empty cell, or null."""
+    if as_json:
+        out.print_json(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=str))
+        return
+    table = Table(*columns)
+    for row in rows[:limit]:
+        table.add_row(*("" if value is None else str(value) for value in row))
+    out.print(table)
+    if limit is not None and len(rows) > limit:
+        out.print(f"… and {len(rows) - limit} more")
