@@ -143,7 +143,7 @@ class PartitionFold:
 
     def expire(self, now: float, not_before: float, time_ns: int) -> None:
         """Gives up what has been silent for longer than its lease (`CLAIM_LEASES` of them if it has never begun to
-        run); nobody's silence counts from before ``not_before``. ``time_ns`` is what the ends and marks are stamped with."""
+        run); nobody's silence counts from before ``not_before``. Ends and marks are stamped with ``time_ns``."""
         for rollout_id, rollout in list(self.open.items()):
             for attempt in list(rollout.attempts.values()):
                 patience = attempt.lease_s * (CLAIM_LEASES if attempt.status == status.PREPARING else 1)
