@@ -152,7 +152,7 @@ class AttemptRunner:
                 outcome = self._raised(error)
         await hooks.rollout_end(outcome.status)
         if os.getpid() != self._pid:
-            logger.warning("a process that the agent forked came back from the agent (%s), it ends here", outcome.status)
+            logger.warning("a process that the agent forked came back from it (%s) and ends here", outcome.status)
             os._exit(1)  # the attempt goes on in the process that forked it
         on_end(outcome)
 

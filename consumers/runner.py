@@ -11,7 +11,6 @@ then the adapter has given them to somebody else.
 import asyncio
 import logging
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -22,16 +21,15 @@ import aiohttp
 from millstream.consumers.agent_hosts import AgentHost, HostOptions, ProcessHost, ThreadHost
 from millstream.consumers.attempt import AgentFunction, Outcome, stopped_by
 from millstream.consumers.attempt_writer import AttemptWriter
-from millstream.consumers.claims import ROLE, Claim, Claims
+from millstream.consumers.claims import ROLE, Claim, Claims, Starvation
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
 from millstream.producers.port import Producer
-from millstream.producers.workers import reporting
+from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, LogError, MillstreamError
 from millstream.schemas.identity import attempt_key, attempt_path
-from millstream.schemas.ids import new_id
 from millstream.schemas.log import KIND_HEADER
 from millstream.schemas.records import Span
 from millstream.schemas.settings import Settings
@@ -98,7 +96,7 @@ class Runner:
         max_attempts_per_process: int | None = None,
         hooks: Sequence[Hook | str] = (),
     ) -> None:
-        self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
+        self.worker_id = worker_id or new_worker_id()
         self._log = log
         self._settings = settings
         self._topics = settings.topics
@@ -117,6 +115,7 @@ class Runner:
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
         self._finishing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
+        self._starvation = Starvation()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Works until ``stop`` is set, then lets running attempts end for ``drain_s``; the rest ends as lost.
@@ -128,6 +127,7 @@ class Runner:
         self._host = self._make_host()
         control = ControlFollower(self._log, self._topics, lambda: self._end_cancelled(control))
         claims = Claims(self._log, self._topics, self._producer, control, self.worker_id)
+        self._starvation = claims.starvation
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CLOSE_S)) as self._http:
             try:
                 await self._host.start()
@@ -153,6 +153,11 @@ class Runner:
     def silent_s(self) -> float:
         """How long ago the oldest of the last acknowledged heartbeats of the running attempts was sent."""
         return time.monotonic() - min((w.last_acknowledged for w in self._running), default=time.monotonic())
+
+    @property
+    def starving_s(self) -> float:
+        """How long tasks have become more and more, slots have been free, and none has been got."""
+        return self._starvation.seconds
 
     def load(self) -> tuple[int, int]:
         """Slots, and attempts that run."""

@@ -16,6 +16,7 @@ from factories import event, task
 
 from millstream.consumers.control import ControlFollower
 from millstream.deploy.kafka.local import free_port
+from millstream.pipeline.health import Health
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.monitor import Monitor, serve_monitor
 from millstream.producers.port import Producer, send_acknowledged
@@ -61,7 +62,8 @@ async def monitored(settings: Settings) -> AsyncIterator[Client]:
     log = KafkaLog(settings)
     await log.create_topics()
     producer = log.producer()
-    server = uvicorn.Server(uvicorn.Config(Monitor(producer, settings).app, log_config=None))
+    app = Monitor(producer, settings, Health(log, asyncio.Event())).app
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None))
     listener = socket.create_server(("127.0.0.1", 0))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
