@@ -192,6 +192,17 @@ def _receive(connection: socket.socket, reader: FrameReader) -> Iterator[list[Fr
             yield frames
 
 
+def _share_metrics(place: str) -> None:
+    """Lets the runner read what hooks count. By default files are named by process id: one that is recycled often
+    would leave more and more of them."""
+    from prometheus_client import values  # takes a while, and only hooks need it
+
+    pid = os.getpid()
+    values.ValueClass = values.MultiProcessValue(  # type: ignore[no-untyped-call]
+        lambda: place if os.getpid() == pid else f"{place}-{os.getpid()}"
+    )
+
+
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
@@ -208,6 +219,8 @@ def main() -> None:
             _end()
 
         threading.Thread(target=listen, name="millstream-receive", daemon=True).start()
+        if config["hooks"] != "[]":
+            _share_metrics(config["place"])
         try:
             tracer = Tracer(config["agent"], config["proxy_url"])
             function = load_agent(config["agent"], config["folder"])

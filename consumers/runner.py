@@ -12,11 +12,12 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
+from prometheus_client import Metric
 
 from millstream.consumers.agent_hosts import AgentHost, HostOptions, ProcessHost, ThreadHost
 from millstream.consumers.attempt import AgentFunction, Outcome, stopped_by
@@ -116,6 +117,7 @@ class Runner:
         self._finishing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._starvation = Starvation()
+        self._collect: Callable[[], Iterable[Metric]] = tuple
 
     async def run(self, stop: asyncio.Event) -> None:
         """Works until ``stop`` is set, then lets running attempts end for ``drain_s``; the rest ends as lost.
@@ -125,6 +127,7 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self._producer: Producer = self._log.producer()
         self._host = self._make_host()
+        self._collect = self._host.collect
         control = ControlFollower(self._log, self._topics, lambda: self._end_cancelled(control))
         claims = Claims(self._log, self._topics, self._producer, control, self.worker_id)
         self._starvation = claims.starvation
@@ -158,6 +161,10 @@ class Runner:
     def starving_s(self) -> float:
         """How long tasks have become more and more, slots have been free, and none has been got."""
         return self._starvation.seconds
+
+    def collect(self) -> Iterable[Metric]:
+        """Prometheus' collector, from any thread: what hooks count where the agent runs."""
+        return self._collect()
 
     def load(self) -> tuple[int, int]:
         """Slots, and attempts that run."""
@@ -340,5 +347,6 @@ class Runner:
         for writer in self._running:
             if not writer.outcome.done() and writer.verdict is None:
                 writer.verdict = stopped_by(status.LOST, "stopped", f"runner {self.worker_id} was stopped")
+        self._collect = tuple
         await self._host.close()
         await self._until_idle(CLOSE_S)

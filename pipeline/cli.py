@@ -150,6 +150,7 @@ def runner(
         health.gauge(metrics.RUNNING, lambda: role.load()[1])
         health.gauge(metrics.HEARTBEAT_AGE, lambda: role.silent_s)
         health.age(metrics.STARVING, lambda: role.starving_s)
+        health.registry.register(role)
         await role.run(stop)
 
     _run_role(settings, "runner", health_port, work)

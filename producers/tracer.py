@@ -90,8 +90,8 @@ _tapped: list[TracerProvider] = []
 def _provider() -> TracerProvider:
     """Made at first use, when the switches are set.
 
-    OpenTelemetry's handler in a forked process uses an executor, whose module holds its lock over the fork. Handlers run
-    in the order of their registration: that module has to be imported before, or the forked process hangs."""
+    OpenTelemetry's handler in a forked process uses an executor, whose module holds its lock over the fork. Handlers
+    run in the order of their registration: that module has to be imported before, or the forked process hangs."""
     provider = TracerProvider(
         sampler=ALWAYS_ON, resource=Resource({"service.name": "millstream-agent"}), shutdown_on_exit=False
     )
