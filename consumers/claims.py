@@ -60,23 +60,24 @@ class Starvation:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._lag: int | None = None
+        self._least: int | None = None  # lag seen
         self._since: float | None = None
 
     @property
     def seconds(self) -> float:
-        """Since the lag was first seen to grow with nothing got since."""
+        """Since the lag began to be more than it had been, with nothing got."""
         since = self._since  # read once: asked from another thread
         return 0.0 if since is None else self._clock() - since
 
     def ended(self) -> None:
-        """Something was got, nothing was wanted, or the log itself was away."""
-        self._lag = self._since = None
+        """Something was got, nothing was wanted, it is another lag from now on, or the log itself was away."""
+        self._least = self._since = None
 
     def saw(self, lag: int) -> None:
-        if self._since is None and self._lag is not None and lag > self._lag:
+        if self._least is None or lag <= self._least:
+            self._least, self._since = lag, None
+        elif self._since is None:
             self._since = self._clock()
-        self._lag = lag
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,7 @@ class Claims:
         self._turns = WeightedTurns()
         self._held: dict[Partition, RolloutTask] = {}  # the task that holds it back
         self._looked = time.monotonic()
+        self._assigned: frozenset[Partition] = frozenset()
         self.starvation = Starvation()
         self._consumer: Consumer = log.consumer(f"{topics.prefix}.runner")
 
@@ -141,7 +143,12 @@ class Claims:
 
     async def _look(self) -> None:
         self._looked = time.monotonic()
-        ends = await self._consumer.end_offsets(self._consumer.assignment() - self._held.keys())
+        assigned = self._consumer.assignment()
+        if assigned != self._assigned:
+            self._assigned = assigned
+            self.starvation.ended()
+        ends = await self._consumer.end_offsets(assigned - self._held.keys())
+        # A position is not known for a moment after a rebalance: the lag then seems large, and is small again.
         self.starvation.saw(sum(end - (self._consumer.position(partition) or 0) for partition, end in ends.items()))
 
     async def _poll(self, slots: int, timeout_s: float) -> list[LogRecord]:

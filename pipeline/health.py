@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from millstream.consumers.claims import ROLE as RUNNER
 from millstream.consumers.port import Consumer, Log
 from millstream.producers.workers import new_worker_id, reporting
-from millstream.schemas.errors import ConfigError
+from millstream.schemas.errors import ConfigError, LogUnavailable
 from millstream.schemas.log import EndOfPartition, LogRecord
 from millstream.schemas.metrics import POLL_AGE, Metric
 from millstream.schemas.topics import Topics
@@ -150,7 +150,10 @@ async def watched(
             async with reporting(producer, topics, role, new_worker_id(), load):
                 yield health
         finally:
-            await asyncio.to_thread(producer.close)
+            try:
+                await asyncio.to_thread(producer.close)
+            except LogUnavailable as error:
+                logger.warning("what this %s did last is not told on %s: %s", role, topics.workers, error)
     finally:
         health.close()
 

@@ -228,7 +228,7 @@ async def test_it_knows_what_was_there_before_it_and_survives_what_it_can_not_re
 @kafka
 async def test_it_is_alive_for_as_long_as_it_polls(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
     async with asyncio.timeout(10):
-        while not client.health.poll_age:
+        while not client.health.poll_age:  # noqa: ASYNC110
             await asyncio.sleep(0)
     assert (await client.get("/livez"))[0] == 200
     assert "millstream_poll_age_seconds" in (await client.get("/metrics"))[1]
