@@ -96,6 +96,7 @@ def test_only_a_lag_that_grows_while_nothing_is_got_is_starvation() -> None:
     for lag in (3, 3, 2):
         starvation.saw(lag)
     assert starvation.seconds == 0
+    now = 20.0
     starvation.saw(4)
     now = 50.0
     starvation.saw(4)
