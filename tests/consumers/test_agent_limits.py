@@ -279,11 +279,15 @@ async def test_bad_manners_end_their_own_attempt_with_a_clear_error_and_nothing_
     script = RUNNER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), agent=agent, names=list(EXPECTED))
     write_agent(tmp_path, script, "runner_of_the_bad.py")
     # A runner of its own, because of where its agents' output goes.
-    with (tmp_path / "output").open("wb") as output:
+    with (tmp_path / "output").open("wb") as output, (tmp_path / "errors").open("wb") as errors:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, str(folder / "runner_of_the_bad.py"), stdout=output, stderr=None
+            sys.executable, str(folder / "runner_of_the_bad.py"), stdout=output, stderr=errors
         )
-        assert await process.wait() == 0
+        assert await process.wait() == 0, (tmp_path / "errors").read_text()
+    said = (tmp_path / "errors").read_text()
+    assert said.count("what a process that the agent has forked emits or saves is not recorded") == 3
+    for how in ("failed", "succeeded"):
+        assert f"a process that the agent forked came back from it ({how}) and ends here" in said
     assert (tmp_path / "output").stat().st_size == 100 << 20
     found = json.loads((tmp_path / "found.json").read_text())
     for name, (status, error, message) in EXPECTED.items():
