@@ -173,7 +173,7 @@ async def test_a_users_own_function_makes_the_triplets(bed):
 
 
 async def test_an_attempt_that_failed_goes_back_to_its_tasks_and_the_next_one_ends_the_rollout(bed):
-    tasks = [task(max_attempts=2, priority="high") for _ in range(20)]
+    tasks = [task(max_attempts=2, priority="high", rollout_id=f"rollout-{n}") for n in range(20)]
     again, events, ends = (
         Reader(bed, bed.topics.tasks("high")),
         Reader(bed, bed.topics.events),
