@@ -1,4 +1,5 @@
-"""Records → columns of the store's tables: pure, and by column, which is what makes inserting cheap.
+"""Records → columns of the store's tables: pure, and by column, which is what makes inserting cheap. Spans, which are
+most of what comes, are not even decoded: see `encoded_spans`.
 
 What each column means stands in ``schemas/clickhouse/``.
 """
@@ -7,9 +8,10 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
-from millstream.schemas import codec, semconv, status
+from millstream.consumers.encoded_spans import EncodedInserter, EncodedSpans, span_body
+from millstream.schemas import codec, status
 from millstream.schemas.errors import CodecError
 from millstream.schemas.ids import id_time_ms
 from millstream.schemas.log import LogRecord
@@ -27,10 +29,17 @@ from millstream.schemas.records import (
 
 DAY_MS = 86_400_000
 MAX_DAY = 65_535  # of ClickHouse's Date: in the year 2149
-MAX_COUNT = (1 << 32) - 1
 
 Fields = Mapping[str, Sequence[Any]]  # field name → its value in each record
 Column = Callable[[Fields], Sequence[Any]]
+
+
+class Inserter(EncodedInserter, Protocol):
+    """Where the rows go; `pipeline.store.Store` is one."""
+
+    def insert(self, table: str, column_names: Sequence[str], columns: Sequence[Sequence[Any]], token: str) -> None:
+        """Stores the rows. A repeated ``token`` may be dropped. Raises `RowsRefused`, or `StoreError` if it may help to
+        try again: some of the rows may be there by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +57,13 @@ class Rows:
         """Topic, partition and offset of the record that a row comes from."""
         return tuple(column[at] for column in self.columns[-len(PLACE) :])
 
+    def insert(self, store: Inserter, token: str) -> None:
+        store.insert(self.table, self.column_names, self.columns, token)
+
+    def sift(self) -> tuple["Rows", list[tuple[tuple[Any, ...], str]]]:
+        """As in `EncodedSpans`; these have been decoded."""
+        return self, []
+
     def cut(self, start: int, stop: int) -> "Rows":
         return Rows(self.table, self.column_names, [column[start:stop] for column in self.columns])
 
@@ -61,19 +77,24 @@ class Unusable:
     error: str
 
 
-def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows], list[Unusable]]:
-    """The rows of a batch, table by table, and what could not be decoded.
+def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows | EncodedSpans], list[Unusable]]:
+    """The rows of a batch, table by table, and what could not be decoded. Whether a span can be turns out when it is
+    inserted.
 
     Of what the adapter writes twice one copy counts: of a `RolloutEnd` its mark on ``marks_topic``, where its offset
     compares with those of the attempts; of a `DeadLetter` the one elsewhere, which is whole.
     """
-    found: dict[type[Record], list[tuple[Any, ...]]] = {t: [] for t in codec.CODECS}
+    found: dict[type[Record], list[tuple[Any, ...]]] = {t: [] for t in TABLES}
+    spans: list[tuple[LogRecord, bytes]] = []
     unusable = []
     for record in records:
         value = record.value
         place = (record.partition.topic, record.partition.number, record.offset)
         try:
             kind = codec.type_of(value)
+            if kind is Span:
+                spans.append((record, span_body(value)))
+                continue
             if kind in MARKS and MARKS[kind] != (place[0] == marks_topic):
                 continue
             row = _values(kind, value)
@@ -86,8 +107,8 @@ def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows],
             found[kind].append((*row, *place))
         except CodecError as error:
             unusable.append(Unusable(record, "undecodable", str(error)))
-    tables = [table.rows(found[table.kind]) for table in TABLES if found[table.kind]]
-    return [rows for rows in tables if len(rows)], unusable
+    tables: list[Rows | EncodedSpans] = [TABLES[kind].rows(kind, rows) for kind, rows in found.items() if rows]
+    return [*tables, EncodedSpans(spans)] if spans else tables, unusable
 
 
 MARKS: dict[type[Record], bool] = {RolloutEnd: True, DeadLetter: False}  # whether the copy among the events counts
@@ -117,19 +138,13 @@ def _attempt(row: tuple[Any, ...]) -> tuple[tuple[Any, ...], bytes | None]:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Where the records of a type go, or those that pass ``only``, and what each column holds."""
+    """Where the records of a type go, and what each column holds."""
 
     name: str
-    kind: type[Record]
     columns: dict[str, Column]
-    only: Callable[[tuple[Any, ...]], bool] | None = None
 
-    def rows(self, records: list[tuple[Any, ...]]) -> Rows:
-        names = _NAMES[self.kind]
-        if self.only is not None:
-            records = list(filter(self.only, records))
-        values = zip(*records, strict=True) if records else ((),) * len(names)
-        fields = dict(zip(names, values, strict=True))
+    def rows(self, kind: type[Record], records: list[tuple[Any, ...]]) -> Rows:
+        fields = dict(zip(_NAMES[kind], zip(*records, strict=True), strict=True))
         return Rows(self.name, tuple(self.columns), [column(fields) for column in self.columns.values()])
 
 
@@ -158,33 +173,13 @@ def _day(rollout_id: str) -> int:
     return day if day <= MAX_DAY else 0
 
 
-def _get(nested: Any, name: str) -> Any:
-    return nested[name] if isinstance(nested, dict) else getattr(nested, name)
-
-
-def _inner(name: str, inner: str) -> Column:
-    """One field of an array of records, as an array."""
-    return lambda fields: [[_get(item, inner) for item in items] if items else () for items in fields[name]]
-
-
 def _of_error(inner: str) -> Column:
-    return lambda fields: ["" if error is None else _get(error, inner) for error in fields["error"]]
+    def text(error: Any) -> Any:
+        if error is None:
+            return ""
+        return error[inner] if isinstance(error, dict) else getattr(error, inner)
 
-
-def _tokens(name: str, usage: str) -> Column:
-    """Tokens of a call, counted; else as the provider says."""
-
-    def count(ids: bytes | None, attributes: Mapping[str, str]) -> int:
-        if ids is not None:
-            return len(ids) // 4
-        text = attributes.get(usage, "0")
-        return min(int(text), MAX_COUNT) if text.isdecimal() and len(text) <= 10 else 0
-
-    return lambda fields: list(map(count, fields[name], fields["attributes"]))
-
-
-def _duration(fields: Fields) -> list[int]:
-    return [max(0, end - start) for start, end in zip(fields["start"], fields["end"], strict=True)]
+    return _each("error", text)
 
 
 def _version(fields: Fields) -> list[int]:
@@ -200,12 +195,6 @@ def _first(fields: Fields) -> list[int]:
 
 
 _TOKEN_FIELDS = ("prompt_token_ids", "response_token_ids", "response_logprobs")
-_token_values = operator.itemgetter(*map(codec.CODECS[Span].field_names.index, _TOKEN_FIELDS))
-
-
-def _has_tokens(row: tuple[Any, ...]) -> bool:
-    return any(value is not None for value in _token_values(row))
-
 
 _DATE = {"date": _each("rollout_id", _day)}
 # As they are; the table turns them into arrays.
@@ -214,19 +203,17 @@ _TOKENS = {
 }
 _PLACE = {name: _field(source) for name, source in zip(PLACE, LOG_PLACE, strict=True)}
 
-TABLES: tuple[Table, ...] = (
-    Table(
+TABLES: dict[type[Record], Table] = {
+    RolloutTask: Table(
         "tasks_raw",
-        RolloutTask,
         _DATE
         | _copied("rollout_id", "attempt", "group_id", "group_size", "input", "mode", "priority", "resources_id")
         | _copied("max_attempts", "losses", "max_losses", "timeout_s", "lease_s", "unresponsive_s", "retry_on", "seed")
         | _copied("experiment_id", "metadata", "created_at", "claimed")
         | _PLACE,
     ),
-    Table(
+    AttemptEvent: Table(
         "attempts_raw",
-        AttemptEvent,
         _DATE
         | _copied("rollout_id", "attempt_id", "status", "attempt", "worker_id", "time", "lease_s")
         | {f"error_{name}": _of_error(name) for name in ("type", "message", "stack")}
@@ -234,84 +221,29 @@ TABLES: tuple[Table, ...] = (
         | {"state": _each("state", lambda state: state or b""), "version": _version}
         | _PLACE,
     ),
-    Table(
+    RolloutEnd: Table(
         "rollout_ends_raw",
-        RolloutEnd,
         _DATE | _copied(*codec.CODECS[RolloutEnd].field_names) | {"version": _first} | _PLACE,
     ),
-    Table(
-        "spans_raw",
-        Span,
-        {
-            "Date": _each("rollout_id", _day),
-            "Timestamp": _field("start"),
-            "TraceId": _field("trace_id"),
-            "SpanId": _field("span_id"),
-            "ParentSpanId": _field("parent_id"),
-            "TraceState": _field("trace_state"),
-            "SpanName": _field("name"),
-            "SpanKind": _field("span_kind"),
-            "ServiceName": _each("resource", lambda resource: resource.get("service.name", "")),
-            "ResourceAttributes": _field("resource"),
-            "ScopeName": _field("scope_name"),
-            "ScopeVersion": _field("scope_version"),
-            "SpanAttributes": _field("attributes"),
-            "Duration": _duration,
-            "StatusCode": _field("status"),
-            "StatusMessage": _field("status_message"),
-            "Events.Timestamp": _inner("events", "time"),
-            "Events.Name": _inner("events", "name"),
-            "Events.Attributes": _inner("events", "attributes"),
-            "Links.TraceId": _inner("links", "trace_id"),
-            "Links.SpanId": _inner("links", "span_id"),
-            "Links.TraceState": _each("links", lambda links: [""] * len(links)),
-            "Links.Attributes": _inner("links", "attributes"),
-            "RolloutId": _field("rollout_id"),
-            "AttemptId": _field("attempt_id"),
-            "Source": _field("source"),
-            "Kind": _field("kind"),
-            "Sequence": _field("sequence"),
-            "Reward": _field("reward"),
-            "RewardName": _field("reward_name"),
-            "ModelVersion": _field("model_version"),
-            "PromptTokens": _tokens("prompt_token_ids", semconv.INPUT_TOKENS),
-            "ResponseTokens": _tokens("response_token_ids", semconv.OUTPUT_TOKENS),
-            "Topic": _field("log_topic"),
-            "Partition": _field("log_partition"),
-            "Offset": _field("log_offset"),
-        },
-    ),
-    Table(
-        "token_ids_raw",
-        Span,
-        _DATE
-        | _copied("rollout_id", "attempt_id", "source", "sequence", "span_id", "model_version")
-        | _TOKENS
-        | _PLACE,
-        only=_has_tokens,
-    ),
-    Table(
+    Triplet: Table(
         "triplets_raw",
-        Triplet,
         _DATE
         | _copied(*(name for name in codec.CODECS[Triplet].field_names if name not in _TOKEN_FIELDS))
         | _TOKENS
         | _PLACE,
     ),
-    Table("controls_raw", Control, _copied(*codec.CODECS[Control].field_names) | _PLACE),
-    Table(
+    Control: Table("controls_raw", _copied(*codec.CODECS[Control].field_names) | _PLACE),
+    Worker: Table(
         "workers_raw",
-        Worker,
         _copied("worker_id", "role", "host", "version", "slots", "running", "last_seen")
         | {"started_at": _field("started")}
         | _PLACE,
     ),
-    Table(
+    DeadLetter: Table(
         "dead_letters_raw",
-        DeadLetter,
         {f"source_{name}": _field(name) for name in PLACE}
         | _copied("role", "reason", "error", "time", "key", "value", "headers")
         | {"written_at": _field("timestamp")}
         | _PLACE,
     ),
-)
+}

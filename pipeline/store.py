@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import clickhouse_connect
 from clickhouse_connect.driver.client import Client
-from clickhouse_connect.driver.exceptions import ClickHouseError, DataError
+from clickhouse_connect.driver.exceptions import ClickHouseError, DatabaseError, DataError
 from clickhouse_connect.driver.httputil import get_pool_manager
 
 from millstream.consumers.sink import RowsRefused
@@ -22,6 +22,7 @@ from millstream.schemas.settings import Settings
 EMBEDDED = "chdb://"
 SERVER = "clickhouse://"
 READ_ONLY = 2  # ClickHouse's `readonly`: no writes and no DDL, but a query may bring settings of its own
+REFUSED = (33, 117, 469)  # ClickHouse's CANNOT_READ_ALL_DATA, INCORRECT_DATA, VIOLATED_CONSTRAINT
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,17 @@ class Store:
                 )
             except (DataError, ValueError, TypeError, AttributeError) as error:  # raised by the client's serialisers
                 raise RowsRefused(f"{table} can't hold a value: {_first_line(error)}") from error
+
+    def insert_avro(self, table: str, column_names: Sequence[str], data: bytes, token: str) -> None:
+        """Inserts an Avro file. Raises `RowsRefused` if a row of it isn't what the file's header or the table says."""
+        with self._errors(f"refused rows for {table}"):
+            settings = {"insert_deduplication_token": token, "throw_on_max_partitions_per_insert_block": 0}
+            try:
+                self._writer.raw_insert(table, column_names, data, settings, fmt="Avro")
+            except DatabaseError as error:
+                if error.code not in REFUSED and "avro::Exception" not in str(error):
+                    raise
+                raise RowsRefused(f"{table} can't hold a row: {_first_line(error)}") from error
 
     def close(self) -> None:
         """Lets go of the store; an embedded one is then free for another process."""
