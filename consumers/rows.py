@@ -106,7 +106,8 @@ def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows |
                 row = (*row, 0)
             found[kind].append((*row, *place))
         except CodecError as error:
-            unusable.append(Unusable(record, "undecodable", str(error)))
+            # A live record that has no encoding is nobody else's to put away.
+            unusable.append(Unusable(record, "undecodable" if isinstance(value, bytes) else "unstorable", str(error)))
     tables: list[Rows | EncodedSpans] = [TABLES[kind].rows(kind, rows) for kind, rows in found.items() if rows]
     return [*tables, EncodedSpans(spans)] if spans else tables, unusable
 

@@ -22,7 +22,7 @@ from millstream.schemas.settings import Settings
 EMBEDDED = "chdb://"
 SERVER = "clickhouse://"
 READ_ONLY = 2  # ClickHouse's `readonly`: no writes and no DDL, but a query may bring settings of its own
-REFUSED = (33, 117, 469)  # ClickHouse's CANNOT_READ_ALL_DATA, INCORRECT_DATA, VIOLATED_CONSTRAINT
+REFUSED = (33, 117, 395, 469)  # ClickHouse's CANNOT_READ_ALL_DATA, INCORRECT_DATA, throwIf, VIOLATED_CONSTRAINT
 
 
 @dataclass(frozen=True, slots=True)

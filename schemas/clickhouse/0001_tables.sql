@@ -199,9 +199,9 @@ CREATE TABLE IF NOT EXISTS span_records (
     reward_name Nullable(String),
     model_version Nullable(String),
     log_end Int64,
-    CONSTRAINT no_bytes_left_over CHECK log_end = log_offset,
-    CONSTRAINT whole_tokens CHECK ifNull(length(prompt_token_ids), 0) % 4 = 0
-        AND ifNull(length(response_token_ids), 0) % 4 = 0 AND ifNull(length(response_logprobs), 0) % 4 = 0
+    tokens_end UInt8 ALIAS (ifNull(length(prompt_token_ids), 0) % 4) + (ifNull(length(response_token_ids), 0) % 4)
+        + (ifNull(length(response_logprobs), 0) % 4),
+    CONSTRAINT no_bytes_left_over CHECK log_end = log_offset
 ) ENGINE = Null;
 
 CREATE MATERIALIZED VIEW IF NOT EXISTS spans_writer TO spans_raw AS
@@ -243,7 +243,8 @@ SELECT
     log_topic AS Topic,
     log_partition AS Partition,
     log_offset AS Offset
-FROM span_records;
+FROM span_records
+WHERE throwIf(tokens_end != 0, 'token ids or logprobs end within a number') = 0;
 
 CREATE MATERIALIZED VIEW IF NOT EXISTS token_ids_writer TO token_ids_raw AS
 SELECT
@@ -264,7 +265,8 @@ SELECT
     s.log_partition AS partition,
     s.log_offset AS offset
 FROM span_records AS s
-WHERE s.prompt_token_ids IS NOT NULL OR s.response_token_ids IS NOT NULL OR s.response_logprobs IS NOT NULL;
+WHERE (s.prompt_token_ids IS NOT NULL OR s.response_token_ids IS NOT NULL OR s.response_logprobs IS NOT NULL)
+    AND throwIf(s.tokens_end != 0, 'token ids or logprobs end within a number') = 0;
 
 -- Tokens come as the record's little-endian bytes (int32, float32) and are stored as arrays. An adapter of one's own may
 -- have made others than those of the span.

@@ -152,12 +152,18 @@ class Unreliable:
         self.before = self.after = 0
         self.tokens = []
 
-    def insert(self, table, column_names, columns, token):
-        self.tokens.append(token)
+    def insert(self, *args):
+        self._try(self.store.insert, args)
+
+    def insert_avro(self, *args):
+        self._try(self.store.insert_avro, args)
+
+    def _try(self, insert, args):
+        self.tokens.append(args[-1])
         if self.before:
             self.before -= 1
             raise StoreError("nobody answers")
-        self.store.insert(table, column_names, columns, token)
+        insert(*args)
         if self.after:
             self.after -= 1
             raise StoreError("the answer was lost")

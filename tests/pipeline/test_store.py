@@ -285,7 +285,7 @@ def test_spans_that_are_none_are_refused_and_say_why(store):
         (good[:-3], "EOF"),
         (good[:10], "EOF"),
         (good + b"x", "no_bytes_left_over"),
-        (odd, "whole_tokens"),
+        (odd, "within a number"),
     ]:
         (rows,), _ = to_rows([LogRecord(Partition(EVENTS, 0), 7, 1, None, body)] * 2, EVENTS)
         with pytest.raises(RowsRefused, match=why):
