@@ -164,9 +164,8 @@ PARTITION BY date
 ORDER BY (rollout_id, attempt_id, source, sequence, span_id)
 SETTINGS non_replicated_deduplication_window = 1000, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
--- Where the sink puts encoded spans, which ClickHouse decodes in a third of the time that Python takes: a Span's fields
--- between its place in the log, and its offset again behind them. Keeps nothing; the two views below write the tables.
--- Each writes the rows of its block and adds up nothing.
+-- Where the sink puts encoded spans, so that Python need not decode them: a Span's fields behind its place in the log,
+-- and then its offset again. Keeps nothing; the two views below write the tables.
 CREATE TABLE IF NOT EXISTS span_records (
     log_topic String,
     log_partition Int32,

@@ -63,21 +63,21 @@ def insert(store, records):
 
 def run(count):
     """Rollouts of two versions over three minutes: for each a call, a tool, a reward and an end."""
-    values = []
+    values = []  # rewards are 64ths: their sums don't depend on the order
     for n in range(count):
         task, at = factories.task(), factories.T0 + n % 3 * 60 * 10**9
         version = f"run.0.{n % 2}"
         values += [
             factories.call(task, "a", str(n), sequence=1, start=at, end=at + n * 10**6, model_version=version),
             factories.span(task, "a", kind="tool", name="add", sequence=2, start=at, end=at + 10**6),
-            factories.reward(task, "a", n / count),
+            factories.reward(task, "a", n / 64),
             RolloutEnd(
                 rollout_id=task.rollout_id,
                 group_id="g",
                 group_size=1,
                 status="failed" if n % 5 == 0 else "succeeded",
                 attempts=1,
-                reward=n / count,
+                reward=n / 64,
                 model_version=version,
                 created_at=at,
                 started_at=at,
@@ -102,7 +102,7 @@ def test_roll_ups_stay_exact_when_blocks_come_again_with_other_boundaries(store)
         "SELECT model_version, sum(rollouts), sum(rollouts * reward_mean) / sum(rollouts) FROM rewards_per_minute "
         "GROUP BY model_version ORDER BY model_version"
     ).rows
-    assert rewards == [("run.0.0", 30, pytest.approx(29 / 60)), ("run.0.1", 30, pytest.approx(30 / 60))]
+    assert rewards == [("run.0.0", 30, 29 / 64), ("run.0.1", 30, 30 / 64)]
     tokens = store.query("SELECT sum(calls), sum(prompt_tokens), sum(response_tokens) FROM tokens_per_minute").rows
     assert tokens == [(60, 180, 60)]
     ended = store.query("SELECT status, sum(rollouts) FROM rollouts_per_minute GROUP BY status ORDER BY status").rows
