@@ -51,15 +51,12 @@ def granules_read(store: Store, sql: str) -> Result:
 
     Raises `StoreError`, also for what can't be explained.
     """
-    plan = "".join(row[0] for row in store.query(f"EXPLAIN json = 1, indexes = 1, description = 1 {sql}").rows)
+    plan = "".join(row[0] for row in store.query(f"EXPLAIN json = 1, indexes = 1, {sql}").rows)
     rows = []
     for node in _nodes(json.loads(plan)[0]["Plan"]):
         if node["Node Type"] == "ReadFromMergeTree":
             # Each index leaves less to the next. That of the last step is what is read, of the first what there is.
-            steps = node.get("Indexes", [])
-            if not steps:
-                rows.append((node["Description"], 0, 0, 0, 0, ""))
-                continue
+            steps = node["Indexes"]
             first, last = steps[0], steps[-1]
             used = [s.get("Name", s["Type"]) for s in steps if s["Selected Granules"] < s["Initial Granules"]]
             rows.append(
