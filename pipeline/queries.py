@@ -51,7 +51,7 @@ def granules_read(store: Store, sql: str) -> Result:
 
     Raises `StoreError`, also for what can't be explained.
     """
-    plan = "".join(row[0] for row in store.query(f"EXPLAIN json = 1, indexes = 1, {sql}").rows)
+    plan = "".join(row[0] for row in store.query(f"EXPLAIN json = 1, indexes = 1 {sql}").rows)
     rows = []
     for node in _nodes(json.loads(plan)[0]["Plan"]):
         if node["Node Type"] == "ReadFromMergeTree":
