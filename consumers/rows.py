@@ -1,4 +1,5 @@
-"""Records → columns of the store's tables: pure, and by column, which is what makes inserting cheap.
+"""Records → columns of the store's tables: pure, and by column, which is what makes inserting cheap. Spans, which are
+most of what comes, are not even decoded: see `encoded_spans`.
 
 What each column means stands in ``schemas/clickhouse/``.
 """
@@ -7,9 +8,10 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
-from millstream.schemas import codec, semconv, status
+from millstream.consumers.encoded_spans import EncodedInserter, EncodedSpans, span_body
+from millstream.schemas import codec, status
 from millstream.schemas.errors import CodecError
 from millstream.schemas.ids import id_time_ms
 from millstream.schemas.log import LogRecord
@@ -22,14 +24,22 @@ from millstream.schemas.records import (
     RolloutTask,
     Span,
     Triplet,
+    Worker,
 )
 
 DAY_MS = 86_400_000
 MAX_DAY = 65_535  # of ClickHouse's Date: in the year 2149
-MAX_COUNT = (1 << 32) - 1
 
 Fields = Mapping[str, Sequence[Any]]  # field name → its value in each record
 Column = Callable[[Fields], Sequence[Any]]
+
+
+class Inserter(EncodedInserter, Protocol):
+    """Where the rows go; `pipeline.store.Store` is one."""
+
+    def insert(self, table: str, column_names: Sequence[str], columns: Sequence[Sequence[Any]], token: str) -> None:
+        """Stores the rows. A repeated ``token`` may be dropped. Raises `RowsRefused`, or `StoreError` if it may help to
+        try again: some of the rows may be there by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +57,13 @@ class Rows:
         """Topic, partition and offset of the record that a row comes from."""
         return tuple(column[at] for column in self.columns[-len(PLACE) :])
 
+    def insert(self, store: Inserter, token: str) -> None:
+        store.insert(self.table, self.column_names, self.columns, token)
+
+    def sift(self) -> tuple["Rows", list[tuple[tuple[Any, ...], str]]]:
+        """As in `EncodedSpans`; these have been decoded."""
+        return self, []
+
     def cut(self, start: int, stop: int) -> "Rows":
         return Rows(self.table, self.column_names, [column[start:stop] for column in self.columns])
 
@@ -60,33 +77,39 @@ class Unusable:
     error: str
 
 
-def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows], list[Unusable]]:
-    """The rows of a batch, table by table, and what could not be decoded.
+def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows | EncodedSpans], list[Unusable]]:
+    """The rows of a batch, table by table, and what could not be decoded. Whether a span can be turns out when it is
+    inserted.
 
     Of what the adapter writes twice one copy counts: of a `RolloutEnd` its mark on ``marks_topic``, where its offset
-    compares with those of the attempts; of a `DeadLetter` the one elsewhere, which is whole. Records of types that the
-    store doesn't keep are passed over.
+    compares with those of the attempts; of a `DeadLetter` the one elsewhere, which is whole.
     """
-    tables: dict[type[Record], list[tuple[Any, ...]]] = {t: [] for t in TABLES}
+    found: dict[type[Record], list[tuple[Any, ...]]] = {t: [] for t in TABLES}
+    spans: list[tuple[LogRecord, bytes]] = []
     unusable = []
     for record in records:
         value = record.value
         place = (record.partition.topic, record.partition.number, record.offset)
         try:
             kind = codec.type_of(value)
-            if kind not in tables or (kind in MARKS and MARKS[kind] != (place[0] == marks_topic)):
+            if kind is Span:
+                spans.append((record, span_body(value)))
+                continue
+            if kind in MARKS and MARKS[kind] != (place[0] == marks_topic):
                 continue
             row = _values(kind, value)
             if kind is AttemptEvent:
                 row, task = _attempt(row)
                 if task is not None:
-                    tables[RolloutTask].append((*_values(RolloutTask, task), 1, *place))
+                    found[RolloutTask].append((*_values(RolloutTask, task), 1, *place))
             elif kind is RolloutTask:
                 row = (*row, 0)
-            tables[kind].append((*row, *place))
+            found[kind].append((*row, *place))
         except CodecError as error:
-            unusable.append(Unusable(record, "undecodable", str(error)))
-    return [_rows(kind, rows) for kind, rows in tables.items() if rows], unusable
+            # A live record that has no encoding is nobody else's to put away.
+            unusable.append(Unusable(record, "undecodable" if isinstance(value, bytes) else "unstorable", str(error)))
+    tables: list[Rows | EncodedSpans] = [TABLES[kind].rows(kind, rows) for kind, rows in found.items() if rows]
+    return [*tables, EncodedSpans(spans)] if spans else tables, unusable
 
 
 MARKS: dict[type[Record], bool] = {RolloutEnd: True, DeadLetter: False}  # whether the copy among the events counts
@@ -114,10 +137,16 @@ def _attempt(row: tuple[Any, ...]) -> tuple[tuple[Any, ...], bytes | None]:
     return row, task
 
 
-def _rows(kind: type[Record], rows: list[tuple[Any, ...]]) -> Rows:
-    table, columns = TABLES[kind]
-    fields = dict(zip(_NAMES[kind], zip(*rows, strict=True), strict=True))
-    return Rows(table, tuple(columns), [column(fields) for column in columns.values()])
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Where the records of a type go, and what each column holds."""
+
+    name: str
+    columns: dict[str, Column]
+
+    def rows(self, kind: type[Record], records: list[tuple[Any, ...]]) -> Rows:
+        fields = dict(zip(_NAMES[kind], zip(*records, strict=True), strict=True))
+        return Rows(self.name, tuple(self.columns), [column(fields) for column in self.columns.values()])
 
 
 # --- columns
@@ -145,33 +174,13 @@ def _day(rollout_id: str) -> int:
     return day if day <= MAX_DAY else 0
 
 
-def _get(nested: Any, name: str) -> Any:
-    return nested[name] if isinstance(nested, dict) else getattr(nested, name)
-
-
-def _inner(name: str, inner: str) -> Column:
-    """One field of an array of records, as an array."""
-    return lambda fields: [[_get(item, inner) for item in items] if items else () for items in fields[name]]
-
-
 def _of_error(inner: str) -> Column:
-    return lambda fields: ["" if error is None else _get(error, inner) for error in fields["error"]]
+    def text(error: Any) -> Any:
+        if error is None:
+            return ""
+        return error[inner] if isinstance(error, dict) else getattr(error, inner)
 
-
-def _tokens(name: str, usage: str) -> Column:
-    """Tokens of a call, counted; else as the provider says."""
-
-    def count(ids: bytes | None, attributes: Mapping[str, str]) -> int:
-        if ids is not None:
-            return len(ids) // 4
-        text = attributes.get(usage, "0")
-        return min(int(text), MAX_COUNT) if text.isdecimal() and len(text) <= 10 else 0
-
-    return lambda fields: list(map(count, fields[name], fields["attributes"]))
-
-
-def _duration(fields: Fields) -> list[int]:
-    return [max(0, end - start) for start, end in zip(fields["start"], fields["end"], strict=True)]
+    return _each("error", text)
 
 
 def _version(fields: Fields) -> list[int]:
@@ -186,15 +195,17 @@ def _first(fields: Fields) -> list[int]:
     return [-offset for offset in fields["log_offset"]]
 
 
-def _bytes(name: str) -> Column:
-    return _each(name, lambda value: b"" if value is None else bytes(value))
-
+_TOKEN_FIELDS = ("prompt_token_ids", "response_token_ids", "response_logprobs")
 
 _DATE = {"date": _each("rollout_id", _day)}
+# As they are; the table turns them into arrays.
+_TOKENS = {
+    name: _field(f) for name, f in zip(("prompt_bytes", "response_bytes", "logprobs_bytes"), _TOKEN_FIELDS, strict=True)
+}
 _PLACE = {name: _field(source) for name, source in zip(PLACE, LOG_PLACE, strict=True)}
 
-TABLES: dict[type[Record], tuple[str, dict[str, Column]]] = {
-    RolloutTask: (
+TABLES: dict[type[Record], Table] = {
+    RolloutTask: Table(
         "tasks_raw",
         _DATE
         | _copied("rollout_id", "attempt", "group_id", "group_size", "input", "mode", "priority", "resources_id")
@@ -202,69 +213,34 @@ TABLES: dict[type[Record], tuple[str, dict[str, Column]]] = {
         | _copied("experiment_id", "metadata", "created_at", "claimed")
         | _PLACE,
     ),
-    AttemptEvent: (
+    AttemptEvent: Table(
         "attempts_raw",
         _DATE
         | _copied("rollout_id", "attempt_id", "status", "attempt", "worker_id", "time", "lease_s")
         | {f"error_{name}": _of_error(name) for name in ("type", "message", "stack")}
         | _copied("span_counts", "output", "metadata")
-        | {"state": _bytes("state"), "version": _version}
+        | {"state": _each("state", lambda state: state or b""), "version": _version}
         | _PLACE,
     ),
-    RolloutEnd: (
+    RolloutEnd: Table(
         "rollout_ends_raw",
         _DATE | _copied(*codec.CODECS[RolloutEnd].field_names) | {"version": _first} | _PLACE,
     ),
-    Span: (
-        "spans_raw",
-        {
-            "Date": _each("rollout_id", _day),
-            "Timestamp": _field("start"),
-            "TraceId": _field("trace_id"),
-            "SpanId": _field("span_id"),
-            "ParentSpanId": _field("parent_id"),
-            "TraceState": _field("trace_state"),
-            "SpanName": _field("name"),
-            "SpanKind": _field("span_kind"),
-            "ServiceName": _each("resource", lambda resource: resource.get("service.name", "")),
-            "ResourceAttributes": _field("resource"),
-            "ScopeName": _field("scope_name"),
-            "ScopeVersion": _field("scope_version"),
-            "SpanAttributes": _field("attributes"),
-            "Duration": _duration,
-            "StatusCode": _field("status"),
-            "StatusMessage": _field("status_message"),
-            "Events.Timestamp": _inner("events", "time"),
-            "Events.Name": _inner("events", "name"),
-            "Events.Attributes": _inner("events", "attributes"),
-            "Links.TraceId": _inner("links", "trace_id"),
-            "Links.SpanId": _inner("links", "span_id"),
-            "Links.TraceState": _each("links", lambda links: [""] * len(links)),
-            "Links.Attributes": _inner("links", "attributes"),
-            "RolloutId": _field("rollout_id"),
-            "AttemptId": _field("attempt_id"),
-            "Source": _field("source"),
-            "Kind": _field("kind"),
-            "Sequence": _field("sequence"),
-            "Reward": _field("reward"),
-            "RewardName": _field("reward_name"),
-            "ModelVersion": _field("model_version"),
-            "PromptTokens": _tokens("prompt_token_ids", semconv.INPUT_TOKENS),
-            "ResponseTokens": _tokens("response_token_ids", semconv.OUTPUT_TOKENS),
-            "Topic": _field("log_topic"),
-            "Partition": _field("log_partition"),
-            "Offset": _field("log_offset"),
-        },
-    ),
-    Triplet: (
+    Triplet: Table(
         "triplets_raw",
         _DATE
-        | _copied(*codec.CODECS[Triplet].field_names)
-        | {name: _bytes(name) for name in ("prompt_token_ids", "response_token_ids", "response_logprobs")}
+        | _copied(*(name for name in codec.CODECS[Triplet].field_names if name not in _TOKEN_FIELDS))
+        | _TOKENS
         | _PLACE,
     ),
-    Control: ("controls_raw", _copied(*codec.CODECS[Control].field_names) | _PLACE),
-    DeadLetter: (
+    Control: Table("controls_raw", _copied(*codec.CODECS[Control].field_names) | _PLACE),
+    Worker: Table(
+        "workers_raw",
+        _copied("worker_id", "role", "host", "version", "slots", "running", "last_seen")
+        | {"started_at": _field("started")}
+        | _PLACE,
+    ),
+    DeadLetter: Table(
         "dead_letters_raw",
         {f"source_{name}": _field(name) for name in PLACE}
         | _copied("role", "reason", "error", "time", "key", "value", "headers")

@@ -10,16 +10,16 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 from millstream.consumers.dead import dead_letter, letter_key
+from millstream.consumers.encoded_spans import EncodedSpans
 from millstream.consumers.port import Log
-from millstream.consumers.rows import Rows, Unusable, to_rows
+from millstream.consumers.rows import Inserter, Rows, Unusable, to_rows
 from millstream.producers.port import Producer, send_acknowledged
 from millstream.schemas.errors import CodecError, LogError, LogUnavailable, StoreError, TooLarge, TransactionAborted
 from millstream.schemas.log import KIND_HEADER, EndOfPartition, LogRecord, Partition
 from millstream.schemas.settings import Settings
-from millstream.schemas.topics import PRIORITIES
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +38,6 @@ class RowsRefused(StoreError):
     """A value can't be what its column holds: sending it again can't help."""
 
 
-class Inserter(Protocol):
-    """Where the rows go; `pipeline.store.Store` is one. Called from one worker thread at a time."""
-
-    def insert(self, table: str, column_names: Sequence[str], columns: Sequence[Sequence[Any]], token: str) -> None:
-        """Stores all of the rows or none. A repeated ``token`` may be dropped. Raises `RowsRefused`, or `StoreError`
-        if it may help to try again."""
-
-
 @dataclass(slots=True)
 class SinkStats:
     """What a sink has done since it started."""
@@ -59,7 +51,7 @@ class SinkStats:
 
 
 class Sink:
-    """Reads tasks, events, triplets, control and dead letters as a member of the group ``PREFIX.sink``."""
+    """Reads every topic as a member of the group ``PREFIX.sink``."""
 
     def __init__(
         self,
@@ -78,7 +70,8 @@ class Sink:
         self._batch_size = settings.span_batch_size
         self._events = topics.events
         self._dead = topics.dead
-        self._topics = [*map(topics.tasks, PRIORITIES), topics.events, topics.triplets, topics.control, topics.dead]
+        # An alert is a copy of a span on events.
+        self._topics = [topic.name for topic in topics.all if topic.name != topics.alerts]
         self._consumer = log.consumer(f"{topics.prefix}.sink")
         self._producer: Producer | None = None  # made for the first dead letter
         self._held: dict[Partition, list[LogRecord]] = {}  # polled and not yet inserted
@@ -189,18 +182,25 @@ class Sink:
         tables, unusable = to_rows(records, self._events)
         token = _token(held)
         for rows in tables:
-            for place, error in self._insert_rows(rows, f"{rows.table} {token}"):
+            for place, reason, error in self._insert_rows(rows, f"{rows.table} {token}"):
                 record = next(r for r in records if (*r.partition, r.offset) == place)
-                unusable.append(Unusable(record, "unstorable", error))
+                unusable.append(Unusable(record, reason, error))
         return sum(map(len, tables)), unusable
 
-    def _insert_rows(self, rows: Rows, token: str) -> Iterator[tuple[tuple[Any, ...], str]]:
-        """Inserts, by halves where something is refused; yields the place of each row that can't be stored."""
+    def _insert_rows(self, rows: Rows | EncodedSpans, token: str) -> Iterator[tuple[tuple[Any, ...], str, str]]:
+        """Inserts, by halves where something is refused; yields place and reason of each row that can't be stored."""
         try:
-            self._insert.insert(rows.table, rows.column_names, rows.columns, token)
+            rows.insert(self._insert, token)
         except RowsRefused as error:
+            good, broken = rows.sift()
+            if broken:
+                for place, why in broken:
+                    yield place, "undecodable", why
+                if good:
+                    yield from self._insert_rows(good, f"{token} sifted")
+                return
             if len(rows) == 1:
-                yield rows.place(0), str(error)
+                yield rows.place(0), "unstorable", str(error)
                 return
             half = len(rows) // 2
             yield from self._insert_rows(rows.cut(0, half), f"{token} <{half}")

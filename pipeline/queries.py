@@ -1,6 +1,8 @@
 """The questions that Millstream itself asks the store."""
 
-from typing import Final
+import json
+from collections.abc import Iterator
+from typing import Any, Final
 
 from millstream.pipeline.store import Result, Store
 
@@ -42,3 +44,35 @@ LIMIT {limit:UInt64}
 def list_rollouts(store: Store, *, status: str | None = None, experiment: str | None = None, limit: int = 50) -> Result:
     """Rollouts, newest first (their ids sort by time). Raises `StoreError`."""
     return store.query(_ROLLOUTS, {"status": status or "", "experiment": experiment or "", "limit": limit})
+
+
+def granules_read(store: Store, sql: str) -> Result:
+    """What a query reads of each table, once per reading: parts and granules, and the indexes that chose them.
+
+    Raises `StoreError`, also for what can't be explained.
+    """
+    plan = "".join(row[0] for row in store.query(f"EXPLAIN json = 1, indexes = 1 {sql}").rows)
+    rows = []
+    for node in _nodes(json.loads(plan)[0]["Plan"]):
+        if node["Node Type"] == "ReadFromMergeTree":
+            # Each index leaves less to the next. That of the last step is what is read, of the first what there is.
+            steps = node["Indexes"]
+            first, last = steps[0], steps[-1]
+            used = [s.get("Name", s["Type"]) for s in steps if s["Selected Granules"] < s["Initial Granules"]]
+            rows.append(
+                (
+                    node["Description"],
+                    last["Selected Parts"],
+                    first["Initial Parts"],
+                    last["Selected Granules"],
+                    first["Initial Granules"],
+                    ", ".join(used),
+                )
+            )
+    return Result(("table", "parts_read", "parts", "granules_read", "granules", "indexes"), rows)
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from _nodes(child)

@@ -1,11 +1,15 @@
+from io import BytesIO
+
 import factories
+import fastavro
 import pytest
 
+from millstream.consumers.encoded_spans import EncodedSpans
 from millstream.consumers.rows import TABLES, to_rows
 from millstream.schemas import codec
 from millstream.schemas.ids import derived_id, new_id
 from millstream.schemas.log import LogRecord, Partition
-from millstream.schemas.records import DeadLetter, RolloutEnd, SpanEvent, SpanLink, Worker
+from millstream.schemas.records import DeadLetter, RolloutEnd
 
 EVENTS = "millstream.events"
 BOTH = pytest.mark.parametrize("encoded", [False, True], ids=["live", "encoded"])
@@ -28,61 +32,28 @@ def place(values, encoded, topic=EVENTS):
 def dicts(rows):
     """Rows as people see them, by table."""
     return {
-        r.table: [dict(zip(r.column_names, row, strict=True)) for row in zip(*r.columns, strict=True)] for r in rows
+        r.table: list(fastavro.reader(BytesIO(r.file())))
+        if isinstance(r, EncodedSpans)
+        else [dict(zip(r.column_names, row, strict=True)) for row in zip(*r.columns, strict=True)]
+        for r in rows
     }
 
 
 @BOTH
-def test_a_span_keeps_all_that_opentelemetry_knows_of_it(encoded):
+def test_a_span_lies_in_an_avro_file_between_its_place_and_its_offset(encoded):
     task = factories.task()
-    span = factories.call(
-        task,
-        "a",
-        "r1",
-        start=1_000,
-        end=4_500,
-        parent_id="b" * 16,
-        trace_state="x=1",
-        status="Error",
-        status_message="boom",
-        events=(SpanEvent(name="retry", time=2_000, attributes={"n": "1"}),),
-        links=(SpanLink(trace_id="c" * 32, span_id="d" * 16, attributes={"why": "cause"}),),
-        resource={"service.name": "calculator"},
-        scope_name="openai",
-        scope_version="3",
-    )
-    rows, unusable = to_rows(place([span], encoded), EVENTS)
-    (row,) = dicts(rows)["spans_raw"]
+    spans = [factories.call(task, "a", f"r{n}", sequence=n) for n in range(300)]
+    rows, unusable = to_rows(place(spans, encoded), EVENTS)
+    found = dicts(rows)["span_records"]
     assert not unusable
-    assert (
-        row
-        | {
-            "Timestamp": 1_000,
-            "Duration": 3_500,
-            "TraceId": span.trace_id,
-            "ParentSpanId": "b" * 16,
-            "TraceState": "x=1",
-            "ServiceName": "calculator",
-            "ScopeName": "openai",
-            "StatusCode": "Error",
-            "StatusMessage": "boom",
-            "Events.Timestamp": [2_000],
-            "Events.Name": ["retry"],
-            "Events.Attributes": [{"n": "1"}],
-            "Links.TraceId": ["c" * 32],
-            "Links.SpanId": ["d" * 16],
-            "Links.TraceState": [""],
-            "Links.Attributes": [{"why": "cause"}],
-            "SpanAttributes": span.attributes,
-            "PromptTokens": 3,
-            "ResponseTokens": 1,
-            "ModelVersion": "run.0.1",
-            "Topic": EVENTS,
-            "Partition": 3,
-            "Offset": 10,
-        }
-        == row
-    )
+    assert [(r["log_topic"], r["log_partition"], r["log_offset"]) for r in found] == [
+        (EVENTS, 3, at) for at in range(10, 310)
+    ]
+    assert all(r["log_end"] == r["log_offset"] for r in found)
+    for row, span in zip(found, spans, strict=True):
+        assert {name: row[name] for name in codec.CODECS[type(span)].field_names} == codec.CODECS[
+            type(span)
+        ].decode_dict(codec.encode(span))
 
 
 @BOTH
@@ -110,19 +81,17 @@ def test_what_is_sent_again_has_the_same_identity_and_the_partition_of_its_rollo
 
 @pytest.mark.parametrize("rollout_id", ["not-a-uuid", "", "ffffffff-ffff-7fff-bfff-ffffffffffff"])
 def test_an_id_without_a_usable_date_still_has_a_row(rollout_id):
-    task = factories.task()
-    span = factories.span(task, "a", rollout_id=rollout_id)
-    rows, unusable = to_rows(place([span], True), EVENTS)
-    assert [(r["RolloutId"], r["Date"]) for r in dicts(rows)["spans_raw"]] == [(rollout_id, 0)]
+    event = factories.event(factories.task(), "a", "failed", rollout_id=rollout_id)
+    rows, unusable = to_rows(place([event], True), EVENTS)
+    assert [(r["rollout_id"], r["date"]) for r in dicts(rows)["attempts_raw"]] == [(rollout_id, 0)]
     assert not unusable
 
 
-def test_an_end_counts_once_and_workers_not_at_all():
+def test_an_end_counts_once():
     end = RolloutEnd(
         rollout_id=new_id(), group_id="g", group_size=1, status="failed", attempts=1, created_at=1, ended_at=2
     )
-    worker = Worker(worker_id="w", role="runner", host="h", version="1", started=1, last_seen=1)
-    mark, _ = to_rows(place([end, worker], True), EVENTS)
+    mark, _ = to_rows(place([end], True), EVENTS)
     copy, _ = to_rows(place([end], True, "millstream.triplets"), EVENTS)
     assert [len(rows) for rows in mark] == [1]
     assert copy == []
@@ -139,33 +108,32 @@ def test_a_dead_letter_keeps_its_own_place_and_that_of_what_was_refused():
     assert to_rows(place([letter], True), EVENTS) == ([], [])  # the adapter's mark, without the body
 
 
-def test_tokens_are_counted_or_taken_from_the_provider():
-    task = factories.task()
-    usage = {"gen_ai.usage.input_tokens": "12", "gen_ai.usage.output_tokens": "many"}
-    spans = [
-        factories.call(task, "a", "1", attributes=usage, prompt_token_ids=None, response_token_ids=None),
-        factories.call(task, "a", "2", attributes=usage, response_token_ids=b""),
-    ]
-    rows, _ = to_rows(place(spans, True), EVENTS)
-    assert [(r["PromptTokens"], r["ResponseTokens"]) for r in dicts(rows)["spans_raw"]] == [(12, 0), (3, 0)]
-
-
 def test_one_broken_record_among_good_ones():
     task = factories.task()
     good = [factories.span(task, "a", sequence=n) for n in (1, 2)]
     claim = factories.event(task, "a", "preparing", task=codec.encode(good[0]))  # a span where a task should be
-    broken = [b"garbage", codec.encode(good[0])[:-3], b"", codec.encode(claim)]
-    records = place([good[0], *broken, good[1]], True)
+    records = place([good[0], b"garbage", b"", codec.encode(claim), good[1]], True)
     rows, unusable = to_rows(records, EVENTS)
-    assert [r["Sequence"] for r in dicts(rows)["spans_raw"]] == [1, 2]
-    assert [item.record for item in unusable] == records[1:5]
+    assert [r["sequence"] for r in dicts(rows)["span_records"]] == [1, 2]
+    assert [item.record for item in unusable] == records[1:4]
     assert {item.reason for item in unusable} == {"undecodable"}
     assert "attempts_raw" not in dicts(rows)
 
 
+def test_a_broken_span_is_sifted_out_when_its_rows_were_refused():
+    task = factories.task()
+    good = codec.encode(factories.span(task, "a", sequence=7))
+    (rows,), unusable = to_rows(place([good, good[:-3], good + b"x", good], True), EVENTS)
+    assert (len(rows), unusable) == (4, [])
+    kept, broken = rows.sift()
+    assert [(at, "Span" in error) for at, error in broken] == [((EVENTS, 3, 11), True), ((EVENTS, 3, 12), True)]
+    assert [kept.place(n)[-1] for n in range(len(kept))] == [10, 13]
+    assert [r["sequence"] for r in fastavro.reader(BytesIO(kept.cut(1, 2).file()))] == [7]
+
+
 def test_every_row_says_where_its_record_lies():
-    for table, columns in TABLES.values():
-        assert [name.lower() for name in list(columns)[-3:]] == ["topic", "partition", "offset"], table
+    for table in TABLES.values():
+        assert [name.lower() for name in list(table.columns)[-3:]] == ["topic", "partition", "offset"], table.name
 
 
 def test_live_and_encoded_records_make_the_same_rows():

@@ -10,13 +10,14 @@ import pytest
 
 from millstream.consumers.rows import TABLES, to_rows
 from millstream.consumers.sink import RowsRefused
+from millstream.pipeline.migrations import Migration, packaged_migrations
 from millstream.pipeline.queries import CLOSING_QUERIES, list_rollouts
-from millstream.pipeline.store import Migration, Store, packaged_migrations
+from millstream.pipeline.store import Store
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.ids import new_id
 from millstream.schemas.log import LogRecord, Partition
-from millstream.schemas.records import AttemptEvent, RolloutEnd, Triplet
+from millstream.schemas.records import AttemptEvent, RolloutEnd, SpanEvent, SpanLink, Triplet
 from millstream.schemas.resources import LLM, PromptTemplate, Resources
 from millstream.schemas.settings import load_settings
 
@@ -64,7 +65,7 @@ class Writer:
         tables, unusable = to_rows(records, EVENTS)
         assert not unusable
         for rows in tables:
-            self.store.insert(rows.table, rows.column_names, rows.columns, token or new_id())
+            rows.insert(self.store, token or new_id())
 
 
 @pytest.fixture
@@ -113,9 +114,9 @@ def test_a_store_of_a_newer_version_is_refused(store):
 
 
 def test_there_is_a_column_for_everything_that_the_sink_writes(store):
-    for table, columns in TABLES.values():
-        described = {row[0] for row in store.query(f"DESCRIBE TABLE {table}").rows}
-        assert set(columns) == described, table
+    for table in TABLES.values():
+        rows = store.query(f"DESCRIBE TABLE {table.name}").rows
+        assert set(table.columns) == {name for name, _, default, *_ in rows if default != "DEFAULT"}, table.name
 
 
 def test_a_changed_migration_is_refused(store):
@@ -268,15 +269,115 @@ def test_heartbeats_do_not_grow_the_table(store, write):
 def test_a_value_that_no_column_holds_is_named_and_the_others_can_go_on(store):
     with pytest.raises(RowsRefused, match="controls_raw"):
         store.insert("controls_raw", ["kind", "name"], [["a"], ["\ud800"]], "t")
-    with pytest.raises(RowsRefused, match="Sequence"):
-        store.insert("spans_raw", ["RolloutId", "Sequence"], [["a"], [1 << 70]], "t")
+    with pytest.raises(RowsRefused, match="offset"):
+        store.insert("attempts_raw", ["rollout_id", "offset"], [["a"], [1 << 70]], "t")
     with pytest.raises(StoreError, match="nowhere"):
         store.insert("nowhere", ["a"], [[1]], "t")
     store.insert("controls_raw", ["kind", "name"], [["a"], ["b"]], "t")
     assert store.query("SELECT name FROM controls_raw").rows == [("b",)]
 
 
+def test_spans_that_are_none_are_refused_and_say_why(store):
+    task = factories.task()
+    good = codec.encode(factories.call(task, "a", "r"))
+    odd = codec.encode(factories.call(task, "a", "r", prompt_token_ids=b"abc"))
+    for body, why in [
+        (good[:-3], "EOF"),
+        (good[:10], "EOF"),
+        (good + b"x", "no_bytes_left_over"),
+        (odd, "within a number"),
+    ]:
+        (rows,), _ = to_rows([LogRecord(Partition(EVENTS, 0), 7, 1, None, body)] * 2, EVENTS)
+        with pytest.raises(RowsRefused, match=why):
+            rows.insert(store, new_id())
+    assert store.query("SELECT count() FROM spans_raw").rows == [(0,)]
+    assert store.query("SELECT count() FROM token_ids_raw").rows == [(0,)]
+
+
 # --- what the views say
+
+
+def test_a_span_keeps_all_that_opentelemetry_knows_of_it(store, write):
+    task = factories.task()
+    span = factories.call(
+        task,
+        "a",
+        "r1",
+        start=1_000,
+        end=4_500,
+        parent_id="b" * 16,
+        trace_state="x=1",
+        status="Error",
+        status_message="boom",
+        events=(SpanEvent(name="retry", time=2_000, attributes={"n": "1"}),),
+        links=(SpanLink(trace_id="c" * 32, span_id="d" * 16, attributes={"why": "cause"}),),
+        resource={"service.name": "calculator"},
+        scope_name="openai",
+        scope_version="3",
+    )
+    write(factories.task(), span)
+    row = one(
+        store,
+        "SELECT *, toUnixTimestamp64Nano(Timestamp) AS start, "
+        "arrayMap(t -> toUnixTimestamp64Nano(t), `Events.Timestamp`) AS event_times FROM spans",
+    )
+    expected = {
+        "start": 1_000,
+        "Duration": 3_500,
+        "TraceId": span.trace_id,
+        "ParentSpanId": "b" * 16,
+        "TraceState": "x=1",
+        "ServiceName": "calculator",
+        "ScopeName": "openai",
+        "StatusCode": "Error",
+        "StatusMessage": "boom",
+        "event_times": [2_000],
+        "Events.Name": ["retry"],
+        "Events.Attributes": [{"n": "1"}],
+        "Links.TraceId": ["c" * 32],
+        "Links.SpanId": ["d" * 16],
+        "Links.TraceState": [""],
+        "Links.Attributes": [{"why": "cause"}],
+        "SpanAttributes": span.attributes,
+        "PromptTokens": 3,
+        "ResponseTokens": 1,
+        "ModelVersion": "run.0.1",
+        "Topic": EVENTS,
+        "Partition": 0,
+        "Offset": 1,
+    }
+    assert {name: row[name] for name in expected} == expected
+    tokens = one(store, "SELECT * FROM token_ids")
+    assert (tokens["rollout_id"], tokens["span_id"], tokens["offset"]) == (task.rollout_id, span.span_id, 1)
+    assert (tokens["prompt_token_ids"], tokens["response_token_ids"], tokens["response_logprobs"]) == (
+        [1, 2, 3],
+        [7],
+        [-0.5],
+    )
+
+
+def test_tokens_are_counted_or_taken_from_the_provider(store, write):
+    task = factories.task()
+    usage = {"gen_ai.usage.input_tokens": "12", "gen_ai.usage.output_tokens": "many"}
+    most = {"gen_ai.usage.input_tokens": str(1 << 40)}
+    none = {"prompt_token_ids": None, "response_token_ids": None}
+    write(
+        factories.call(task, "a", "1", sequence=1, attributes=usage, response_logprobs=None, **none),
+        factories.call(task, "a", "2", sequence=2, attributes=usage, response_token_ids=b""),
+        factories.call(task, "a", "3", sequence=3, attributes=most, **none),
+    )
+    found = store.query("SELECT PromptTokens, ResponseTokens FROM spans ORDER BY Sequence").rows
+    assert found == [(12, 0), (3, 0), ((1 << 32) - 1, 0)]
+    given = store.query("SELECT sequence, has_prompt, has_response, has_logprobs FROM token_ids ORDER BY sequence").rows
+    assert given == [(2, True, True, True), (3, False, False, True)]
+
+
+@pytest.mark.parametrize("rollout_id", ["not-a-uuid", "", "ffffffff-ffff-7fff-bfff-ffffffffffff", str(uuid4())])
+def test_a_span_of_an_id_without_a_usable_date_meets_its_twin(store, write, rollout_id):
+    span = factories.call(factories.task(), "a", "r", rollout_id=rollout_id)
+    write(span, span)
+    assert store.query("SELECT RolloutId, count() FROM spans GROUP BY 1").rows == [(rollout_id, 1)]
+    assert store.query("SELECT rollout_id, count() FROM token_ids GROUP BY 1").rows == [(rollout_id, 1)]
 
 
 def test_a_rollout_from_its_task_to_its_end(store, write):

@@ -1,0 +1,118 @@
+"""Encoded spans → one Avro file in memory, which ClickHouse decodes itself: less than half the CPU time that it
+costs to decode them in Python, turn them into columns and encode those.
+
+A row of the file is a span's body as it lies in the log, between its place and, once more, its offset: since that is
+what an Avro record is made of, splicing bytes is enough. Each row is a block with a sync marker behind it, so that a
+body that breaks off can't run into the next, and the table refuses a row whose two offsets differ: bytes were left
+over. Format: Apache Avro 1.11, "Object Container Files".
+"""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+from millstream.schemas import codec
+from millstream.schemas.errors import CodecError
+from millstream.schemas.log import LogRecord, Partition
+from millstream.schemas.records import Record, Span
+
+TABLE = "span_records"
+PREFIX = codec.CODECS[Span].prefix
+SYNC = b"millstream/spans"  # 16 bytes
+
+
+class EncodedInserter(Protocol):
+    """Where the file goes."""
+
+    def insert_avro(self, table: str, column_names: tuple[str, ...], data: bytes, token: str) -> None:
+        """Stores the rows of an Avro file. Raises as `Inserter.insert` does."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSpans:
+    """Spans with their bodies, as the current schema writes them."""
+
+    records: list[tuple[LogRecord, bytes]]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def table(self) -> str:
+        return TABLE
+
+    def place(self, at: int) -> tuple[Any, ...]:
+        record, _ = self.records[at]
+        return (*record.partition, record.offset)
+
+    def cut(self, start: int, stop: int) -> "EncodedSpans":
+        return EncodedSpans(self.records[start:stop])
+
+    def insert(self, store: EncodedInserter, token: str) -> None:
+        store.insert_avro(TABLE, COLUMNS, self.file(), token)
+
+    def file(self) -> bytes:
+        parts = [HEADER]
+        for record, body in self.records:
+            offset = _long(record.offset)
+            start = _place(record.partition)
+            size = len(start) + 2 * len(offset) + len(body) - codec.HEADER_SIZE
+            parts += (ONE_ROW, _long(size), start, offset, body[codec.HEADER_SIZE :], offset, SYNC)
+        return b"".join(parts)
+
+    def sift(self) -> tuple["EncodedSpans", list[tuple[tuple[Any, ...], str]]]:
+        """Those that can be decoded; place and error of the others. Only worth its time once some row was refused."""
+        good, broken = [], []
+        for record, body in self.records:
+            try:
+                codec.CODECS[Span].decode_dict(body)
+                good.append((record, body))
+            except CodecError as error:
+                broken.append(((*record.partition, record.offset), str(error)))
+        return EncodedSpans(good), broken
+
+
+def span_body(value: bytes | Record) -> bytes:
+    """The encoded span; what isn't encoded, or by another version, is encoded anew. Raises `CodecError`."""
+    if isinstance(value, bytes):
+        return value if value.startswith(PREFIX) else codec.encode(codec.decode(value))
+    return codec.encode(value)
+
+
+def _long(value: int) -> bytes:
+    """Avro's long: zigzag, 7 bits a byte. For what is never negative."""
+    value <<= 1
+    if value < 0x80:
+        return bytes((value,))
+    parts = bytearray()
+    while value >= 0x80:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    parts.append(value)
+    return bytes(parts)
+
+
+def _bytes(value: bytes) -> bytes:
+    return _long(len(value)) + value
+
+
+@lru_cache(maxsize=1 << 12)
+def _place(partition: Partition) -> bytes:
+    return _bytes(partition.topic.encode()) + _long(partition.number)
+
+
+def _header() -> bytes:
+    schema = codec.load_schema("Span")
+    places = [
+        {"name": f"log_{name}", "type": t}
+        for name, t in [("topic", "string"), ("partition", "int"), ("offset", "long")]
+    ]
+    schema["fields"] = [*places, *schema["fields"], {"name": "log_end", "type": "long"}]
+    meta = _bytes(b"avro.schema") + _bytes(json.dumps(schema).encode()) + _bytes(b"avro.codec") + _bytes(b"null")
+    return b"Obj\x01" + _long(2) + meta + _long(0) + SYNC
+
+
+HEADER = _header()
+ONE_ROW = _long(1)
+COLUMNS = ("log_topic", "log_partition", "log_offset", *codec.CODECS[Span].field_names, "log_end")
