@@ -167,7 +167,7 @@ def adapter(
     health_port: HealthPort = 0,
 ) -> None:
     """Settle rollouts: turn their spans into triplets and end each exactly once."""
-    from millstream.consumers.adapter import Adapter
+    from millstream.consumers.adapter import LOST_CALL_S, Adapter
     from millstream.consumers.objects import load_object
     from millstream.consumers.triplets import to_triplets
 
@@ -177,7 +177,9 @@ def adapter(
     async def work(health: Health, stop: asyncio.Event) -> None:
         topics = settings.topics
         transactional_id = f"{topics.prefix}.adapter.{replica}"
-        await Adapter(health.log, topics, transactional_id=transactional_id, to_triplets=chosen).run(stop)
+        role = Adapter(health.log, topics, transactional_id=transactional_id, to_triplets=chosen)
+        health.age(metrics.TRANSACTION_AGE, lambda: role.call_s, LOST_CALL_S)
+        await role.run(stop)
 
     _run_role(settings, "adapter", health_port, work)
 

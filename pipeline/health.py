@@ -49,7 +49,7 @@ class Health:
         self._stop = stop
         self._rests = rests
         self._polls: dict[object, float | None] = {}  # when each was last heard of; None: not yet
-        self._ages: dict[Metric, Callable[[], float]] = {}
+        self._ages: dict[Metric, tuple[Callable[[], float], float]] = {}  # each with its limit
         self._closed = threading.Event()
         self._server: ThreadingHTTPServer | None = None
         self.age(POLL_AGE, lambda: self.poll_age)
@@ -58,9 +58,10 @@ class Health:
         """``value`` is asked for whenever the metrics are."""
         Gauge(metric.name, metric.meaning, registry=self.registry).set_function(value)
 
-    def age(self, metric: Metric, value: Callable[[], float]) -> None:
-        """A gauge in seconds; beyond `STUCK_S` the process is stuck. ``value`` is called from any thread."""
-        self._ages[metric] = value
+    def age(self, metric: Metric, value: Callable[[], float], limit_s: float | None = None) -> None:
+        """A gauge in seconds; beyond ``limit_s`` (`STUCK_S`) the process is stuck. ``value`` is called from any
+        thread."""
+        self._ages[metric] = value, limit_s or STUCK_S
         self.gauge(metric, value)
 
     @property
@@ -96,17 +97,17 @@ class Health:
         if path == "/metrics":
             return 200, generate_latest(self.registry)
         if path == "/livez":
-            ages = {metric.name: value() for metric, value in self._ages.items()}
-            body = "".join(f"{name} {age:.1f}\n" for name, age in ages.items())
-            return (503 if max(ages.values()) > STUCK_S else 200), body.encode()
+            ages = [(metric.name, value(), limit_s) for metric, (value, limit_s) in self._ages.items()]
+            body = "".join(f"{name} {age:.1f}\n" for name, age, _ in ages)
+            return (503 if any(age > limit_s for _, age, limit_s in ages) else 200), body.encode()
         if path == "/readyz":
             return (200, b"ready\n") if self.ready else (503, b"not ready\n")
         return 404, b"/livez, /readyz or /metrics\n"
 
     def _watch(self) -> None:
         while not self._closed.wait(CHECK_S):
-            for metric, value in list(self._ages.items()):
-                if (age := value()) > STUCK_S:
+            for metric, (value, limit_s) in list(self._ages.items()):
+                if (age := value()) > limit_s:
                     logger.critical("%s is %.0f: this process is stuck, and ends", metric.name, age)
                     os._exit(EXIT_STUCK)
 

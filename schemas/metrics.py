@@ -14,6 +14,7 @@ POLL_AGE: Final = Metric("millstream_poll_age_seconds", "Since the consumer that
 HEARTBEAT_AGE: Final = Metric(
     "millstream_heartbeat_age_seconds", "Since the oldest of the last acknowledged heartbeats"
 )
+TRANSACTION_AGE: Final = Metric("millstream_transaction_call_seconds", "Since the call to the log under way began")
 STARVING: Final = Metric(
     "millstream_starving_seconds", "Since the lag began to grow although slots are free and the runner polls"
 )

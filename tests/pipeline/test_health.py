@@ -153,10 +153,11 @@ async def test_a_trainer_is_probed_and_tells_of_itself() -> None:
 
 STUCK = """
     import asyncio, time
+    from millstream.consumers.adapter import Adapter
     from millstream.pipeline import health
     from millstream.pipeline.memory_log import MemoryLog
     from millstream.schemas.log import Partition
-    from millstream.schemas.metrics import STARVING
+    from millstream.schemas.metrics import STARVING, TRANSACTION_AGE
     from millstream.schemas.topics import Topics
 
     health.STUCK_S = health.CHECK_S = 0.1
@@ -165,6 +166,12 @@ STUCK = """
         watched = health.Health(MemoryLog(Topics("t", 1)), asyncio.Event())
         watched.start(0)
         HOW
+
+    async def lose_a_call(watched):
+        type(watched.log.transactional_producer("t")).init_transactions = lambda *_: time.sleep(60)
+        adapter = Adapter(watched.log, Topics("t", 1), transactional_id="t")
+        watched.age(TRANSACTION_AGE, lambda: adapter.call_s)
+        await adapter.run(asyncio.Event())
 
     asyncio.run(main())
 """
@@ -176,8 +183,9 @@ STUCK = """
         "c = watched.log.consumer(); await c.assign([Partition('t.control', 0)]); await c.poll(1, 0); time.sleep(60)",
         "watched.heard('event loop'); time.sleep(60)",
         "watched.age(STARVING, lambda: 1.0); await asyncio.sleep(60)",
+        "await lose_a_call(watched)",
     ],
-    ids=["consumer", "event loop", "starving"],
+    ids=["consumer", "event loop", "starving", "transaction"],
 )
 def test_a_stuck_process_ends_with_a_code_of_its_own(how: str) -> None:
     done = subprocess.run(
