@@ -200,7 +200,9 @@ class PartitionFold:
         rollout = self.open.get(mark.rollout_id)
         if rollout is not None and rollout.number <= mark.attempt:
             self._forget(mark.rollout_id)
-        self.retried[mark.rollout_id] = (offset, mark.attempt)
+        # The second pass meets marks older than the last one, which the first pass has found.
+        if mark.attempt >= self.retried.get(mark.rollout_id, (0, 0))[1]:
+            self.retried[mark.rollout_id] = (offset, mark.attempt)
 
     def _forget(self, rollout_id: str) -> None:
         self.decided.pop(rollout_id, None)

@@ -293,6 +293,23 @@ def test_a_retry_mark_found_by_the_first_pass_keeps_the_attempt_from_being_made_
     assert successor.fold.oldest_open(set()) == 4
 
 
+def test_of_two_retry_marks_the_first_pass_keeps_the_last(feed):
+    of = replace(TASK, max_attempts=5)
+    feed(event(of, "a", "preparing"), event(of, "a", "failed"))
+    marks = [feed.fold.decided[RID].retry.mark]
+    second = feed.retry()
+    feed(event(second, "b", "preparing"), event(second, "b", "failed"))
+    marks.append(feed.fold.decided[RID].retry.mark)
+    successor = Feeder()
+    for offset, mark in zip((2, 5), marks, strict=True):
+        successor.fold.scan(LogRecord(EVENTS, offset, 0, RID, codec.encode(mark), {"kind": b"retry"}))
+    successor(event(of, "a", "preparing"), event(of, "a", "failed"), marks[0])
+    successor(
+        event(second, "b", "preparing"), event(second, "b", "failed")
+    )  # the last mark has not been read again yet
+    assert (successor.fold.decided, successor.fold.open) == ({}, {})
+
+
 def test_a_task_delivered_again_during_the_backoff_is_enough(feed):
     """Its first claimer died before it committed; the second has the task already."""
     of = replace(TASK, max_losses=3)
