@@ -1,7 +1,7 @@
 """Whether a role is alive: seen in how long ago its consumers polled, told over HTTP, and ended if it is stuck.
 
     GET /livez      200; 503 once a consumer has not polled for STUCK_S
-    GET /readyz     200 between the first polls of all consumers and the stop
+    GET /readyz     200 between the first polls of all consumers and the stop, unless the role says what is wrong
     GET /metrics    Prometheus
 
 All of it lives in threads of its own: an event loop that is stuck can't say so.
@@ -40,6 +40,7 @@ class Health:
         self.log = cast(Log, _WatchedLog(log, self))
         self._stop = stop
         self._polls: dict[_WatchedConsumer, float | None] = {}  # when each ended its last poll; None: not yet polled
+        self.trouble: Callable[[], str | None] = lambda: None  # what keeps the role from its work; any thread may ask
         self._registry = CollectorRegistry()
         self.gauge(POLL_AGE, lambda: self.poll_age)
 
@@ -76,7 +77,8 @@ class Health:
             age = self.poll_age
             return (503 if age > STUCK_S else 200), f"last poll {age:.1f} s ago\n".encode()
         if path == "/readyz":
-            return (200, b"ready\n") if self.ready else (503, b"not ready\n")
+            trouble = self.trouble() if self.ready else "not ready"
+            return (200, b"ready\n") if trouble is None else (503, f"{trouble}\n".encode(errors="replace"))
         return 404, b"/livez, /readyz or /metrics\n"
 
     def _watch(self) -> None:

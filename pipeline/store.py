@@ -13,10 +13,11 @@ from urllib.parse import urlsplit
 
 import clickhouse_connect
 from clickhouse_connect.driver.client import Client
-from clickhouse_connect.driver.exceptions import ClickHouseError, DataError
+from clickhouse_connect.driver.exceptions import ClickHouseError, DatabaseError, DataError
 from clickhouse_connect.driver.httputil import get_pool_manager
 
-from millstream.consumers.sink import RowsRefused
+from millstream.consumers.clickhouse_sink import RowsRefused
+from millstream.pipeline.store_errors import BAD_ROWS
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.settings import Settings
 
@@ -123,7 +124,7 @@ class Store:
     def insert(self, table: str, column_names: Sequence[str], columns: Sequence[Sequence[Any]], token: str) -> None:
         """Inserts columns of equal length at once. The same token again is dropped, whatever the rows are.
 
-        Raises `RowsRefused` if a value can't be what its column holds: sending it again can't help.
+        Raises `RowsRefused` if a row can't be what the table holds: sending it again can't help.
         """
         with self._errors(f"refused rows for {table}"):
             types = self._types.get(table)
@@ -145,6 +146,10 @@ class Store:
                 )
             except (DataError, ValueError, TypeError, AttributeError) as error:  # raised by the client's serialisers
                 raise RowsRefused(f"{table} can't hold a value: {_first_line(error)}") from error
+            except DatabaseError as error:
+                if error.code in BAD_ROWS:
+                    raise RowsRefused(f"{table} refuses a row: {_first_line(error)}") from error
+                raise
 
     def close(self) -> None:
         """Lets go of the store; an embedded one is then free for another process."""
