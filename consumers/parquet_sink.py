@@ -13,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
-from pyarrow import fs
+from pyarrow import dataset, fs, parquet
 
 from millstream.consumers.rows import Unusable
 from millstream.consumers.sink_port import Batch
@@ -53,13 +51,8 @@ def arrow_type(avro: Any) -> pa.DataType:
             return arrow_type(other)
 
 
-def arrow_schema(kind: type[Record]) -> pa.Schema:
-    """The columns of a record type's files."""
-    own = [(part["name"], arrow_type(part["type"])) for part in codec.load_schema(kind.__name__)["fields"]]
-    return pa.schema([*PLACE.items(), ("log_time", pa.timestamp("ms", "UTC")), *own])
-
-
-SCHEMAS = {kind: arrow_schema(kind) for kind in codec.CODECS}
+COLUMNS = PLACE | {"log_time": pa.timestamp("ms", "UTC")}
+SCHEMAS = {kind: pa.schema([*COLUMNS.items(), *arrow_type(codec.load_schema(kind.__name__))]) for kind in codec.CODECS}
 
 
 class ParquetSink:
@@ -96,7 +89,7 @@ class ParquetSink:
                 self._files.create_dir(folder)
                 unfinished = f"{folder}/_{name}"  # readers pass over what begins like that
                 with self._files.open_output_stream(unfinished) as stream:
-                    pq.write_table(table, stream, compression="zstd")
+                    parquet.write_table(table, stream, compression="zstd")
                 if isinstance(self._files, fs.LocalFileSystem):
                     with Path(unfinished).open("rb") as written:
                         os.fsync(written.fileno())
@@ -112,7 +105,7 @@ class ParquetSink:
 def read_records(url: str, kind: type[Record]) -> pa.Table:
     """All records of a type below ``url``, each once. The files have to be there."""
     files, root = _file_system(url)
-    table = ds.dataset(f"{root}/{kind.__name__}", SCHEMAS[kind], "parquet", files).to_table()
+    table = dataset.dataset(f"{root}/{kind.__name__}", SCHEMAS[kind], "parquet", files).to_table()
     numbered = table.append_column("row", pa.array(range(len(table)), pa.int64()))
     return table.take(numbered.group_by(list(PLACE)).aggregate([("row", "min")])["row_min"])
 

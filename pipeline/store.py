@@ -140,6 +140,7 @@ class Store:
                     column_oriented=True,
                     settings={
                         "insert_deduplication_token": token,
+                        "async_insert": 0,  # else a server's profile could make it answer before the rows are stored
                         # Ids with many different dates make a slow insert; that is no reason to refuse them for ever.
                         "throw_on_max_partitions_per_insert_block": 0,
                     },

@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     clickhouse_password: SecretStr = SecretStr("")
     clickhouse_secure: bool = Field(False, description="TLS to the ClickHouse server.")
     store_connection_pool: int = Field(8, ge=1, description="HTTP connections a process keeps to ClickHouse.")
-    span_batch_size: int = Field(5000, ge=1, description="Records that the sink stores at once, at most.")
+    span_batch_size: int = Field(10_000, ge=1, description="Records that the sink stores at once, at most.")
     parquet_url: str = Field("runs/lake", description="Where the parquet sink writes: a folder, s3://bucket/folder …")
 
     # Rollouts
