@@ -51,7 +51,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(name)s: %(message)s", handlers=[RichHandler(console=err, show_path=False)]
     )
-    for noisy in ("aiokafka", "httpx", "httpx2", "faststream"):
+    for noisy in ("aiokafka", "httpx", "httpx2", "faststream", "urllib3.connectionpool", "clickhouse_connect"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()

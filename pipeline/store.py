@@ -15,6 +15,7 @@ import clickhouse_connect
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import ClickHouseError, DatabaseError, DataError
 from clickhouse_connect.driver.httputil import get_pool_manager
+from urllib3.exceptions import HTTPError
 
 from millstream.consumers.clickhouse_sink import RowsRefused
 from millstream.pipeline.store_errors import BAD_ROWS
@@ -126,7 +127,7 @@ class Store:
 
         Raises `RowsRefused` if a row can't be what the table holds: sending it again can't help.
         """
-        with self._errors(f"refused rows for {table}"):
+        with self._errors(f"did not take rows for {table}"):
             types = self._types.get(table)
             if types is None:  # else the client asks before each insert
                 described = self._writer.query(f"DESCRIBE TABLE {table}").result_rows
@@ -223,5 +224,8 @@ def _without_password(dsn: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The message, without the version and stack that ClickHouse adds."""
+    """The message, without the version and stack that ClickHouse adds; of a failed connection what the network said."""
+    if isinstance(cause := error.__cause__, HTTPError):
+        said = str(getattr(cause, "reason", cause))
+        return said.partition("): ")[2] or said  # behind the connection's own name
     return re.sub(r"\s*\(version [^)]*\)", "", str(error).strip().partition("\n")[0])

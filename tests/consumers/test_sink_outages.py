@@ -97,6 +97,8 @@ async def test_a_server_that_is_down_costs_nothing_but_time(server, kafka_settin
     assert ready == 503
     assert b"records wait since" in why
     assert f"127.0.0.1:{server.port}".encode() in why
+    assert b"Connection refused" in why
+    assert len(why) < 300  # and not the whole request
     assert sink.outage_s > 0
     assert health.poll_age < 1  # it goes on polling …
     assert sink.waiting <= 2 * settings.span_batch_size  # … and holds no more than this
