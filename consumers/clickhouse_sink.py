@@ -33,10 +33,10 @@ class ClickHouseSink:
 
     def write(self, batch: Batch) -> list[Unusable]:
         tables, unusable = to_rows(batch.records, self._marks_topic)
-        refused = [found for rows in tables for found in self._insert(rows, batch.token)]
+        refused = dict(found for rows in tables for found in self._insert(rows, batch.token))
         if refused:
             records = {(*record.partition, record.offset): record for record in batch.records}
-            unusable += [Unusable(records[place], "unstorable", error) for place, error in refused]
+            unusable += [Unusable(records[place], "unstorable", error) for place, error in refused.items()]
         return unusable
 
     def flush(self) -> None:
