@@ -200,16 +200,17 @@ class Adapter:
             return False
         part.start = part.position = item.offset
         part.high_watermark = ends[item.partition]
-        part.phase = _Phase.FOLD if isinstance(item, EndOfPartition) else _Phase.SCAN
+        part.phase = _Phase.SCAN
         return True
 
     async def _scan(self, part: _Part, item: LogRecord | EndOfPartition) -> bool:
-        """First pass. True when it is over and the partition has been sought back."""
+        """First pass. True when it is over and the partition has been sought back. An end that lies before the
+        watermark is that of an open transaction, a predecessor's perhaps: what it decided has to be seen."""
         end = item.offset
         if isinstance(item, LogRecord):
             part.fold.scan(item)
             end += 1
-        if isinstance(item, LogRecord) and end < part.high_watermark:
+        if end < part.high_watermark:
             return False
         part.phase = _Phase.FOLD
         await self._consumer.seek(item.partition, part.start)
@@ -262,7 +263,9 @@ class Adapter:
             box += [(partition, rollout_id, decision) for rollout_id, decision in chosen]
             dead += [(partition, offset, letter) for offset, letter in part.dead.items()]
             offset = self._committable(part, {rollout_id for rollout_id, _ in chosen}, now)
-            if offset > part.committed:
+            # Also where it stands still: the offset is what fences us where the partition is another member's by now,
+            # and what makes that member wait for the end of this transaction.
+            if offset > part.committed or chosen or part.dead:
                 offsets[partition] = offset
         if not box and not dead and not offsets:
             return False

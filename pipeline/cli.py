@@ -21,7 +21,7 @@ from millstream.pipeline.cli_dead import app as dead_app
 from millstream.pipeline.cli_monitor import app as monitor_app
 from millstream.pipeline.cli_output import Json, err, out, print_rows
 from millstream.pipeline.cli_workers import app as workers_app
-from millstream.pipeline.health import Health
+from millstream.pipeline.health import Health, watched
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.schemas import metrics
 from millstream.schemas.errors import ConfigError, Fenced, MillstreamError
@@ -149,9 +149,11 @@ def runner(
         health.gauge(metrics.SLOTS, lambda: role.load()[0])
         health.gauge(metrics.RUNNING, lambda: role.load()[1])
         health.gauge(metrics.HEARTBEAT_AGE, lambda: role.silent_s)
+        health.age(metrics.STARVING, lambda: role.starving_s)
+        health.registry.register(role)
         await role.run(stop)
 
-    _run_role(settings, health_port, work)
+    _run_role(settings, "runner", health_port, work)
 
 
 @app.command(epilog="Example: millstream adapter --replica 0")
@@ -175,7 +177,7 @@ def adapter(
         transactional_id = f"{topics.prefix}.adapter.{replica}"
         await Adapter(health.log, topics, transactional_id=transactional_id, to_triplets=chosen).run(stop)
 
-    _run_role(settings, health_port, work)
+    _run_role(settings, "adapter", health_port, work)
 
 
 @app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb://runs/store millstream sink --flush-ms 500")
@@ -211,7 +213,7 @@ def sink(
         finally:
             opened.close()
 
-    _run_role(settings, health_port, work)
+    _run_role(settings, "sink", health_port, work)
 
 
 @app.command(epilog="Example: MILLSTREAM_MODEL_URL=http://127.0.0.1:8500 millstream proxy")
@@ -233,18 +235,19 @@ def proxy(health_port: HealthPort = 0) -> None:
             await backend.close()
             await asyncio.to_thread(producer.close)
 
-    _run_role(settings, health_port, work)
+    _run_role(settings, "proxy", health_port, work)
 
 
 @app.command(epilog="Example: millstream train examples/calculator/train.toml")
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file; see examples/calculator/train.toml.")],
+    health_port: HealthPort = 0,
     as_json: Json = False,
 ) -> None:
     """Train as a file says; live view, then a summary. Needs the `train` extra."""
     from millstream.pipeline.train_config import train_from
 
-    summary = train_from(config, err if as_json else out)
+    summary = train_from(config, err if as_json else out, health_port=health_port)
     values = summary.first_reward, summary.validation_reward, summary.rollouts, summary.rollouts_per_second
     columns = ["steps", "first_reward", "validation_reward", "rollouts", "rollouts_per_second", "seconds"]
     rounded = [value if value is None else round(value, 3) for value in (*values, summary.seconds)]
@@ -331,11 +334,13 @@ def _print_status(kafka: LocalKafka, as_json: bool) -> None:
 # --- shared
 
 
-def _run_role(settings: Settings, health_port: int, work: Callable[[Health, asyncio.Event], Awaitable[None]]) -> None:
+def _run_role(
+    settings: Settings, role: str, health_port: int, work: Callable[[Health, asyncio.Event], Awaitable[None]]
+) -> None:
     """Runs until SIGTERM or SIGINT, then lets the role end in good order. A second SIGINT ends it at once, which does
     no harm: whoever takes over finds everything in the log."""
 
-    async def role() -> None:
+    async def run() -> None:
         stop = asyncio.Event()
 
         def interrupt() -> None:
@@ -347,8 +352,7 @@ def _run_role(settings: Settings, health_port: int, work: Callable[[Health, asyn
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
         log = KafkaLog(settings)
         await log.check()
-        health = Health(log, stop)
-        health.start(health_port)
-        await work(health, stop)
+        async with watched(log, settings.topics, role, health_port, stop) as health:
+            await work(health, stop)
 
-    asyncio.run(role())
+    asyncio.run(run())

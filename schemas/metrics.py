@@ -14,6 +14,9 @@ POLL_AGE: Final = Metric("millstream_poll_age_seconds", "Since the consumer that
 HEARTBEAT_AGE: Final = Metric(
     "millstream_heartbeat_age_seconds", "Since the oldest of the last acknowledged heartbeats"
 )
+STARVING: Final = Metric(
+    "millstream_starving_seconds", "Since the lag began to grow although slots are free and the runner polls"
+)
 SLOTS: Final = Metric("millstream_slots", "Attempts that this runner can run at once")
 RUNNING: Final = Metric("millstream_running", "Attempts that this runner has claimed and not ended")
 SINK_OUTAGE: Final = Metric("millstream_sink_outage_seconds", "Since the store began to fail; 0 while it takes records")

@@ -93,11 +93,19 @@ def test_the_first_terminal_status_is_final(feed):
 
 
 def test_a_lease_that_runs_out_ends_the_rollout(feed):
-    feed(event(TASK, "a", "preparing", lease_s=10.0), now=100.0)
+    feed(event(TASK, "a", "preparing"), event(TASK, "a", "running", lease_s=10.0), now=100.0)
     feed.fold.expire(now=110.0, not_before=0.0, time_ns=1)
     assert RID not in feed.fold.decided
     feed.fold.expire(now=110.1, not_before=0.0, time_ns=1)
     assert feed.end().reason == "lost: no heartbeat for 10 s"
+
+
+def test_a_claim_that_never_ran_is_given_up_later_than_its_task_is_delivered_again(feed):
+    feed(event(TASK, "a", "preparing", lease_s=10.0), now=100.0)
+    feed.fold.expire(now=130.0, not_before=0.0, time_ns=1)
+    assert RID not in feed.fold.decided
+    feed.fold.expire(now=130.1, not_before=0.0, time_ns=1)
+    assert feed.end().reason == "lost: no heartbeat for 30 s"
 
 
 def test_a_heartbeat_renews_the_lease(feed):
