@@ -2,7 +2,7 @@
 
 In an agent: `emit_reward`, `emit_span`. To train one: `Trainer` with an algorithm such as `GRPO` (needs the ``train``
 extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. Code of yours around each attempt: `Hook`. To
-ask what happened: `Store`. To process the stream: `broker`.
+ask what happened: `Store`. To process the stream: `broker`. To keep it elsewhere: `Sink`.
 """
 
 from importlib import import_module
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from millstream.consumers.hooks import Hook
+    from millstream.consumers.sink_port import Batch, Sink
     from millstream.consumers.triplets import Trace, to_triplets
     from millstream.pipeline.algorithms.grpo import GRPO
     from millstream.pipeline.batches import Algorithm
@@ -28,12 +29,14 @@ __all__ = [
     "GRPO",
     "LLM",
     "Algorithm",
+    "Batch",
     "ErrorHandler",
     "Hook",
     "PerformanceMonitor",
     "PromptTemplate",
     "Resources",
     "Settings",
+    "Sink",
     "StateBackup",
     "Store",
     "Trace",
@@ -55,12 +58,14 @@ _HOMES = {
     "GRPO": "millstream.pipeline.algorithms.grpo",
     "LLM": "millstream.schemas.resources",
     "Algorithm": "millstream.pipeline.batches",
+    "Batch": "millstream.consumers.sink_port",
     "ErrorHandler": "millstream.pipeline.hooks",
     "Hook": "millstream.consumers.hooks",
     "PerformanceMonitor": "millstream.pipeline.hooks",
     "PromptTemplate": "millstream.schemas.resources",
     "Resources": "millstream.schemas.resources",
     "Settings": "millstream.schemas.settings",
+    "Sink": "millstream.consumers.sink_port",
     "StateBackup": "millstream.pipeline.hooks",
     "Store": "millstream.pipeline.store",
     "Trace": "millstream.consumers.triplets",

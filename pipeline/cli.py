@@ -53,7 +53,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(name)s: %(message)s", handlers=[RichHandler(console=err, show_path=False)]
     )
-    for noisy in ("aiokafka", "httpx", "httpx2", "faststream"):
+    for noisy in ("aiokafka", "httpx", "httpx2", "faststream", "urllib3.connectionpool", "clickhouse_connect"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
@@ -184,21 +184,38 @@ def adapter(
     _run_role(settings, "adapter", health_port, work)
 
 
-@app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb://runs/store millstream sink")
-def sink(health_port: HealthPort = 0) -> None:
-    """Write everything that happens to ClickHouse."""
-    from millstream.consumers.sink import Sink
-    from millstream.pipeline.store import Store
+@app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb://runs/store millstream sink --flush-ms 500")
+def sink(
+    kind: Annotated[
+        str, typer.Option("--sink", help="clickhouse, parquet, or module:attribute of your own; see ms.Sink.")
+    ] = "clickhouse",
+    name: Annotated[str | None, typer.Option(help="Sinks of one name share the records; else by --sink.")] = None,
+    flush_rows: Annotated[int | None, typer.Option(min=1, help="Records that are stored at once.")] = None,
+    flush_bytes: Annotated[int, typer.Option(min=1, help="Bytes that are stored at once.")] = 32 << 20,
+    flush_ms: Annotated[int, typer.Option(min=1, help="How old a record gets before it is stored.")] = 1000,
+    health_port: HealthPort = 0,
+) -> None:
+    """Write everything that happens to ClickHouse, or to a sink of your own."""
+    from millstream.consumers.sink import FlushPolicy, SinkRole
+    from millstream.pipeline.sinks import open_sink, sink_name
 
-    settings = load_settings()
+    settings = load_settings(span_batch_size=flush_rows)
+    group = sink_name(kind) if name is None else name
+    policy = FlushPolicy(settings.span_batch_size, flush_bytes, flush_ms / 1000)
 
     async def work(health: Health, stop: asyncio.Event) -> None:
-        store = Store(settings)
+        opened = open_sink(kind, settings)
         try:
-            store.migrate()
-            await Sink(health.log, store, settings).run(stop)
+            role = SinkRole(health.log, opened, settings, name=group, flush=policy)
+            health.trouble = lambda: role.trouble
+            health.gauge(metrics.SINK_OUTAGE, lambda: role.outage_s)
+            health.gauge(metrics.SINK_WAITING, lambda: role.waiting)
+            health.gauge(metrics.SINK_STORED, lambda: role.stats.records)
+            health.gauge(metrics.SINK_RETRIES, lambda: role.stats.retries)
+            health.gauge(metrics.SINK_DEAD, lambda: role.stats.dead_letters)
+            await role.run(stop)
         finally:
-            store.close()
+            opened.close()
 
     _run_role(settings, "sink", health_port, work)
 

@@ -1,7 +1,7 @@
 """Whether a role is alive: seen in how long ago its consumers polled, told over HTTP, and ended if it is stuck.
 
     GET /livez      200; 503 once a consumer has not polled for STUCK_S, or a runner has starved for as long
-    GET /readyz     200 between the first polls of all consumers and the stop
+    GET /readyz     200 between the first polls of all consumers and the stop, unless the role says what is wrong
     GET /metrics    Prometheus
 
 So is an event loop that hangs. All of it lives in threads of its own: an event loop that is stuck can't say so.
@@ -47,6 +47,7 @@ class Health:
         self.log = cast(Log, _WatchedLog(log, self))
         self.registry = CollectorRegistry()
         self._stop = stop
+        self.trouble: Callable[[], str | None] = lambda: None  # what keeps the role from its work; any thread may ask
         self._rests = rests
         self._polls: dict[object, float | None] = {}  # when each was last heard of; None: not yet
         self._ages: dict[Metric, tuple[Callable[[], float], float]] = {}  # each with its limit
@@ -101,7 +102,8 @@ class Health:
             body = "".join(f"{name} {age:.1f}\n" for name, age, _ in ages)
             return (503 if any(age > limit_s for _, age, limit_s in ages) else 200), body.encode()
         if path == "/readyz":
-            return (200, b"ready\n") if self.ready else (503, b"not ready\n")
+            trouble = self.trouble() if self.ready else "not ready"
+            return (200, b"ready\n") if trouble is None else (503, f"{trouble}\n".encode(errors="replace"))
         return 404, b"/livez, /readyz or /metrics\n"
 
     def _watch(self) -> None:

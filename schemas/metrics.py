@@ -20,3 +20,8 @@ STARVING: Final = Metric(
 )
 SLOTS: Final = Metric("millstream_slots", "Attempts that this runner can run at once")
 RUNNING: Final = Metric("millstream_running", "Attempts that this runner has claimed and not ended")
+SINK_OUTAGE: Final = Metric("millstream_sink_outage_seconds", "Since the store began to fail; 0 while it takes records")
+SINK_WAITING: Final = Metric("millstream_sink_waiting_records", "Read and not yet stored")
+SINK_STORED: Final = Metric("millstream_sink_stored_records", "Stored since the start")
+SINK_RETRIES: Final = Metric("millstream_sink_retries", "Batches that were tried again, since the start")
+SINK_DEAD: Final = Metric("millstream_sink_dead_letters", "Written since the start")

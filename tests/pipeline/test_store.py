@@ -8,8 +8,8 @@ from uuid import uuid4
 import factories
 import pytest
 
+from millstream.consumers.clickhouse_sink import RowsRefused
 from millstream.consumers.rows import TABLES, to_rows
-from millstream.consumers.sink import RowsRefused
 from millstream.pipeline.migrations import Migration, packaged_migrations
 from millstream.pipeline.queries import CLOSING_QUERIES, list_rollouts
 from millstream.pipeline.store import Store
