@@ -102,7 +102,7 @@ _TASK = codec.CODECS[AttemptEvent].field_names.index("task")
 def _values(kind: type[Record], value: bytes | Record) -> tuple[Any, ...]:
     """The field values; what is nested is a dict if the record was encoded, else an object."""
     if isinstance(value, bytes):
-        return _FROM_DICT[kind](codec.CODECS[kind].decode_dict(value))  # type: ignore[no-any-return]
+        return _FROM_DICT[kind](codec.codec_of(value).decode_dict(value))  # type: ignore[no-any-return]
     return _FROM_RECORD[kind](value)
 
 
