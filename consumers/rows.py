@@ -22,6 +22,7 @@ from millstream.schemas.records import (
     RolloutTask,
     Span,
     Triplet,
+    Worker,
 )
 
 DAY_MS = 86_400_000
@@ -64,29 +65,29 @@ def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows],
     """The rows of a batch, table by table, and what could not be decoded.
 
     Of what the adapter writes twice one copy counts: of a `RolloutEnd` its mark on ``marks_topic``, where its offset
-    compares with those of the attempts; of a `DeadLetter` the one elsewhere, which is whole. Records of types that the
-    store doesn't keep are passed over.
+    compares with those of the attempts; of a `DeadLetter` the one elsewhere, which is whole.
     """
-    tables: dict[type[Record], list[tuple[Any, ...]]] = {t: [] for t in TABLES}
+    found: dict[type[Record], list[tuple[Any, ...]]] = {t: [] for t in codec.CODECS}
     unusable = []
     for record in records:
         value = record.value
         place = (record.partition.topic, record.partition.number, record.offset)
         try:
             kind = codec.type_of(value)
-            if kind not in tables or (kind in MARKS and MARKS[kind] != (place[0] == marks_topic)):
+            if kind in MARKS and MARKS[kind] != (place[0] == marks_topic):
                 continue
             row = _values(kind, value)
             if kind is AttemptEvent:
                 row, task = _attempt(row)
                 if task is not None:
-                    tables[RolloutTask].append((*_values(RolloutTask, task), 1, *place))
+                    found[RolloutTask].append((*_values(RolloutTask, task), 1, *place))
             elif kind is RolloutTask:
                 row = (*row, 0)
-            tables[kind].append((*row, *place))
+            found[kind].append((*row, *place))
         except CodecError as error:
             unusable.append(Unusable(record, "undecodable", str(error)))
-    return [_rows(kind, rows) for kind, rows in tables.items() if rows], unusable
+    tables = [table.rows(found[table.kind]) for table in TABLES if found[table.kind]]
+    return [rows for rows in tables if len(rows)], unusable
 
 
 MARKS: dict[type[Record], bool] = {RolloutEnd: True, DeadLetter: False}  # whether the copy among the events counts
@@ -114,10 +115,22 @@ def _attempt(row: tuple[Any, ...]) -> tuple[tuple[Any, ...], bytes | None]:
     return row, task
 
 
-def _rows(kind: type[Record], rows: list[tuple[Any, ...]]) -> Rows:
-    table, columns = TABLES[kind]
-    fields = dict(zip(_NAMES[kind], zip(*rows, strict=True), strict=True))
-    return Rows(table, tuple(columns), [column(fields) for column in columns.values()])
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Where the records of a type go, or those that pass ``only``, and what each column holds."""
+
+    name: str
+    kind: type[Record]
+    columns: dict[str, Column]
+    only: Callable[[tuple[Any, ...]], bool] | None = None
+
+    def rows(self, records: list[tuple[Any, ...]]) -> Rows:
+        names = _NAMES[self.kind]
+        if self.only is not None:
+            records = list(filter(self.only, records))
+        values = zip(*records, strict=True) if records else ((),) * len(names)
+        fields = dict(zip(names, values, strict=True))
+        return Rows(self.name, tuple(self.columns), [column(fields) for column in self.columns.values()])
 
 
 # --- columns
@@ -186,37 +199,49 @@ def _first(fields: Fields) -> list[int]:
     return [-offset for offset in fields["log_offset"]]
 
 
-def _bytes(name: str) -> Column:
-    return _each(name, lambda value: b"" if value is None else bytes(value))
+_TOKEN_FIELDS = ("prompt_token_ids", "response_token_ids", "response_logprobs")
+_token_values = operator.itemgetter(*map(codec.CODECS[Span].field_names.index, _TOKEN_FIELDS))
+
+
+def _has_tokens(row: tuple[Any, ...]) -> bool:
+    return any(value is not None for value in _token_values(row))
 
 
 _DATE = {"date": _each("rollout_id", _day)}
+# As they are; the table turns them into arrays.
+_TOKENS = {
+    name: _field(f) for name, f in zip(("prompt_bytes", "response_bytes", "logprobs_bytes"), _TOKEN_FIELDS, strict=True)
+}
 _PLACE = {name: _field(source) for name, source in zip(PLACE, LOG_PLACE, strict=True)}
 
-TABLES: dict[type[Record], tuple[str, dict[str, Column]]] = {
-    RolloutTask: (
+TABLES: tuple[Table, ...] = (
+    Table(
         "tasks_raw",
+        RolloutTask,
         _DATE
         | _copied("rollout_id", "attempt", "group_id", "group_size", "input", "mode", "priority", "resources_id")
         | _copied("max_attempts", "losses", "max_losses", "timeout_s", "lease_s", "unresponsive_s", "retry_on", "seed")
         | _copied("experiment_id", "metadata", "created_at", "claimed")
         | _PLACE,
     ),
-    AttemptEvent: (
+    Table(
         "attempts_raw",
+        AttemptEvent,
         _DATE
         | _copied("rollout_id", "attempt_id", "status", "attempt", "worker_id", "time", "lease_s")
         | {f"error_{name}": _of_error(name) for name in ("type", "message", "stack")}
         | _copied("span_counts", "output", "metadata")
-        | {"state": _bytes("state"), "version": _version}
+        | {"state": _each("state", lambda state: state or b""), "version": _version}
         | _PLACE,
     ),
-    RolloutEnd: (
+    Table(
         "rollout_ends_raw",
+        RolloutEnd,
         _DATE | _copied(*codec.CODECS[RolloutEnd].field_names) | {"version": _first} | _PLACE,
     ),
-    Span: (
+    Table(
         "spans_raw",
+        Span,
         {
             "Date": _each("rollout_id", _day),
             "Timestamp": _field("start"),
@@ -256,19 +281,37 @@ TABLES: dict[type[Record], tuple[str, dict[str, Column]]] = {
             "Offset": _field("log_offset"),
         },
     ),
-    Triplet: (
-        "triplets_raw",
+    Table(
+        "token_ids_raw",
+        Span,
         _DATE
-        | _copied(*codec.CODECS[Triplet].field_names)
-        | {name: _bytes(name) for name in ("prompt_token_ids", "response_token_ids", "response_logprobs")}
+        | _copied("rollout_id", "attempt_id", "source", "sequence", "span_id", "model_version")
+        | _TOKENS
+        | _PLACE,
+        only=_has_tokens,
+    ),
+    Table(
+        "triplets_raw",
+        Triplet,
+        _DATE
+        | _copied(*(name for name in codec.CODECS[Triplet].field_names if name not in _TOKEN_FIELDS))
+        | _TOKENS
         | _PLACE,
     ),
-    Control: ("controls_raw", _copied(*codec.CODECS[Control].field_names) | _PLACE),
-    DeadLetter: (
+    Table("controls_raw", Control, _copied(*codec.CODECS[Control].field_names) | _PLACE),
+    Table(
+        "workers_raw",
+        Worker,
+        _copied("worker_id", "role", "host", "version", "slots", "running", "last_seen")
+        | {"started_at": _field("started")}
+        | _PLACE,
+    ),
+    Table(
         "dead_letters_raw",
+        DeadLetter,
         {f"source_{name}": _field(name) for name in PLACE}
         | _copied("role", "reason", "error", "time", "key", "value", "headers")
         | {"written_at": _field("timestamp")}
         | _PLACE,
     ),
-}
+)

@@ -19,7 +19,6 @@ from millstream.producers.port import Producer, send_acknowledged
 from millstream.schemas.errors import CodecError, LogError, LogUnavailable, StoreError, TooLarge, TransactionAborted
 from millstream.schemas.log import KIND_HEADER, EndOfPartition, LogRecord, Partition
 from millstream.schemas.settings import Settings
-from millstream.schemas.topics import PRIORITIES
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +58,7 @@ class SinkStats:
 
 
 class Sink:
-    """Reads tasks, events, triplets, control and dead letters as a member of the group ``PREFIX.sink``."""
+    """Reads every topic as a member of the group ``PREFIX.sink``."""
 
     def __init__(
         self,
@@ -78,7 +77,7 @@ class Sink:
         self._batch_size = settings.span_batch_size
         self._events = topics.events
         self._dead = topics.dead
-        self._topics = [*map(topics.tasks, PRIORITIES), topics.events, topics.triplets, topics.control, topics.dead]
+        self._topics = [topic.name for topic in topics.all]
         self._consumer = log.consumer(f"{topics.prefix}.sink")
         self._producer: Producer | None = None  # made for the first dead letter
         self._held: dict[Partition, list[LogRecord]] = {}  # polled and not yet inserted

@@ -1,12 +1,10 @@
 """The store: ClickHouse, embedded in this process (``chdb://``) or a server (``clickhouse://``), behind one client."""
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +15,7 @@ from clickhouse_connect.driver.exceptions import ClickHouseError, DataError
 from clickhouse_connect.driver.httputil import get_pool_manager
 
 from millstream.consumers.sink import RowsRefused
+from millstream.pipeline.migrations import Migration, apply_retention, locked, packaged_migrations
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.settings import Settings
 
@@ -33,33 +32,6 @@ class Result:
     rows: list[tuple[Any, ...]]
 
 
-@dataclass(frozen=True, slots=True)
-class Migration:
-    """One numbered file of ``schemas/clickhouse/``; every statement in it may be run again."""
-
-    version: int
-    name: str
-    sql: str
-
-    @property
-    def checksum(self) -> str:
-        return hashlib.sha256(self.sql.encode()).hexdigest()
-
-    @property
-    def statements(self) -> list[str]:
-        """A statement ends with a semicolon at the end of a line."""
-        return [part.strip() for part in re.split(r";\s*$", self.sql, flags=re.MULTILINE) if part.strip()]
-
-
-def packaged_migrations() -> list[Migration]:
-    """Those that this version of Millstream brings, in order."""
-    found = sorted(
-        (f for f in files("millstream.schemas").joinpath("clickhouse").iterdir() if f.name.endswith(".sql")),
-        key=lambda f: f.name,
-    )
-    return [Migration(int(f.name[:4]), f.name.removesuffix(".sql"), f.read_text("utf-8")) for f in found]
-
-
 class Store:
     """One process's connection. Every method may be called from any thread; calls that write wait for each other.
 
@@ -69,6 +41,7 @@ class Store:
     def __init__(self, settings: Settings) -> None:
         self._database = settings.clickhouse_database
         self._types: dict[str, dict[str, str]] = {}
+        self._retention_days = settings.retention_days
         self._where = _without_password(settings.clickhouse_dsn)
         with self._errors("can't be opened"):
             self._writer = _connect(settings)
@@ -79,7 +52,7 @@ class Store:
                 self._use_database()
 
     def migrate(self, migrations: Sequence[Migration] | None = None) -> list[str]:
-        """Brings the tables and views up to date; returns the names of what was applied.
+        """Brings the tables, views and retention up to date; returns the names of what was applied.
 
         Raises `StoreError` if the store has migrations that this version of Millstream doesn't know, or other ones.
         """
@@ -91,19 +64,15 @@ class Store:
                 "CREATE TABLE IF NOT EXISTS migrations (version UInt32, name String, checksum String, "
                 "applied_at DateTime64(3, 'UTC') DEFAULT now64(3)) ENGINE = MergeTree ORDER BY version"
             )
-            rows = self._writer.query("SELECT version, name, checksum FROM migrations ORDER BY version").result_rows
+            applied = []
+            if self._missing(migrations):
+                with locked(self._writer, f"{self._database} in {self._where}"):
+                    applied = self._missing(migrations)  # another process may have been faster
+                    for migration in applied:
+                        self._apply(migration)
             self._types.clear()
-            done = self._check({version: (name, checksum) for version, name, checksum in rows}, migrations)
-            todo = [m for m in migrations if m.version > done]
-            for migration in todo:
-                for statement in migration.statements:
-                    self._writer.command(statement)
-                self._writer.insert(
-                    "migrations",
-                    [[migration.version, migration.name, migration.checksum]],
-                    column_names=["version", "name", "checksum"],
-                )
-        return [m.name for m in todo]
+            apply_retention(self._writer, self._retention_days)
+        return [m.name for m in applied]
 
     def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Result:
         """Asks; ``parameters`` fill ``{name:Type}``. Raises `StoreError` for anything that would change the store."""
@@ -154,10 +123,17 @@ class Store:
     def _use_database(self) -> None:
         self._writer.database = self._reader.database = self._database
 
-    def _check(self, applied: Mapping[int, tuple[str, str]], migrations: Sequence[Migration]) -> int:
-        """The last version applied, if all up to it are the ones we know."""
+    def _apply(self, migration: Migration) -> None:
+        for statement in migration.statements:
+            self._writer.command(statement)
+        row = [migration.version, migration.name, migration.checksum]
+        self._writer.insert("migrations", [row], column_names=["version", "name", "checksum"])
+
+    def _missing(self, migrations: Sequence[Migration]) -> list[Migration]:
+        """Those still to be applied. Raises `StoreError` if the store has others than these, or newer ones."""
         known = {m.version: m for m in migrations}
-        for version, (name, checksum) in applied.items():
+        applied = self._writer.query("SELECT version, name, checksum FROM migrations ORDER BY version").result_rows
+        for version, name, checksum in applied:
             if version not in known:
                 raise StoreError(
                     f"database {self._database} in {self._where} has migration {version} ({name}), which this version "
@@ -169,7 +145,8 @@ class Store:
                     "other contents than this version of Millstream has: use the version that made the store, or "
                     "name another clickhouse_database"
                 )
-        return max(applied, default=0)
+        done = max((version for version, *_ in applied), default=0)
+        return [m for m in migrations if m.version > done]
 
     @contextmanager
     def _errors(self, what: str) -> Iterator[None]:

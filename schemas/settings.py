@@ -5,13 +5,14 @@ import os
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
     TomlConfigSettingsSource,
 )
 
@@ -21,6 +22,10 @@ from millstream.schemas.topics import Topics
 ENV_PREFIX = "MILLSTREAM_"
 CONFIG_VARIABLE = "MILLSTREAM_CONFIG"  # path of the TOML file; not a setting itself
 DEFAULT_CONFIG = "millstream.toml"
+
+RetentionTable = Literal[
+    "tasks", "attempts", "rollout_ends", "spans", "token_ids", "triplets", "workers", "dead_letters"
+]
 
 
 class Settings(BaseSettings):
@@ -53,6 +58,9 @@ class Settings(BaseSettings):
     clickhouse_secure: bool = Field(False, description="TLS to the ClickHouse server.")
     store_connection_pool: int = Field(8, ge=1, description="HTTP connections a process keeps to ClickHouse.")
     span_batch_size: int = Field(5000, ge=1, description="Rows that the sink inserts at once.")
+    retention_days: dict[RetentionTable, Annotated[int, Field(ge=1, le=10_000)]] = Field(
+        {}, description='Days that a table keeps its rows, as JSON: {"spans": 30}; for ever if it isn\'t named.'
+    )
 
     # Rollouts
     runner_concurrency: int = Field(8, ge=1, description="Attempts at a time in one agent process.")
@@ -113,6 +121,8 @@ def load_settings(**overrides: Any) -> Settings:
         _refuse_unknown(names, set(known), f"setting in {_config_file()}:")
     try:
         return Settings(**{key: value for key, value in overrides.items() if value is not None})
+    except SettingsError as error:  # a variable that should hold JSON
+        raise ConfigError(f"{error}: {error.__cause__}") from error
     except ValidationError as error:
         raise ConfigError(
             "; ".join(

@@ -1,5 +1,7 @@
 -- What the sink writes. A row's identity is the sorting key, so that what is sent again replaces its twin; both lie in
--- the same partition, because that is the date within the rollout's id. Query the views (0002): they hold each row once.
+-- the same partition, because that is the date within the rollout's id (1970 for ids without one). Query the views
+-- (0002): they hold each row once. Nothing here is a materialised view: what a crash repeats comes in other blocks, and
+-- would count twice in whatever adds up blocks.
 
 CREATE TABLE IF NOT EXISTS tasks_raw (
     date Date,
@@ -29,7 +31,7 @@ CREATE TABLE IF NOT EXISTS tasks_raw (
 ) ENGINE = ReplacingMergeTree(claimed)
 PARTITION BY date
 ORDER BY (rollout_id, attempt)
-SETTINGS non_replicated_deduplication_window = 1000;
+SETTINGS non_replicated_deduplication_window = 1000, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
 -- One row for each status of an attempt: of the heartbeats (status running) the last is kept, of anything else the
 -- first, because that is the one which counts. `version` says which it is.
@@ -56,7 +58,7 @@ CREATE TABLE IF NOT EXISTS attempts_raw (
 ) ENGINE = ReplacingMergeTree(version)
 PARTITION BY date
 ORDER BY (rollout_id, attempt_id, status)
-SETTINGS non_replicated_deduplication_window = 1000;
+SETTINGS non_replicated_deduplication_window = 1000, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
 -- The adapter's marks on the events topic: their offsets compare with those of the attempts.
 CREATE TABLE IF NOT EXISTS rollout_ends_raw (
@@ -83,11 +85,12 @@ CREATE TABLE IF NOT EXISTS rollout_ends_raw (
     version Int64,
     topic LowCardinality(String),
     partition Int32,
-    offset Int64
+    offset Int64,
+    INDEX idx_time ended_at TYPE minmax GRANULARITY 1
 ) ENGINE = ReplacingMergeTree(version)
 PARTITION BY date
 ORDER BY rollout_id
-SETTINGS non_replicated_deduplication_window = 1000;
+SETTINGS non_replicated_deduplication_window = 1000, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
 -- Up to and including Links the columns of the OpenTelemetry Collector's ClickHouse exporter (its table otel_traces).
 CREATE TABLE IF NOT EXISTS spans_raw (
@@ -131,12 +134,41 @@ CREATE TABLE IF NOT EXISTS spans_raw (
     Topic LowCardinality(String),
     Partition Int32,
     Offset Int64,
-    INDEX idx_trace_id TraceId TYPE bloom_filter(0.001) GRANULARITY 1
+    INDEX idx_trace_id TraceId TYPE bloom_filter(0.001) GRANULARITY 1,
+    INDEX idx_time Timestamp TYPE minmax GRANULARITY 1
 ) ENGINE = ReplacingMergeTree
 PARTITION BY Date
 ORDER BY (RolloutId, AttemptId, Source, Sequence, SpanId)
-SETTINGS non_replicated_deduplication_window = 1000;
+SETTINGS non_replicated_deduplication_window = 1000, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
+-- The tokens of each span that has some. They come as the record's little-endian bytes (int32, float32) and are stored as
+-- arrays; `has_…` tells an empty array from none.
+CREATE TABLE IF NOT EXISTS token_ids_raw (
+    date Date,
+    rollout_id String CODEC(ZSTD(1)),
+    attempt_id String CODEC(ZSTD(1)),
+    source LowCardinality(String),
+    sequence Int64,
+    span_id String CODEC(ZSTD(1)),
+    model_version LowCardinality(Nullable(String)),
+    prompt_bytes Nullable(String) EPHEMERAL,
+    response_bytes Nullable(String) EPHEMERAL,
+    logprobs_bytes Nullable(String) EPHEMERAL,
+    prompt_token_ids Array(Int32) DEFAULT reinterpret(ifNull(prompt_bytes, ''), 'Array(Int32)') CODEC(T64, ZSTD(1)),
+    response_token_ids Array(Int32) DEFAULT reinterpret(ifNull(response_bytes, ''), 'Array(Int32)') CODEC(T64, ZSTD(1)),
+    response_logprobs Array(Float32) DEFAULT reinterpret(ifNull(logprobs_bytes, ''), 'Array(Float32)') CODEC(ZSTD(1)),
+    has_prompt Bool DEFAULT prompt_bytes IS NOT NULL,
+    has_response Bool DEFAULT response_bytes IS NOT NULL,
+    has_logprobs Bool DEFAULT logprobs_bytes IS NOT NULL,
+    topic LowCardinality(String),
+    partition Int32,
+    offset Int64
+) ENGINE = ReplacingMergeTree
+PARTITION BY date
+ORDER BY (rollout_id, attempt_id, source, sequence, span_id)
+SETTINGS non_replicated_deduplication_window = 1000, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
+
+-- Tokens as in `token_ids_raw`; an adapter of one's own may have made others of them.
 CREATE TABLE IF NOT EXISTS triplets_raw (
     date Date,
     rollout_id String CODEC(ZSTD(1)),
@@ -149,9 +181,12 @@ CREATE TABLE IF NOT EXISTS triplets_raw (
     span_id String CODEC(ZSTD(1)),
     prompt String CODEC(ZSTD(1)),
     response String CODEC(ZSTD(1)),
-    prompt_token_ids String CODEC(ZSTD(1)), -- int32, little-endian
-    response_token_ids String CODEC(ZSTD(1)), -- int32, little-endian
-    response_logprobs String CODEC(ZSTD(1)), -- float32, little-endian
+    prompt_bytes Nullable(String) EPHEMERAL,
+    response_bytes Nullable(String) EPHEMERAL,
+    logprobs_bytes Nullable(String) EPHEMERAL,
+    prompt_token_ids Array(Int32) DEFAULT reinterpret(ifNull(prompt_bytes, ''), 'Array(Int32)') CODEC(T64, ZSTD(1)),
+    response_token_ids Array(Int32) DEFAULT reinterpret(ifNull(response_bytes, ''), 'Array(Int32)') CODEC(T64, ZSTD(1)),
+    response_logprobs Array(Float32) DEFAULT reinterpret(ifNull(logprobs_bytes, ''), 'Array(Float32)') CODEC(ZSTD(1)),
     reward Nullable(Float64),
     model_version LowCardinality(Nullable(String)),
     agent_name LowCardinality(Nullable(String)),
@@ -164,7 +199,7 @@ CREATE TABLE IF NOT EXISTS triplets_raw (
 ) ENGINE = ReplacingMergeTree
 PARTITION BY date
 ORDER BY (rollout_id, attempt_id, turn)
-SETTINGS non_replicated_deduplication_window = 1000;
+SETTINGS non_replicated_deduplication_window = 1000, ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1;
 
 -- As on the compacted topic, the last of each kind and name counts.
 CREATE TABLE IF NOT EXISTS controls_raw (
@@ -178,6 +213,22 @@ CREATE TABLE IF NOT EXISTS controls_raw (
     offset Int64
 ) ENGINE = ReplacingMergeTree(created_at)
 ORDER BY (kind, name)
+SETTINGS non_replicated_deduplication_window = 1000;
+
+CREATE TABLE IF NOT EXISTS workers_raw (
+    worker_id String,
+    role LowCardinality(String),
+    host LowCardinality(String),
+    version LowCardinality(String),
+    slots Int32,
+    running Int32,
+    started_at DateTime64(9, 'UTC'),
+    last_seen DateTime64(9, 'UTC'),
+    topic LowCardinality(String),
+    partition Int32,
+    offset Int64
+) ENGINE = ReplacingMergeTree(last_seen)
+ORDER BY worker_id
 SETTINGS non_replicated_deduplication_window = 1000;
 
 CREATE TABLE IF NOT EXISTS dead_letters_raw (

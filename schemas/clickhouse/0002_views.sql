@@ -12,17 +12,19 @@ SELECT * EXCEPT (Date)
 FROM spans_raw FINAL
 SETTINGS do_not_merge_across_partitions_select_final = 1;
 
--- Token ids and logprobs as arrays.
+-- The tokens of every span that has some.
+CREATE OR REPLACE VIEW token_ids AS
+SELECT * EXCEPT (date)
+FROM token_ids_raw FINAL
+SETTINGS do_not_merge_across_partitions_select_final = 1;
+
 CREATE OR REPLACE VIEW triplets AS
 SELECT
-    * EXCEPT (date, prompt_token_ids, response_token_ids, response_logprobs, topic, partition, offset),
-    toUInt32(intDiv(length(prompt_token_ids), 4)) AS prompt_tokens,
-    toUInt32(intDiv(length(response_token_ids), 4)) AS response_tokens,
-    arrayMap(i -> reinterpretAsInt32(substring(r.prompt_token_ids, 4 * i + 1, 4)), range(intDiv(length(r.prompt_token_ids), 4))) AS prompt_token_ids,
-    arrayMap(i -> reinterpretAsInt32(substring(r.response_token_ids, 4 * i + 1, 4)), range(intDiv(length(r.response_token_ids), 4))) AS response_token_ids,
-    arrayMap(i -> reinterpretAsFloat32(substring(r.response_logprobs, 4 * i + 1, 4)), range(intDiv(length(r.response_logprobs), 4))) AS response_logprobs,
+    * EXCEPT (date, topic, partition, offset),
+    toUInt32(length(prompt_token_ids)) AS prompt_tokens,
+    toUInt32(length(response_token_ids)) AS response_tokens,
     topic, partition, offset
-FROM triplets_raw AS r FINAL
+FROM triplets_raw FINAL
 SETTINGS do_not_merge_across_partitions_select_final = 1;
 
 -- One row per attempt. The first terminal event counts, unless the adapter's mark (retry, or the rollout's end) lies
@@ -120,8 +122,8 @@ WITH
     tokens AS (
         SELECT
             rollout_id,
-            sum(intDiv(length(prompt_token_ids), 4)) AS prompt_tokens,
-            sum(intDiv(length(response_token_ids), 4)) AS response_tokens
+            sum(length(prompt_token_ids)) AS prompt_tokens,
+            sum(length(response_token_ids)) AS response_tokens
         FROM triplets_raw FINAL
         GROUP BY rollout_id
     )
@@ -206,6 +208,110 @@ SELECT
 FROM controls_raw FINAL
 WHERE kind = 'resources';
 
+-- One row per training run, with its resolved configuration as JSON.
+CREATE OR REPLACE VIEW experiments AS
+SELECT
+    name AS experiment_id,
+    JSONExtractString(body, 'run') AS run,
+    JSONExtractString(body, 'algorithm') AS algorithm,
+    JSONExtract(body, 'seed', 'Nullable(Int64)') AS seed,
+    JSONExtractString(body, 'millstream') AS version,
+    body AS configuration,
+    created_at
+FROM controls_raw FINAL
+WHERE kind = 'experiment';
+
+-- The last that each process told of itself.
+CREATE OR REPLACE VIEW workers AS
+SELECT *
+FROM workers_raw FINAL;
+
 CREATE OR REPLACE VIEW dead_letters AS
 SELECT *
 FROM dead_letters_raw FINAL;
+
+-- Roll-ups per minute: sums over the rows above, so as exact as they are. Ask for a span of time (`minute >= …`): the
+-- index on the time then leaves the rest unread.
+
+-- Rollouts by the minute in which they ended.
+CREATE OR REPLACE VIEW rollouts_per_minute AS
+SELECT
+    toStartOfMinute(ended_at) AS minute,
+    experiment_id,
+    mode,
+    status,
+    count() AS rollouts,
+    sum(attempts) AS attempts,
+    sum(losses) AS losses,
+    sum(turns) AS turns,
+    quantileExact(0.5)(dateDiff('nanosecond', started_at, ended_at) / 1e9) AS duration_p50_s,
+    quantileExact(0.99)(dateDiff('nanosecond', started_at, ended_at) / 1e9) AS duration_p99_s
+FROM rollout_ends_raw FINAL
+GROUP BY minute, experiment_id, mode, status
+SETTINGS do_not_merge_across_partitions_select_final = 1;
+
+-- Rewards of whole rollouts.
+CREATE OR REPLACE VIEW rewards_per_minute AS
+SELECT
+    toStartOfMinute(ended_at) AS minute,
+    experiment_id,
+    mode,
+    model_version,
+    count() AS rollouts,
+    avg(reward) AS reward_mean,
+    quantileExact(0.1)(reward) AS reward_p10,
+    quantileExact(0.5)(reward) AS reward_p50,
+    quantileExact(0.9)(reward) AS reward_p90
+FROM rollout_ends_raw FINAL
+WHERE reward IS NOT NULL
+GROUP BY minute, experiment_id, mode, model_version
+SETTINGS do_not_merge_across_partitions_select_final = 1;
+
+-- A call through the proxy that a traced agent makes is there twice, as the agent and as the proxy saw it: choose a source.
+CREATE OR REPLACE VIEW tokens_per_minute AS
+SELECT
+    toStartOfMinute(Timestamp) AS minute,
+    Source AS source,
+    ModelVersion AS model_version,
+    count() AS calls,
+    sum(PromptTokens) AS prompt_tokens,
+    sum(ResponseTokens) AS response_tokens
+FROM spans_raw FINAL
+WHERE Kind = 'llm'
+GROUP BY minute, source, model_version
+SETTINGS do_not_merge_across_partitions_select_final = 1;
+
+CREATE OR REPLACE VIEW latency_per_minute AS
+SELECT
+    toStartOfMinute(Timestamp) AS minute,
+    Source AS source,
+    Kind AS kind,
+    SpanName AS name,
+    count() AS spans,
+    countIf(StatusCode = 'Error') AS errors,
+    quantileExact(0.5)(Duration) / 1e9 AS p50_s,
+    quantileExact(0.9)(Duration) / 1e9 AS p90_s,
+    quantileExact(0.99)(Duration) / 1e9 AS p99_s
+FROM spans_raw FINAL
+GROUP BY minute, source, kind, name
+SETTINGS do_not_merge_across_partitions_select_final = 1;
+
+-- Names and types of the OpenTelemetry Collector's ClickHouse exporter, for Grafana and whatever else reads its tables.
+CREATE OR REPLACE VIEW otel_traces AS
+SELECT
+    Timestamp, TraceId, SpanId, ParentSpanId, TraceState, SpanName, SpanKind, ServiceName, ResourceAttributes,
+    ScopeName, ScopeVersion, SpanAttributes, Duration, StatusCode, StatusMessage,
+    `Events.Timestamp`, `Events.Name`, `Events.Attributes`,
+    `Links.TraceId`, `Links.SpanId`, `Links.TraceState`, `Links.Attributes`
+FROM spans_raw FINAL
+SETTINGS do_not_merge_across_partitions_select_final = 1;
+
+-- The smallest and largest are the same however often a row is there: no FINAL.
+CREATE OR REPLACE VIEW otel_traces_trace_id_ts AS
+SELECT
+    TraceId,
+    CAST(min(Timestamp), 'SimpleAggregateFunction(min, DateTime)') AS Start,
+    CAST(max(Timestamp), 'SimpleAggregateFunction(max, DateTime)') AS End
+FROM spans_raw
+WHERE TraceId != ''
+GROUP BY TraceId;
