@@ -1,26 +1,34 @@
 """A replay over what a real adapter has written: the same code gives the same bytes, other code other triplets."""
 
 import asyncio
+import json
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
-from factories import call, event, reward, span, task
+from confluent_kafka import TopicPartition
+from confluent_kafka.admin import AdminClient
+from factories import T0, call, event, reward, span, task
+from typer.testing import CliRunner
 
 from millstream.consumers.adapter import Adapter
 from millstream.consumers.reading import read_to_end
 from millstream.consumers.replay import Replay
+from millstream.consumers.sink import Sink
 from millstream.consumers.triplets import to_triplets
+from millstream.pipeline.cli import app
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.pipeline.replay import Start, run_replay
 from millstream.pipeline.replay_output import open_output
+from millstream.pipeline.store import Store
+from millstream.pipeline.stored_events import stored_events
 from millstream.producers.port import send_acknowledged
 from millstream.schemas import codec
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.log import Partition
-from millstream.schemas.records import RolloutEnd, Triplet
+from millstream.schemas.records import RolloutEnd, SpanEvent, SpanLink, Triplet
 from millstream.schemas.settings import load_settings
 
 E = "mine"
@@ -32,7 +40,7 @@ def settings(request):
     return make(kafka_partitions=4)
 
 
-@pytest.fixture(params=["encoded", "live", pytest.param("kafka", marks=pytest.mark.kafka)])
+@pytest.fixture(params=["encoded", "live"])
 async def log(request, settings):
     if request.param == "kafka":
         made = KafkaLog(settings)
@@ -189,6 +197,110 @@ async def test_a_folder_holds_what_the_topic_would(log, settings, tmp_path):
     assert sorted(({**row, "metadata": dict(row["metadata"])} for row in triplets), key=key) == sorted(rows, key=key)
     with pytest.raises(ConfigError, match="something already"):
         await open_output(f"{tmp_path}/one/", log, settings)
+
+
+@pytest.fixture
+async def store(log, settings, tmp_path):
+    """What a sink makes of the log, at the time it is asked for."""
+    stores = []
+
+    async def fill():
+        """Settings of the store that was filled."""
+        filled = settings.model_copy(update={"clickhouse_dsn": f"chdb://{tmp_path}/store"})
+        stores.append(Store(filled))
+        stores[0].migrate()
+        stop = asyncio.Event()
+        stop.set()
+        await Sink(log, stores[0], filled).run(stop)
+        return filled
+
+    yield fill
+    for one in stores:
+        one.close()
+
+
+def full(of, attempt):
+    """A rollout whose spans have something in every field."""
+    rich = call(
+        of,
+        attempt,
+        "9",
+        parent_id="p" * 16,
+        trace_state="a=b",
+        span_kind="Client",
+        status_message="fine",
+        events=(
+            SpanEvent(name="token", time=T0 + 1, attributes={"n": "1"}),
+            SpanEvent(name="x", time=2, attributes={}),
+        ),
+        links=(SpanLink(trace_id="t", span_id="s", attributes={"k": "v"}),),
+        resource={"service.name": "agent", "x": ""},
+        scope_name="scope",
+        scope_version="1",
+        response_token_ids=b"",
+        response_logprobs=None,
+    )
+    claim, *rest, success = turns(of, attempt)
+    return claim, rich, *rest, replace(success, span_counts={"agent": 3, "proxy": 3}, output="x")
+
+
+@on_memory
+async def test_the_store_gives_what_the_log_gave(log, settings, store):
+    of = task(experiment_id=E, metadata={"a": "b"}, seed=3, retry_on=("failed",), unresponsive_s=2.5, group_size=4)
+    await record_a_run(log, settings)
+    async with adapter_on(log, settings):
+        await write(log, settings, *full(of, "f"))
+        await ended(log, settings, 20)
+    seen = {"log": [], "store": []}
+
+    def function(trace):
+        seen[source].append(trace)
+        return to_triplets(trace)
+
+    source = "log"
+    await replayed(log, settings, "log", function=function)
+    source = "store"
+    filled = Store(await store())
+    replay = Replay(E, function)
+    done = [found for record in stored_events(filled, E, set()) if (found := replay.apply(record))]
+    from_log = by_partition(await all_of(log, settings, "log"))
+    from_store = {}
+    for one in done:
+        records = [codec.encode(value) for value in (*one.triplets, one.end)]
+        from_store.setdefault(one.partition, []).extend((one.end.rollout_id, value) for value in records)
+    assert from_store == {number: [(key, value) for key, value, _ in part] for number, part in from_log.items()}
+    by_id = lambda trace: trace.task.rollout_id  # noqa: E731
+    assert sorted(seen["log"], key=by_id) == sorted(seen["store"], key=by_id)  # every field of every span
+    assert not list(stored_events(filled, E, replay.replayed))
+    filled.close()
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("log", ["kafka"], indirect=True)
+async def test_on_kafka_and_from_the_store_where_retention_has_taken_the_beginning(log, settings, store):
+    rollouts = await record_a_run(log, settings)
+    kept = await store()
+    original = by_partition(await all_of(log, settings, settings.topics.triplets))
+    whole, cut = (f"{settings.topics.prefix}.{name}" for name in ("whole", "cut"))
+    summary = await replayed(log, settings, whole)
+    assert by_partition(await all_of(log, settings, whole)) == original
+    assert (summary.rollouts, summary.from_store, summary.open) == (rollouts, 0, 1)
+
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap_servers})
+    taken = [TopicPartition(settings.topics.events, n, 20) for n in range(2)]
+    for deleted in admin.delete_records(taken).values():
+        deleted.result(10)
+    variables = ("kafka_bootstrap_servers", "kafka_partitions", "topic_prefix", "clickhouse_dsn")
+    env = {f"MILLSTREAM_{name.upper()}": str(getattr(kept, name)) for name in variables}
+    command = ["replay", "--experiment", E, "--to", cut, "--json"]
+    result = await asyncio.to_thread(CliRunner().invoke, app, command, env=env, catch_exceptions=False)
+    (row,) = json.loads(result.output)
+    again = by_partition(await all_of(log, settings, cut))
+    assert {n: sorted(part, key=str) for n, part in again.items()} == {
+        n: sorted(part, key=str) for n, part in original.items()
+    }
+    assert (row["rollouts"], row["triplets"], row["incomplete"]) == (rollouts, summary.triplets, 0)
+    assert 0 < row["from_store"] < rollouts
 
 
 @on_memory
