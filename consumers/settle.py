@@ -97,6 +97,7 @@ class PartitionFold:
         self.retried: dict[str, tuple[int, int]] = {}  # rollout → offset of its last retry mark, its attempt
         self.decided: dict[str, Decision] = {}  # not yet written; these are still open
         self.refused: set[int] = set()  # offsets whose dead letter has been written
+        self.unreadable: list[Dead] = []  # spans of attempts that failed; whoever drives the fold takes them away
         self.ignored: Counter[str] = Counter() if ignored is None else ignored
         self.size = 0  # bytes of all open rollouts, estimated
 
@@ -129,7 +130,8 @@ class PartitionFold:
                     self.too_large(key, message, record.timestamp * 1_000_000, now)
             else:
                 self.ignored["late_span"] += 1
-                if rollout is None and key not in self.ended and key not in self.retried:
+                settled = max(self.ended.get(key, (-1,))[0], self.retried.get(key, (-1,))[0])
+                if rollout is not None or record.offset > settled:  # else it isn't late, but read again
                     codec.decode(record.value)  # nobody else will look at it: is it a span at all?
         elif kind is RolloutEnd:
             self._ended(codec.decode_as(RolloutEnd, record.value), record.offset)
@@ -301,6 +303,7 @@ class PartitionFold:
         del rollout.attempts[attempt.attempt_id]
         if rollout.attempts:
             return
+        self.unreadable += _decode_spans(rollout.spans, attempt.attempt_id)[1]
         task = attempt.task
         outcome = status.CANCELLED if how == status.CANCELLED else status.FAILED
         reason = f"{how}: {error.message}" if error.type == LEASE else f"{how}: {error.type}: {error.message}"

@@ -27,7 +27,7 @@ HEADER_SIZE = 10  # magic and fingerprint
 
 R = TypeVar("R", bound=Record)
 
-# fastavro's writer takes any object for a boolean, and wider numbers than an int has.
+# fastavro's writer takes any object for a boolean, and wider numbers than an int has; its reader gives such numbers too.
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "boolean": lambda value: isinstance(value, bool),
     "int": lambda value: -(1 << 31) <= value < 1 << 31,
@@ -80,6 +80,9 @@ class RecordCodec:
             raise WrongType(
                 f"{self.name}: {len(data) - source.tell()} bytes are left over behind the record", record=self.name
             )
+        for name, fits in self._checks:
+            if not fits(datum[name]):
+                raise WrongType(f"{self.name}.{name}: {datum[name]} is no int", record=self.name, field=name)
         return datum
 
     def decode(self, data: bytes) -> Record:

@@ -300,6 +300,14 @@ async def test_on_kafka_and_from_the_store_where_retention_has_taken_the_beginni
         n: sorted(part, key=str) for n, part in original.items()
     }
     assert (row["rollouts"], row["triplets"], row["incomplete"]) == (rollouts, summary.triplets, 0)
+
+    env["MILLSTREAM_CLICKHOUSE_DATABASE"] = "again"
+    result = await asyncio.to_thread(CliRunner().invoke, app, ["store", "rebuild"], env=env, catch_exceptions=False)
+    assert result.exit_code == 0
+    ends = "SELECT rollout_id, status, reward, turns FROM {}.rollout_ends_raw FINAL ORDER BY rollout_id"
+    filled = Store(kept)
+    assert set(filled.query(ends.format("again")).rows) < set(filled.query(ends.format(kept.clickhouse_database)).rows)
+    filled.close()
     assert 0 < row["from_store"] < rollouts
 
 
