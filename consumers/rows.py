@@ -74,13 +74,15 @@ def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows],
         place = (record.partition.topic, record.partition.number, record.offset)
         try:
             kind = codec.type_of(value)
+            row = _values(kind, value)
             if kind in MARKS and MARKS[kind] != (place[0] == marks_topic):
                 continue
-            row = _values(kind, value)
             if kind is AttemptEvent:
-                row, task = _attempt(row)
-                if task is not None:
-                    found[RolloutTask].append((*_values(RolloutTask, task), 1, *place))
+                if (task := _claimed(row)) is not None:
+                    found[RolloutTask].append((*task, 1, *place))
+            elif kind in _TOKEN_VALUES and (uneven := _uneven(_TOKEN_VALUES[kind](row))) is not None:
+                unusable.append(Unusable(record, "unstorable", f"{kind.__name__}.{uneven}"))
+                continue
             elif kind is RolloutTask:
                 row = (*row, 0)
             found[kind].append((*row, *place))
@@ -107,12 +109,21 @@ def _values(kind: type[Record], value: bytes | Record) -> tuple[Any, ...]:
     return _FROM_RECORD[kind](value)
 
 
-def _attempt(row: tuple[Any, ...]) -> tuple[tuple[Any, ...], bytes | None]:
-    """Row and the task that a claim carries. Raises `CodecError` if that is something else."""
-    task = row[_TASK]
-    if task is not None and codec.type_of(task) is not RolloutTask:
-        raise CodecError("AttemptEvent.task: not a RolloutTask", record="AttemptEvent", field="task")
-    return row, task
+def _claimed(row: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The task that a claim carries. None if that is no task: the adapter puts such a claim away."""
+    try:
+        task = row[_TASK]
+        return None if task is None or codec.type_of(task) is not RolloutTask else _values(RolloutTask, task)
+    except CodecError:
+        return None
+
+
+def _uneven(tokens: tuple[bytes | None, ...]) -> str | None:
+    """What is wrong with token ids or logprobs that are no numbers of four bytes."""
+    for name, value in zip(_TOKEN_FIELDS, tokens, strict=True):
+        if value is not None and len(value) % 4:
+            return f"{name}: {len(value)} bytes are no numbers of four bytes each"
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,11 +211,13 @@ def _first(fields: Fields) -> list[int]:
 
 
 _TOKEN_FIELDS = ("prompt_token_ids", "response_token_ids", "response_logprobs")
-_token_values = operator.itemgetter(*map(codec.CODECS[Span].field_names.index, _TOKEN_FIELDS))
+_TOKEN_VALUES: dict[type[Record], Callable[[tuple[Any, ...]], tuple[bytes | None, ...]]] = {
+    kind: operator.itemgetter(*map(codec.CODECS[kind].field_names.index, _TOKEN_FIELDS)) for kind in (Span, Triplet)
+}
 
 
 def _has_tokens(row: tuple[Any, ...]) -> bool:
-    return any(value is not None for value in _token_values(row))
+    return any(value is not None for value in _TOKEN_VALUES[Span](row))
 
 
 _DATE = {"date": _each("rollout_id", _day)}

@@ -131,7 +131,7 @@ class PartitionFold:
             else:
                 self.ignored["late_span"] += 1
                 settled = max(self.ended.get(key, (-1,))[0], self.retried.get(key, (-1,))[0])
-                if rollout is not None or record.offset > settled:  # else it isn't late, but read again
+                if rollout is not None or record.offset >= settled:  # else it isn't late, but read again
                     codec.decode(record.value)  # nobody else will look at it: is it a span at all?
         elif kind is RolloutEnd:
             self._ended(codec.decode_as(RolloutEnd, record.value), record.offset)

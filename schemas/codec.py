@@ -27,7 +27,7 @@ HEADER_SIZE = 10  # magic and fingerprint
 
 R = TypeVar("R", bound=Record)
 
-# fastavro's writer takes any object for a boolean, and wider numbers than an int has; its reader gives such numbers too.
+# fastavro's writer takes any object for a boolean; writer and reader take wider numbers than an int has.
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "boolean": lambda value: isinstance(value, bool),
     "int": lambda value: -(1 << 31) <= value < 1 << 31,

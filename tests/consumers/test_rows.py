@@ -152,14 +152,23 @@ def test_tokens_are_counted_or_taken_from_the_provider():
 def test_one_broken_record_among_good_ones():
     task = factories.task()
     good = [factories.span(task, "a", sequence=n) for n in (1, 2)]
-    claim = factories.event(task, "a", "preparing", task=codec.encode(good[0]))  # a span where a task should be
-    broken = [b"garbage", codec.encode(good[0])[:-3], b"", codec.encode(claim)]
+    uneven = factories.span(task, "a", prompt_token_ids=b"12345")
+    broken = [b"garbage", codec.encode(good[0])[:-3], b"", codec.encode(uneven)]
     records = place([good[0], *broken, good[1]], True)
     rows, unusable = to_rows(records, EVENTS)
     assert [r["Sequence"] for r in dicts(rows)["spans_raw"]] == [1, 2]
     assert [item.record for item in unusable] == records[1:5]
-    assert {item.reason for item in unusable} == {"undecodable"}
-    assert "attempts_raw" not in dicts(rows)
+    assert [item.reason for item in unusable] == ["undecodable"] * 3 + ["unstorable"]
+    assert unusable[3].error == "Span.prompt_token_ids: 5 bytes are no numbers of four bytes each"
+
+
+@pytest.mark.parametrize("junk", [b"", b"garbage", codec.encode(factories.span(factories.task(), "a"))])
+def test_a_claim_without_a_good_task_is_an_attempt_all_the_same(junk):
+    claim = factories.event(factories.task(), "a", "preparing", task=junk)  # the adapter puts it away
+    rows, unusable = to_rows(place([claim], True), EVENTS)
+    assert [(r["status"], r["attempt_id"]) for r in dicts(rows)["attempts_raw"]] == [("preparing", "a")]
+    assert not unusable
+    assert "tasks_raw" not in dicts(rows)
 
 
 def test_every_row_says_where_its_record_lies():
