@@ -110,7 +110,9 @@ class PartitionFold:
             elif kind is DeadLetter:
                 self.refused.add(codec.decode_as(DeadLetter, record.value).offset)
             elif kind is AttemptEvent and record.headers.get(KIND_HEADER) == status.RETRY.encode():
-                self._retried(codec.decode_as(AttemptEvent, record.value), record.offset)
+                mark = codec.decode_as(AttemptEvent, record.value)
+                if mark.status == status.RETRY:  # the header is only a hint
+                    self._retried(mark, record.offset)
         except CodecError:
             pass  # `apply` reports it
 
