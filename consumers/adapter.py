@@ -268,6 +268,10 @@ class Adapter:
         for partition, part in self._parts.items():
             if part.phase is not _Phase.FOLD:
                 continue
+            for record, reason, error in part.fold.unreadable:
+                if record.offset not in part.fold.refused:
+                    part.dead[record.offset] = dead_letter(record, ROLE, reason, error)
+            part.fold.unreadable.clear()
             room = TRANSACTION_ROLLOUTS - len(box)
             chosen = list(islice(part.fold.ready(now), room))
             box += [(partition, rollout_id, decision) for rollout_id, decision in chosen]
