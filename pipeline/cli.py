@@ -184,12 +184,12 @@ def adapter(
 def sink(health_port: HealthPort = 0) -> None:
     """Write everything that happens to ClickHouse."""
     from millstream.consumers.sink import Sink
-    from millstream.pipeline.store import Store
+    from millstream.pipeline.store import ClickHouseStore
 
     settings = load_settings()
 
     async def work(health: Health, stop: asyncio.Event) -> None:
-        store = Store(settings)
+        store = ClickHouseStore(settings)
         try:
             store.migrate()
             await Sink(health.log, store, settings).run(stop)
@@ -248,9 +248,9 @@ def rollouts(
 ) -> None:
     """List rollouts, newest first."""
     from millstream.pipeline.queries import list_rollouts
-    from millstream.pipeline.store import Store
+    from millstream.pipeline.store import ClickHouseStore
 
-    store = Store(load_settings())
+    store = ClickHouseStore(load_settings())
     try:
         result = list_rollouts(store, status=status, experiment=experiment, limit=limit)
     finally:
@@ -265,11 +265,11 @@ def sql(
     as_json: Json = False,
 ) -> None:
     """Ask the store."""
-    from millstream.pipeline.store import Store
+    from millstream.pipeline.store import ClickHouseStore
 
-    store = Store(load_settings())
+    store = ClickHouseStore(load_settings())
     try:
-        result = store.query(query)
+        result = store.sql(query)
     finally:
         store.close()
     if output == "csv":

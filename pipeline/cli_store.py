@@ -14,9 +14,9 @@ app = typer.Typer(no_args_is_help=True, help="The store: what its queries read."
 def explain(query: Annotated[str, typer.Argument(help="One SELECT.")], as_json: Json = False) -> None:
     """Show how many granules (8192 rows or fewer) of each table a query reads, and what leaves the others unread."""
     from millstream.pipeline.queries import granules_read
-    from millstream.pipeline.store import Store
+    from millstream.pipeline.store import ClickHouseStore
 
-    store = Store(load_settings())
+    store = ClickHouseStore(load_settings())
     try:
         result = granules_read(store, query)
     finally:

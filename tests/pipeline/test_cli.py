@@ -90,10 +90,10 @@ def test_train_names_what_is_wrong_with_its_file(tmp_path):
 
 def test_sql_and_rollouts_on_an_empty_store(tmp_path):
     dsn = {"MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{tmp_path / 'store'}"}
-    from millstream.pipeline.store import Store
+    from millstream.pipeline.store import ClickHouseStore
     from millstream.schemas.settings import load_settings
 
-    store = Store(load_settings(clickhouse_dsn=dsn["MILLSTREAM_CLICKHOUSE_DSN"]))
+    store = ClickHouseStore(load_settings(clickhouse_dsn=dsn["MILLSTREAM_CLICKHOUSE_DSN"]))
     store.migrate()
     store.close()
     assert millstream("rollouts", "--json", **dsn).stdout.strip() == "[]"
