@@ -4,11 +4,22 @@ import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Unpack
 
 from millstream.consumers.port import Log
 from millstream.pipeline.follow import follow_spans
-from millstream.pipeline.store_port import Attempt, Result, Reward, Rollout, RolloutOrder, Store, checked_order
+from millstream.pipeline.store_port import (
+    Attempt,
+    Result,
+    Reward,
+    Rollout,
+    RolloutFilters,
+    RolloutOrder,
+    Store,
+    TripletFilters,
+    checked,
+    checked_order,
+)
 from millstream.schemas import codec, status
 from millstream.schemas.errors import StoreError
 from millstream.schemas.log import LogRecord, Partition
@@ -63,24 +74,14 @@ class MemoryStore(Store):
         self,
         rollout_ids: Sequence[str] | None = None,
         *,
-        status: str | None = None,
-        experiment_id: str | None = None,
-        group_id: str | None = None,
-        mode: str | None = None,
-        model_version: str | None = None,
         sort_by: RolloutOrder = "created_at",
         descending: bool = True,
         limit: int | None = None,
         offset: int = 0,
+        **filters: Unpack[RolloutFilters],
     ) -> list[Rollout]:
         order = checked_order(sort_by)
-        wanted = {
-            "status": status,
-            "experiment_id": experiment_id,
-            "group_id": group_id,
-            "mode": mode,
-            "model_version": model_version,
-        }
+        wanted = checked(filters, RolloutFilters)
         with self._lock:
             found = [self._rollout(r) for r in self._tasks if rollout_ids is None or r in rollout_ids]
         found = sorted((r for r in found if _fits(r, wanted)), key=lambda r: r.rollout_id, reverse=descending)
@@ -103,20 +104,10 @@ class MemoryStore(Store):
         self,
         rollout_ids: Sequence[str] | None = None,
         *,
-        experiment_id: str | None = None,
-        group_id: str | None = None,
-        mode: str | None = None,
-        model_version: str | None = None,
-        trainable: bool | None = None,
         limit: int | None = None,
+        **filters: Unpack[TripletFilters],
     ) -> list[Triplet]:
-        wanted = {
-            "experiment_id": experiment_id,
-            "group_id": group_id,
-            "mode": mode,
-            "model_version": model_version,
-            "trainable": trainable,
-        }
+        wanted = checked(filters, TripletFilters)
         with self._lock:
             found = [
                 replace(

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Unpack
 from urllib.parse import urlsplit
 
 import clickhouse_connect
@@ -19,7 +19,18 @@ from millstream.consumers.sink import RowsRefused
 from millstream.pipeline import queries
 from millstream.pipeline.follow import follow_spans
 from millstream.pipeline.migrations import Migration, apply_retention, locked, packaged_migrations
-from millstream.pipeline.store_port import Attempt, Result, Reward, Rollout, RolloutOrder, Store, checked_order
+from millstream.pipeline.store_port import (
+    Attempt,
+    Result,
+    Reward,
+    Rollout,
+    RolloutFilters,
+    RolloutOrder,
+    Store,
+    TripletFilters,
+    checked,
+    checked_order,
+)
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.log import Partition
 from millstream.schemas.records import Span, Triplet
@@ -82,27 +93,16 @@ class ClickHouseStore(Store):
         self,
         rollout_ids: Sequence[str] | None = None,
         *,
-        status: str | None = None,
-        experiment_id: str | None = None,
-        group_id: str | None = None,
-        mode: str | None = None,
-        model_version: str | None = None,
         sort_by: RolloutOrder = "created_at",
         descending: bool = True,
         limit: int | None = None,
         offset: int = 0,
+        **filters: Unpack[RolloutFilters],
     ) -> list[Rollout]:
         direction = "DESC" if descending else "ASC"
-        filters = {
-            "rollout_id": rollout_ids,
-            "status": status,
-            "experiment_id": experiment_id,
-            "group_id": group_id,
-            "mode": mode,
-            "model_version": model_version,
-        }
+        wanted = {"rollout_id": rollout_ids, **checked(filters, RolloutFilters)}
         order = f"{checked_order(sort_by)} {direction} NULLS LAST, rollout_id {direction}"
-        return queries.read(self._ask, Rollout, "rollouts", filters, order=order, limit=limit, offset=offset)
+        return queries.read(self._ask, Rollout, "rollouts", wanted, order=order, limit=limit, offset=offset)
 
     def attempts(self, rollout_id: str) -> list[Attempt]:
         filters = {"rollout_id": rollout_id}
@@ -115,22 +115,11 @@ class ClickHouseStore(Store):
         self,
         rollout_ids: Sequence[str] | None = None,
         *,
-        experiment_id: str | None = None,
-        group_id: str | None = None,
-        mode: str | None = None,
-        model_version: str | None = None,
-        trainable: bool | None = None,
         limit: int | None = None,
+        **filters: Unpack[TripletFilters],
     ) -> list[Triplet]:
-        filters = {
-            "rollout_id": rollout_ids,
-            "experiment_id": experiment_id,
-            "group_id": group_id,
-            "mode": mode,
-            "model_version": model_version,
-            "trainable": trainable,
-        }
-        return queries.read_triplets(self._ask, filters, limit)
+        wanted = {"rollout_id": rollout_ids, **checked(filters, TripletFilters)}
+        return queries.read_triplets(self._ask, wanted, limit)
 
     def rewards(
         self, rollout_ids: Sequence[str] | None = None, *, name: str | None = None, limit: int | None = None
@@ -150,7 +139,7 @@ class ClickHouseStore(Store):
         with self._errors("refused the query"):
             return self._reader.query_arrow(query, parameters=dict(parameters or {}))
 
-    def export(self, query: str, file: BinaryIO, file_format: str) -> None:
+    def export(self, query: str, file: BinaryIO, file_format: str, parameters: Mapping[str, Any] | None = None) -> None:
         """Writes what a query finds in one of ClickHouse's formats, such as Parquet, CSVWithNames or JSONEachRow, as it
         comes. Raises `StoreError`; the file is then not to be used."""
         query = self._reading(query)
@@ -158,7 +147,7 @@ class ClickHouseStore(Store):
         settings = {} if self._settings.clickhouse_dsn.startswith(EMBEDDED) else {"wait_end_of_query": 1}
         with (
             self._errors("refused the query"),
-            self._reader.raw_stream(query, fmt=file_format, settings=settings) as rows,
+            self._reader.raw_stream(query, dict(parameters or {}), settings, fmt=file_format) as rows,
         ):
             shutil.copyfileobj(rows, file)
 

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, get_args
+from typing import Any, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, get_args
 
 from millstream.schemas.records import Span, Triplet
 from millstream.schemas.resources import Resources
@@ -19,6 +19,26 @@ RolloutOrder = Literal[
 
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
+
+
+class RolloutFilters(TypedDict, total=False):
+    """Rollouts that are all of these; what is None or left out may be anything."""
+
+    status: str | None
+    experiment_id: str | None
+    group_id: str | None
+    mode: str | None
+    model_version: str | None
+
+
+class TripletFilters(TypedDict, total=False):
+    """As `RolloutFilters`."""
+
+    experiment_id: str | None
+    group_id: str | None
+    mode: str | None
+    model_version: str | None
+    trainable: bool | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,19 +142,15 @@ class Store(Protocol):
         self,
         rollout_ids: Sequence[str] | None = None,
         *,
-        status: str | None = None,
-        experiment_id: str | None = None,
-        group_id: str | None = None,
-        mode: str | None = None,
-        model_version: str | None = None,
         sort_by: RolloutOrder = "created_at",
         descending: bool = True,
         limit: int | None = None,
         offset: int = 0,
+        **filters: Unpack[RolloutFilters],
     ) -> list[Rollout]:
         """Rollouts, newest first unless told otherwise; those that lack what they are sorted by come last.
 
-        Raises ValueError for a ``sort_by`` that is none of `RolloutOrder`."""
+        Raises ValueError for a ``sort_by`` that is none of `RolloutOrder`, TypeError for a filter that there isn't."""
 
     def attempts(self, rollout_id: str) -> list[Attempt]:
         """Its attempts in the order of their claims; none if the rollout is unknown or waits."""
@@ -146,12 +162,8 @@ class Store(Protocol):
         self,
         rollout_ids: Sequence[str] | None = None,
         *,
-        experiment_id: str | None = None,
-        group_id: str | None = None,
-        mode: str | None = None,
-        model_version: str | None = None,
-        trainable: bool | None = None,
         limit: int | None = None,
+        **filters: Unpack[TripletFilters],
     ) -> list[Triplet]:
         """What was learnt from, or could be, by rollout and turn. Token fields without tokens are None."""
 
@@ -199,6 +211,13 @@ def checked_order(sort_by: str) -> str:
     if sort_by not in get_args(RolloutOrder):
         raise ValueError(f"rollouts can't be sorted by {sort_by!r}, but by {', '.join(get_args(RolloutOrder))}")
     return sort_by
+
+
+def checked(filters: Mapping[str, Any], known: type) -> dict[str, Any]:
+    """The same. Raises TypeError for one that there isn't, as Python would of an argument."""
+    for name in filters.keys() - known.__annotations__.keys():
+        raise TypeError(f"no filter {name!r}; there are {', '.join(known.__annotations__)}")
+    return dict(filters)
 
 
 class AsyncStore:

@@ -169,7 +169,10 @@ async def several(pipe):
     """Six tasks: the first four ended with rewards 0, 3, 2, 1; of the last two nobody has heard."""
     tasks = [
         factories.task(
-            rollout_id=derived_id(T0 + n * 10**6, n), group_id=f"g{n // 3}", experiment_id=f"e{n % 2}", created_at=T0 + n
+            rollout_id=derived_id(T0 + n * 10**6, n),
+            group_id=f"g{n // 3}",
+            experiment_id=f"e{n % 2}",
+            created_at=T0 + n,
         )
         for n in range(6)
     ]
@@ -197,6 +200,8 @@ async def test_filters_hold_together(store, several):
     assert store.rollouts([]) == []
     assert store.rollouts(mode="val") == []
     assert store.rollouts(status="' OR 1 = 1 --") == []
+    with pytest.raises(TypeError, match="no filter 'experiment'"):
+        store.rollouts(experiment="e1")
 
 
 async def test_sorting_puts_what_is_missing_last(store, several):
