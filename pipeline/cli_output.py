@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 out = Console()
 err = Console(stderr=True)
@@ -26,7 +26,7 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: b
 
 
 def table_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    table = Table(*columns)
+    table = Table(*(Column(name, no_wrap=name == "rollout_id") for name in columns))  # ids are there to be copied
     for row in rows:
         table.add_row(*("" if value is None else escape(str(value)) for value in row))
     return table

@@ -18,7 +18,12 @@ COMMANDS = [
     ["proxy"],
     ["train"],
     ["rollouts"],
+    ["spans"],
+    ["triplets"],
+    ["rewards"],
     ["sql"],
+    ["diff"],
+    ["export"],
     ["dead", "list"],
     ["dead", "show"],
     ["dead", "replay"],
@@ -97,7 +102,7 @@ def test_sql_and_rollouts_on_an_empty_store(tmp_path):
     store.migrate()
     store.close()
     assert millstream("rollouts", "--json", **dsn).stdout.strip() == "[]"
-    assert millstream("sql", "--format", "csv", "SELECT 1 AS a, 'x' AS b", **dsn).stdout.split() == ["a,b", "1,x"]
+    assert millstream("sql", "--format", "csv", "SELECT 1 AS a, 'x' AS b", **dsn).stdout.split() == ['"a","b"', '1,"x"']
     wrong = millstream("sql", "SELEC 1", **dsn)
     assert wrong.returncode == 1
     assert "Traceback" not in wrong.stderr
