@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 UV := .venv-uv/bin/uv
 export UV_COMPILE_BYTECODE := 1
-.PHONY: setup demo demo-kafka test lint types bench clean
+.PHONY: setup demo demo-kafka test lint types bench chaos clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,10 @@ types: setup
 
 bench: setup
 	$(BIN)/python benchmarks/pipeline.py
+
+# Kills, freezes and restarts everything, and has the log checked: 200 kills take about 15 minutes.
+chaos: setup
+	$(BIN)/python tests/chaos/harness.py --kills $(or $(KILLS),200) --seed $(or $(SEED),1) --run-dir $(or $(RUN_DIR),runs/chaos)
 
 clean:
 	rm -rf .venv .venv-uv runs dist

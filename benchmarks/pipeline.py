@@ -1,7 +1,8 @@
 """Rollouts per second through the whole pipeline: claims, spans, the adapter's transactions, ends read by a trainer.
 
 The agent does nothing but emit six spans. What is measured is ours alone: no model, no store. CPU time counts every
-process that takes part (Kafka's own apart, in a column of its own) and is steadier than wall time on a shared machine.
+process of ours that takes part and is steadier than wall time on a shared machine. Then, over Kafka: how long after its
+publishing an agent starts when little is going on, and what a thousand attempts that wait take of a runner's memory.
 
     python benchmarks/pipeline.py [--quick] [--json FILE]      from the repository's root
 """
@@ -11,11 +12,13 @@ import asyncio
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +28,19 @@ from rich.table import Table
 import millstream as ms
 from millstream.consumers.adapter import Adapter
 from millstream.consumers.runner import Runner
+from millstream.consumers.workers import read_workers
+from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.collector import Collector
+from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.producers.tasks import TaskPublisher
 from millstream.schemas.ids import new_id
-from millstream.schemas.records import RolloutTask
+from millstream.schemas.records import RolloutEnd, RolloutTask
 from millstream.schemas.settings import load_settings
 
 SPANS = 6
 CONCURRENCY = 16
+WAITING = 1000
 
 
 def agent(_task: Any) -> None:
@@ -42,7 +49,16 @@ def agent(_task: Any) -> None:
         ms.emit_span(f"step {number}", {"number": number})
 
 
-def tasks(count: int, settings: Any) -> list[RolloutTask]:
+def prompt_agent(published: float) -> float:
+    """Its reward is how long ago it was published, in seconds."""
+    return time.time() - published
+
+
+async def waiting_agent(_task: Any) -> None:
+    await asyncio.Event().wait()
+
+
+def tasks(count: int, settings: Any, value: Any = None) -> list[RolloutTask]:
     made = []
     for _ in range(count):
         rollout_id = new_id()
@@ -50,7 +66,7 @@ def tasks(count: int, settings: Any) -> list[RolloutTask]:
             RolloutTask(
                 rollout_id=rollout_id,
                 group_id=rollout_id,
-                input="null",
+                input=json.dumps(value),
                 timeout_s=600.0,
                 lease_s=settings.lease_seconds,
                 created_at=time.time_ns(),
@@ -61,36 +77,95 @@ def tasks(count: int, settings: Any) -> list[RolloutTask]:
 
 async def run(log: Any, settings: Any, count: int, processes: int) -> dict[str, float]:
     """Publishes ``count`` rollouts once everything is up, and waits for their ends."""
-    topics = settings.topics
-    producer = log.producer()
+    async with pipeline(log, settings, agent, processes) as (collector, publisher):
+        await collect(collector, publisher, tasks(CONCURRENCY * 2, settings))
+        timed = tasks(count, settings)
+        began, cpu = time.perf_counter(), cpu_seconds()
+        ends = await collect(collector, publisher, timed)
+        wall, used = time.perf_counter() - began, cpu_seconds() - cpu
+    assert all(end.spans >= SPANS for end in ends), ends[0]
+    return {"rollouts_per_second": count / wall, "cpu_ms_per_rollout": used / count * 1e3}
+
+
+async def start_latency(log: Any, settings: Any, count: int) -> dict[str, float]:
+    """Milliseconds from just before a task is published until its agent begins; one rollout at a time."""
+    seconds = []
+    async with pipeline(log, settings, prompt_agent, 1) as (collector, publisher):
+        await collect(collector, publisher, tasks(CONCURRENCY, settings, time.time()))
+        for _ in range(count):
+            (end,) = await collect(collector, publisher, tasks(1, settings, time.time()))
+            seconds.append(end.reward)
+    cuts = statistics.quantiles(seconds, n=100)
+    return {"start_p50_ms": cuts[49] * 1e3, "start_p99_ms": cuts[98] * 1e3}
+
+
+async def waiting_memory(log: Any, settings: Any) -> dict[str, float]:
+    """Resident MiB of a runner and its agent process, idle and with `WAITING` attempts that wait."""
+    topics, producer = settings.topics, log.producer()
+    environment = os.environ | {
+        "MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
+        "MILLSTREAM_TOPIC_PREFIX": topics.prefix,
+        "MILLSTREAM_PROXY_URL": "",
+    }
+    options = ["benchmarks.pipeline:waiting_agent", "--processes", "1", "--concurrency", str(WAITING), "--drain-s", "0"]
+    command = [sys.executable, "-m", "millstream.pipeline", "runner", *options]
+    runner = await asyncio.create_subprocess_exec(*command, env=environment, stderr=asyncio.subprocess.DEVNULL)
+
+    async def until_running(attempts: int) -> float:
+        running: list[int] = []  # of each runner: there is one, once it has reported
+        while running != [attempts]:
+            await asyncio.sleep(0.5)
+            running = [worker.running for worker in await read_workers(log, topics)]
+        return resident_mib(runner.pid)
+
+    try:
+        idle = await until_running(0)
+        await TaskPublisher(producer, topics).publish(tasks(WAITING, settings))
+        busy = await until_running(WAITING)
+    finally:
+        runner.terminate()
+        await runner.wait()
+        producer.close()
+    return {"idle_mib": idle, "waiting_mib": busy, "kib_per_waiting_attempt": (busy - idle) / WAITING * 1024}
+
+
+@asynccontextmanager
+async def pipeline(
+    log: Any, settings: Any, agent: Callable[..., Any], processes: int
+) -> AsyncIterator[tuple[Collector, TaskPublisher]]:
+    """An adapter and a runner at work; a trainer's collector and a publisher to use them."""
+    topics, producer = settings.topics, log.producer()
     collector = Collector(log, topics, producer)
     await collector.start()
     adapter = Adapter(log, topics, transactional_id=f"{topics.prefix}.adapter")
-    runner = Runner(log, settings, "benchmarks.pipeline:agent" if processes else agent, processes=processes)
+    where = f"benchmarks.pipeline:{agent.__name__}" if processes else agent
+    runner = Runner(log, settings, where, processes=processes)
     stop = asyncio.Event()
     async with AsyncExitStack() as stack:
         roles = [asyncio.create_task(role.run(stop)) for role in (adapter, runner)]
         stack.push_async_callback(asyncio.wait, roles)
         stack.callback(stop.set)
-        warm = tasks(CONCURRENCY * 2, settings)
-        await collect(collector, TaskPublisher(producer, topics), warm)
-        timed = tasks(count, settings)
-        began, cpu = time.perf_counter(), cpu_seconds()
-        await collect(collector, TaskPublisher(producer, topics), timed)
-        wall, used = time.perf_counter() - began, cpu_seconds() - cpu
+        yield collector, TaskPublisher(producer, topics)
     for role in roles:
         role.result()
     await collector.close()
     producer.close()
-    return {"rollouts_per_second": count / wall, "cpu_ms_per_rollout": used / count * 1e3}
 
 
-async def collect(collector: Collector, publisher: TaskPublisher, published: list[RolloutTask]) -> None:
+async def collect(collector: Collector, publisher: TaskPublisher, published: list[RolloutTask]) -> list[RolloutEnd]:
     ids = [task.rollout_id for task in published]
     collector.expect(ids)
     await publisher.publish(published)
-    ends = await collector.collect(ids)
-    assert all(end.end.status == "succeeded" and end.end.spans >= SPANS for end in ends), ends[0]
+    ends = [outcome.end for outcome in await collector.collect(ids)]
+    assert all(end.status == "succeeded" for end in ends), ends[0]
+    return ends
+
+
+def resident_mib(pid: int) -> float:
+    """Of a process and its children, shared pages counted once (proportional set size)."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    rollups = [Path(f"/proc/{one}/smaps_rollup").read_text() for one in (pid, *children)]
+    return sum(int(line.split()[1]) for text in rollups for line in text.splitlines() if line.startswith("Pss:")) / 1024
 
 
 def cpu_seconds() -> float:
@@ -117,9 +192,8 @@ def span_cost(quick: bool) -> dict[str, float]:
     return found
 
 
-async def over_kafka(count: int, processes: int, bootstrap: str) -> dict[str, float]:
-    from millstream.pipeline.kafka_log import KafkaLog
-
+async def over_kafka(bootstrap: str, measure: Callable[..., Any], *arguments: int) -> dict[str, float]:
+    """On topics of its own."""
     settings = load_settings(
         kafka_bootstrap_servers=bootstrap,
         topic_prefix=f"bench{new_id()[-6:]}",
@@ -128,7 +202,8 @@ async def over_kafka(count: int, processes: int, bootstrap: str) -> dict[str, fl
     )
     log = KafkaLog(settings)
     await log.create_topics()
-    return await run(log, settings, count, processes)
+    found: dict[str, float] = await measure(log, settings, *arguments)
+    return found
 
 
 def main() -> None:
@@ -143,24 +218,31 @@ def main() -> None:
     rows["in process, threads"] = asyncio.run(run(MemoryLog(settings.topics), settings, count, 0))
     rows["in process, 1 agent process"] = asyncio.run(run(MemoryLog(settings.topics), settings, count, 1))
 
-    from millstream.deploy.kafka.local import LocalKafka
-
     with tempfile.TemporaryDirectory() as folder:
         broker = LocalKafka(Path(folder), port=0)
         broker.up()
         try:
             for processes in (1, 2, 4):
                 name = f"Kafka, {processes} agent process{'es' * (processes > 1)}"
-                rows[name] = asyncio.run(over_kafka(count, processes, broker.bootstrap_servers))
+                rows[name] = asyncio.run(over_kafka(broker.bootstrap_servers, run, count, processes))
+            latency = asyncio.run(over_kafka(broker.bootstrap_servers, start_latency, count // 3))
+            memory = asyncio.run(over_kafka(broker.bootstrap_servers, waiting_memory))
         finally:
             broker.down()
     table = Table("", "rollouts/s", "CPU ms per rollout", title=f"{count} rollouts, {SPANS} spans each")
     for name, row in rows.items():
         table.add_row(name, f"{row['rollouts_per_second']:.0f}", f"{row['cpu_ms_per_rollout']:.2f}")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    single = Table("", "", title=f"Kafka, 1 agent process: one rollout at a time; {WAITING} attempts that wait")
+    for name, figure in {**latency, **memory}.items():
+        single.add_row(name, f"{figure:.1f}")
+    console.print(single)
     spans = span_cost(options.quick)
     if options.json:
-        options.json.write_text(json.dumps({"pipeline": rows, "span": spans}, indent=2) + "\n")
+        options.json.write_text(
+            json.dumps({"pipeline": rows, "start": latency, "memory": memory, "span": spans}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

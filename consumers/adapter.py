@@ -35,6 +35,9 @@ TRANSACTION_S = 0.05  # between transactions: decisions are written together
 TRANSACTION_ROLLOUTS = 500  # in one transaction; keeps it far below transaction.timeout.ms
 OFFSETS_S = 2.0  # between transactions that only move offsets
 CALL_S = 10.0  # one try of a call to the log; it is repeated
+# When a broker dies, librdkafka (2.16) can lose the answer to a transaction's call, which then never returns, whatever
+# its time-out: only another process can go on. The broker has long since ended that transaction.
+LOST_CALL_S = 3 * CALL_S
 PROBE_S = 0.5  # between watermark probes; while none succeeds, no lease runs out
 STALL_S = 1.0  # a gap in our own loop after which leases start anew: we were frozen, not they silent
 PROCESS_BYTES = 1 << 30  # of open rollouts; beyond it the largest fails
@@ -105,6 +108,7 @@ class Adapter:
         self._group: object = None
         self._not_before = clock()
         self._ready = asyncio.Event()
+        self._called: float | None = None
         self.stats = AdapterStats()
 
     # RebalanceListener: called within poll, must not block.
@@ -123,6 +127,12 @@ class Adapter:
     async def wait_ready(self) -> None:
         """Until the group has given this member its first assignment."""
         await self._ready.wait()
+
+    @property
+    def call_s(self) -> float:
+        """For how long the transaction's call under way has not returned; beyond `LOST_CALL_S` it never will."""
+        called = self._called
+        return 0.0 if called is None else time.monotonic() - called
 
     async def run(self, stop: asyncio.Event) -> None:
         """Runs until ``stop``, then finishes what has been decided. Raises `Fenced` if another adapter has taken this
@@ -200,16 +210,17 @@ class Adapter:
             return False
         part.start = part.position = item.offset
         part.high_watermark = ends[item.partition]
-        part.phase = _Phase.FOLD if isinstance(item, EndOfPartition) else _Phase.SCAN
+        part.phase = _Phase.SCAN
         return True
 
     async def _scan(self, part: _Part, item: LogRecord | EndOfPartition) -> bool:
-        """First pass. True when it is over and the partition has been sought back."""
+        """First pass. True when it is over and the partition has been sought back. An end that lies before the
+        watermark is that of an open transaction, a predecessor's perhaps: what it decided has to be seen."""
         end = item.offset
         if isinstance(item, LogRecord):
             part.fold.scan(item)
             end += 1
-        if isinstance(item, LogRecord) and end < part.high_watermark:
+        if end < part.high_watermark:
             return False
         part.phase = _Phase.FOLD
         await self._consumer.seek(item.partition, part.start)
@@ -262,7 +273,9 @@ class Adapter:
             box += [(partition, rollout_id, decision) for rollout_id, decision in chosen]
             dead += [(partition, offset, letter) for offset, letter in part.dead.items()]
             offset = self._committable(part, {rollout_id for rollout_id, _ in chosen}, now)
-            if offset > part.committed:
+            # Also where it stands still: the offset is what fences us where the partition is another member's by now,
+            # and what makes that member wait for the end of this transaction.
+            if offset > part.committed or chosen or part.dead:
                 offsets[partition] = offset
         if not box and not dead and not offsets:
             return False
@@ -371,10 +384,13 @@ class Adapter:
     def _repeat(self, call: Callable[[], T]) -> T:
         """The same call again while its outcome is unknown: after a commit that timed out nothing else may follow."""
         while True:
+            self._called = time.monotonic()
             try:
                 return call()
             except LogUnavailable as error:
                 logger.warning("the log doesn't answer, trying again: %s", error)
+            finally:
+                self._called = None
 
     async def _call(self, call: Callable[[], T]) -> T:
         return await asyncio.to_thread(self._repeat, call)

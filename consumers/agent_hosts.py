@@ -12,14 +12,18 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Protocol
 from weakref import WeakValueDictionary
+
+from prometheus_client import REGISTRY, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from millstream.consumers.attempt import (
     AgentFunction,
@@ -63,6 +67,9 @@ class AgentHost(Protocol):
 
     async def start(self) -> None:
         """Raises `ConfigError` if the agent can't be imported."""
+
+    def collect(self) -> Iterable[Metric]:
+        """Prometheus' collector, from any thread: what hooks count."""
 
     def run(self, writer: AttemptWriter) -> None:
         """Begins an attempt; there must be a free slot."""
@@ -123,6 +130,9 @@ class ThreadHost:
         adopt_global_provider()
         self._attempts = AttemptRunner(function, tracer, self._loop, hooks)
         self._thread.start()
+
+    def collect(self) -> Iterable[Metric]:
+        return REGISTRY.collect()
 
     def run(self, writer: AttemptWriter) -> None:
         assert self._attempts is not None, "start() first"
@@ -214,8 +224,12 @@ class ProcessHost:
         self._agent = agent
         self._options = options
         self._processes = processes
-        self._environment = environment
+        self._environment = dict(environment)
         self._folder = folder
+        self._metrics: TemporaryDirectory[str] | None = None
+        if options.hooks:
+            self._metrics = TemporaryDirectory(prefix="millstream-metrics-")
+            self._environment["PROMETHEUS_MULTIPROC_DIR"] = self._metrics.name
         self._memory_limit = memory_limit
         self._max_attempts = max_attempts
         self._memory: asyncio.Task[None] | None = None
@@ -228,7 +242,8 @@ class ProcessHost:
         return sum(child.free for child in self._children)
 
     async def start(self) -> None:
-        self._children = [self._child() for _ in range(self._processes)]
+        for _ in range(self._processes):
+            self._children.append(self._child())
         if self._memory_limit is not None:
             self._memory = asyncio.get_running_loop().create_task(self._watch_memory(self._memory_limit))
         results = await asyncio.gather(*(child.start() for child in self._children), return_exceptions=True)
@@ -236,6 +251,12 @@ class ProcessHost:
             if isinstance(result, BaseException):
                 await self.close()
                 raise result
+
+    def collect(self) -> Iterable[Metric]:
+        """Added up over the processes, those that have ended, too."""
+        if self._metrics is None:
+            return ()
+        return MultiProcessCollector(None, self._metrics.name).collect()  # type: ignore[no-any-return, no-untyped-call]
 
     def run(self, writer: AttemptWriter) -> None:
         child = max(self._children, key=lambda child: child.free)
@@ -259,10 +280,14 @@ class ProcessHost:
         for task in self._starting:
             task.cancel()
         await asyncio.gather(*(child.close() for child in self._children))
+        if self._metrics is not None:
+            self._metrics.cleanup()
 
     def _child(self) -> "_Child":
         config = {"agent": self._agent, "folder": self._folder, "proxy_url": self._options.proxy_url}
         config |= {"worker_id": self._options.worker_id, "hooks": json.dumps(self._options.hooks)}
+        # A place of its own among those that live; its successor goes on counting there.
+        config["place"] = next(p for p in map(str, count()) if all(p != child.place for child in self._children))
         return _Child(config, self._environment, self._options, self._max_attempts, self._replace)
 
     def _replace(self, dead: "_Child") -> None:
@@ -280,12 +305,12 @@ class ProcessHost:
 
     def _start_another(self) -> None:
         child = self._child()
+        self._children.append(child)
         task = asyncio.get_running_loop().create_task(self._start(child))
         self._starting.add(task)
         task.add_done_callback(self._starting.discard)
 
     async def _start(self, child: "_Child") -> None:
-        self._children.append(child)
         try:
             await child.start()
         except MillstreamError as error:
@@ -306,6 +331,7 @@ class _Child(asyncio.Protocol):
         max_attempts: int | None,
         on_death: Callable[["_Child"], None],
     ) -> None:
+        self.place = config["place"]
         self._config = config
         self._environment = environment
         self._options = options

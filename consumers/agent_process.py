@@ -6,6 +6,7 @@ Holds the agent and runs attempts at it; has no access to the log. It gets tasks
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
@@ -27,6 +28,8 @@ from millstream.schemas.errors import CodecError, ConfigError
 from millstream.schemas.records import Control, RolloutTask, Span
 from millstream.schemas.resources import Resources
 
+logger = logging.getLogger(__name__)
+
 FLUSH_S = 0.02  # spans wait this long for others, unless their attempt ends
 FLUSH_BYTES = 64 << 10
 RECEIVE_BYTES = 256 << 10
@@ -47,10 +50,18 @@ class _Channel:
         self._buffer = bytearray()
         self._lock = threading.Lock()
         self._filled = threading.Event()
+        self._pid = os.getpid()
+        self._said_so = False
+        os.register_at_fork(after_in_child=connection.close)  # a process that the agent forks must not talk in between
         threading.Thread(target=self._flush_regularly, name="millstream-flush", daemon=True).start()
 
     def send(self, frame: Callable[[], bytes], *, now: bool = False) -> None:
         """``frame`` is called when it is this frame's turn. Waits while the runner can't keep up."""
+        if os.getpid() != self._pid:
+            if not self._said_so:
+                logger.warning("what a process that the agent has forked emits or saves is not recorded")
+                self._said_so = True
+            return
         with self._lock:
             was_empty = not self._buffer
             self._buffer += frame()
@@ -181,6 +192,17 @@ def _receive(connection: socket.socket, reader: FrameReader) -> Iterator[list[Fr
             yield frames
 
 
+def _share_metrics(place: str) -> None:
+    """Lets the runner read what hooks count. By default files are named by process id: one that is recycled often
+    would leave more and more of them."""
+    from prometheus_client import values  # takes a while, and only hooks need it
+
+    pid = os.getpid()
+    values.ValueClass = values.MultiProcessValue(  # type: ignore[no-untyped-call]
+        lambda: place if os.getpid() == pid else f"{place}-{os.getpid()}"
+    )
+
+
 def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
@@ -197,6 +219,8 @@ def main() -> None:
             _end()
 
         threading.Thread(target=listen, name="millstream-receive", daemon=True).start()
+        if config["hooks"] != "[]":
+            _share_metrics(config["place"])
         try:
             tracer = Tracer(config["agent"], config["proxy_url"])
             function = load_agent(config["agent"], config["folder"])
@@ -209,7 +233,13 @@ def main() -> None:
             return
         adopt_global_provider()
         channel.send(lambda: pack(Kind.READY), now=True)
-        runner.run(agent.stopped())
+        pid = os.getpid()
+        os.register_at_fork(after_in_child=loop.stop)  # a fork's loop would take wake-ups from this one
+        try:
+            runner.run(agent.stopped())
+        finally:
+            if os.getpid() != pid:
+                os._exit(1)
         channel.flush()
 
 

@@ -6,6 +6,8 @@ The same code runs in an agent process and in a thread of the runner (`agent_hos
 import asyncio
 import inspect
 import json
+import logging
+import os
 import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +25,8 @@ from millstream.producers.tracer import Tracer
 from millstream.schemas import status
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.records import ErrorInfo
+
+logger = logging.getLogger(__name__)
 
 AgentFunction = Callable[..., Any]
 
@@ -100,6 +104,7 @@ class AttemptRunner:
         self._is_async = _is_async(agent)
         self._optional = _optional_parameters(agent)
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._pid = os.getpid()
 
     def start(self, attempt: Attempt, on_end: Callable[[Outcome], None]) -> None:
         """Begins an attempt; call it on the loop's thread. ``on_end`` is called on whichever thread it ended."""
@@ -146,6 +151,9 @@ class AttemptRunner:
             if error is not hooks.trace.error:
                 outcome = self._raised(error)
         await hooks.rollout_end(outcome.status)
+        if os.getpid() != self._pid:
+            logger.warning("a process that the agent forked came back from it (%s) and ends here", outcome.status)
+            os._exit(1)  # the attempt goes on in the process that forked it
         on_end(outcome)
 
     async def _judged(self, error: BaseException, hooks: HookedAttempt) -> Outcome:

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _HEADERS = {
     kind: {KIND_HEADER: kind.encode()}
-    for kind in (*semconv.KIND_OF_OPERATION.values(), semconv.SPAN, *status.TRANSITIONS)
+    for kind in (*semconv.KIND_OF_OPERATION.values(), semconv.SPAN, semconv.ALERT, *status.TRANSITIONS)
     if kind is not None
 }
 
@@ -98,6 +98,8 @@ class AttemptWriter:
         try:
             with self._lock:
                 self._spans.send(self._topics.events, span, key=self.claim.task.rollout_id, headers=_HEADERS[kind])
+            if kind == semconv.ALERT:
+                self._producer.send(self._topics.alerts, span, key=self.claim.task.rollout_id, headers=_HEADERS[kind])
         except TooLarge as error:
             self.refuse("too_large", str(error))
             self._bury(str(error))

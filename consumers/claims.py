@@ -12,7 +12,7 @@ whoever gets the partition meets it again. An experiment that must not wait for 
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from millstream.consumers.control import ControlFollower
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 ROLE = "runner"
 RETRY_S = 1.0  # before the next claim when the log did not take this one
+LAG_S = 10.0  # between two looks at the lag, while there are free slots and no tasks
 
 
 class WeightedTurns:
@@ -54,6 +55,31 @@ class WeightedTurns:
         return shares
 
 
+class Starvation:
+    """Notices a consumer that polls and gets nothing although its lag grows: it is stuck. ``clock`` counts seconds."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._least: int | None = None  # lag seen
+        self._since: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since the lag began to be more than it had been, with nothing got."""
+        since = self._since  # read once: asked from another thread
+        return 0.0 if since is None else self._clock() - since
+
+    def ended(self) -> None:
+        """Something was got, nothing was wanted, it is another lag from now on, or the log itself was away."""
+        self._least = self._since = None
+
+    def saw(self, lag: int) -> None:
+        if self._least is None or lag <= self._least:
+            self._least, self._since = lag, None
+        elif self._since is None:
+            self._since = self._clock()
+
+
 @dataclass(frozen=True, slots=True)
 class Claim:
     """A task that is ours to run. ``resources`` is None if the version that it is pinned to does not exist."""
@@ -74,6 +100,9 @@ class Claims:
         self._worker_id = worker_id
         self._turns = WeightedTurns()
         self._held: dict[Partition, RolloutTask] = {}  # the task that holds it back
+        self._looked = time.monotonic()
+        self._assigned: frozenset[Partition] = frozenset()
+        self.starvation = Starvation()
         self._consumer: Consumer = log.consumer(f"{topics.prefix}.runner")
 
     async def start(self) -> None:
@@ -90,21 +119,37 @@ class Claims:
             for partition in released:
                 del self._held[partition]
             records = await self._poll(slots, timeout_s)
+            if records or released:
+                self.starvation.ended()
+            elif time.monotonic() - self._looked > LAG_S:
+                await self._look()
             if self._control.pauses:
                 records = await self._hold_back(records)
             return await self._claim(records) if records else []
         except LogUnavailable as error:
             logger.warning("no tasks can be claimed: %s", error)
+            self.starvation.ended()
             await asyncio.sleep(RETRY_S)
             return []
 
     async def stay(self, timeout_s: float) -> None:
         """Remains in the group while there is no free slot; takes nothing."""
+        self.starvation.ended()
         try:
             await self._consumer.poll(1, timeout_s, ())
         except LogUnavailable as error:
             logger.warning("the log does not answer: %s", error)
             await asyncio.sleep(RETRY_S)
+
+    async def _look(self) -> None:
+        self._looked = time.monotonic()
+        assigned = self._consumer.assignment()
+        if assigned != self._assigned:
+            self._assigned = assigned
+            self.starvation.ended()
+        ends = await self._consumer.end_offsets(assigned - self._held.keys())
+        # A position is not known for a moment after a rebalance: the lag then seems large, and is small again.
+        self.starvation.saw(sum(end - (self._consumer.position(partition) or 0) for partition, end in ends.items()))
 
     async def _poll(self, slots: int, timeout_s: float) -> list[LogRecord]:
         records = await self._poll_now(slots)

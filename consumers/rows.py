@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from millstream.consumers.encoded_spans import EncodedInserter, EncodedSpans, span_body
+from millstream.consumers.sink_port import Unusable
 from millstream.schemas import codec, status
 from millstream.schemas.errors import CodecError
 from millstream.schemas.ids import id_time_ms
@@ -41,6 +42,8 @@ class Inserter(EncodedInserter, Protocol):
         """Stores the rows. A repeated ``token`` may be dropped. Raises `RowsRefused`, or `StoreError` if it may help to
         try again: some of the rows may be there by then."""
 
+    def close(self) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -66,15 +69,6 @@ class Rows:
 
     def cut(self, start: int, stop: int) -> "Rows":
         return Rows(self.table, self.column_names, [column[start:stop] for column in self.columns])
-
-
-@dataclass(frozen=True, slots=True)
-class Unusable:
-    """A record that has no row. ``reason`` is short: undecodable, unstorable."""
-
-    record: LogRecord
-    reason: str
-    error: str
 
 
 def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows | EncodedSpans], list[Unusable]]:

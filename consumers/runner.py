@@ -11,27 +11,26 @@ then the adapter has given them to somebody else.
 import asyncio
 import logging
 import os
-import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 import aiohttp
+from prometheus_client import Metric
 
 from millstream.consumers.agent_hosts import AgentHost, HostOptions, ProcessHost, ThreadHost
 from millstream.consumers.attempt import AgentFunction, Outcome, stopped_by
 from millstream.consumers.attempt_writer import AttemptWriter
-from millstream.consumers.claims import ROLE, Claim, Claims
+from millstream.consumers.claims import ROLE, Claim, Claims, Starvation
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
 from millstream.producers.port import Producer
-from millstream.producers.workers import reporting
+from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, LogError, MillstreamError
 from millstream.schemas.identity import attempt_key, attempt_path
-from millstream.schemas.ids import new_id
 from millstream.schemas.log import KIND_HEADER
 from millstream.schemas.records import Span
 from millstream.schemas.settings import Settings
@@ -98,7 +97,7 @@ class Runner:
         max_attempts_per_process: int | None = None,
         hooks: Sequence[Hook | str] = (),
     ) -> None:
-        self.worker_id = worker_id or f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
+        self.worker_id = worker_id or new_worker_id()
         self._log = log
         self._settings = settings
         self._topics = settings.topics
@@ -117,6 +116,8 @@ class Runner:
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
         self._finishing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
+        self._starvation = Starvation()
+        self._collect: Callable[[], Iterable[Metric]] = tuple
 
     async def run(self, stop: asyncio.Event) -> None:
         """Works until ``stop`` is set, then lets running attempts end for ``drain_s``; the rest ends as lost.
@@ -126,8 +127,10 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         self._producer: Producer = self._log.producer()
         self._host = self._make_host()
+        self._collect = self._host.collect
         control = ControlFollower(self._log, self._topics, lambda: self._end_cancelled(control))
         claims = Claims(self._log, self._topics, self._producer, control, self.worker_id)
+        self._starvation = claims.starvation
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CLOSE_S)) as self._http:
             try:
                 await self._host.start()
@@ -153,6 +156,15 @@ class Runner:
     def silent_s(self) -> float:
         """How long ago the oldest of the last acknowledged heartbeats of the running attempts was sent."""
         return time.monotonic() - min((w.last_acknowledged for w in self._running), default=time.monotonic())
+
+    @property
+    def starving_s(self) -> float:
+        """How long tasks have become more and more, slots have been free, and none has been got."""
+        return self._starvation.seconds
+
+    def collect(self) -> Iterable[Metric]:
+        """Prometheus' collector, from any thread: what hooks count where the agent runs."""
+        return self._collect()
 
     def load(self) -> tuple[int, int]:
         """Slots, and attempts that run."""
@@ -335,5 +347,6 @@ class Runner:
         for writer in self._running:
             if not writer.outcome.done() and writer.verdict is None:
                 writer.verdict = stopped_by(status.LOST, "stopped", f"runner {self.worker_id} was stopped")
+        self._collect = tuple
         await self._host.close()
         await self._until_idle(CLOSE_S)

@@ -25,6 +25,9 @@ from millstream.schemas.records import AttemptEvent, DeadLetter, ErrorInfo, Roll
 ROLE: Final = "adapter"
 LEASE: Final = "lease"
 TOO_LARGE: Final = "too_large"
+# A claim that has never begun to run is most likely one whose commit failed: its task is delivered to another runner
+# once the group has noticed. Retried before that, it would run twice.
+CLAIM_LEASES: Final = 3
 ATTEMPT_BYTES: Final = 64 << 20  # kept of an open rollout: a thousand calls with prompts of 64 KB
 SPAN_BYTES: Final = 500  # that a span takes beside its body
 
@@ -139,12 +142,13 @@ class PartitionFold:
             raise CodecError(f"{record.place}: {kind.__name__} has no place among the events", record=kind.__name__)
 
     def expire(self, now: float, not_before: float, time_ns: int) -> None:
-        """Gives up what has been silent for longer than its lease; nobody's silence counts from before ``not_before``.
-        ``time_ns`` is what the ends and marks are stamped with."""
+        """Gives up what has been silent for longer than its lease (`CLAIM_LEASES` of them if it has never begun to
+        run); nobody's silence counts from before ``not_before``. Ends and marks are stamped with ``time_ns``."""
         for rollout_id, rollout in list(self.open.items()):
             for attempt in list(rollout.attempts.values()):
-                if now - max(attempt.last_seen, not_before) > attempt.lease_s:
-                    error = ErrorInfo(type=LEASE, message=f"no heartbeat for {attempt.lease_s:g} s", stack="")
+                patience = attempt.lease_s * (CLAIM_LEASES if attempt.status == status.PREPARING else 1)
+                if now - max(attempt.last_seen, not_before) > patience:
+                    error = ErrorInfo(type=LEASE, message=f"no heartbeat for {patience:g} s", stack="")
                     self._finish(rollout_id, rollout, attempt, status.LOST, error, time_ns, now)
 
     def too_large(self, rollout_id: str, message: str, time_ns: int, now: float) -> None:
@@ -196,7 +200,9 @@ class PartitionFold:
         rollout = self.open.get(mark.rollout_id)
         if rollout is not None and rollout.number <= mark.attempt:
             self._forget(mark.rollout_id)
-        self.retried[mark.rollout_id] = (offset, mark.attempt)
+        # The second pass meets marks older than the last one, which the first pass has found.
+        if mark.attempt >= self.retried.get(mark.rollout_id, (0, 0))[1]:
+            self.retried[mark.rollout_id] = (offset, mark.attempt)
 
     def _forget(self, rollout_id: str) -> None:
         self.decided.pop(rollout_id, None)

@@ -2,7 +2,8 @@
 
 In an agent: `emit_reward`, `emit_span`. To train one: `Trainer` with an algorithm such as `GRPO` (needs the ``train``
 extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. Code of yours around each attempt: `Hook`. To
-ask what happened: `Store`, such as `ClickHouseStore(load_settings())`. To process the stream: `broker`.
+ask what happened: `Store`, such as `ClickHouseStore(load_settings())`. To process the stream: `broker`. To keep it
+elsewhere: `Sink`.
 """
 
 from importlib import import_module
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from millstream.consumers.hooks import Hook
+    from millstream.consumers.sink_port import Batch, Sink
     from millstream.consumers.triplets import Trace, to_triplets
     from millstream.pipeline.algorithms.grpo import GRPO
     from millstream.pipeline.batches import Algorithm
@@ -32,6 +34,7 @@ __all__ = [
     "Algorithm",
     "AsyncStore",
     "Attempt",
+    "Batch",
     "ClickHouseStore",
     "ErrorHandler",
     "Hook",
@@ -42,6 +45,7 @@ __all__ = [
     "Reward",
     "Rollout",
     "Settings",
+    "Sink",
     "StateBackup",
     "Store",
     "Trace",
@@ -66,6 +70,7 @@ _HOMES = {
     "AsyncStore": "millstream.pipeline.store_port",
     "Attempt": "millstream.pipeline.store_port",
     "ClickHouseStore": "millstream.pipeline.store",
+    "Batch": "millstream.consumers.sink_port",
     "ErrorHandler": "millstream.pipeline.hooks",
     "Hook": "millstream.consumers.hooks",
     "MemoryStore": "millstream.pipeline.memory_store",
@@ -75,6 +80,7 @@ _HOMES = {
     "Reward": "millstream.pipeline.store_port",
     "Rollout": "millstream.pipeline.store_port",
     "Settings": "millstream.schemas.settings",
+    "Sink": "millstream.consumers.sink_port",
     "StateBackup": "millstream.pipeline.hooks",
     "Store": "millstream.pipeline.store_port",
     "Trace": "millstream.consumers.triplets",

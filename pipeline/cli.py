@@ -22,7 +22,7 @@ from millstream.pipeline.cli_monitor import app as monitor_app
 from millstream.pipeline.cli_output import Json, err, out, print_rows
 from millstream.pipeline.cli_store import app as store_app
 from millstream.pipeline.cli_workers import app as workers_app
-from millstream.pipeline.health import Health
+from millstream.pipeline.health import Health, watched
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.schemas import metrics
 from millstream.schemas.errors import ConfigError, Fenced, MillstreamError
@@ -54,7 +54,7 @@ def main() -> None:
     logging.basicConfig(
         level=logging.INFO, format="%(name)s: %(message)s", handlers=[RichHandler(console=err, show_path=False)]
     )
-    for noisy in ("aiokafka", "httpx", "httpx2", "faststream"):
+    for noisy in ("aiokafka", "httpx", "httpx2", "faststream", "urllib3.connectionpool", "clickhouse_connect"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
@@ -152,9 +152,11 @@ def runner(
         health.gauge(metrics.SLOTS, lambda: role.load()[0])
         health.gauge(metrics.RUNNING, lambda: role.load()[1])
         health.gauge(metrics.HEARTBEAT_AGE, lambda: role.silent_s)
+        health.age(metrics.STARVING, lambda: role.starving_s)
+        health.registry.register(role)
         await role.run(stop)
 
-    _run_role(settings, health_port, work)
+    _run_role(settings, "runner", health_port, work)
 
 
 @app.command(epilog="Example: millstream adapter --replica 0")
@@ -166,7 +168,7 @@ def adapter(
     health_port: HealthPort = 0,
 ) -> None:
     """Settle rollouts: turn their spans into triplets and end each exactly once."""
-    from millstream.consumers.adapter import Adapter
+    from millstream.consumers.adapter import LOST_CALL_S, Adapter
     from millstream.consumers.objects import load_object
     from millstream.consumers.triplets import to_triplets
 
@@ -176,28 +178,47 @@ def adapter(
     async def work(health: Health, stop: asyncio.Event) -> None:
         topics = settings.topics
         transactional_id = f"{topics.prefix}.adapter.{replica}"
-        await Adapter(health.log, topics, transactional_id=transactional_id, to_triplets=chosen).run(stop)
+        role = Adapter(health.log, topics, transactional_id=transactional_id, to_triplets=chosen)
+        health.age(metrics.TRANSACTION_AGE, lambda: role.call_s, LOST_CALL_S)
+        await role.run(stop)
 
-    _run_role(settings, health_port, work)
+    _run_role(settings, "adapter", health_port, work)
 
 
-@app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb://runs/store millstream sink")
-def sink(health_port: HealthPort = 0) -> None:
-    """Write everything that happens to ClickHouse."""
-    from millstream.consumers.sink import Sink
-    from millstream.pipeline.store import ClickHouseStore
+@app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb://runs/store millstream sink --flush-ms 500")
+def sink(
+    kind: Annotated[
+        str, typer.Option("--sink", help="clickhouse, parquet, or module:attribute of your own; see ms.Sink.")
+    ] = "clickhouse",
+    name: Annotated[str | None, typer.Option(help="Sinks of one name share the records; else by --sink.")] = None,
+    flush_rows: Annotated[int | None, typer.Option(min=1, help="Records that are stored at once.")] = None,
+    flush_bytes: Annotated[int, typer.Option(min=1, help="Bytes that are stored at once.")] = 32 << 20,
+    flush_ms: Annotated[int, typer.Option(min=1, help="How old a record gets before it is stored.")] = 1000,
+    health_port: HealthPort = 0,
+) -> None:
+    """Write everything that happens to ClickHouse, or to a sink of your own."""
+    from millstream.consumers.sink import FlushPolicy, SinkRole
+    from millstream.pipeline.sinks import open_sink, sink_name
 
-    settings = load_settings()
+    settings = load_settings(span_batch_size=flush_rows)
+    group = sink_name(kind) if name is None else name
+    policy = FlushPolicy(settings.span_batch_size, flush_bytes, flush_ms / 1000)
 
     async def work(health: Health, stop: asyncio.Event) -> None:
-        store = ClickHouseStore(settings)
+        opened = open_sink(kind, settings)
         try:
-            store.migrate()
-            await Sink(health.log, store, settings).run(stop)
+            role = SinkRole(health.log, opened, settings, name=group, flush=policy)
+            health.trouble = lambda: role.trouble
+            health.gauge(metrics.SINK_OUTAGE, lambda: role.outage_s)
+            health.gauge(metrics.SINK_WAITING, lambda: role.waiting)
+            health.gauge(metrics.SINK_STORED, lambda: role.stats.records)
+            health.gauge(metrics.SINK_RETRIES, lambda: role.stats.retries)
+            health.gauge(metrics.SINK_DEAD, lambda: role.stats.dead_letters)
+            await role.run(stop)
         finally:
-            store.close()
+            opened.close()
 
-    _run_role(settings, health_port, work)
+    _run_role(settings, "sink", health_port, work)
 
 
 @app.command(epilog="Example: MILLSTREAM_MODEL_URL=http://127.0.0.1:8500 millstream proxy")
@@ -219,18 +240,19 @@ def proxy(health_port: HealthPort = 0) -> None:
             await backend.close()
             await asyncio.to_thread(producer.close)
 
-    _run_role(settings, health_port, work)
+    _run_role(settings, "proxy", health_port, work)
 
 
 @app.command(epilog="Example: millstream train examples/calculator/train.toml")
 def train(
     config: Annotated[Path, typer.Argument(help="TOML file; see examples/calculator/train.toml.")],
+    health_port: HealthPort = 0,
     as_json: Json = False,
 ) -> None:
     """Train as a file says; live view, then a summary. Needs the `train` extra."""
     from millstream.pipeline.train_config import train_from
 
-    summary = train_from(config, err if as_json else out)
+    summary = train_from(config, err if as_json else out, health_port=health_port)
     values = summary.first_reward, summary.validation_reward, summary.rollouts, summary.rollouts_per_second
     columns = ["steps", "first_reward", "validation_reward", "rollouts", "rollouts_per_second", "seconds"]
     rounded = [value if value is None else round(value, 3) for value in (*values, summary.seconds)]
@@ -274,11 +296,13 @@ def _print_status(kafka: LocalKafka, as_json: bool) -> None:
 # --- shared
 
 
-def _run_role(settings: Settings, health_port: int, work: Callable[[Health, asyncio.Event], Awaitable[None]]) -> None:
+def _run_role(
+    settings: Settings, role: str, health_port: int, work: Callable[[Health, asyncio.Event], Awaitable[None]]
+) -> None:
     """Runs until SIGTERM or SIGINT, then lets the role end in good order. A second SIGINT ends it at once, which does
     no harm: whoever takes over finds everything in the log."""
 
-    async def role() -> None:
+    async def run() -> None:
         stop = asyncio.Event()
 
         def interrupt() -> None:
@@ -290,8 +314,7 @@ def _run_role(settings: Settings, health_port: int, work: Callable[[Health, asyn
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
         log = KafkaLog(settings)
         await log.check()
-        health = Health(log, stop)
-        health.start(health_port)
-        await work(health, stop)
+        async with watched(log, settings.topics, role, health_port, stop) as health:
+            await work(health, stop)
 
-    asyncio.run(role())
+    asyncio.run(run())

@@ -1,28 +1,32 @@
 """Whether a role is alive: seen in how long ago its consumers polled, told over HTTP, and ended if it is stuck.
 
-    GET /livez      200; 503 once a consumer has not polled for STUCK_S
-    GET /readyz     200 between the first polls of all consumers and the stop
+    GET /livez      200; 503 once a consumer has not polled for STUCK_S, or a runner has starved for as long
+    GET /readyz     200 between the first polls of all consumers and the stop, unless the role says what is wrong
     GET /metrics    Prometheus
 
-All of it lives in threads of its own: an event loop that is stuck can't say so.
+So is an event loop that hangs. All of it lives in threads of its own: an event loop that is stuck can't say so.
 """
 
 import asyncio
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
 
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
+from millstream.consumers.claims import ROLE as RUNNER
 from millstream.consumers.port import Consumer, Log
-from millstream.schemas.errors import ConfigError
+from millstream.producers.workers import new_worker_id, reporting
+from millstream.schemas.errors import ConfigError, LogUnavailable
 from millstream.schemas.log import EndOfPartition, LogRecord
 from millstream.schemas.metrics import POLL_AGE, Metric
+from millstream.schemas.topics import Topics
 
 logger = logging.getLogger(__name__)
 
@@ -34,24 +38,38 @@ CHECK_S = 1.0
 
 
 class Health:
-    """Of one process. ``log`` is what the role has to use: its consumers tell when they poll."""
+    """Of one process. ``log`` is what the role has to use: its consumers tell when they poll.
 
-    def __init__(self, log: Log, stop: asyncio.Event) -> None:
+    ``rests``: between two polls the role may be busy with something else for as long as it likes; a poll may not.
+    """
+
+    def __init__(self, log: Log, stop: asyncio.Event, *, rests: bool = False) -> None:
         self.log = cast(Log, _WatchedLog(log, self))
+        self.registry = CollectorRegistry()
         self._stop = stop
-        self._polls: dict[_WatchedConsumer, float | None] = {}  # when each ended its last poll; None: not yet polled
-        self._registry = CollectorRegistry()
-        self.gauge(POLL_AGE, lambda: self.poll_age)
+        self.trouble: Callable[[], str | None] = lambda: None  # what keeps the role from its work; any thread may ask
+        self._rests = rests
+        self._polls: dict[object, float | None] = {}  # when each was last heard of; None: not yet
+        self._ages: dict[Metric, tuple[Callable[[], float], float]] = {}  # each with its limit
+        self._closed = threading.Event()
+        self._server: ThreadingHTTPServer | None = None
+        self.age(POLL_AGE, lambda: self.poll_age)
 
     def gauge(self, metric: Metric, value: Callable[[], float]) -> None:
         """``value`` is asked for whenever the metrics are."""
-        Gauge(metric.name, metric.meaning, registry=self._registry).set_function(value)
+        Gauge(metric.name, metric.meaning, registry=self.registry).set_function(value)
+
+    def age(self, metric: Metric, value: Callable[[], float], limit_s: float | None = None) -> None:
+        """A gauge in seconds; beyond ``limit_s`` (`STUCK_S`) the process is stuck. ``value`` is called from any
+        thread."""
+        self._ages[metric] = value, limit_s or STUCK_S
+        self.gauge(metric, value)
 
     @property
     def poll_age(self) -> float:
         """Seconds."""
         now = time.monotonic()
-        return max((now - last for last in list(self._polls.values()) if last is not None), default=0.0)
+        return max([0.0, *(now - last for last in list(self._polls.values()) if last is not None)])
 
     @property
     def ready(self) -> bool:
@@ -63,36 +81,84 @@ class Health:
         if not port:
             return
         try:
-            server = ThreadingHTTPServer(("", port), _handler(self))
+            self._server = ThreadingHTTPServer(("", port), _handler(self))
         except OSError as error:
             raise ConfigError(f"--health-port {port}: {error.strerror}; choose another") from error
-        threading.Thread(target=server.serve_forever, name="millstream-health", daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, name="millstream-health", daemon=True).start()
+
+    def close(self) -> None:
+        """Watches and serves no more."""
+        self._closed.set()
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
 
     def answer(self, path: str) -> tuple[int, bytes]:
         """Status and body."""
         if path == "/metrics":
-            return 200, generate_latest(self._registry)
+            return 200, generate_latest(self.registry)
         if path == "/livez":
-            age = self.poll_age
-            return (503 if age > STUCK_S else 200), f"last poll {age:.1f} s ago\n".encode()
+            ages = [(metric.name, value(), limit_s) for metric, (value, limit_s) in self._ages.items()]
+            body = "".join(f"{name} {age:.1f}\n" for name, age, _ in ages)
+            return (503 if any(age > limit_s for _, age, limit_s in ages) else 200), body.encode()
         if path == "/readyz":
-            return (200, b"ready\n") if self.ready else (503, b"not ready\n")
+            trouble = self.trouble() if self.ready else "not ready"
+            return (200, b"ready\n") if trouble is None else (503, f"{trouble}\n".encode(errors="replace"))
         return 404, b"/livez, /readyz or /metrics\n"
 
     def _watch(self) -> None:
-        while (age := self.poll_age) <= STUCK_S:
-            time.sleep(CHECK_S)
-        logger.critical("a consumer has not polled for %.0f s: this process is stuck, and ends", age)
-        os._exit(EXIT_STUCK)
+        while not self._closed.wait(CHECK_S):
+            for metric, (value, limit_s) in list(self._ages.items()):
+                if (age := value()) > limit_s:
+                    logger.critical("%s is %.0f: this process is stuck, and ends", metric.name, age)
+                    os._exit(EXIT_STUCK)
 
-    def opened(self, consumer: "_WatchedConsumer") -> None:
+    def opened(self, consumer: object) -> None:
         self._polls[consumer] = None
 
-    def polled(self, consumer: "_WatchedConsumer") -> None:
-        self._polls[consumer] = time.monotonic()
+    def polling(self, consumer: object) -> None:
+        if self._rests:
+            self.heard(consumer)
 
-    def closed(self, consumer: "_WatchedConsumer") -> None:
+    def polled(self, consumer: object) -> None:
+        self._polls[consumer] = math.inf if self._rests else time.monotonic()
+
+    def heard(self, who: object) -> None:
+        """Somebody lives who has to be heard of every `STUCK_S`, like a consumer."""
+        self._polls[who] = time.monotonic()
+
+    def closed(self, consumer: object) -> None:
         self._polls.pop(consumer, None)
+
+
+@asynccontextmanager
+async def watched(
+    log: Log, topics: Topics, role: str, port: int, stop: asyncio.Event, *, rests: bool = False
+) -> AsyncIterator[Health]:
+    """A role's process for as long as the body runs: served to probes at ``port``, ended if it is stuck, and told of on
+    the workers topic (a runner tells of itself). Raises `ConfigError` if the port is taken."""
+    health = Health(log, stop, rests=rests)
+    health.start(port)
+
+    def load() -> tuple[int, int]:
+        health.heard("event loop")  # called by it every few seconds
+        return 0, 0
+
+    try:
+        if role == RUNNER:
+            yield health
+            return
+        producer = log.producer()
+        try:
+            async with reporting(producer, topics, role, new_worker_id(), load):
+                yield health
+        finally:
+            try:
+                await asyncio.to_thread(producer.close)
+            except LogUnavailable as error:
+                logger.warning("what this %s did last is not told on %s: %s", role, topics.workers, error)
+    finally:
+        health.close()
 
 
 class _WatchedLog:
@@ -119,6 +185,7 @@ class _WatchedConsumer:
     async def poll(
         self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None
     ) -> list[LogRecord | EndOfPartition]:
+        self._health.polling(self)
         try:
             return await self._inner.poll(max_records, timeout_s, topics)
         finally:  # a log that is away is no fault of ours

@@ -14,12 +14,13 @@ from prometheus_client import Counter, Histogram
 from millstream.consumers.hooks import WISHES, Hook, RunnerInfo, TraceSummary
 from millstream.producers.attempt_context import Rollout
 from millstream.producers.emit import emit_span
+from millstream.schemas import semconv
 from millstream.schemas.errors import ConfigError
 
 Agent = Callable[..., Any]
 T = TypeVar("T")
 
-# Of whichever process the agent runs in. Child processes add theirs up if they see PROMETHEUS_MULTIPROC_DIR (--env).
+# Counted in whichever process the agent runs in; the runner's /metrics shows them, added up.
 SECONDS: Final = Histogram(
     "millstream_agent_seconds",
     "How long agents ran, by how they ended: its count gives attempts and error rate.",
@@ -60,9 +61,9 @@ class WarmUp(Hook, Generic[T]):
 class PerformanceMonitor(Hook):
     """Counts duration, tokens and errors of attempts as Prometheus metrics of the process.
 
-    An attempt that ran for longer than ``threshold_s`` gets a span ``slow_attempt`` (so the alert is in the log and in
-    the store: agent processes can't write to topics), and is told to ``webhook`` as JSON, with a ``text`` as Slack
-    wants it. Raises `ConfigError` if ``webhook`` is no http(s) URL.
+    An attempt that ran for longer than ``threshold_s`` gets a span ``slow_attempt``, of which the runner writes a copy
+    to the topic ``PREFIX.alerts``, and is told to ``webhook`` as JSON, with a ``text`` as Slack wants it. Raises
+    `ConfigError` if ``webhook`` is no http(s) URL.
     """
 
     def __init__(
@@ -91,7 +92,8 @@ class PerformanceMonitor(Hook):
             "duration_s": round(tracer.duration_s, 3),
             "threshold_s": self._threshold_s,
         }
-        emit_span("slow_attempt", {f"millstream.alert.{name}": value for name, value in alert.items()})
+        details = {f"{semconv.ALERT_NAME}.{name}": value for name, value in alert.items()}
+        emit_span("slow_attempt", {semconv.ALERT_NAME: "slow_attempt", **details})
         if self._webhook is not None:
             text = f"{runner.agent}: rollout {rollout.rollout_id} ran for {tracer.duration_s:.1f} s ({tracer.status})"
             request = urllib.request.Request(  # noqa: S310 - http(s) only, see above

@@ -2,11 +2,12 @@
 
 import threading
 from collections import defaultdict
-from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Unpack
 
 from millstream.consumers.port import Log
+from millstream.consumers.sink_port import Batch, Unusable
 from millstream.pipeline.follow import follow_spans
 from millstream.pipeline.store_port import (
     Attempt,
@@ -21,15 +22,15 @@ from millstream.pipeline.store_port import (
     checked_order,
 )
 from millstream.schemas import codec, status
-from millstream.schemas.errors import StoreError
+from millstream.schemas.errors import CodecError, StoreError
 from millstream.schemas.log import LogRecord, Partition
-from millstream.schemas.records import AttemptEvent, Control, RolloutEnd, RolloutTask, Span, Triplet
+from millstream.schemas.records import AttemptEvent, Control, Record, RolloutEnd, RolloutTask, Span, Triplet
 from millstream.schemas.resources import Resources
 from millstream.schemas.topics import Topics
 
 
 class MemoryStore(Store):
-    """Holds what it is given with ``add``, for as long as it lives; ``follow`` reads ``log``."""
+    """Also a `Sink`: holds what is written to it for as long as it lives. ``follow`` reads ``log``."""
 
     def __init__(self, topics: Topics | None = None, log: Log | None = None) -> None:
         self._topics = topics or Topics()
@@ -42,14 +43,21 @@ class MemoryStore(Store):
         self._triplets: dict[str, dict[tuple[str, int], Triplet]] = defaultdict(dict)
         self._controls: dict[tuple[str, str], Control] = {}
 
-    def add(self, records: Iterable[LogRecord]) -> None:
-        """Takes records of any of the topics, in any order and any number of times. Raises `CodecError`."""
+    def write(self, batch: Batch) -> list[Unusable]:
+        """See `Sink`. Takes records of any of the topics, in any order and any number of times."""
+        pairs, unusable = batch.decoded()
         with self._lock:
-            for record in records:
-                self._add(record)
+            for record, value in pairs:
+                try:
+                    self._add(record, value)
+                except CodecError as error:  # the task within a claim
+                    unusable.append(Unusable(record, "undecodable", str(error)))
+        return unusable
 
-    def _add(self, record: LogRecord) -> None:
-        value = codec.decode(record.value)
+    def flush(self) -> None:
+        """It is as durable as it gets."""
+
+    def _add(self, record: LogRecord, value: Record) -> None:
         if isinstance(value, RolloutTask):
             self._tasks[value.rollout_id].setdefault(value.attempt, value)
         elif isinstance(value, AttemptEvent):

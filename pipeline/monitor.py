@@ -25,17 +25,18 @@ from faststream.asgi import AsgiFastStream, AsyncAPIRoute
 from faststream.kafka import KafkaBroker
 from faststream.kafka.prometheus import KafkaPrometheusMiddleware
 from faststream.specification import AsyncAPI
-from prometheus_client import CollectorRegistry, make_asgi_app
+from prometheus_client import make_asgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from millstream.pipeline.broker import Codec, broker
+from millstream.pipeline.health import Health, watched
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.kpis import QUANTILES, Kpis
 from millstream.producers.control import cancel_record, pause_record, publish_control
@@ -83,16 +84,16 @@ class Refused(Exception):
 class Monitor:
     """An ASGI application (`app`); it reads the log from its start-up to its shutdown."""
 
-    def __init__(self, producer: Producer, settings: Settings) -> None:
+    def __init__(self, producer: Producer, settings: Settings, health: Health) -> None:
         self.kpis = Kpis()
         self._producer = producer
         self._settings = settings
         self._topics = settings.topics
         self._tasks = TaskPublisher(producer, self._topics)
-        registry = CollectorRegistry()
-        registry.register(self)
+        self._health = health
+        health.registry.register(self)
         self._broker = broker(settings)
-        self._broker.add_middleware(KafkaPrometheusMiddleware(registry=registry, app_name="millstream_monitor"))
+        self._broker.add_middleware(KafkaPrometheusMiddleware(registry=health.registry, app_name="millstream_monitor"))
         topics = [self._topics.events, self._topics.workers, *map(self._topics.tasks, PRIORITIES)]
         self._subscriber = self._broker.subscriber(
             *topics,
@@ -104,7 +105,7 @@ class Monitor:
         self._subscriber(self._fold)
         page = AsgiFastStream(
             self._broker,
-            asgi_routes=[("/metrics", make_asgi_app(registry))],
+            asgi_routes=[("/metrics", make_asgi_app(health.registry))],
             asyncapi_path=AsyncAPIRoute("/asyncapi", try_it_out_path=None),
             specification=AsyncAPI(_described(self._topics), title="Millstream"),
         )
@@ -130,8 +131,21 @@ class Monitor:
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
         async with self._broker:
             await self._broker.start()
+            self._watch_polls()
             await self._replay()
             yield
+
+    def _watch_polls(self) -> None:
+        """FastStream has no place to ask for them."""
+        getmany = self._subscriber.consumer.getmany
+
+        async def watched(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return await getmany(*args, **kwargs)
+            finally:
+                self._health.polled(self)
+
+        self._subscriber.consumer.getmany = watched
 
     async def _replay(self) -> None:
         """Goes back: to the beginning of what is compacted, and by a time elsewhere."""
@@ -196,7 +210,8 @@ class Monitor:
         return JSONResponse(self.kpis.snapshot(time.time_ns()))
 
     async def _alive(self, _: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        http_status, body = self._health.answer("/livez")
+        return PlainTextResponse(body, http_status)
 
     async def _is_ready(self, _: Request) -> Response:
         if await self._broker.ping(READY_S):
@@ -232,6 +247,7 @@ def _described(topics: Topics) -> KafkaBroker:
         topics.triplets: records.Triplet | RolloutEnd,
         topics.control: records.Control,
         topics.workers: Worker,
+        topics.alerts: records.Span,
         topics.dead: records.DeadLetter,
     }
     for topic in topics.all:
@@ -318,13 +334,14 @@ async def serve_monitor(settings: Settings, host: str, port: int) -> None:
             f"can't listen at {host}:{port}: {error.strerror}; another process may have the port"
         ) from error
     producer = log.producer()
-    app = Monitor(producer, settings).app
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, access_log=False))
     # uvicorn ends in good order at a signal, and raises it once more then: the producer still has to be closed.
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: None)
     try:
-        await server.serve(sockets=[listener])
+        async with watched(log, settings.topics, "monitor", 0, asyncio.Event()) as health:
+            app = Monitor(producer, settings, health).app
+            server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, access_log=False))
+            await server.serve(sockets=[listener])
         if not server.started:
             raise LogUnavailable("the monitor could not start to read the log; the cause is logged above")
     finally:

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Unpack
 from urllib.parse import urlsplit
@@ -13,12 +14,14 @@ import clickhouse_connect
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import ClickHouseError, DatabaseError, DataError
 from clickhouse_connect.driver.httputil import get_pool_manager
+from urllib3.exceptions import HTTPError
 
+from millstream.consumers.clickhouse_sink import RowsRefused
 from millstream.consumers.port import Log
-from millstream.consumers.sink import RowsRefused
 from millstream.pipeline import queries
 from millstream.pipeline.follow import follow_spans
 from millstream.pipeline.migrations import Migration, apply_retention, locked, packaged_migrations
+from millstream.pipeline.store_errors import is_bad_row
 from millstream.pipeline.store_port import (
     Attempt,
     Result,
@@ -41,7 +44,7 @@ EMBEDDED = "chdb://"
 SERVER = "clickhouse://"
 READING = ("SELECT", "WITH", "EXPLAIN", "SHOW", "DESCRIBE", "EXISTS")
 READ_ONLY = 2  # ClickHouse's `readonly`: no writes and no DDL, but a query may bring settings of its own
-REFUSED = (33, 117, 395, 469)  # ClickHouse's CANNOT_READ_ALL_DATA, INCORRECT_DATA, throwIf, VIOLATED_CONSTRAINT
+CANNOT_READ_ALL_DATA = 33  # ClickHouse's; that of an Avro file which is all there: a row of it breaks off
 
 
 class ClickHouseStore(Store):
@@ -54,6 +57,7 @@ class ClickHouseStore(Store):
     def __init__(self, settings: Settings, log: Log | None = None) -> None:
         self._settings = settings
         self._log = log
+        self._reading = lru_cache(maxsize=256)(self._parse)  # the same question is asked again and again
         self._database = settings.clickhouse_database
         self._types: dict[str, dict[str, str]] = {}
         self._retention_days = settings.retention_days
@@ -181,7 +185,7 @@ class ClickHouseStore(Store):
         """See `follow.Stored`."""
         return queries.read_spans(self._ask, {"rollout_id": rollout_id}, before=offset)
 
-    def _reading(self, query: str) -> str:
+    def _parse(self, query: str) -> str:
         """The statement as it may be sent. ``readonly`` alone keeps nobody from writing files (``INTO OUTFILE``,
         ``INSERT INTO FUNCTION file(…)``) or from changing the database for whoever asks next (``USE``): the engine's
         own parser says what it is. Raises `StoreError` unless it is one statement that reads."""
@@ -210,9 +214,9 @@ class ClickHouseStore(Store):
     def insert(self, table: str, column_names: Sequence[str], columns: Sequence[Sequence[Any]], token: str) -> None:
         """Inserts columns of equal length at once. The same token again is dropped, whatever the rows are.
 
-        Raises `RowsRefused` if a value can't be what its column holds: sending it again can't help.
+        Raises `RowsRefused` if a row can't be what the table holds: sending it again can't help.
         """
-        with self._errors(f"refused rows for {table}"):
+        with self._errors(f"did not take rows for {table}"):
             types = self._types.get(table)
             if types is None:  # else the client asks before each insert
                 described = self._writer.query(f"DESCRIBE TABLE {table}").result_rows
@@ -224,25 +228,24 @@ class ClickHouseStore(Store):
                     column_names=column_names,
                     column_type_names=[types[name] for name in column_names],
                     column_oriented=True,
-                    settings={
-                        "insert_deduplication_token": token,
-                        # Ids with many different dates make a slow insert; that is no reason to refuse them for ever.
-                        "throw_on_max_partitions_per_insert_block": 0,
-                    },
+                    settings=_insert_settings(token),
                 )
             except (DataError, ValueError, TypeError, AttributeError) as error:  # raised by the client's serialisers
                 raise RowsRefused(f"{table} can't hold a value: {_first_line(error)}") from error
+            except DatabaseError as error:
+                if is_bad_row(error):
+                    raise RowsRefused(f"{table} refuses a row: {_first_line(error)}") from error
+                raise
 
     def insert_avro(self, table: str, column_names: Sequence[str], data: bytes, token: str) -> None:
         """Inserts an Avro file. Raises `RowsRefused` if a row of it isn't what the file's header or the table says."""
-        with self._errors(f"refused rows for {table}"):
-            settings = {"insert_deduplication_token": token, "throw_on_max_partitions_per_insert_block": 0}
+        with self._errors(f"did not take rows for {table}"):
             try:
-                self._writer.raw_insert(table, column_names, data, settings, fmt="Avro")
+                self._writer.raw_insert(table, column_names, data, _insert_settings(token), fmt="Avro")
             except DatabaseError as error:
-                if error.code not in REFUSED and "avro::Exception" not in str(error):
-                    raise
-                raise RowsRefused(f"{table} can't hold a row: {_first_line(error)}") from error
+                if error.code == CANNOT_READ_ALL_DATA or is_bad_row(error):
+                    raise RowsRefused(f"{table} refuses a row: {_first_line(error)}") from error
+                raise
 
     def close(self) -> None:
         """Lets go of the store; an embedded one is then free for another process."""
@@ -285,6 +288,15 @@ class ClickHouseStore(Store):
             raise StoreError(f"store {self._where} {what}: {_first_line(error)}") from error
 
 
+def _insert_settings(token: str) -> dict[str, Any]:
+    return {
+        "insert_deduplication_token": token,
+        "async_insert": 0,  # else a server's profile could make it answer before the rows are stored
+        # Ids with many different dates make a slow insert; that is no reason to refuse them for ever.
+        "throw_on_max_partitions_per_insert_block": 0,
+    }
+
+
 def _connect(settings: Settings) -> Client:
     dsn = settings.clickhouse_dsn
     if dsn.startswith(EMBEDDED):
@@ -323,5 +335,8 @@ def _without_password(dsn: str) -> str:
 
 
 def _first_line(error: Exception) -> str:
-    """The message, without the version and stack that ClickHouse adds."""
+    """The message, without the version and stack that ClickHouse adds; of a failed connection what the network said."""
+    if isinstance(cause := error.__cause__, HTTPError):
+        said = str(getattr(cause, "reason", cause))
+        return said.partition("): ")[2] or said  # behind the connection's own name
     return re.sub(r"\s*\(version [^)]*\)", "", str(error).strip().partition("\n")[0])

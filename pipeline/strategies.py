@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 from pydantic import SecretStr
 
 from millstream.consumers.adapter import Adapter
+from millstream.consumers.clickhouse_sink import ClickHouseSink
 from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
 from millstream.consumers.runner import Runner
-from millstream.consumers.sink import Sink
+from millstream.consumers.sink import SinkRole
 from millstream.consumers.triplets import ToTriplets
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
@@ -119,7 +120,8 @@ async def _roles(
             log, topics, transactional_id=f"{topics.prefix}.adapter.embedded-{os.getpid()}", to_triplets=to_triplets
         )
         runner = Runner(log, settings, agent, processes=0, drain_s=0.0, hooks=hooks)
-        roles = [runner.run, adapter.run, Sink(log, store, settings).run]
+        sink = SinkRole(log, ClickHouseSink(store, topics.events), settings)
+        roles = [runner.run, adapter.run, sink.run]
         stops = [asyncio.Event() for _ in roles]
         try:
             async with asyncio.TaskGroup() as group:

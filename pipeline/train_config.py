@@ -1,8 +1,11 @@
 """``millstream train CONFIG.toml``: a training run as a file says."""
 
+import asyncio
 import dataclasses
 import json
 import tomllib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
 from millstream.consumers.objects import load_object
+from millstream.consumers.port import Log
 from millstream.consumers.triplets import to_triplets
+from millstream.pipeline.health import watched
 from millstream.pipeline.live import LiveView
-from millstream.pipeline.trainer import Summary, Trainer
+from millstream.pipeline.trainer import ModelServer, Strategy, Summary, Trainer, strategy_of
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.settings import Settings, load_settings
 
@@ -41,6 +46,7 @@ class TrainConfig(BaseModel):
     run_dir: Path = Path("runs/default")
     strategy: Literal["memory", "kafka"] = "kafka"
     agent: str | None = Field(None, description="module:attribute; over Kafka the runners have it.")
+    hooks: list[str] = Field([], description="module:attribute of each, in order; they need an `agent` here.")
     tasks: Path = Field(description="JSON lines, as for `millstream publish`.")
     val_tasks: Path | None = None
     max_steps: int = Field(100, ge=0)
@@ -48,6 +54,23 @@ class TrainConfig(BaseModel):
     patience: int = Field(3, ge=1)
     seed: int = 0
     grpo: GrpoConfig
+
+
+class WatchedStrategy:
+    """Another one, where the trainer is a process: with probes, and ended if it is stuck."""
+
+    def __init__(self, inner: Strategy, health_port: int) -> None:
+        self._inner = inner
+        self._health_port = health_port
+
+    @asynccontextmanager
+    async def running(self, settings: Settings, **options: Any) -> AsyncIterator[tuple[Log, ModelServer | None]]:
+        async with (
+            self._inner.running(settings, **options) as (log, server),
+            # A step of training may take as long as it likes.
+            watched(log, settings.topics, "trainer", self._health_port, asyncio.Event(), rests=True) as health,
+        ):
+            yield health.log, server
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -70,9 +93,9 @@ def read_inputs(path: Path, settings: Settings) -> list[Any]:
     return [json.loads(task.input) for task in read_tasks(path, settings)[0]]
 
 
-def train_from(path: Path, console: Console | None = None, adapter: str = "") -> Summary:
+def train_from(path: Path, console: Console | None = None, adapter: str = "", health_port: int = 0) -> Summary:
     """Trains with a live view and writes ``train.json`` into the run's folder. ``adapter`` is ``module:attribute`` of a
-    function from traces to triplets, for runs in memory.
+    function from traces to triplets, for runs in memory. ``health_port``: as `watched` serves it.
 
     Raises `ConfigError` for what is wrong with the file, or if the `train` extra is missing.
     """
@@ -84,7 +107,8 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "") ->
         trainer = Trainer(
             algorithm=make_grpo(config.grpo),
             agent=config.agent,
-            strategy=config.strategy,
+            strategy=WatchedStrategy(strategy_of(config.strategy), health_port),
+            hooks=config.hooks,
             max_steps=config.max_steps,
             stop_reward=config.stop_reward,
             patience=config.patience,

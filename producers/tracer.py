@@ -1,5 +1,6 @@
 """The tracer of a process that runs attempts: a TracerProvider of our own, and one root span for each attempt."""
 
+import concurrent.futures.thread  # noqa: F401 - see `_provider`
 import logging
 import os
 from collections.abc import Iterator
@@ -87,7 +88,10 @@ _tapped: list[TracerProvider] = []
 
 @cache
 def _provider() -> TracerProvider:
-    """Made at first use, when the switches are set."""
+    """Made at first use, when the switches are set.
+
+    OpenTelemetry's handler in a forked process uses an executor, whose module holds its lock over the fork. Handlers
+    run in the order of their registration: that module has to be imported before, or the forked process hangs."""
     provider = TracerProvider(
         sampler=ALWAYS_ON, resource=Resource({"service.name": "millstream-agent"}), shutdown_on_exit=False
     )

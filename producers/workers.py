@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import os
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -10,6 +11,7 @@ from importlib.metadata import version
 
 from millstream.producers.port import Producer
 from millstream.schemas.errors import LogError
+from millstream.schemas.ids import new_id
 from millstream.schemas.log import KIND_HEADER
 from millstream.schemas.records import Worker
 from millstream.schemas.topics import Topics
@@ -17,6 +19,11 @@ from millstream.schemas.topics import Topics
 logger = logging.getLogger(__name__)
 
 REPORT_S = 5.0
+
+
+def new_worker_id() -> str:
+    """Tells people the host and the process, and is nobody else's."""
+    return f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
 
 
 @asynccontextmanager

@@ -8,6 +8,7 @@ TOOL: Final = "tool"
 AGENT: Final = "agent"
 CHAIN: Final = "chain"
 REWARD: Final = "reward"
+ALERT: Final = "alert"
 SPAN: Final = "span"
 
 # Who wrote a span (``Span.source``).
@@ -33,6 +34,8 @@ EVALUATION_NAME: Final = "gen_ai.evaluation.name"
 EVALUATION_SCORE: Final = "gen_ai.evaluation.score.value"
 ERROR_TYPE: Final = "error.type"
 
+# Ours: a span that has this is an alert; the runner writes a copy of it to the alerts topic.
+ALERT_NAME: Final = "millstream.alert"
 # Ours: the exact OpenAI messages of a call, as JSON, in the proxy's spans.
 REQUEST_MESSAGES: Final = "millstream.request.messages"
 RESPONSE_MESSAGE: Final = "millstream.response.message"

@@ -57,10 +57,11 @@ class Settings(BaseSettings):
     clickhouse_password: SecretStr = SecretStr("")
     clickhouse_secure: bool = Field(False, description="TLS to the ClickHouse server.")
     store_connection_pool: int = Field(8, ge=1, description="HTTP connections a process keeps to ClickHouse.")
-    span_batch_size: int = Field(5000, ge=1, description="Rows that the sink inserts at once.")
+    span_batch_size: int = Field(10_000, ge=1, description="Records that the sink stores at once, at most.")
     retention_days: dict[RetentionTable, Annotated[int, Field(ge=1, le=10_000)]] = Field(
         {}, description='Days that a table keeps its rows, as JSON: {"spans": 30}; for ever if it isn\'t named.'
     )
+    parquet_url: str = Field("runs/lake", description="Where the parquet sink writes: a folder, s3://bucket/folder …")
 
     # Rollouts
     runner_concurrency: int = Field(8, ge=1, description="Attempts at a time in one agent process.")

@@ -17,6 +17,7 @@ import threading
 import time
 from pathlib import Path
 from secrets import token_hex
+from typing import Any
 
 from aiohttp import web
 from checker import check
@@ -26,8 +27,11 @@ from rich.table import Table
 from millstream.deploy.kafka.local import LocalKafka, free_port
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.producers.tasks import TaskPublisher
+from millstream.schemas import codec
+from millstream.schemas.errors import LogError
 from millstream.schemas.ids import new_id
-from millstream.schemas.records import RolloutTask
+from millstream.schemas.log import LogRecord, Partition
+from millstream.schemas.records import RolloutEnd, RolloutTask
 from millstream.schemas.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -35,6 +39,7 @@ LEASE_S = 3.0
 OPEN = 60  # rollouts outstanding while there is killing
 RUNNERS, ADAPTERS = 3, 2
 RESTART_S = (0.2, 2.0)  # until what was killed is started again
+BROKER_REST_S = 15.0  # between two of its deaths: all work has to come back before the next one counts
 FREEZE_S = (LEASE_S + 1.5, LEASE_S + 4.0)  # longer than the lease: what thaws is a zombie
 SETTLE_S = 180.0  # for the last rollouts to end
 KINDS = {
@@ -67,7 +72,7 @@ class Chaos:
         self.published: list[str] = []
         self.ended: set[str] = set()
         self.schedule: list[tuple[float, str]] = []
-        self.began = time.monotonic()
+        self.began = self.broker_up = time.monotonic()
 
     # The deployment
 
@@ -142,12 +147,6 @@ class Chaos:
 
     async def load(self, stop: asyncio.Event) -> None:
         """Keeps `OPEN` rollouts outstanding; notes their ends."""
-        from millstream.consumers.port import LogRecord  # noqa: F401 - what poll returns
-        from millstream.schemas import codec
-        from millstream.schemas.errors import LogError
-        from millstream.schemas.log import Partition
-        from millstream.schemas.records import RolloutEnd
-
         log = KafkaLog(self.settings)
         topics = self.settings.topics
         producer, consumer = log.producer(), log.consumer()
@@ -165,7 +164,7 @@ class Chaos:
                 await publisher.publish(tasks)
             try:
                 for record in await consumer.poll(500, 0.2):
-                    value = codec.decode(record.value)  # type: ignore[union-attr]
+                    value = codec.decode(record.value) if isinstance(record, LogRecord) and record.value else None
                     if isinstance(value, RolloutEnd):
                         self.ended.add(value.rollout_id)
             except LogError:
@@ -201,14 +200,21 @@ class Chaos:
             if await self.strike(kind):
                 self.done[kind] += 1
                 self.schedule.append((round(time.monotonic() - self.began, 1), kind))
+                console.print(
+                    f"{self.schedule[-1][0]:7.1f} s  {kind}: {len(self.ended)} of {len(self.published)} ended"
+                )
 
     async def strike(self, kind: str) -> bool:
         """Whether it hit something that had work."""
         act, _, role = kind.partition(" ")
         if kind == "kill broker":
+            if time.monotonic() - self.broker_up < BROKER_REST_S:
+                return False
             self.broker.kill()
+            self.broker.log.replace(self.folder / "log" / f"broker-{self.done[kind]}.log")
             await asyncio.sleep(self.rng.uniform(0.5, 3.0))
             await asyncio.to_thread(self.broker.up)
+            self.broker_up = time.monotonic()
             return True
         if kind == "add runner":
             if sum(name.startswith("runner") for name in self.processes) > RUNNERS + 1:
@@ -269,7 +275,7 @@ def busy_children(pid: int, ledger: Path) -> list[int]:
         entry = json.loads(line)
         if entry["event"] == "start":
             open_attempts[entry["attempt"]] = entry["pid"]
-        else:
+        elif entry["event"] == "end":
             open_attempts.pop(entry["attempt"], None)
     children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False).stdout.split()
     return [int(child) for child in children if int(child) in set(open_attempts.values())]
@@ -310,42 +316,44 @@ def serve_model(port: int) -> None:
     asyncio.run(serve())
 
 
-def wasted_seconds(ledger: Path) -> int:
-    """Executions that started and never came to their end."""
-    entries = [json.loads(line) for line in ledger.read_text().splitlines()]
-    return sum(1 if entry["event"] == "start" else -1 for entry in entries)
-
-
-def main(kills: int, seed: int, folder: Path) -> int:
+def run(kills: int, seed: int, folder: Path) -> dict[str, Any]:
+    """One whole run; writes and returns its summary. ``problems`` in it is empty if every promise was kept."""
     chaos = Chaos(kills, seed, folder.resolve())
     console.print(f"seed {seed}, {kills} kills, {folder}")
     try:
         chaos.up()
         asyncio.run(chaos.run())
+        console.print("all is quiet; the log is checked")
+        chaos.down()
+        schemas = ROOT / "schemas" / "avro"
+        prefix = chaos.settings.topic_prefix
+        counts, problems = check(chaos.broker.bootstrap_servers, prefix, schemas, chaos.ledger, chaos.published)
     finally:
         chaos.down()
-    schemas = ROOT / "schemas" / "avro"
-    counts, problems = check(
-        chaos.broker.bootstrap_servers, chaos.settings.topic_prefix, schemas, chaos.ledger, chaos.published
-    )
-    chaos.broker.down()
-    summary = counts | {
+        chaos.broker.down()
+    summary = {
         "kills": sum(chaos.done.values()),
         "kills_by_kind": chaos.done,
-        "unfinished_executions": wasted_seconds(chaos.ledger),
+        **counts,
         "seconds": round(time.monotonic() - chaos.began, 1),
         "seed": seed,
         "schedule": chaos.schedule,
         "problems": problems,
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def main(kills: int, seed: int, folder: Path) -> int:
+    summary = run(kills, seed, folder)
     table = Table("what", "count")
-    for name, value in {**chaos.done, **{k: v for k, v in summary.items() if isinstance(v, int | float)}}.items():
-        table.add_row(name, str(value))
+    for name, value in {**summary["kills_by_kind"], **summary}.items():
+        if isinstance(value, int | float):
+            table.add_row(name, str(value))
     console.print(table)
-    if problems:
-        console.print(problems)
-    return 1 if problems else 0
+    if summary["problems"]:
+        console.print(summary["problems"])
+    return 1 if summary["problems"] else 0
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ async def test_an_attempt_that_falls_silent_ends_as_failed(bed):
     of = task(lease_s=0.2)
     reader = Reader(bed, bed.topics.triplets)
     async with adapter_on(bed):
-        await write(bed, event(of, "a", "preparing"))
+        await write(bed, event(of, "a", "preparing"), event(of, "a", "running"))
         (end,) = await reader.until(lambda found: len(found) == 1)
     assert (end.status, end.reason) == ("failed", "lost: no heartbeat for 0.2 s")
 
@@ -208,10 +208,10 @@ async def test_a_task_that_kills_its_runners_ends_as_one_dead_letter(bed):
         Reader(bed, bed.topics.triplets),
     )
     async with adapter_on(bed) as adapter:
-        await write(bed, event(of, "a1", "preparing"))
+        await write(bed, event(of, "a1", "preparing"), event(of, "a1", "running"))
         for attempt in (2, 3):
             *_, of = await again.until(lambda found, n=attempt: len(found) == n - 1)
-            await write(bed, event(of, f"a{attempt}", "preparing"))
+            await write(bed, event(of, f"a{attempt}", "preparing"), event(of, f"a{attempt}", "running"))
         (end,) = await ends.until(lambda found: len(found) == 1)
     assert (end.status, end.attempts, end.losses) == ("failed", 3, 3)
     (letter,) = await dead.until(lambda found: len(found) == 1)

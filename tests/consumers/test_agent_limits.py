@@ -135,7 +135,8 @@ async def test_the_example_killed_at_step_seven_goes_on_at_step_seven() -> None:
 
 
 BAD = """
-    import asyncio, os, sys
+    import asyncio, os, sys, time
+    from pathlib import Path
     import millstream as ms
 
     class Own(BaseException):
@@ -178,12 +179,54 @@ BAD = """
     def good(input):
         return os.getcwd()
 
+    def forks(input):
+        pid = os.fork()
+        if not pid:
+            os._exit(7)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def fork_raises(input):
+        pid = os.fork()
+        if not pid:
+            raise ValueError("in the fork")
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    def fork_goes_on(input):
+        pid = os.fork()
+        ms.emit_span("both")
+        if pid:
+            os.waitpid(pid, 0)
+        return "fork" if not pid else "parent"
+
+    def fork_lives_on(input):
+        if not os.fork():
+            os.setsid()  # a kill of the group does not reach it
+            while not Path("go").exists():
+                time.sleep(0.01)
+            ms.emit_span("late")
+            ms.save_state("late")
+            Path("gone").touch()
+            return "late"
+        return "parent"
+
+    def after(input):
+        Path("go").touch()
+        while not Path("gone").exists():
+            time.sleep(0.01)
+        return "after"
+
     def agent(input):
         return globals()[input](input)
 
     async def async_agent(input):
         await asyncio.sleep(0)
         return globals()[input](input)
+
+    async def fork_waits(input):
+        pid = os.fork()
+        while not pid:
+            await asyncio.sleep(0)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 """
 
 EXPECTED = {
@@ -195,8 +238,14 @@ EXPECTED = {
     "odd": ("failed", "RuntimeError", "no text"),
     "moves": ("failed", "ValueError", "moved"),
     "closes": ("failed", "", ""),
+    "forks": ("succeeded", None, ""),
+    "fork_raises": ("succeeded", None, ""),
+    "fork_goes_on": ("succeeded", None, ""),
+    "fork_lives_on": ("succeeded", None, ""),
+    "after": ("succeeded", None, ""),
     "good": ("succeeded", None, ""),
 }
+OUTPUTS = {"forks": 7, "fork_raises": 1, "fork_goes_on": "parent", "fork_lives_on": "parent", "after": "after"}
 
 RUNNER = """
     import asyncio, json, sys
@@ -230,11 +279,15 @@ async def test_bad_manners_end_their_own_attempt_with_a_clear_error_and_nothing_
     script = RUNNER.format(tests=str(Path(__file__).parent), folder=str(tmp_path), agent=agent, names=list(EXPECTED))
     write_agent(tmp_path, script, "runner_of_the_bad.py")
     # A runner of its own, because of where its agents' output goes.
-    with (tmp_path / "output").open("wb") as output:
+    with (tmp_path / "output").open("wb") as output, (tmp_path / "errors").open("wb") as errors:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, str(folder / "runner_of_the_bad.py"), stdout=output, stderr=None
+            sys.executable, str(folder / "runner_of_the_bad.py"), stdout=output, stderr=errors
         )
-        assert await process.wait() == 0
+        assert await process.wait() == 0, (tmp_path / "errors").read_text()
+    said = (tmp_path / "errors").read_text()
+    assert said.count("what a process that the agent has forked emits or saves is not recorded") == 3
+    for how in ("failed", "succeeded"):
+        assert f"a process that the agent forked came back from it ({how}) and ends here" in said
     assert (tmp_path / "output").stat().st_size == 100 << 20
     found = json.loads((tmp_path / "found.json").read_text())
     for name, (status, error, message) in EXPECTED.items():
@@ -243,3 +296,13 @@ async def test_bad_manners_end_their_own_attempt_with_a_clear_error_and_nothing_
         assert message in (found[name][2] or ""), name
     assert found["closes"][1] in ("ValueError", "OSError")
     assert json.loads(found["good"][3]) == str(tmp_path)
+    assert {name: json.loads(found[name][3]) for name in OUTPUTS} == OUTPUTS
+
+
+async def test_the_loop_of_a_fork_takes_nothing_from_that_of_its_parent(tmp_path: Path) -> None:
+    folder = write_agent(tmp_path, BAD, "bad_manners.py")
+    async with running("bad_manners:fork_waits", folder, processes=1) as rig:
+        await rig.publish([1, 2])
+        ended = await rig.ends(2)
+    assert_whole(ended)
+    assert [(one.last.status, one.last.output) for one in ended.values()] == [("succeeded", "1")] * 2

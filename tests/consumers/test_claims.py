@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from runner_rig import Rig, settings_for_tests
 
-from millstream.consumers.claims import Claims, WeightedTurns
+from millstream.consumers import claims as claims_module
+from millstream.consumers.claims import Claims, Starvation, WeightedTurns
 from millstream.consumers.control import ControlFollower
 from millstream.pipeline.memory_log import MemoryLog
-from millstream.producers.control import publish_resources
+from millstream.producers.control import pause_record, publish_control, publish_resources
 from millstream.producers.port import Producer
 from millstream.schemas import codec
 from millstream.schemas.errors import LogUnavailable, TransactionAborted
@@ -87,6 +88,75 @@ async def test_a_claim_waits_for_a_task_and_takes_no_more_than_its_slots() -> No
         publishing = Rig(log, SETTINGS).publish_tasks([task() for _ in range(5)])
         asyncio.get_running_loop().call_later(0.05, asyncio.ensure_future, publishing)
         assert len(await claims.claim(2, 30.0)) == 2
+
+
+def test_only_a_lag_that_grows_while_nothing_is_got_is_starvation() -> None:
+    now = 0.0
+    starvation = Starvation(lambda: now)
+    for lag in (3, 3, 2):
+        starvation.saw(lag)
+    assert starvation.seconds == 0
+    now = 20.0
+    starvation.saw(4)
+    now = 50.0
+    starvation.saw(4)
+    assert starvation.seconds == 30
+    starvation.saw(2)
+    assert starvation.seconds == 0
+    starvation.saw(5)
+    starvation.ended()
+    starvation.saw(9)
+    assert starvation.seconds == 0
+
+
+class DeafLog(MemoryLog):
+    """Its runner's consumer polls and gets nothing, until it is healed."""
+
+    deaf = True
+
+    def consumer(self, group: str | None = None, **options: Any) -> Any:
+        consumer = super().consumer(group, **options)
+        poll = consumer.poll
+
+        async def maybe(max_records: int, timeout_s: float, topics: Any = None) -> Any:
+            return await poll(max_records, timeout_s, () if self.deaf and group is not None else topics)
+
+        consumer.poll = maybe
+        return consumer
+
+
+async def test_a_consumer_that_gets_nothing_although_there_is_more_and_more_starves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(claims_module, "LAG_S", 0.0)
+    log = DeafLog(TOPICS)
+    rig = Rig(log, SETTINGS)
+    async with claiming(log) as claims:
+        for n in range(3):  # the first look is at partitions that have just been assigned
+            await rig.publish([n])
+            assert await claims.claim(1, 0.01) == []
+        assert claims.starvation.seconds > 0
+        await claims.stay(0)  # no slot is free: nothing is missed
+        assert claims.starvation.seconds == 0
+        for n in range(2):
+            await rig.publish([n])
+            assert await claims.claim(1, 0.01) == []
+        assert claims.starvation.seconds > 0
+        log.deaf = False
+        assert len(await claims.claim(1, 1.0)) == 1
+        assert claims.starvation.seconds == 0
+
+
+async def test_what_a_pause_holds_back_is_nothing_to_starve_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims_module, "LAG_S", 0.0)
+    log = MemoryLog(TOPICS)
+    rig, control = Rig(log, SETTINGS), log.producer()
+    await publish_control(control, TOPICS, pause_record("held", True))
+    async with claiming(log) as claims:
+        for n in range(12):
+            await rig.publish([n], "held")
+            assert await claims.claim(8, 0.01) == []
+        assert claims.starvation.seconds == 0
 
 
 class SpyLog:

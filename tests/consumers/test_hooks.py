@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from prometheus_client import CollectorRegistry, multiprocess
-from runner_rig import Ended, assert_whole, running, write_agent
+from prometheus_client import CollectorRegistry
+from runner_rig import Ended, Rig, assert_whole, running, settings_for_tests, write_agent
 
 import millstream as ms
+from millstream.consumers.runner import Runner
+from millstream.pipeline.memory_log import MemoryLog
+from millstream.schemas import codec
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.records import Span
 
 AGENT = """
     import asyncio, json, os, time
@@ -329,31 +333,22 @@ def test_error_handler_refuses_words_it_does_not_know() -> None:
         ms.ErrorHandler({ValueError: "again"})
 
 
-async def test_performance_monitor_counts_in_all_processes_and_alerts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    metrics = tmp_path / "metrics"
-    metrics.mkdir()
-    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(metrics))
+async def test_performance_monitor_counts_in_all_processes_and_alerts(tmp_path: Path) -> None:
     write_agent(tmp_path, SHIPPED, "spends.py")
     options: dict[str, Any] = {
         "processes": 2,
         "concurrency": 2,
-        "env": ["PROMETHEUS_MULTIPROC_DIR"],
+        "max_attempts_per_process": 1,  # what has been counted outlives those that counted
         "hooks": ["spends:monitor"],
     }
-    async with running("spends:spends", tmp_path, **options) as rig:
-        await rig.publish(["a", "b", "c", "bad"])
-        ended = await rig.ends(4)
-    assert_whole(ended)
-    for text, one in ended.items():
-        alerts = [span for span in one.spans if span.name == "slow_attempt"]
-        assert len(alerts) == (text != '"bad"')
-        for alert in alerts:
-            assert alert.attributes["millstream.alert.rollout_id"] == one.last.rollout_id
-            assert float(alert.attributes["millstream.alert.duration_s"]) >= 0.1
-    registry = CollectorRegistry()
-    multiprocess.MultiProcessCollector(registry)
+    settings = settings_for_tests()
+    log = MemoryLog(settings.topics)
+    registry, stop = CollectorRegistry(), asyncio.Event()
+    runner = Runner(log, settings, "spends:spends", folder=tmp_path, **options)
+    rig = Rig(log, settings, runner=asyncio.create_task(runner.run(stop)))
+    await rig.publish(["a", "b", "c", "bad"])
+    ended = await rig.ends(4)
+    registry.register(runner)  # type: ignore[arg-type]
 
     def value(name: str, **labels: str) -> float | None:
         return registry.get_sample_value(name, {"agent": "spends:spends", **labels})
@@ -363,6 +358,19 @@ async def test_performance_monitor_counts_in_all_processes_and_alerts(
     assert value("millstream_agent_tokens_total", direction="input") == 21
     assert value("millstream_agent_tokens_total", direction="output") == 9
     assert value("millstream_agent_slow_total") == 3
+    stop.set()
+    await rig.runner
+    assert not list(registry.collect())
+    assert_whole(ended)
+    for text, one in ended.items():
+        alerts = [span for span in one.spans if span.name == "slow_attempt"]
+        assert len(alerts) == (text != '"bad"')
+        for alert in alerts:
+            assert alert.attributes["millstream.alert.rollout_id"] == one.last.rollout_id
+            assert float(alert.attributes["millstream.alert.duration_s"]) >= 0.1
+    told = [codec.decode_as(Span, record.value) for record in log.partitions[settings.topics.alerts][0].records]
+    assert {span.rollout_id for span in told} == {one.last.rollout_id for t, one in ended.items() if t != '"bad"'}
+    assert {span.name for span in told} == {"slow_attempt"}
 
 
 async def test_performance_monitor_tells_a_webhook() -> None:

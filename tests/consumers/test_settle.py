@@ -93,11 +93,19 @@ def test_the_first_terminal_status_is_final(feed):
 
 
 def test_a_lease_that_runs_out_ends_the_rollout(feed):
-    feed(event(TASK, "a", "preparing", lease_s=10.0), now=100.0)
+    feed(event(TASK, "a", "preparing"), event(TASK, "a", "running", lease_s=10.0), now=100.0)
     feed.fold.expire(now=110.0, not_before=0.0, time_ns=1)
     assert RID not in feed.fold.decided
     feed.fold.expire(now=110.1, not_before=0.0, time_ns=1)
     assert feed.end().reason == "lost: no heartbeat for 10 s"
+
+
+def test_a_claim_that_never_ran_is_given_up_later_than_its_task_is_delivered_again(feed):
+    feed(event(TASK, "a", "preparing", lease_s=10.0), now=100.0)
+    feed.fold.expire(now=130.0, not_before=0.0, time_ns=1)
+    assert RID not in feed.fold.decided
+    feed.fold.expire(now=130.1, not_before=0.0, time_ns=1)
+    assert feed.end().reason == "lost: no heartbeat for 30 s"
 
 
 def test_a_heartbeat_renews_the_lease(feed):
@@ -283,6 +291,23 @@ def test_a_retry_mark_found_by_the_first_pass_keeps_the_attempt_from_being_made_
     assert (successor.fold.decided, successor.fold.open) == ({}, {})
     successor(event(retry.task, "b", "preparing"))
     assert successor.fold.oldest_open(set()) == 4
+
+
+def test_of_two_retry_marks_the_first_pass_keeps_the_last(feed):
+    of = replace(TASK, max_attempts=5)
+    feed(event(of, "a", "preparing"), event(of, "a", "failed"))
+    marks = [feed.fold.decided[RID].retry.mark]
+    second = feed.retry()
+    feed(event(second, "b", "preparing"), event(second, "b", "failed"))
+    marks.append(feed.fold.decided[RID].retry.mark)
+    successor = Feeder()
+    for offset, mark in zip((2, 5), marks, strict=True):
+        successor.fold.scan(LogRecord(EVENTS, offset, 0, RID, codec.encode(mark), {"kind": b"retry"}))
+    successor(event(of, "a", "preparing"), event(of, "a", "failed"), marks[0])
+    successor(
+        event(second, "b", "preparing"), event(second, "b", "failed")
+    )  # the last mark has not been read again yet
+    assert (successor.fold.decided, successor.fold.open) == ({}, {})
 
 
 def test_a_task_delivered_again_during_the_backoff_is_enough(feed):

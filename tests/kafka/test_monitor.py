@@ -16,6 +16,8 @@ from factories import event, task
 
 from millstream.consumers.control import ControlFollower
 from millstream.deploy.kafka.local import free_port
+from millstream.pipeline import health as health_module
+from millstream.pipeline.health import Health
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.monitor import Monitor, serve_monitor
 from millstream.producers.port import Producer, send_acknowledged
@@ -30,8 +32,10 @@ kafka = pytest.mark.kafka
 
 
 class Client:
-    def __init__(self, http: aiohttp.ClientSession, log: KafkaLog, producer: Producer, settings: Settings) -> None:
-        self.http, self.log, self.producer, self.settings = http, log, producer, settings
+    def __init__(
+        self, http: aiohttp.ClientSession, log: KafkaLog, producer: Producer, settings: Settings, health: Health
+    ) -> None:
+        self.http, self.log, self.producer, self.settings, self.health = http, log, producer, settings, health
 
     async def get(self, path: str, **headers: str) -> tuple[int, Any]:
         async with self.http.get(path, headers=headers) as answer:
@@ -61,12 +65,13 @@ async def monitored(settings: Settings) -> AsyncIterator[Client]:
     log = KafkaLog(settings)
     await log.create_topics()
     producer = log.producer()
-    server = uvicorn.Server(uvicorn.Config(Monitor(producer, settings).app, log_config=None))
+    health = Health(log, asyncio.Event())
+    server = uvicorn.Server(uvicorn.Config(Monitor(producer, settings, health).app, log_config=None))
     listener = socket.create_server(("127.0.0.1", 0))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{listener.getsockname()[1]}") as http:
-            client = Client(http, log, producer, settings)
+            client = Client(http, log, producer, settings, health)
             await client.until("/readyz", lambda answer: answer == {"status": "ok"})
             yield client
     finally:
@@ -218,6 +223,17 @@ async def test_it_knows_what_was_there_before_it_and_survives_what_it_can_not_re
         dead = Partition(settings.topics.dead, 0)
         assert await consumer.end_offsets([dead]) == {dead: 0}  # that is for those whose record it was
         await consumer.close()
+
+
+@kafka
+async def test_it_is_alive_for_as_long_as_it_polls(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with asyncio.timeout(10):
+        while not client.health.poll_age:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert (await client.get("/livez"))[0] == 200
+    assert "millstream_poll_age_seconds" in (await client.get("/metrics"))[1]
+    monkeypatch.setattr(health_module, "STUCK_S", 0.0)
+    assert (await client.get("/livez"))[0] == 503
 
 
 @kafka

@@ -13,9 +13,10 @@ from millstream.pipeline.cli_dead import find, listed
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.producers.port import send_acknowledged
 from millstream.schemas import codec
-from millstream.schemas.log import LogRecord, Partition
+from millstream.schemas.log import KIND_HEADER, LogRecord, Partition
 from millstream.schemas.records import RolloutEnd, RolloutTask
 from millstream.schemas.settings import Settings
+from millstream.schemas.topics import partition_of
 
 pytestmark = pytest.mark.kafka
 
@@ -84,3 +85,48 @@ async def test_attempts_are_made_again_across_a_restart_and_what_is_given_up_is_
     again = [of for of in await read(log, waiting, 7) if of.attempt == 1]
     assert [of.metadata for of in again if isinstance(of, RolloutTask)] == [{"replay_of": second[0].rollout_id}]
     await asyncio.to_thread(producer.close)
+
+
+async def test_a_successor_waits_for_what_its_frozen_predecessor_may_still_commit(
+    kafka_settings: Callable[..., Settings],
+) -> None:
+    settings = kafka_settings()
+    topics, log = settings.topics, KafkaLog(settings)
+    await log.create_topics()
+    producer, frozen = log.producer(), log.transactional_producer(f"{topics.prefix}.adapter.1")
+    number = {of: partition_of(of, topics.partitions) for of in (f"rollout-{n}" for n in range(20))}
+    ours, elsewhere = (task(rollout_id=next(of for of in number if number[of] == at)) for at in (0, 1))
+    for of in (ours, elsewhere):
+        for one in (event(of, "a", "preparing"), event(of, "a", "succeeded")):
+            await send_acknowledged(producer, topics.events, one, key=of.rollout_id)
+    await asyncio.to_thread(frozen.init_transactions, 10)
+    frozen.begin_transaction()
+    end = RolloutEnd(
+        rollout_id=ours.rollout_id,
+        group_id=ours.group_id,
+        group_size=1,
+        status="succeeded",
+        attempt_id="a",
+        attempts=1,
+        created_at=1,
+        ended_at=2,
+    )
+    for topic in (topics.triplets, topics.events):
+        frozen.send(topic, end, key=ours.rollout_id, partition=0, headers={KIND_HEADER: b"end"})
+    await asyncio.to_thread(frozen.flush, 10)
+
+    async def ended_on(partition):
+        of = task()
+        for one in (event(of, "a", "preparing"), event(of, "a", "cancelled")):
+            await send_acknowledged(producer, topics.events, one, key=of.rollout_id, partition=partition)
+        return of
+
+    async with adapter_on(log, topics) as adapter:
+        for count in (1, 2, 3):  # by the third transaction it would have settled ours, too
+            await read(log, [Partition(topics.triplets, 1)], count)
+            await ended_on(1)
+        await asyncio.to_thread(frozen.commit_transaction, 10)
+        last = await ended_on(0)
+        ends = await read(log, [Partition(topics.triplets, 0)], 2)
+    assert [end.rollout_id for end in ends] == [ours.rollout_id, last.rollout_id]
+    assert adapter.stats.zombie_results_ignored == 0

@@ -28,6 +28,8 @@ AGENT = """
     import asyncio
     import millstream as ms
 
+    monitor = ms.PerformanceMonitor()
+
     async def agent(input):
         ms.emit_span("began")
         await asyncio.sleep(60 if input == "slow" else 0)
@@ -64,7 +66,16 @@ async def test_cancel_pause_workers_lag_and_a_second_interrupt(
     millstream("pause", "held")
     paused = await rig.publish(range(4), experiment_id="held")  # one on each partition
     (slow,) = await rig.publish(["slow"], priority="high")
-    arguments = ["runner", "my_agent:agent", "--concurrency", "2", "--health-port", str(port)]
+    arguments = [
+        "runner",
+        "my_agent:agent",
+        "--concurrency",
+        "2",
+        "--hook",
+        "my_agent:monitor",
+        "--health-port",
+        str(port),
+    ]
     runner = await asyncio.create_subprocess_exec(*command, *arguments, cwd=tmp_path, env=environment)
     try:
         await rig.read_until(lambda events: any(isinstance(e, Span) and e.name == "began" for e in events))
@@ -80,6 +91,14 @@ async def test_cancel_pause_workers_lag_and_a_second_interrupt(
         millstream("resume", "held")
         found = by_input(await rig.read_until(lambda events: len(terminal(events)) >= 5))
         assert {one.task.rollout_id for one in found.values()} == {t.rollout_id for t in [*paused, slow]}
+        counted = await asyncio.to_thread(_get, port, "/metrics")
+        assert 'millstream_agent_seconds_count{agent="my_agent:agent",status="succeeded"} 4.0' in counted
+        assert 'millstream_agent_seconds_count{agent="my_agent:agent",status="cancelled"} 1.0' in counted
+        alive = await asyncio.to_thread(_get, port, "/livez")
+        assert [line.split()[0] for line in alive.splitlines()] == [
+            "millstream_poll_age_seconds",
+            "millstream_starving_seconds",
+        ]
         await rig.publish(["slow"])
         await rig.read_until(lambda es: sum(isinstance(e, Span) and e.name == "began" for e in es) >= 6)
         runner.send_signal(signal.SIGINT)  # drains: its attempt still runs
@@ -93,6 +112,11 @@ async def test_cancel_pause_workers_lag_and_a_second_interrupt(
         if runner.returncode is None:
             runner.kill()
             await runner.wait()
+
+
+def _get(port: int, path: str) -> str:
+    with urlopen(f"http://127.0.0.1:{port}{path}") as response:
+        return str(response.read().decode())
 
 
 def _ready(port: int) -> bool:

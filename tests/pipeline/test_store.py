@@ -8,8 +8,9 @@ from uuid import uuid4
 import factories
 import pytest
 
+from millstream.consumers.clickhouse_sink import RowsRefused
 from millstream.consumers.rows import TABLES, to_rows
-from millstream.consumers.sink import RowsRefused
+from millstream.consumers.sink_port import Batch
 from millstream.pipeline.memory_store import MemoryStore
 from millstream.pipeline.migrations import Migration, packaged_migrations
 from millstream.pipeline.queries import CLOSING_QUERIES
@@ -569,8 +570,8 @@ def test_the_views_agree_with_the_transition_table(store, write):
 def test_a_store_in_memory_says_the_same_of_every_history(store, write):
     memory = MemoryStore()
     histories = [history(random.Random(seed)) for seed in range(300)]
-    memory.add(write(*[task for task, _ in histories], topic="millstream.tasks.normal"))
-    memory.add(write(*[event for _, events in histories for event in events]))
+    memory.write(Batch(write(*[task for task, _ in histories], topic="millstream.tasks.normal"), ""))
+    memory.write(Batch(write(*[event for _, events in histories for event in events]), ""))
     assert memory.rollouts() == store.rollouts()
     for rollout in memory.rollouts(limit=30):
         assert memory.attempts(rollout.rollout_id) == store.attempts(rollout.rollout_id)

@@ -8,7 +8,7 @@ import factories
 import pytest
 
 import millstream as ms
-from millstream.consumers.rows import to_rows
+from millstream.consumers.clickhouse_sink import ClickHouseSink
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.schemas import codec, semconv, status
 from millstream.schemas.errors import StoreError
@@ -87,14 +87,9 @@ def map_partitions(log):
 
 def put(store, records):
     """Twice: what comes again must not be seen."""
+    sink = store if isinstance(store, ms.MemoryStore) else ClickHouseSink(store, TOPICS.events)
     for _ in range(2):
-        if isinstance(store, ms.MemoryStore):
-            store.add(records)
-            continue
-        tables, unusable = to_rows(records, TOPICS.events)
-        assert not unusable
-        for rows in tables:
-            rows.insert(store, new_id())
+        assert sink.write(ms.Batch(records, new_id())) == []
 
 
 @pytest.fixture

@@ -258,8 +258,8 @@ def test_processes_that_start_at_once_migrate_once(settings):
         thread.join()
     assert not failed
     assert sorted(applied) == [m.name for m in packaged_migrations()]
-    assert stores[0].query("SELECT count() FROM migrations").rows == [(len(applied),)]
-    assert stores[0].query("SELECT name FROM system.tables WHERE name LIKE 'migration_lock%'").rows == []
+    assert stores[0].sql("SELECT count() FROM migrations").rows == [(len(applied),)]
+    assert stores[0].sql("SELECT name FROM system.tables WHERE name LIKE 'migration_lock%'").rows == []
     for store in stores:
         store.close()
 
@@ -307,7 +307,7 @@ def test_retention_is_what_the_settings_say_now(settings):
     assert left(spans=1000) == (sorted([new.rollout_id, "mine"]), 3)
     assert left() == (sorted([new.rollout_id, "mine"]), 3)  # and from here on everything stays
     engine = ClickHouseStore(settings)
-    assert engine.query("SELECT count() FROM system.tables WHERE engine_full LIKE '%TTL%'").rows == [(0,)]
+    assert engine.sql("SELECT count() FROM system.tables WHERE engine_full LIKE '%TTL%'").rows == [(0,)]
     engine.close()
 
 

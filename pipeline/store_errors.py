@@ -1,0 +1,39 @@
+"""Which of ClickHouse's errors mean that a block of rows is bad, and which that the server can't take anything now."""
+
+from typing import Final
+
+from clickhouse_connect.driver.exceptions import DatabaseError
+
+# By ClickHouse's number. Whatever is not here (no answer, a time-out, too many parts, no memory, a full disk, a table
+# in read-only mode, a missing right, a request cut short) is tried again: that loses nothing and is seen, while a dead
+# letter for a good row would be a hole in the tables.
+BAD_ROWS: Final = {
+    6: "CANNOT_PARSE_TEXT",
+    27: "CANNOT_PARSE_INPUT_ASSERTION_FAILED",
+    38: "CANNOT_PARSE_DATE",
+    41: "CANNOT_PARSE_DATETIME",
+    53: "TYPE_MISMATCH",
+    69: "ARGUMENT_OUT_OF_BOUND",
+    70: "CANNOT_CONVERT_TYPE",
+    72: "CANNOT_PARSE_NUMBER",
+    117: "INCORRECT_DATA",
+    128: "TOO_LARGE_ARRAY_SIZE",
+    131: "TOO_LARGE_STRING_SIZE",
+    153: "ILLEGAL_DIVISION",
+    190: "SIZES_OF_ARRAYS_DONT_MATCH",
+    321: "VALUE_IS_OUT_OF_RANGE_OF_DATA_TYPE",
+    349: "CANNOT_INSERT_NULL_IN_ORDINARY_COLUMN",
+    376: "CANNOT_PARSE_UUID",
+    395: "FUNCTION_THROW_IF_VALUE_IS_NON_ZERO",  # what a view of the operator's own may raise
+    407: "DECIMAL_OVERFLOW",
+    469: "VIOLATED_CONSTRAINT",
+    691: "UNKNOWN_ELEMENT_OF_ENUM",
+}
+
+# Numbers that can mean anything, with what the engine says where it means a row: Avro that is none, and bytes of
+# tokens that end within a number.
+BAD_ROW_WORDS: Final = ("avro::Exception", "ColumnArray::insertData")
+
+
+def is_bad_row(error: DatabaseError) -> bool:
+    return error.code in BAD_ROWS or any(words in str(error) for words in BAD_ROW_WORDS)

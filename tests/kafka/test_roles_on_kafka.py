@@ -1,0 +1,72 @@
+"""Every role as a process: what probes see of it, what it tells of itself, and how it stops."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from millstream.consumers.workers import read_workers
+from millstream.deploy.kafka.local import free_port
+from millstream.pipeline.kafka_log import KafkaLog
+from millstream.schemas.settings import Settings
+
+pytestmark = pytest.mark.kafka
+
+
+async def test_every_role_is_probed_and_tells_of_itself(
+    tmp_path: Path, kafka_settings: Callable[..., Settings]
+) -> None:
+    settings = kafka_settings()
+    log = KafkaLog(settings)
+    await log.create_topics()
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MILLSTREAM_")} | {
+        "MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
+        "MILLSTREAM_TOPIC_PREFIX": settings.topic_prefix,
+        "MILLSTREAM_KAFKA_PARTITIONS": str(settings.kafka_partitions),
+        "MILLSTREAM_PROXY_URL": f"http://127.0.0.1:{free_port()}",
+        "MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{tmp_path}/store",
+    }
+    ports = {role: free_port() for role in ("adapter", "sink", "proxy", "monitor")}
+    processes = {
+        role: await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "millstream.pipeline", role),
+            *("--port" if role == "monitor" else "--health-port", str(port)),
+            env=environment,
+            cwd=tmp_path,
+        )
+        for role, port in ports.items()
+    }
+    try:
+        async with aiohttp.ClientSession() as http, asyncio.timeout(60):
+
+            async def get(role: str, path: str) -> tuple[int, str]:
+                try:
+                    async with http.get(f"http://127.0.0.1:{ports[role]}{path}") as response:
+                        return response.status, await response.text()
+                except aiohttp.ClientConnectionError:  # not up yet
+                    assert processes[role].returncode is None
+                    return 0, ""
+
+            for role in ports:
+                while (await get(role, "/readyz"))[0] != 200:  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)
+                assert (await get(role, "/livez"))[0] == 200
+                assert "# HELP millstream_poll_age_seconds" in (await get(role, "/metrics"))[1]
+            while len(found := await read_workers(log, settings.topics)) < len(ports):  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        assert {worker.role for worker in found} == set(ports)
+        assert {worker.worker_id.split("-")[-2] for worker in found} == {str(p.pid) for p in processes.values()}
+        for process in processes.values():
+            process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(30):
+            assert [await process.wait() for process in processes.values()] == [0] * len(processes)
+    finally:
+        for process in processes.values():
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
