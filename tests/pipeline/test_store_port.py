@@ -1,11 +1,13 @@
 """What every `Store` promises: the same records, the same questions, on ClickHouse and in memory."""
 
 import asyncio
+import io
 import struct
 from uuid import uuid4
 
 import factories
 import pytest
+from clickhouse_http import ClickHouseHttp
 
 import millstream as ms
 from millstream.consumers.clickhouse_sink import ClickHouseSink
@@ -44,6 +46,23 @@ def clickhouse(folder, log):
     store.migrate()
     yield store
     store.close()
+
+
+@pytest.fixture
+def server(folder, clickhouse):
+    """The same database, asked over HTTP."""
+    front = ClickHouseHttp(folder)
+    front.start()
+    dsn = f"clickhouse://default@127.0.0.1:{front.port}"
+    store = ms.ClickHouseStore(clickhouse._settings.model_copy(update={"clickhouse_dsn": dsn}))
+    yield store
+    store.close()
+    front.stop()
+
+
+@pytest.fixture(params=["clickhouse", "server"])
+def sql_store(request):
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(params=["clickhouse", "memory"])
@@ -351,18 +370,18 @@ async def _all(spans):
 # --- SQL
 
 
-def test_sql_as_records_arrow_and_pandas(clickhouse):
+def test_sql_as_records_arrow_and_pandas(sql_store):
     query = "SELECT {a:String} AS a, number AS n FROM numbers({n:UInt64}) ORDER BY n"
     hostile = "x'; DROP TABLE tasks_raw --\n{n:UInt64}"
     expected = [{"a": hostile, "n": n} for n in range(3)]
-    assert clickhouse.sql(query, {"a": hostile, "n": 3}).records() == expected
-    assert clickhouse.sql_arrow(query, {"a": hostile, "n": 3}).to_pylist() == expected
-    assert clickhouse.sql_df(query, {"a": hostile, "n": 3}).to_dict("records") == expected
-    assert list(clickhouse.sql_df("SELECT rollout_id, reward FROM rollouts;").columns) == ["rollout_id", "reward"]
+    assert sql_store.sql(query, {"a": hostile, "n": 3}).records() == expected
+    assert sql_store.sql_arrow(query, {"a": hostile, "n": 3}).to_pylist() == expected
+    assert sql_store.sql_df(query, {"a": hostile, "n": 3}).to_dict("records") == expected
+    assert list(sql_store.sql_df("SELECT rollout_id, reward FROM rollouts;").columns) == ["rollout_id", "reward"]
 
 
-async def test_sql_can_be_awaited(clickhouse):
-    store = ms.AsyncStore(clickhouse)
+async def test_sql_can_be_awaited(sql_store):
+    store = ms.AsyncStore(sql_store)
     answers = await asyncio.gather(*[store.sql("SELECT {n:Int32} AS n", {"n": n}) for n in range(20)])
     assert [answer.rows for answer in answers] == [[(n,)] for n in range(20)]
 
@@ -383,13 +402,32 @@ async def test_sql_can_be_awaited(clickhouse):
         "",
     ],
 )
-def test_what_readonly_alone_would_let_through(clickhouse, tmp_path, query):
+def test_what_readonly_alone_would_let_through(sql_store, tmp_path, query):
     file = tmp_path / "out"
-    for ask in (clickhouse.sql, clickhouse.sql_arrow, clickhouse.sql_df):
+    for ask in (sql_store.sql, sql_store.sql_arrow, sql_store.sql_df):
         with pytest.raises(StoreError):
             ask(query.replace("{file}", str(file)))
     assert not file.exists()
-    assert clickhouse.sql("SELECT count() FROM rollouts").rows == [(0,)]  # still in its own database
+    assert sql_store.sql("SELECT count() FROM rollouts").rows == [(0,)]  # still in its own database
+
+
+async def test_a_server_is_asked_as_the_engine_is(server, clickhouse):
+    tasks = [factories.task(rollout_id=derived_id(T0 + n * 10**6, n), group_id=g) for n, g in enumerate(["it's", "h"])]
+    records = [
+        LogRecord(
+            Partition(TOPICS.events, 0), n, 1, None, codec.encode(factories.event(task, f"a{n}", status.PREPARING))
+        )
+        for n, task in enumerate(tasks)
+    ]
+    put(clickhouse, records)
+    every = clickhouse.rollouts()
+    assert ids(every) == [task.rollout_id for task in tasks[::-1]]
+    assert server.rollouts() == every
+    assert server.rollouts([tasks[0].rollout_id, "' OR 1"]) == server.rollouts(group_id="it's") == every[1:]
+    assert server.attempts(tasks[1].rollout_id) == clickhouse.attempts(tasks[1].rollout_id)
+    file = io.BytesIO()
+    server.export("SELECT group_id FROM rollouts WHERE group_id = {g:String}", file, "CSVWithNames", {"g": "it's"})
+    assert file.getvalue() == b'"group_id"\n"it\'s"\n'
 
 
 def test_a_store_in_memory_says_that_it_has_no_sql():
