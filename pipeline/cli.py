@@ -20,6 +20,8 @@ from millstream.pipeline.cli_control import app as control_app
 from millstream.pipeline.cli_dead import app as dead_app
 from millstream.pipeline.cli_monitor import app as monitor_app
 from millstream.pipeline.cli_output import Json, err, out, print_rows
+from millstream.pipeline.cli_replay import app as replay_app
+from millstream.pipeline.cli_schemas import app as schemas_app
 from millstream.pipeline.cli_store import app as store_app
 from millstream.pipeline.cli_workers import app as workers_app
 from millstream.pipeline.health import Health, watched
@@ -34,9 +36,11 @@ kafka_app = typer.Typer(no_args_is_help=True, help="An Apache Kafka on this mach
 app.add_typer(topics_app, name="topics")
 app.add_typer(kafka_app, name="kafka")
 app.add_typer(dead_app, name="dead")
+app.add_typer(schemas_app, name="schemas")
 app.add_typer(store_app, name="store")
 app.add_typer(ask_app)
 app.add_typer(control_app)
+app.add_typer(replay_app)
 app.add_typer(workers_app)
 app.add_typer(monitor_app)
 

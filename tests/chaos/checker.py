@@ -26,7 +26,7 @@ def schemas(folder):
 
 
 def read(bootstrap, topic, known):
-    """Every committed record of a topic, each partition in its order: (name, fields, partition)."""
+    """Every committed record of a topic, each partition in its order: (name, fields, partition, offset)."""
     consumer = Consumer(
         {
             "bootstrap.servers": bootstrap,
@@ -47,7 +47,8 @@ def read(bootstrap, topic, known):
             body = message.value()
             assert body[:2] == b"\xc3\x01", f"{topic}[{message.partition()}]@{message.offset()} is no record"
             name, schema = known[body[2:10]]
-            yield name, fastavro.schemaless_reader(BytesIO(body[10:]), schema, None), message.partition()
+            record = fastavro.schemaless_reader(BytesIO(body[10:]), schema, None)
+            yield name, record, message.partition(), message.offset()
     consumer.close()
 
 
@@ -56,7 +57,7 @@ def check(bootstrap, prefix, schemas_folder, ledger, published):
     known = schemas(schemas_folder)
     ends, triplets = Counter(), defaultdict(Counter)
     chosen, outcome, triplet_attempts = {}, {}, defaultdict(set)
-    for name, record, _ in read(bootstrap, f"{prefix}.triplets", known):
+    for name, record, *_ in read(bootstrap, f"{prefix}.triplets", known):
         if name == "RolloutEnd":
             ends[record["rollout_id"]] += 1
             chosen[record["rollout_id"]] = record["attempt_id"]
@@ -66,7 +67,7 @@ def check(bootstrap, prefix, schemas_folder, ledger, published):
             triplet_attempts[record["rollout_id"]].add(record["attempt_id"])
     calls, claims, over, ignored = Counter(), defaultdict(list), {}, 0
     ended_in_events = set()
-    for name, record, _ in read(bootstrap, f"{prefix}.events", known):
+    for name, record, *_ in read(bootstrap, f"{prefix}.events", known):
         rollout = record.get("rollout_id")
         if name == "Span" and record["source"] == "proxy" and record["kind"] == "llm":
             calls[record["attempt_id"]] += 1
