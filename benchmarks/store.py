@@ -29,7 +29,7 @@ from millstream.consumers.encoded_spans import TABLE
 from millstream.consumers.sink import FlushPolicy, SinkRole
 from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.kafka_log import KafkaLog
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.producers.port import Producer
 from millstream.schemas import codec
 from millstream.schemas.ids import new_id
@@ -87,7 +87,7 @@ def publish(producer: Producer, topic: str, count: int) -> float:
     return size / count
 
 
-async def through_the_sink(log: KafkaLog, settings: Settings, store: Store, count: int) -> float:
+async def through_the_sink(log: KafkaLog, settings: Settings, store: ClickHouseStore, count: int) -> float:
     """CPU seconds from the first poll to the last commit."""
     role = SinkRole(log, ClickHouseSink(store, settings.topics.events), settings, flush=FlushPolicy(BATCH))
     stop = asyncio.Event()
@@ -101,7 +101,7 @@ async def through_the_sink(log: KafkaLog, settings: Settings, store: Store, coun
     return used
 
 
-def floor(store: Store, bodies: list[bytes]) -> float:
+def floor(store: ClickHouseStore, bodies: list[bytes]) -> float:
     """CPU seconds to decode every body and to insert the spans' columns once, into a table without views."""
     schema = fastavro.parse_schema(codec.load_schema("Span"))
     names = codec.CODECS[Span].field_names
@@ -121,7 +121,7 @@ def floor(store: Store, bodies: list[bytes]) -> float:
     return time.process_time() - began
 
 
-async def freshness(log: KafkaLog, settings: Settings, store: Store) -> list[float]:
+async def freshness(log: KafkaLog, settings: Settings, store: ClickHouseStore) -> list[float]:
     """Seconds from a span's sending until a query sees it, at `FRESH_RATE` spans per second."""
     role = SinkRole(log, ClickHouseSink(store, settings.topics.events), settings)
     stop, producer = asyncio.Event(), log.producer()
@@ -152,7 +152,7 @@ async def freshness(log: KafkaLog, settings: Settings, store: Store) -> list[flo
     return [at - was for at, was in zip(seen, sent, strict=True)]
 
 
-def fill(store: Store, rows: int) -> None:
+def fill(store: ClickHouseStore, rows: int) -> None:
     """Stores rows as a thousand rollouts at a time would leave them: a rollout's spans lie scattered over 20 blocks."""
     for first in range(0, rows, 1_000_000):
         store._writer.command(FILL.format(first=first, count=min(1_000_000, rows - first)))
@@ -187,21 +187,21 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def questions(store: Store, rows: int) -> dict[str, float]:
+def questions(store: ClickHouseStore, rows: int) -> dict[str, float]:
     """What people ask, of a store with ``rows`` spans."""
     fill(store, rows)
-    ids = [row[0] for row in store.query("SELECT RolloutId FROM spans_raw ORDER BY cityHash64(SpanId) LIMIT 200").rows]
+    ids = [row[0] for row in store.sql("SELECT RolloutId FROM spans_raw ORDER BY cityHash64(SpanId) LIMIT 200").rows]
     one = "SELECT * FROM spans WHERE RolloutId = {rollout:String}"
-    assert len(store.query(one, {"rollout": ids[0]}).rows) == SPANS_PER_ROLLOUT
-    times = [milliseconds(lambda of=of: store.query(one, {"rollout": of})) for of in ids]  # type: ignore[misc]
+    assert len(store.sql(one, {"rollout": ids[0]}).rows) == SPANS_PER_ROLLOUT
+    times = [milliseconds(lambda of=of: store.sql(one, {"rollout": of})) for of in ids]  # type: ignore[misc]
     cuts = statistics.quantiles(times, n=100)
     by_name = "SELECT SpanName, count() FROM spans GROUP BY SpanName"
     size = "SELECT sum(bytes_on_disk) / sum(rows) FROM system.parts WHERE active AND table = 'spans_raw'"
     return {
         "one_rollout_p50_ms": cuts[49],
         "one_rollout_p99_ms": cuts[98],
-        "scan_by_name_ms": min(milliseconds(lambda: store.query(by_name)) for _ in range(3)),
-        "bytes_per_span": float(store.query(size).rows[0][0]),
+        "scan_by_name_ms": min(milliseconds(lambda: store.sql(by_name)) for _ in range(3)),
+        "bytes_per_span": float(store.sql(size).rows[0][0]),
     }
 
 
@@ -221,7 +221,7 @@ def main() -> None:
             settings = load_settings(
                 kafka_bootstrap_servers=broker.bootstrap_servers, clickhouse_dsn=f"chdb://{folder}/store"
             )
-            log, store = KafkaLog(settings), Store(settings)
+            log, store = KafkaLog(settings), ClickHouseStore(settings)
             asyncio.run(log.create_topics())
             store.migrate()
             producer = log.producer()

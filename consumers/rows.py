@@ -36,7 +36,7 @@ Column = Callable[[Fields], Sequence[Any]]
 
 
 class Inserter(EncodedInserter, Protocol):
-    """Where the rows go; `pipeline.store.Store` is one."""
+    """Where the rows go; `pipeline.store.ClickHouseStore` is one."""
 
     def insert(self, table: str, column_names: Sequence[str], columns: Sequence[Sequence[Any]], token: str) -> None:
         """Stores the rows. A repeated ``token`` may be dropped. Raises `RowsRefused`, or `StoreError` if it may help to

@@ -28,7 +28,7 @@ def to_triplets(trace: Trace) -> list[Triplet]:
     order. Else it ends where the proxy's span lies, which is in the log before the agent sees the answer. A reward
     before the first call belongs to no triplet; it still counts in `total_reward`.
     """
-    calls = dict(_llm_calls(trace.spans))
+    calls = dict(llm_calls(trace.spans))
     seen_by_agent = {
         span.attributes.get(semconv.RESPONSE_ID): position
         for position, span in enumerate(trace.spans)
@@ -59,7 +59,7 @@ def trained_version(triplets: Sequence[Triplet]) -> str | None:
     return versions.pop() if len(versions) == 1 else "mixed" if versions else None
 
 
-def _llm_calls(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
+def llm_calls(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
     """Each LLM call once, with its place in the log: the SDK's span of a call that went through the proxy is left out,
     the two share the response id."""
     by_proxy = {

@@ -41,10 +41,10 @@ def replay(
     rewarded: ToReward | None = load_object("reward", reward, folder) if reward else None
 
     def stored(done: set[str]) -> Iterator[LogRecord]:
-        from millstream.pipeline.store import Store
+        from millstream.pipeline.store import ClickHouseStore
         from millstream.pipeline.stored_events import stored_events
 
-        store = Store(settings)
+        store = ClickHouseStore(settings)
         try:
             yield from stored_events(store, experiment, done)
         finally:

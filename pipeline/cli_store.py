@@ -16,9 +16,9 @@ app = typer.Typer(no_args_is_help=True, help="The store: fill it, and see what i
 def explain(query: Annotated[str, typer.Argument(help="One SELECT.")], as_json: Json = False) -> None:
     """Show how many granules (8192 rows or fewer) of each table a query reads, and what leaves the others unread."""
     from millstream.pipeline.queries import granules_read
-    from millstream.pipeline.store import Store
+    from millstream.pipeline.store import ClickHouseStore
 
-    store = Store(load_settings())
+    store = ClickHouseStore(load_settings())
     try:
         result = granules_read(store, query)
     finally:
@@ -30,14 +30,14 @@ def explain(query: Annotated[str, typer.Argument(help="One SELECT.")], as_json: 
 def store_rebuild(as_json: Json = False) -> None:
     """Fill an empty store with everything that the topics still hold; a sink then goes on where the last one ended."""
     from millstream.pipeline.rebuild import rebuild
-    from millstream.pipeline.store import Store
+    from millstream.pipeline.store import ClickHouseStore
 
     settings = load_settings()
 
     async def work() -> tuple[int, int]:
         log = KafkaLog(settings)
         await log.check()
-        store = Store(settings)
+        store = ClickHouseStore(settings)
         try:
             return await rebuild(log, store, settings.topics)
         finally:

@@ -9,7 +9,7 @@ from millstream.consumers.port import Log
 from millstream.consumers.reading import read_to_end
 from millstream.consumers.rows import TABLES
 from millstream.consumers.sink_port import Batch
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.log import LogRecord, Partition
 from millstream.schemas.topics import Topics
@@ -18,7 +18,7 @@ BATCH_RECORDS = 10_000
 BATCH_BYTES = 32 << 20
 
 
-async def rebuild(log: Log, store: Store, topics: Topics) -> tuple[int, int]:
+async def rebuild(log: Log, store: ClickHouseStore, topics: Topics) -> tuple[int, int]:
     """Everything that the topics hold by now, into the store. Returns how many records it has taken, and how many of
     those have no row: their dead letters are on the log already, and go into the store with the rest.
 
@@ -27,7 +27,7 @@ async def rebuild(log: Log, store: Store, topics: Topics) -> tuple[int, int]:
     """
     store.migrate()
     tables = [*(table.name for table in TABLES.values()), "spans_raw"]
-    if filled := [name for name in tables if store.query(f"SELECT 1 FROM {name} LIMIT 1").rows]:  # noqa: S608
+    if filled := [name for name in tables if store.sql(f"SELECT 1 FROM {name} LIMIT 1").rows]:  # noqa: S608
         raise ConfigError(f"the store isn't empty ({', '.join(filled)}): name another clickhouse_database")
     # An alert is a copy of a span on events.
     read = [topic for topic in topics.all if topic.name != topics.alerts]

@@ -4,7 +4,7 @@ from array import array
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas import codec, status
 from millstream.schemas.log import LogRecord, Partition
 from millstream.schemas.records import AttemptEvent, Record, RolloutEnd, RolloutTask, Span, SpanEvent, SpanLink
@@ -36,7 +36,7 @@ TOKENS = {  # field: the type code of its numbers, and the column that tells an 
 Row = dict[str, Any]
 
 
-def stored_events(store: Store, experiment_id: str, without: Collection[str]) -> Iterator[LogRecord]:
+def stored_events(store: ClickHouseStore, experiment_id: str, without: Collection[str]) -> Iterator[LogRecord]:
     """For each rollout that has ended, in the order of the ends on each partition: the claim of the attempt that
     succeeded, its spans and its end in log order, then the adapter's mark. All that `replay.Replay` reads; what the
     store doesn't keep (a task's saved state) is missing. Raises `StoreError`."""
@@ -55,7 +55,7 @@ def stored_events(store: Store, experiment_id: str, without: Collection[str]) ->
             yield _record(place, end.ended_at, end.rollout_id, end)
 
 
-def _before(store: Store, ends: Sequence[RolloutEnd]) -> dict[str, list[LogRecord]]:
+def _before(store: ClickHouseStore, ends: Sequence[RolloutEnd]) -> dict[str, list[LogRecord]]:
     """Claim, spans and success of each rollout."""
     rollouts = [end.rollout_id for end in ends]
     attempts = [end.attempt_id for end in ends]
@@ -117,8 +117,8 @@ def _span(row: Row, tokens: Row) -> Span:
     )
 
 
-def _rows(store: Store, sql: str, **parameters: Any) -> Iterator[Row]:
-    result = store.query(sql, parameters)
+def _rows(store: ClickHouseStore, sql: str, **parameters: Any) -> Iterator[Row]:
+    result = store.sql(sql, parameters)
     return (dict(zip(result.columns, row, strict=True)) for row in result.rows)
 
 

@@ -16,7 +16,7 @@ from millstream.consumers.adapter import Adapter
 from millstream.consumers.clickhouse_sink import ClickHouseSink
 from millstream.consumers.sink import SinkRole
 from millstream.pipeline.memory_log import MemoryLog
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas import codec, records, status
 from millstream.schemas.errors import CodecError
 from millstream.schemas.ids import derived_id
@@ -147,7 +147,7 @@ def settings(tmp_path):
 
 @pytest.fixture
 def store(settings):
-    opened = Store(settings)
+    opened = ClickHouseStore(settings)
     opened.migrate()
     yield opened
     opened.close()
@@ -232,7 +232,7 @@ async def test_every_record_is_accepted_or_among_the_dead_letters(settings, stor
         if isinstance(value, AttemptEvent) and (task := claims(value)):
             stored["tasks_raw"].add(IDENTITY["tasks_raw"][1](task))
     assert dead == {}
-    counts = {table: store.query(f"SELECT count() FROM {table} FINAL").rows[0][0] for table in IDENTITY}
+    counts = {table: store.sql(f"SELECT count() FROM {table} FINAL").rows[0][0] for table in IDENTITY}
     assert counts == {table: len(found) for table, found in stored.items()}
 
 

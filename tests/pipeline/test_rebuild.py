@@ -11,7 +11,7 @@ from millstream.consumers.sink import SinkRole
 from millstream.pipeline import rebuild as rebuild_module
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.pipeline.rebuild import rebuild
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.settings import load_settings
 
@@ -33,7 +33,7 @@ async def test_a_rebuilt_store_is_the_one_that_a_sink_made(tmp_path, monkeypatch
         for record in (event(of, "a", "preparing"), span(of, "a"), reward(of, "a", 0.5), event(of, "a", "succeeded")):
             producer.send(topics.events, record, key=of.rollout_id)
     producer.send(topics.tasks("high"), b"garbage", partition=1)
-    original, copy = Store(made), Store(anew)
+    original, copy = ClickHouseStore(made), ClickHouseStore(anew)
     try:
         original.migrate()
         stop = asyncio.Event()
@@ -42,7 +42,7 @@ async def test_a_rebuilt_store_is_the_one_that_a_sink_made(tmp_path, monkeypatch
         records, unusable = await rebuild(log, copy, topics)
         assert (records, unusable) == (40 * 5 + 2, 1)  # with the garbage's dead letter
         for table in [*(table.name for table in TABLES.values()), "spans_raw", "token_ids_raw"]:
-            rows = [sorted(map(str, one.query(f"SELECT * FROM {table} FINAL").rows)) for one in (original, copy)]
+            rows = [sorted(map(str, one.sql(f"SELECT * FROM {table} FINAL").rows)) for one in (original, copy)]
             assert rows[0] == rows[1], table
         with pytest.raises(ConfigError, match=r"isn't empty \(tasks_raw, attempts_raw, "):
             await rebuild(log, copy, topics)

@@ -23,7 +23,7 @@ from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.pipeline.replay import Start, run_replay
 from millstream.pipeline.replay_output import open_output
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.pipeline.stored_events import stored_events
 from millstream.producers.port import send_acknowledged
 from millstream.schemas import codec
@@ -208,7 +208,7 @@ async def store(log, settings, tmp_path):
     async def fill():
         """Settings of the store that was filled."""
         filled = settings.model_copy(update={"clickhouse_dsn": f"chdb://{tmp_path}/store"})
-        stores.append(Store(filled))
+        stores.append(ClickHouseStore(filled))
         stores[0].migrate()
         stop = asyncio.Event()
         stop.set()
@@ -261,7 +261,7 @@ async def test_the_store_gives_what_the_log_gave(log, settings, store):
     source = "log"
     await replayed(log, settings, "log", function=function)
     source = "store"
-    filled = Store(await store())
+    filled = ClickHouseStore(await store())
     replay = Replay(E, function)
     done = [found for record in stored_events(filled, E, set()) if (found := replay.apply(record))]
     from_log = by_partition(await all_of(log, settings, "log"))
@@ -306,8 +306,8 @@ async def test_on_kafka_and_from_the_store_where_retention_has_taken_the_beginni
     result = await asyncio.to_thread(CliRunner().invoke, app, ["store", "rebuild"], env=env, catch_exceptions=False)
     assert result.exit_code == 0
     ends = "SELECT rollout_id, status, reward, turns FROM {}.rollout_ends_raw FINAL ORDER BY rollout_id"
-    filled = Store(kept)
-    assert set(filled.query(ends.format("again")).rows) < set(filled.query(ends.format(kept.clickhouse_database)).rows)
+    filled = ClickHouseStore(kept)
+    assert set(filled.sql(ends.format("again")).rows) < set(filled.sql(ends.format(kept.clickhouse_database)).rows)
     filled.close()
     assert 0 < row["from_store"] < rollouts
 
