@@ -66,7 +66,7 @@ def check(bootstrap, prefix, schemas_folder, ledger, published):
             triplets[record["rollout_id"]][record["turn"]] += 1
             triplet_attempts[record["rollout_id"]].add(record["attempt_id"])
     calls, claims, over, ignored = Counter(), defaultdict(list), {}, 0
-    ended_in_events = set()
+    seen, silent, given_up, ended_in_events = {}, set(), set(), set()
     for name, record, *_ in read(bootstrap, f"{prefix}.events", known):
         rollout = record.get("rollout_id")
         if name == "Span" and record["source"] == "proxy" and record["kind"] == "llm":
@@ -75,6 +75,12 @@ def check(bootstrap, prefix, schemas_folder, ledger, published):
             ended_in_events.add(rollout)
         elif name == "AttemptEvent":
             attempt, status = record["attempt_id"], record["status"]
+            if status == "retry":
+                given_up.add(attempt)
+            elif (record["time"] - seen.setdefault(attempt, record["time"])) / 1e9 > record["lease_s"]:
+                silent.add(attempt)
+            else:
+                seen[attempt] = record["time"]
             if status == "preparing":
                 claims[rollout].append(attempt)
             elif status == "retry":
@@ -105,10 +111,14 @@ def check(bootstrap, prefix, schemas_folder, ledger, published):
     twice = [attempt for attempt, n in starts.items() if n > 1]
     causeless = []
     for rollout, attempts in attempts_of.items():
-        order = [attempt for attempt in claims[rollout] if attempt in attempts]
-        for predecessor in order[:-1]:
-            if over.get(predecessor) in (None, "succeeded"):
-                causeless.append(f"{rollout}: run again although attempt {predecessor} was {over.get(predecessor)}")
+        # A success that came after a silence longer than its lease was lost all the same. A claim that never ran counts:
+        # its task was delivered to somebody else.
+        causes = sum(
+            over.get(attempt) not in (None, "succeeded") or attempt in silent & given_up
+            for attempt in set(claims[rollout])
+        )
+        if len(attempts) > 1 + causes:
+            causeless.append(f"{rollout}: run {len(attempts)} times, but only {causes} attempts were lost or failed")
     problems = {
         "lost": lost,
         "duplicate_ends": duplicate_ends,

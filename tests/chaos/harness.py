@@ -258,6 +258,9 @@ class Chaos:
                 ledger.seek(position)
                 entries = [json.loads(line) for line in ledger if line.endswith("\n")]
             if any(entry["event"] == "end" and entry["pid"] in agents for entry in entries):
+                await asyncio.sleep(
+                    self.rng.uniform(0.0, 0.02)
+                )  # its success is on its way to the runner, or to the log
                 return
 
     def thaw(self, name: str, process: "subprocess.Popen[bytes]") -> None:
