@@ -111,8 +111,8 @@ def check(bootstrap, prefix, schemas_folder, ledger, published):
     twice = [attempt for attempt, n in starts.items() if n > 1]
     causeless = []
     for rollout, attempts in attempts_of.items():
-        # A success that came after a silence longer than its lease was lost all the same. A claim that never ran counts:
-        # its task was delivered to somebody else.
+        # A success that came after a silence longer than its lease was lost all the same. A claim that never ran
+        # counts: its task was delivered to somebody else.
         causes = sum(
             over.get(attempt) not in (None, "succeeded") or attempt in silent & given_up
             for attempt in set(claims[rollout])
