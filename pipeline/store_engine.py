@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, Final
 
 import chdb
@@ -12,6 +13,7 @@ import chdb
 from millstream.pipeline.store import open_embedded
 
 DEFAULT_FORMAT: Final = "TabSeparated"
+QUOTE: Final = "'"
 # The engine writes header and footer around each piece of a streamed answer; these formats have none.
 STREAMED: Final = {"Native", "RowBinary", "TabSeparated", "TSV", "CSV", "JSONEachRow"}
 HEAD: Final = 64 << 10  # bytes in which an insert has to name the format of its rows
@@ -27,7 +29,10 @@ QUOTED = re.compile(
     rb"""|\$(\w*)\$.*?\$\1\$|--[^\n]*|\#[ !][^\n]*|/\*.*?(?:\*/|\Z)""",
     re.DOTALL,
 )
-ROWS_FOLLOW = re.compile(rb"\s*INSERT\s.*?(\sFORMAT\s+(\w+)[^\S\n]*(?:\n|\Z))", re.IGNORECASE | re.DOTALL)
+# Table and columns; settings and format; the rows begin behind that.
+ROWS_FOLLOW = re.compile(
+    rb"(\s*INSERT\s.*?)(\s(?:SETTINGS\s.*?\s)?FORMAT\s+\w+)[^\S\n]*(?:\n|\Z)", re.IGNORECASE | re.DOTALL
+)
 STREAMABLE = re.compile(rb"\s*(SELECT|WITH)\b", re.IGNORECASE)
 ANSWERS = re.compile(rb"\s*(SELECT|WITH|SHOW|DESC|DESCRIBE|EXISTS|EXPLAIN|CHECK)\b|\s*\(", re.IGNORECASE)
 FORMAT = re.compile(rb"\sFORMAT\s+(\w+)\s*(?:\sSETTINGS\b[^;]*)?(?:;\s*)?\Z", re.IGNORECASE)
@@ -117,11 +122,16 @@ class Engine:
 
 
 def _insert(connection: Any, statement: bytes, rows: re.Match[bytes]) -> Answer:
-    _check(rows.string[: rows.start(1)])
-    with connection.send_insert(statement[: rows.start(1)].decode(errors="replace"), rows[2].decode()) as insert:
-        insert.append(statement[rows.end() :])
-        done = insert.finish()
-    return Answer(summary={"written_rows": str(done.rows_written), "written_bytes": str(done.bytes_written)})
+    """By way of a file: chdb's `send_insert` says that rows are stored which a constraint or a view has refused."""
+    _check(rows[1])
+    into, how = statement[: rows.end(1)], statement[rows.end(1) : rows.end(2)]
+    with NamedTemporaryFile() as file:
+        file.write(memoryview(statement)[rows.end() :])
+        file.flush()
+        source = f" FROM INFILE '{_escaped(file.name, QUOTE)}'".encode()
+        done = connection.query(into + source + how, DEFAULT_FORMAT)
+    # It reads what it writes.
+    return Answer(summary={"written_rows": str(done.rows_read()), "written_bytes": str(done.bytes_read())})
 
 
 def _rest(connection: Any, chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -142,7 +152,7 @@ def _preparations(request: Request) -> Iterator[str]:
             raise Refused(UNKNOWN_SETTING, f"{name!r} is no name of a setting or parameter")
     # At once: the engine takes no setting after `readonly`.
     if values:
-        yield "SET " + ", ".join(f"{name} = '{_escaped(value, chr(39))}'" for name, value in values.items())
+        yield "SET " + ", ".join(f"{name} = '{_escaped(value, QUOTE)}'" for name, value in values.items())
 
 
 def _check(bare: bytes) -> None:
