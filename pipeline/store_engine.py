@@ -100,17 +100,19 @@ class Engine:
             connection.query(";".join(_preparations(request)))
             head = _bare(request.statement[:HEAD])
             if rows := ROWS_FOLLOW.match(head):
-                return _insert(connection, request.statement, rows)
+                return _insert(connection, request, rows)
             bare = head if len(request.statement) <= HEAD else _bare(request.statement)
             _check(bare)
             named = FORMAT.search(bare)
             chosen = named[1].decode() if named else request.default_format
             if request.stream and chosen in STREAMED and STREAMABLE.match(bare):
-                chunks = (chunk.bytes() for chunk in connection.send_query(request.statement, chosen))
+                chunks = (
+                    chunk.bytes() for chunk in connection.send_query(request.statement, chosen, request.parameters)
+                )
                 first = next(chunks, b"")
                 streaming = True
                 return Answer(first, _rest(connection, chunks), chosen)
-            result = connection.query(request.statement, chosen)
+            result = connection.query(request.statement, chosen, request.parameters)
             read = {"read_rows": result.rows_read(), "read_bytes": result.bytes_read()}
             summary = {name: str(value) for name, value in read.items()}
             return Answer(result.bytes(), None, chosen if ANSWERS.match(bare) else None, summary)
@@ -121,15 +123,16 @@ class Engine:
                 connection.close()
 
 
-def _insert(connection: Any, statement: bytes, rows: re.Match[bytes]) -> Answer:
+def _insert(connection: Any, request: Request, rows: re.Match[bytes]) -> Answer:
     """By way of a file: chdb's `send_insert` says that rows are stored which a constraint or a view has refused."""
     _check(rows[1])
+    statement = request.statement
     into, how = statement[: rows.end(1)], statement[rows.end(1) : rows.end(2)]
     with NamedTemporaryFile() as file:
         file.write(memoryview(statement)[rows.end() :])
         file.flush()
         source = f" FROM INFILE '{_escaped(file.name, QUOTE)}'".encode()
-        done = connection.query(into + source + how, DEFAULT_FORMAT)
+        done = connection.query(into + source + how, DEFAULT_FORMAT, request.parameters)
     # It reads what it writes.
     return Answer(summary={"written_rows": str(done.rows_read()), "written_bytes": str(done.bytes_read())})
 
@@ -146,13 +149,12 @@ def _rest(connection: Any, chunks: Iterator[bytes]) -> Iterator[bytes]:
 def _preparations(request: Request) -> Iterator[str]:
     if request.database:
         yield f"USE `{_escaped(request.database, '`')}`"
-    values = {**request.settings, **{f"param_{name}": value for name, value in request.parameters.items()}}
-    for name in values:
+    for name in request.settings:
         if not IDENTIFIER.fullmatch(name):
-            raise Refused(UNKNOWN_SETTING, f"{name!r} is no name of a setting or parameter")
+            raise Refused(UNKNOWN_SETTING, f"{name!r} is no setting's name")
     # At once: the engine takes no setting after `readonly`.
-    if values:
-        yield "SET " + ", ".join(f"{name} = '{_escaped(value, QUOTE)}'" for name, value in values.items())
+    if request.settings:
+        yield "SET " + ", ".join(f"{name} = '{_escaped(value, QUOTE)}'" for name, value in request.settings.items())
 
 
 def _check(bare: bytes) -> None:
