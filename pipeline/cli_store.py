@@ -1,15 +1,17 @@
 """Commands about the store itself."""
 
 import asyncio
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from millstream.pipeline.cli_output import Json, print_rows
+from millstream.pipeline.cli_output import Json, err, print_rows
 from millstream.pipeline.kafka_log import KafkaLog
+from millstream.schemas.errors import ConfigError
 from millstream.schemas.settings import load_settings
 
-app = typer.Typer(no_args_is_help=True, help="The store: fill it, and see what its queries read.")
+app = typer.Typer(no_args_is_help=True, help="The store: fill it, share it, and see what its queries read.")
 
 
 @app.command(epilog="Example: millstream store explain \"SELECT * FROM spans WHERE RolloutId = '…'\"")
@@ -44,3 +46,39 @@ def store_rebuild(as_json: Json = False) -> None:
             store.close()
 
     print_rows(("records", "unusable"), [asyncio.run(work())], as_json)
+
+
+@app.command(
+    epilog="Example: millstream store serve runs/store, and for everybody else "
+    "MILLSTREAM_CLICKHOUSE_DSN=clickhouse://127.0.0.1:8123"
+)
+def serve(
+    folder: Annotated[Path, typer.Argument(help="The embedded store's.")] = Path("runs/store"),
+    host: Annotated[
+        str, typer.Option(help="Where to listen; not on loopback it needs clickhouse_password.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, help="0: any free one.")] = 8123,
+    max_request_mb: Annotated[int, typer.Option(min=1, help="What a request may hold, in MiB.")] = 256,
+) -> None:
+    """Let several processes share an embedded store, over HTTP as a ClickHouse server takes it. For development.
+
+    With clickhouse_password set, clients have to send it. Whoever may ask can read this user's files, too.
+    """
+    from millstream.pipeline.asgi import is_loopback, listen, serve_until_signal
+    from millstream.pipeline.store_engine import Engine
+    from millstream.pipeline.store_server import store_app
+
+    password = load_settings().clickhouse_password.get_secret_value()
+    if not is_loopback(host) and not password:
+        raise ConfigError(
+            f"--host {host} is open to others: set clickhouse_password (MILLSTREAM_CLICKHOUSE_PASSWORD), or use "
+            "127.0.0.1"
+        )
+    engine = Engine(folder)
+    try:
+        with listen(host, port) as listener:
+            address = f"{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+            err.print(f"for development: {folder} is served at clickhouse://{address}", highlight=False)
+            asyncio.run(serve_until_signal(store_app(engine, password, max_request_mb << 20), listener))
+    finally:
+        engine.close()

@@ -10,17 +10,13 @@ It belongs to no group and commits nothing: each monitor reads everything, begin
 
 import asyncio
 import hmac
-import ipaddress
 import json
-import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Final, Literal
 from urllib.parse import urlsplit
 
-import uvicorn
 from faststream.asgi import AsgiFastStream, AsyncAPIRoute
 from faststream.kafka import KafkaBroker
 from faststream.kafka.prometheus import KafkaPrometheusMiddleware
@@ -35,6 +31,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from millstream.pipeline.asgi import is_loopback, listen, serve_until_signal
 from millstream.pipeline.broker import Codec, broker
 from millstream.pipeline.health import Health, watched
 from millstream.pipeline.kafka_log import KafkaLog
@@ -309,14 +306,6 @@ async def _failed(_: Request, error: Exception) -> Response:
     return JSONResponse({"errors": [str(error)]}, 422 if isinstance(error, CodecError) else 503)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches that host."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 async def serve_monitor(settings: Settings, host: str, port: int) -> None:
     """Serves until SIGTERM or SIGINT. Raises `ConfigError` if it would be open to others without a token, or if the
     address can't be had."""
@@ -326,23 +315,12 @@ async def serve_monitor(settings: Settings, host: str, port: int) -> None:
         )
     log = KafkaLog(settings)
     await log.check()
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        listener = socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise ConfigError(
-            f"can't listen at {host}:{port}: {error.strerror}; another process may have the port"
-        ) from error
+    listener = listen(host, port)
     producer = log.producer()
-    # uvicorn ends in good order at a signal, and raises it once more then: the producer still has to be closed.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, lambda: None)
     try:
         async with watched(log, settings.topics, "monitor", 0, asyncio.Event()) as health:
-            app = Monitor(producer, settings, health).app
-            server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, access_log=False))
-            await server.serve(sockets=[listener])
-        if not server.started:
+            started = await serve_until_signal(Monitor(producer, settings, health).app, listener)
+        if not started:
             raise LogUnavailable("the monitor could not start to read the log; the cause is logged above")
     finally:
         await asyncio.to_thread(producer.close)

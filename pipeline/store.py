@@ -300,7 +300,7 @@ def _insert_settings(token: str) -> dict[str, Any]:
 def _connect(settings: Settings) -> Client:
     dsn = settings.clickhouse_dsn
     if dsn.startswith(EMBEDDED):
-        return _open_embedded(Path(dsn.removeprefix(EMBEDDED)).resolve())
+        return open_embedded(Path(dsn.removeprefix(EMBEDDED)))
     if not dsn.startswith(SERVER):
         raise ConfigError(
             f"setting clickhouse_dsn: {_without_password(dsn)!r} begins with neither {SERVER} nor {EMBEDDED}"
@@ -314,7 +314,9 @@ def _connect(settings: Settings) -> Client:
     )
 
 
-def _open_embedded(folder: Path) -> Client:
+def open_embedded(folder: Path) -> Client:
+    """Raises `StoreError` if another process has the folder, or it can't be made."""
+    folder = folder.resolve()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         return clickhouse_connect.get_client(interface="chdb", path=str(folder))
@@ -324,9 +326,17 @@ def _open_embedded(folder: Path) -> Client:
         if "Error initializing EmbeddedServer" not in str(error):
             raise
         raise StoreError(
-            f"the embedded store in {folder} is held by another process: the sink owns it while it runs (a training "
-            "run in one process has a sink too). Ask again when that has ended, or use a ClickHouse server"
+            f"the embedded store in {folder} is held by another process{_holder(folder)}: one at a time can. Ask again "
+            f"when that has ended; or let `millstream store serve {folder}` have it, and name its address "
+            "(MILLSTREAM_CLICKHOUSE_DSN=clickhouse://127.0.0.1:8123) to all others"
         ) from error
+
+
+def _holder(folder: Path) -> str:
+    """As the engine notes it down for people."""
+    status = folder / "status"
+    found = re.search(r"PID: (\d+)", status.read_text()) if status.is_file() else None
+    return f" (pid {found[1]})" if found else ""
 
 
 def _without_password(dsn: str) -> str:

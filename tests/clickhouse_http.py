@@ -1,26 +1,24 @@
-"""The smallest HTTP front over the embedded engine that clickhouse-connect talks to, and that fails as it is told."""
+"""The store's own HTTP server in a thread, behind a middleware that makes it fail as a test tells it."""
 
+import asyncio
 import re
-import tempfile
+import socket
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qs, urlencode
+from urllib.request import urlopen
 
-import chdb
-import lz4.frame
+import uvicorn
+from starlette.responses import PlainTextResponse
 
-# What is the client's transport's, not the engine's.
-RESERVED = re.compile(r"query.*|database|param_.*|client_protocol_version|wait_end_of_query|session_.*|.*_http_.*")
-INSERT = re.compile(rb"(INSERT INTO .*?) FORMAT (Native|Avro)\n", re.DOTALL)
-CODE = re.compile(r"Code: (\d+)")
+from millstream.pipeline.store_server import store_app
 
 
 class ClickHouseHttp:
-    """Serves the engine in ``folder`` on one port, from `start` to `stop`, as often as wanted."""
+    """Serves an engine on one port, from `start` to `stop`, as often as wanted."""
 
-    def __init__(self, folder):
-        self._folder = str(folder)
-        self._server = None
+    def __init__(self, engine):
+        self._engine = engine
+        self._server = self._thread = None
         self.port = 0
         self.tokens = []  # of the inserts that arrived
         self.lose_replies = 0  # so many inserts are stored, and their clients never hear of it
@@ -30,71 +28,48 @@ class ClickHouseHttp:
         self.gate.set()
 
     def start(self):
-        self._server = ThreadingHTTPServer(("127.0.0.1", self.port), type("Bound", (_Handler,), {"front": self}))
-        self.port = self._server.server_port
-        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = listener.getsockname()[1]
+        app = _Unreliable(store_app(self._engine, ""), self)
+        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+        self._thread = threading.Thread(target=self._server.run, args=([listener],), daemon=True)
+        self._thread.start()
 
     def stop(self):
         """Refuses connections from now on; what is under way ends first."""
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.should_exit = True
+        self._thread.join()
 
-    def execute(self, query, settings):
-        connection = chdb.connect(self._folder)  # settings belong to a connection
-        try:
-            if settings.get("database"):
-                connection.query(f"USE {settings['database']}")
-            for name, value in settings.items():
-                if not RESERVED.fullmatch(name):
-                    connection.query(f"SET {name} = '{value}'")
-            params = {name[6:]: value for name, value in settings.items() if name.startswith("param_")}
-            if insert := INSERT.match(query):
-                with tempfile.NamedTemporaryFile() as rows:
-                    rows.write(query[insert.end() :])
-                    rows.flush()
-                    statement, form = insert[1].decode(), insert[2].decode()
-                    connection.query(f"{statement} FROM INFILE '{rows.name}' FORMAT {form}")
-                return b""
-            return connection.query(query.decode(), "TabSeparated", params=params).bytes()
-        finally:
-            connection.close()
+    def execute(self, query, **parameters):
+        with urlopen(f"http://127.0.0.1:{self.port}/?{urlencode(parameters)}", query.encode()) as answer:
+            return answer.read()
 
 
-class _Handler(BaseHTTPRequestHandler):  # of HTTP 1.0: a connection ends with its answer, so none outlives `stop`
-    def do_POST(self):
-        front, settings = self.front, dict(parse_qsl(urlsplit(self.path).query))
-        query = self._body()
-        token = settings.get("insert_deduplication_token")
-        if token:
-            front.tokens.append(token)
-            front.gate.wait()
-        try:
-            if token and front.refuse:
-                front.refuse -= 1
-                raise chdb.ChdbError(front.refusal)
-            answer = front.execute(query, settings)
-        except chdb.ChdbError as error:
-            return self._answer(500, str(error).encode(), CODE.search(str(error))[1])
-        if token and front.lose_replies:
-            front.lose_replies -= 1
-            return None  # hangs up
-        return self._answer(200, answer)
+class _Unreliable:
+    def __init__(self, app, front):
+        self._app = app
+        self._front = front
 
-    def _body(self):
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers["Content-Length"]))
-        body = b""
-        while size := int(self.rfile.readline(), 16):
-            body += self.rfile.read(size)
-            self.rfile.readline()
-        return lz4.frame.decompress(body) if self.headers.get("Content-Encoding") == "lz4" else body
+    async def __call__(self, scope, receive, send):
+        front = self._front
+        tokens = parse_qs(scope.get("query_string", b"").decode()).get("insert_deduplication_token")
+        if not tokens:
+            return await self._app(scope, receive, send)
+        front.tokens += tokens
+        await asyncio.to_thread(front.gate.wait)
+        if front.refuse:
+            front.refuse -= 1
+            code = re.search(r"Code: (\d+)", front.refusal)[1]
+            return await PlainTextResponse(front.refusal, 500, {"X-ClickHouse-Exception-Code": code})(
+                scope, receive, send
+            )
+        if not front.lose_replies:
+            return await self._app(scope, receive, send)
+        front.lose_replies -= 1
 
-    def _answer(self, status, body, code=None):
-        self.send_response(status)
-        if code is not None:
-            self.send_header("X-ClickHouse-Exception-Code", code)
-        self.end_headers()
-        self.wfile.write(body)
+        async def lose(message):
+            pass
 
-    def log_message(self, *args):
-        """One line per request would hide the test's own output."""
+        await self._app(scope, receive, lose)
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"1")]})
+        raise ConnectionAbortedError("as the test wants it: the server hangs up before the end of its answer")

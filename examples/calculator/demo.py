@@ -122,26 +122,34 @@ def in_process(run_dir: Path, adapter: str) -> Settings:
 
 
 def over_kafka(run_dir: Path, adapter: str) -> Settings:
-    """A broker and six processes; all of them have ended when this returns, however it ends."""
-    proxy, model = _free_port(), _free_port()
+    """A broker and seven processes; all of them have ended when this returns, however it ends."""
+    proxy, model, store = _free_port(), _free_port(), _free_port()
+    folder = run_dir / "store"
     with _broker(run_dir / "kafka") as bootstrap:
         variables = {
             "MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS": bootstrap,
             "MILLSTREAM_PROXY_URL": f"http://127.0.0.1:{proxy}",
             "MILLSTREAM_PROXY_SECRET": token_hex(32),
             "MILLSTREAM_MODEL_URL": f"http://127.0.0.1:{model}",
-            "MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{run_dir / 'store'}",
+            "MILLSTREAM_CLICKHOUSE_DSN": f"clickhouse://127.0.0.1:{store}",
             "MILLSTREAM_LEASE_SECONDS": str(LEASE_S),
         }
         settings = load_settings(**{key.removeprefix("MILLSTREAM_").lower(): value for key, value in variables.items()})
-        asyncio.run(KafkaLog(settings).create_topics())
         processes = Processes(run_dir / "log", os.environ | variables, say=console.print)
         patience_s = INTERRUPTED_S
         try:
+            processes.start("store", "store", "serve", str(folder), "--port", str(store))
+            asyncio.run(KafkaLog(settings).create_topics())
+            _wait_until_up(f"http://127.0.0.1:{store}/ping", processes)
+            console.print(
+                f'ask meanwhile: MILLSTREAM_CLICKHOUSE_DSN={settings.clickhouse_dsn} millstream sql "SELECT …"',
+                highlight=False,
+                soft_wrap=True,
+            )
             processes.start("sink", "sink")
             processes.start("adapter", "adapter", *(["--adapter", adapter] if adapter else []))
             processes.start("proxy", "proxy")
-            _wait_until_up(settings.proxy_url, processes)
+            _wait_until_up(f"{settings.proxy_url}/livez", processes)
             ledger = ["--env", LEDGER] if LEDGER in os.environ else []
             for number in (1, 2):
                 # Nothing is left to drain but after Ctrl-C, when nobody waits for it any more.
@@ -155,7 +163,7 @@ def over_kafka(run_dir: Path, adapter: str) -> Settings:
             patience_s = STOP_S
         finally:
             processes.stop_all(patience_s)
-        return settings
+        return load_settings(clickhouse_dsn=f"chdb://{folder}")
 
 
 def close(run_dir: Path, settings: Settings, seconds: float) -> dict[str, Any]:
@@ -209,7 +217,7 @@ def _wait_until_up(url: str, processes: Processes, seconds: float = 30.0) -> Non
     while time.monotonic() < deadline:
         processes.check()
         try:
-            with urlopen(f"{url}/livez", timeout=1):  # noqa: S310 - an address of our own
+            with urlopen(url, timeout=1):  # noqa: S310 - an address of our own
                 return
         except OSError:
             time.sleep(0.05)

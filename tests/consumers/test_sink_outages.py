@@ -16,6 +16,7 @@ from millstream.pipeline.health import Health
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.pipeline.store import ClickHouseStore
+from millstream.pipeline.store_engine import Engine
 from millstream.pipeline.store_errors import BAD_ROWS
 from millstream.schemas.log import Partition
 from millstream.schemas.settings import load_settings
@@ -24,9 +25,8 @@ from millstream.schemas.settings import load_settings
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     """The one embedded engine that a process can have, which keeps its data however often the server stops."""
-    folder = tmp_path_factory.mktemp("store")
-    held = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{folder}"))
-    yield folder
+    held = Engine(tmp_path_factory.mktemp("store"))
+    yield held
     held.close()
 
 
@@ -128,7 +128,7 @@ async def group_members(log, settings):
 
 
 async def test_a_reply_that_is_lost_stores_the_block_once(server, log, settings, store):
-    server.execute(b"SYSTEM STOP MERGES spans_raw", {"database": settings.clickhouse_database})
+    server.execute("SYSTEM STOP MERGES spans_raw", database=settings.clickhouse_database)
     task, producer = factories.task(), log.producer()
     for n in range(50):
         producer.send(settings.topics.events, factories.span(task, "a", sequence=n), partition=1)
@@ -180,8 +180,8 @@ async def test_one_bad_row_among_thousands_goes_to_dead_alone(server):
     settings = connected(server, span_batch_size=5000)
     store = ClickHouseStore(settings)
     store.migrate()
-    constraint = b"ALTER TABLE spans_raw ADD CONSTRAINT known CHECK SpanName != 'unheard-of'"
-    server.execute(constraint, {"database": settings.clickhouse_database})
+    constraint = "ALTER TABLE spans_raw ADD CONSTRAINT known CHECK SpanName != 'unheard-of'"
+    server.execute(constraint, database=settings.clickhouse_database)
     log = MemoryLog(settings.topics, encode=True)
     task, producer = factories.task(), log.producer()
     for n in range(5000):

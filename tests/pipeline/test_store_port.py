@@ -12,6 +12,7 @@ from clickhouse_http import ClickHouseHttp
 import millstream as ms
 from millstream.consumers.clickhouse_sink import ClickHouseSink
 from millstream.pipeline.memory_log import MemoryLog
+from millstream.pipeline.store_engine import Engine
 from millstream.schemas import codec, semconv, status
 from millstream.schemas.errors import StoreError
 from millstream.schemas.ids import derived_id, new_id
@@ -51,13 +52,15 @@ def clickhouse(folder, log):
 @pytest.fixture
 def server(folder, clickhouse):
     """The same database, asked over HTTP."""
-    front = ClickHouseHttp(folder)
+    engine = Engine(folder)
+    front = ClickHouseHttp(engine)
     front.start()
     dsn = f"clickhouse://default@127.0.0.1:{front.port}"
     store = ms.ClickHouseStore(clickhouse._settings.model_copy(update={"clickhouse_dsn": dsn}))
     yield store
     store.close()
     front.stop()
+    engine.close()
 
 
 @pytest.fixture(params=["clickhouse", "server"])

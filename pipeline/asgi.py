@@ -1,0 +1,43 @@
+"""Serves an ASGI application until a signal ends the process."""
+
+import asyncio
+import ipaddress
+import signal
+import socket
+from typing import Any
+
+import uvicorn
+
+from millstream.schemas.errors import ConfigError
+
+SHUTDOWN_S = 5  # how long requests under way may go on after the signal
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that host."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Port 0: any free one. Raises `ConfigError` if the address can't be had."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(
+            f"can't listen at {host}:{port}: {error.strerror}; another process may have the port"
+        ) from error
+
+
+async def serve_until_signal(app: Any, listener: socket.socket) -> bool:
+    """Serves until SIGTERM or SIGINT; returns whether the application had started at all."""
+    # uvicorn ends in good order at a signal, and raises it once more then: there may be things to close.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, lambda: None)
+    config = uvicorn.Config(app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
+    server = uvicorn.Server(config)
+    await server.serve(sockets=[listener])
+    return server.started
