@@ -103,7 +103,10 @@ class Storm:
         self.broker.up()
         bootstrap = self.broker.bootstrap_servers
         self.settings = load_settings(kafka_bootstrap_servers=bootstrap)
-        self.environment = os.environ | {"MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS": bootstrap}
+        self.environment = os.environ | {
+            "MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS": bootstrap,
+            "MILLSTREAM_CLICKHOUSE_DSN": f"clickhouse://127.0.0.1:{self.port}",
+        }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str) -> None:
@@ -117,7 +120,7 @@ class Storm:
         with (self.folder / "log" / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "millstream.pipeline", *arguments],
-                env=self.environment | {"MILLSTREAM_CLICKHOUSE_DSN": dsn},
+                env=self.environment,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -138,7 +141,7 @@ class Storm:
         producer, stop = log.producer(), threading.Event()
         feeding = threading.Thread(target=publish, args=(producer, topic, spans, stop, kills * 2.0))
         feeding.start()
-        done = dict.fromkeys(names, 0)
+        done, began = dict.fromkeys(names, 0), time.monotonic()
         try:
             while sum(done.values()) < kills or feeding.is_alive():
                 time.sleep(self.rng.uniform(0.5, 2.5))
@@ -149,6 +152,7 @@ class Storm:
                     self.processes[name].wait()
                     done[name] += 1
             producer.close()
+            console.print(f"{time.monotonic() - began:.1f} s: everything is in the log")
             expected = in_the_log(self.broker.bootstrap_servers, topic)
             found: Sums = {}
             deadline = time.monotonic() + SETTLE_S
@@ -164,7 +168,13 @@ class Storm:
             for process in self.processes.values():
                 process.wait(60)
             self.broker.down()
-        summary = {"kills": done, "spans": sum(n for n, _, _ in expected.values()), "equal": found == expected}
+        seconds = round(time.monotonic() - began, 1)
+        summary = {
+            "seconds": seconds,
+            "kills": done,
+            "spans": sum(n for n, _, _ in expected.values()),
+            "equal": found == expected,
+        }
         wrong = {
             p: (expected.get(p), found.get(p))
             for p in expected.keys() | found.keys()

@@ -241,8 +241,8 @@ def test_two_processes_share_it_and_no_third_has_the_folder(tmp_path):
     with serving(tmp_path) as (port, process):
         asked = {"MILLSTREAM_CLICKHOUSE_DSN": f"clickhouse://127.0.0.1:{port}", "COLUMNS": "300"}
         script = (
-            "import sys; from millstream.pipeline.store import ClickHouseStore; from millstream.schemas.settings import "
-            "load_settings; store = ClickHouseStore(load_settings()); store.migrate(); store.insert('tasks_raw', "
+            "import sys, millstream as ms; "
+            "store = ms.ClickHouseStore(ms.load_settings()); store.migrate(); store.insert('tasks_raw', "
             "['rollout_id', 'date'], [[sys.argv[1] + str(n) for n in range(1000)], [0] * 1000], sys.argv[1])"
         )
         writers = [
