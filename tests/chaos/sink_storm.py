@@ -111,12 +111,9 @@ class Storm:
 
     def start(self, name: str) -> None:
         if name == "server":
-            arguments, dsn = ["store", "serve", "--port", str(self.port)], f"chdb://{self.folder / 'store'}"
+            arguments = ["store", "serve", str(self.folder / "store"), "--port", str(self.port)]
         else:
-            arguments, dsn = (
-                ["sink", "--flush-ms", "200", "--flush-rows", "2000"],
-                f"clickhouse://127.0.0.1:{self.port}",
-            )
+            arguments = ["sink", "--flush-ms", "200", "--flush-rows", "2000"]
         with (self.folder / "log" / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", "millstream.pipeline", *arguments],
@@ -168,19 +165,13 @@ class Storm:
             for process in self.processes.values():
                 process.wait(60)
             self.broker.down()
-        seconds = round(time.monotonic() - began, 1)
-        summary = {
-            "seconds": seconds,
+        return {
+            "seconds": round(time.monotonic() - began, 1),
             "kills": done,
-            "spans": sum(n for n, _, _ in expected.values()),
+            "spans": sum(count for count, _, _ in expected.values()),
             "equal": found == expected,
+            "wrong": {at: (expected[at], found.get(at)) for at in expected if expected[at] != found.get(at)},
         }
-        wrong = {
-            p: (expected.get(p), found.get(p))
-            for p in expected.keys() | found.keys()
-            if expected.get(p) != found.get(p)
-        }
-        return summary | {"wrong": wrong}
 
 
 if __name__ == "__main__":
