@@ -57,6 +57,9 @@ ORDER BY min(ended_at), model_version
 _TIMES = ("created_at", "started_at", "ended_at", "last_seen", "time")
 
 
+OF_TASKS: Final = {"rollout_id", "group_id", "experiment_id", "mode"}  # what a rollout's task says already
+
+
 def read(
     ask: Ask,
     record: type[R],
@@ -73,6 +76,15 @@ def read(
     where, parameters = _conditions(filters)
     sql = f"SELECT {', '.join(columns)} FROM {view} WHERE {where} ORDER BY {order}"  # noqa: S608
     return [record(**row) for row in ask(sql + _limit(limit, offset), parameters).records()]
+
+
+def read_newest(ask: Ask, filters: Mapping[str, Any], direction: str, limit: int, offset: int) -> list[str]:
+    """Ids of the rollouts that were published last (``direction`` DESC) or first; ``filters`` as for `read`, but only
+    `OF_TASKS`."""
+    where, parameters = _conditions(filters)
+    order = f"min(created_at) {direction}, rollout_id {direction}"
+    sql = f"SELECT rollout_id FROM tasks_raw WHERE {where} GROUP BY rollout_id ORDER BY {order}"  # noqa: S608
+    return [row["rollout_id"] for row in ask(sql + _limit(limit, offset), parameters).records()]
 
 
 def read_spans(ask: Ask, filters: Mapping[str, Any], before: int | None = None) -> list[Span]:
