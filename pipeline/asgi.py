@@ -11,6 +11,7 @@ import uvicorn
 from millstream.schemas.errors import ConfigError
 
 SHUTDOWN_S = 5  # how long requests under way may go on after the signal
+KEEP_ALIVE_S = 30  # of an idle connection, as ClickHouse does: clients that ask now and then find it open
 
 
 def is_loopback(host: str) -> bool:
