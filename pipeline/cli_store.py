@@ -62,7 +62,7 @@ def serve(
 ) -> None:
     """Let several processes share an embedded store, over HTTP as a ClickHouse server takes it. For development.
 
-    With clickhouse_password set, clients have to send it. Whoever may ask can read this user's files, too.
+    With clickhouse_password set, clients have to send it. Whoever may ask can read and write this user's files, too.
     """
     from millstream.pipeline.asgi import is_loopback, listen, serve_until_signal
     from millstream.pipeline.store_engine import Engine

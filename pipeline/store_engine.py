@@ -16,6 +16,7 @@ DEFAULT_FORMAT: Final = "TabSeparated"
 QUOTE: Final = "'"
 # The engine writes header and footer around each piece of a streamed answer; these formats have none.
 STREAMED: Final = {"Native", "RowBinary", "TabSeparated", "TSV", "CSV", "JSONEachRow"}
+BUFFER: Final = 1 << 20  # bytes of an answer before its status is sent, as ClickHouse does: until then it can fail
 HEAD: Final = 64 << 10  # bytes in which an insert has to name the format of its rows
 
 # ClickHouse's numbers of errors
@@ -90,6 +91,8 @@ class Engine:
         self._owner = open_embedded(folder)
 
     def close(self) -> None:
+        """Cancels what still runs: the process could not end before that."""
+        self._owner.command("KILL QUERY WHERE query NOT LIKE 'KILL QUERY%' ASYNC")
         self._owner.close()
 
     def run(self, request: Request) -> Answer:
@@ -109,9 +112,13 @@ class Engine:
                 chunks = (
                     chunk.bytes() for chunk in connection.send_query(request.statement, chosen, request.parameters)
                 )
-                first = next(chunks, b"")
-                streaming = True
-                return Answer(first, _rest(connection, chunks), chosen)
+                first = bytearray()
+                for chunk in chunks:
+                    first += chunk
+                    if len(first) >= BUFFER:
+                        streaming = True
+                        return Answer(bytes(first), _rest(connection, chunks), chosen)
+                return Answer(bytes(first), None, chosen)
             result = connection.query(request.statement, chosen, request.parameters)
             read = {"read_rows": result.rows_read(), "read_bytes": result.bytes_read()}
             summary = {name: str(value) for name, value in read.items()}

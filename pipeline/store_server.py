@@ -115,7 +115,8 @@ async def _asked(request: HttpRequest, max_body: int) -> Request:
                     raise Refused(NOT_IMPLEMENTED, f"external data ({name}) is not supported")
                 values[name] = value
     else:
-        body = _decoded(await request.body(), request.headers.get("content-encoding", ""), max_body)
+        encoding = request.headers.get("content-encoding", "")
+        body = await run_in_threadpool(_decoded, await request.body(), encoding, max_body)
     if values.get("compress", "0") != "0" or values.get("decompress", "0") != "0":
         raise Refused(NOT_IMPLEMENTED, "compress and decompress are not supported: use HTTP's Content-Encoding")
     settings = {
@@ -188,8 +189,8 @@ def _response(request: HttpRequest, answer: Answer) -> Response:
             chunks = _lz4(chunks) if encoding == "lz4" else _gzip(chunks)
     kind = next((kind for name, kind in TYPES.items() if (answer.format or "").startswith(name)), None)
     kind = kind or "application/octet-stream"
-    if answer.rest is None:
-        return Response(b"".join(chunks), headers=headers, media_type=kind)
+    if answer.rest is None and "Content-Encoding" not in headers:
+        return Response(answer.body, headers=headers, media_type=kind)
     return StreamingResponse(chunks, headers=headers, media_type=kind)
 
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import socket
 import threading
 from urllib.parse import parse_qs, urlencode
 from urllib.request import urlopen
@@ -10,6 +9,7 @@ from urllib.request import urlopen
 import uvicorn
 from starlette.responses import PlainTextResponse
 
+from millstream.pipeline.asgi import listen
 from millstream.pipeline.store_server import store_app
 
 
@@ -28,7 +28,7 @@ class ClickHouseHttp:
         self.gate.set()
 
     def start(self):
-        listener = socket.create_server(("127.0.0.1", self.port))
+        listener = listen("127.0.0.1", self.port)
         self.port = listener.getsockname()[1]
         app = _Unreliable(store_app(self._engine, ""), self)
         self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from urllib.error import HTTPError
@@ -275,3 +276,14 @@ def test_a_client_outlives_the_server(tmp_path, number):
         client.insert("t", [[2]], column_names=["a"])
         assert client.query("SELECT sum(a) FROM t").result_rows == [(3,)]
     client.close()
+
+
+def test_a_long_query_does_not_keep_it_from_ending(tmp_path):
+    with serving(tmp_path) as (port, process), ThreadPoolExecutor() as pool:
+        query = "SELECT count() FROM numbers(100000000000) WHERE NOT ignore(sipHash64(number)) SETTINGS max_threads = 1"
+        asked = pool.submit(http, port, body=query.encode())
+        while b"ignore" not in http(port, "SELECT query FROM system.processes WHERE query NOT LIKE '%processes%'")[2]:
+            assert not asked.done()
+        process.terminate()
+        assert process.wait(20) == 0
+        assert asked.exception() is not None or asked.result()[0] == 500
