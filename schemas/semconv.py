@@ -34,6 +34,8 @@ EVALUATION_NAME: Final = "gen_ai.evaluation.name"
 EVALUATION_SCORE: Final = "gen_ai.evaluation.score.value"
 ERROR_TYPE: Final = "error.type"
 
+# OpenInference's kind of a span, in capitals; AutoGen's instrumentation writes it.
+OPENINFERENCE_KIND: Final = "openinference.span.kind"
 # Ours: a span that has this is an alert; the runner writes a copy of it to the alerts topic.
 ALERT_NAME: Final = "millstream.alert"
 # Ours: the exact OpenAI messages of a call, as JSON, in the proxy's spans.
@@ -55,3 +57,5 @@ KIND_OF_OPERATION: Final = {
     "invoke_workflow": CHAIN,
     "evaluation": REWARD,
 }
+# ``openinference.span.kind`` → `Span.kind`.
+KIND_OF_OPENINFERENCE: Final = {"LLM": LLM, "TOOL": TOOL, "AGENT": AGENT, "CHAIN": CHAIN}

@@ -1,0 +1,108 @@
+"""Runs an example agent in a runner, with the real proxy and a model server, and shows what was recorded."""
+
+import asyncio
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import model_server
+from runner_rig import Ended, running, settings_for_tests
+
+from millstream.pipeline.http_backend import HttpBackend
+from millstream.pipeline.memory_log import MemoryLog
+from millstream.pipeline.proxy import Proxy
+from millstream.pipeline.serving import serve
+from millstream.schemas import semconv
+from millstream.schemas.records import Span
+
+ROOT = Path(__file__).parents[2]
+ANYWHERE = "http://127.0.0.1:0"
+
+
+@dataclass
+class Trace:
+    """One attempt's spans, as a tree."""
+
+    ended: Ended
+
+    @property
+    def status(self) -> str:
+        return self.ended.last.status
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        return self.ended.spans
+
+    @property
+    def root(self) -> Span:
+        (root,) = [span for span in self.spans if not span.parent_id]
+        return root
+
+    def of(self, kind: str, source: str = semconv.SOURCE_AGENT) -> list[Span]:
+        """By time of start; without the root."""
+        found = [s for s in self.spans if s.kind == kind and s.source == source and s.parent_id]
+        return sorted(found, key=lambda span: span.start)
+
+    def above(self, span: Span) -> list[Span]:
+        """The span's parent, its parent, and so on up to the root."""
+        by_id = {s.span_id: s for s in self.spans}
+        found = []
+        while span.parent_id:
+            span = by_id[span.parent_id]
+            found.append(span)
+        return found
+
+    def names_above(self, span: Span) -> list[str]:
+        return [s.name for s in self.above(span)]
+
+    def tree(self) -> str:
+        """For people."""
+        lines = []
+        for span in sorted(self.spans, key=lambda s: s.start):
+            above = [s for s in self.spans if s.span_id == span.parent_id]
+            depth = len(self.above(span)) if above or not span.parent_id else -1
+            lines.append(f"{'  ' * depth}{span.name} [{span.kind} {span.source} {span.status} {span.scope_name}]")
+        return "\n".join(lines)
+
+
+def run(module: str, tasks: Sequence[Any], *, proxy: bool = True, **options: Any) -> list[Trace]:
+    """``examples/frameworks/<module>.py`` on each task, all at once, in one agent process. With a proxy every call has
+    to go through it; without one the SDKs speak to the model server itself."""
+    return asyncio.run(_run(f"examples.frameworks.{module}:agent", tasks, proxy, options))
+
+
+async def _run(agent: str, tasks: Sequence[Any], proxy: bool, options: dict[str, Any]) -> list[Trace]:
+    settings = settings_for_tests(proxy_secret="secret", timeout_seconds=60)  # noqa: S106
+    log = MemoryLog(settings.topics)
+    async with serve(model_server.app(), ANYWHERE) as model_url:
+        variables = {"ANTHROPIC_BASE_URL": model_url, "ANTHROPIC_API_KEY": "k"}
+        if not proxy:
+            variables |= {"OPENAI_BASE_URL": model_url + "/v1", "OPENAI_API_KEY": "k"}
+        backend, producer = HttpBackend(model_url), log.producer()
+        front = Proxy(producer, settings.topics, backend, "secret")
+        async with serve(front.app, ANYWHERE) as proxy_url:
+            settings = settings.model_copy(update={"proxy_url": proxy_url if proxy else ""})
+            with _environment(variables):
+                async with running(
+                    agent, ROOT, log=log, settings=settings, concurrency=64, env=list(variables), **options
+                ) as rig:
+                    await rig.publish(tasks)
+                    ended = await rig.ends(len(tasks))
+        await backend.close()
+        producer.close()
+    return [Trace(ended[json.dumps(task)]) for task in tasks]
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
