@@ -1,7 +1,8 @@
 """Tracing of other people's packages. What is missing or broken costs its spans and a warning, never the run."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module, metadata
@@ -11,7 +12,6 @@ from typing import Any
 
 import wrapt
 from opentelemetry.instrumentation.threading import ThreadingInstrumentor
-from opentelemetry.instrumentation.utils import unwrap
 from opentelemetry.trace import TracerProvider
 
 from millstream.schemas.errors import ConfigError
@@ -25,10 +25,9 @@ class Framework:
 
     name: str  # for --instrument
     module: str  # whoever imports it uses the framework
-    instrumentor: str  # module:class, of OpenTelemetry's BaseInstrumentor
+    instrumentor: str  # module:class, an instrumentor as OpenTelemetry's
     requirement: str  # what to install for it
     options: Mapping[str, Any] = field(default_factory=dict)
-    after: Callable[[], None] = lambda: None
 
     def installed(self) -> bool:
         return find_spec(self.module.partition(".")[0]) is not None
@@ -36,20 +35,10 @@ class Framework:
     def traceable(self) -> bool:
         """Its instrumentation is installed."""
         try:
-            metadata.version(self.requirement.partition("==")[0])
+            metadata.version(re.split("[=<>]", self.requirement)[0])
         except metadata.PackageNotFoundError:
             return False
         return True
-
-
-def _drop_autogen_model_spans() -> None:
-    """AutoGen's model client calls the OpenAI SDK, whose own span of the call says more."""
-    if "openai" not in _hooked or find_spec("autogen_ext") is None:
-        return
-    from autogen_ext.models.openai import BaseOpenAIChatCompletionClient
-
-    unwrap(BaseOpenAIChatCompletionClient, "create")
-    unwrap(BaseOpenAIChatCompletionClient, "create_stream")
 
 
 _GENAI = "opentelemetry.instrumentation.genai"
@@ -80,9 +69,8 @@ FRAMEWORKS = {
         Framework(
             "autogen",
             "autogen_agentchat",
-            "openinference.instrumentation.autogen_agentchat:AutogenAgentChatInstrumentor",
-            "openinference-instrumentation-autogen-agentchat==0.1.22",
-            after=_drop_autogen_model_spans,
+            "millstream.producers.autogen_spans:AutogenInstrumentor",
+            "autogen-agentchat>=0.7.5,<0.8",
         ),
     )
 }
@@ -136,7 +124,6 @@ def _instrument(provider: TracerProvider, framework: Framework, module: ModuleTy
     try:
         instrumentor = getattr(import_module(where), name)()
         instrumentor.instrument(tracer_provider=provider, raise_exception_on_conflict=True, **framework.options)
-        framework.after()
     except Exception as error:  # whatever a beta release of somebody else's raises
         logger.warning(
             "the calls of %s can't be traced (%s: %s): pip install %s",

@@ -117,9 +117,7 @@ def kind_of(attributes: Mapping[str, str]) -> str:
         return semconv.KIND_OF_OPERATION[operation]
     if semconv.EVALUATION_SCORE in attributes or semconv.AGL_REWARD_VALUE in attributes:
         return semconv.REWARD
-    if semconv.ALERT_NAME in attributes:
-        return semconv.ALERT
-    return semconv.KIND_OF_OPENINFERENCE.get(attributes.get(semconv.OPENINFERENCE_KIND, ""), semconv.SPAN)
+    return semconv.ALERT if semconv.ALERT_NAME in attributes else semconv.SPAN
 
 
 def texts(values: Mapping[str, Any] | None) -> dict[str, str]:

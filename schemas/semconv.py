@@ -27,15 +27,16 @@ OUTPUT_MESSAGES: Final = "gen_ai.output.messages"
 INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
 AGENT_NAME: Final = "gen_ai.agent.name"
+WORKFLOW_NAME: Final = "gen_ai.workflow.name"
 TOOL_NAME: Final = "gen_ai.tool.name"
+TOOL_DEFINITIONS: Final = "gen_ai.tool.definitions"
+TOOL_CALL_ID: Final = "gen_ai.tool.call.id"
 TOOL_ARGUMENTS: Final = "gen_ai.tool.call.arguments"
 TOOL_RESULT: Final = "gen_ai.tool.call.result"
 EVALUATION_NAME: Final = "gen_ai.evaluation.name"
 EVALUATION_SCORE: Final = "gen_ai.evaluation.score.value"
 ERROR_TYPE: Final = "error.type"
 
-# OpenInference's kind of a span, in capitals; AutoGen's instrumentation writes it.
-OPENINFERENCE_KIND: Final = "openinference.span.kind"
 # Ours: a span that has this is an alert; the runner writes a copy of it to the alerts topic.
 ALERT_NAME: Final = "millstream.alert"
 # Ours: the exact OpenAI messages of a call, as JSON, in the proxy's spans.
@@ -57,5 +58,3 @@ KIND_OF_OPERATION: Final = {
     "invoke_workflow": CHAIN,
     "evaluation": REWARD,
 }
-# ``openinference.span.kind`` → `Span.kind`.
-KIND_OF_OPENINFERENCE: Final = {"LLM": LLM, "TOOL": TOOL, "AGENT": AGENT, "CHAIN": CHAIN}

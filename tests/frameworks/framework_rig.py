@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -106,3 +107,76 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     finally:
         os.environ.clear()
         os.environ.update(before)
+
+
+def assert_tree(trace: Trace) -> None:
+    """One trace, in which every span hangs on the root, of one rollout and attempt."""
+    root = trace.root
+    assert root.name.startswith("invoke_agent examples.frameworks.")
+    assert {span.trace_id for span in trace.spans} == {root.trace_id}
+    for span in trace.spans:
+        if span is not root:
+            assert trace.above(span)[-1] is root, trace.tree()
+    counts = trace.ended.last.span_counts
+    for source in counts:
+        assert counts[source] == sum(span.source == source for span in trace.spans)
+
+
+def assert_call(span: Span, city: str, *, model: str = "gpt-4o-mini") -> None:
+    """All that there is to know of a model call that was answered."""
+    attributes = span.attributes
+    assert (span.kind, span.status, span.end > span.start) == (semconv.LLM, "Unset", True)
+    assert attributes[semconv.OPERATION] == "chat"
+    assert attributes[semconv.REQUEST_MODEL] == model
+    assert attributes[semconv.RESPONSE_MODEL] == f"{model}-served"
+    assert re.fullmatch(r"(chatcmpl|resp|msg)-\d+", attributes[semconv.RESPONSE_ID])
+    assert len(json.loads(attributes[semconv.FINISH_REASONS])) == 1
+    assert (attributes[semconv.INPUT_TOKENS], attributes[semconv.OUTPUT_TOKENS]) == ("11", "3")
+    assert f"weather in {city}" in json.dumps(json.loads(attributes[semconv.INPUT_MESSAGES]))
+    (answer,) = json.loads(attributes[semconv.OUTPUT_MESSAGES])
+    assert answer["role"] == "assistant"
+
+
+def assert_asked_for_tool(span: Span, city: str) -> None:
+    """A call in which the model was offered the tool and asked for it."""
+    assert "weather" in [tool["name"] for tool in json.loads(span.attributes[semconv.TOOL_DEFINITIONS])]
+    (answer,) = json.loads(span.attributes[semconv.OUTPUT_MESSAGES])
+    (part,) = [part for part in answer["parts"] if part["type"] == "tool_call"]
+    assert (part["name"], part["arguments"]) == ("weather", {"city": city})
+
+
+def assert_told(span: Span, result: str) -> None:
+    """A call in which the model was told what the tool had given."""
+    parts = [part for message in json.loads(span.attributes[semconv.INPUT_MESSAGES]) for part in message["parts"]]
+    assert result in [part["response"] for part in parts if part["type"] == "tool_call_response"]
+
+
+def assert_tool(span: Span, city: str) -> None:
+    attributes = span.attributes
+    assert (span.kind, span.status, span.end > span.start) == (semconv.TOOL, "Unset", True)
+    assert attributes[semconv.TOOL_NAME] == "weather"
+    assert json.loads(attributes[semconv.TOOL_ARGUMENTS]) == {"city": city}
+    assert attributes[semconv.TOOL_RESULT] == f"21 degrees in {city}"
+
+
+def assert_tool_failed(span: Span) -> None:
+    attributes = span.attributes
+    assert (attributes[semconv.TOOL_NAME], span.status) == ("weather", "Error")
+    assert "there is no Atlantis" in span.status_message
+
+
+def assert_call_failed(span: Span) -> None:
+    assert span.status == "Error"
+    assert "there is no Nowhere" in span.status_message
+    assert span.attributes[semconv.ERROR_TYPE]
+
+
+def assert_proxied(trace: Trace) -> None:
+    """Each call of the SDK went through the proxy once, whose span with token ids lies below it."""
+    calls, proxied = trace.of(semconv.LLM), trace.of(semconv.LLM, semconv.SOURCE_PROXY)
+    assert len(calls) == len(proxied) > 0
+    below = {span.parent_id: span for span in proxied}
+    for call in calls:
+        span = below[call.span_id]
+        assert span.attributes[semconv.RESPONSE_ID] == call.attributes[semconv.RESPONSE_ID]
+        assert (span.model_version, len(span.response_token_ids or b"")) == ("run.0.1", 12)
