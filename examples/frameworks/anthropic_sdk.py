@@ -1,6 +1,7 @@
 """The Anthropic SDK: plain, streamed, and with a tool. The task names the way: {"way": "stream", "city": "Paris"}."""
 
 import asyncio
+import inspect
 from typing import Any
 
 import anthropic
@@ -57,10 +58,8 @@ def _text(message: anthropic.types.Message) -> str:
 WAYS = {way.__name__: way for way in (chat, chat_async, stream, stream_async, tools)}
 
 
-def agent(task: dict[str, str]) -> Any:
-    result = WAYS[task["way"]](task["city"])
-    return asyncio.run(_awaited(result)) if asyncio.iscoroutine(result) else result
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
+async def agent(task: dict[str, str]) -> Any:
+    way = WAYS[task["way"]]
+    if inspect.iscoroutinefunction(way):
+        return await way(task["city"])
+    return await asyncio.to_thread(way, task["city"])

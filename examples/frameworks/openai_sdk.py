@@ -1,6 +1,7 @@
 """The OpenAI SDK, called in each of the ways it knows. The task names one: {"way": "stream", "city": "Paris"}."""
 
 import asyncio
+import inspect
 import json
 from typing import Any
 
@@ -71,10 +72,8 @@ WAYS = {
 }
 
 
-def agent(task: dict[str, str]) -> Any:
-    result = WAYS[task["way"]](task["city"])
-    return asyncio.run(_awaited(result)) if asyncio.iscoroutine(result) else result
-
-
-async def _awaited(result: Any) -> Any:
-    return await result
+async def agent(task: dict[str, str]) -> Any:
+    way = WAYS[task["way"]]
+    if inspect.iscoroutinefunction(way):
+        return await way(task["city"])
+    return await asyncio.to_thread(way, task["city"])

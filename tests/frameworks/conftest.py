@@ -11,7 +11,7 @@ import pytest
 NEEDED = ("openai", "anthropic", "langchain", "langgraph", "agents", "autogen_agentchat")
 FOLDER = Path(__file__).parent
 sys.path.append(str(FOLDER.parent / "consumers"))  # runner_rig
-MARKS = {"passed": "✓", "failed": "FAILED", "error": "FAILED", "skipped": "skipped"}
+MARKS = {"passed": "✓", "skipped": "skipped", "failed": "FAILED", "error": "FAILED"}  # the worst last
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,22 +27,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     feature = item.get_closest_marker("feature")
     if feature is not None:
-        item.user_properties.append(("feature", feature.args[0]))
+        name, *frameworks = feature.args
+        for framework in frameworks or [item.path.stem.removeprefix("test_")]:
+            item.user_properties.append(("feature", (framework, name)))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     results: dict[str, dict[str, str]] = defaultdict(dict)
-    features: list[str] = []
+    features: dict[str, None] = {}
     for outcome, mark in MARKS.items():
         for report in terminalreporter.getreports(outcome):
-            feature = dict(getattr(report, "user_properties", ())).get("feature")
-            if feature is not None and (report.when == "call" or outcome != "passed"):
-                framework = Path(report.fspath).stem.removeprefix("test_")
-                # Of several tests of a feature, the worst counts.
-                if results[framework].get(feature) != "FAILED":
-                    results[framework][feature] = mark
-                if feature not in features:
-                    features.append(feature)
+            if report.when != "call" and outcome == "passed":
+                continue
+            for key, value in getattr(report, "user_properties", ()):
+                if key == "feature":
+                    framework, feature = value
+                    results[framework][feature] = mark  # of several tests of a feature the worst counts: it comes last
+                    features[feature] = None
     if not results:
         return
     terminalreporter.section("frameworks")

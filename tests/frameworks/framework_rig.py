@@ -70,10 +70,11 @@ class Trace:
         return "\n".join(lines)
 
 
-def run(module: str, tasks: Sequence[Any], *, proxy: bool = True, **options: Any) -> list[Trace]:
-    """``examples/frameworks/<module>.py`` on each task, all at once, in one agent process. With a proxy every call has
-    to go through it; without one the SDKs speak to the model server itself."""
-    return asyncio.run(_run(f"examples.frameworks.{module}:agent", tasks, proxy, options))
+def run(agent: str, tasks: Sequence[Any], *, proxy: bool = True, **options: Any) -> list[Trace]:
+    """The agent (of ``examples/frameworks/``, unless it is module:attribute) on each task, all at once, in one agent
+    process. With a proxy every call has to go through it; without one the SDKs speak to the model server itself."""
+    path = agent if ":" in agent else f"examples.frameworks.{agent}:agent"
+    return asyncio.run(_run(path, tasks, proxy, options))
 
 
 async def _run(agent: str, tasks: Sequence[Any], proxy: bool, options: dict[str, Any]) -> list[Trace]:
@@ -112,7 +113,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 def assert_tree(trace: Trace) -> None:
     """One trace, in which every span hangs on the root, of one rollout and attempt."""
     root = trace.root
-    assert root.name.startswith("invoke_agent examples.frameworks.")
+    assert root.name.startswith("invoke_agent ")
     assert {span.trace_id for span in trace.spans} == {root.trace_id}
     for span in trace.spans:
         if span is not root:
