@@ -129,7 +129,8 @@ def runner(
     drain_s: Annotated[float, typer.Option(min=0, help="Seconds that running attempts get at the end.")] = 30.0,
     hook: Annotated[list[str] | None, typer.Option(help="module:attribute of a hook; repeat it.")] = None,
     instrument: Annotated[
-        str | None, typer.Option(help="Frameworks to trace, e.g. openai,langchain; or none. Else all that are installed.")
+        str | None,
+        typer.Option(help="Frameworks to trace: openai,langchain …, or none; else all installed."),
     ] = None,
     memory_limit: Annotated[int | None, typer.Option(min=1, help="MiB that an agent process may hold.")] = None,
     max_attempts_per_process: Annotated[int | None, typer.Option(min=1, help="Then it is replaced.")] = None,

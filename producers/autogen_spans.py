@@ -66,9 +66,7 @@ async def _run_team(
         span.end()
 
 
-async def _call_tool(
-    tracer: Tracer, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+async def _call_tool(tracer: Tracer, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     call = kwargs["tool_call"]
     attributes = {
         semconv.OPERATION: "execute_tool",
@@ -97,7 +95,7 @@ def _inner_tool_span(
     ours = otel.get_value(_OUR_TOOL_CALL)
     if ours is None or ours is not trace.get_current_span():
         return cast("AbstractContextManager[Any]", wrapped(*args, **kwargs))
-    return _noting_errors(cast("Span", ours))
+    return _noting_errors(ours)
 
 
 @contextmanager

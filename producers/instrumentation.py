@@ -14,6 +14,7 @@ import wrapt
 from opentelemetry.instrumentation.threading import ThreadingInstrumentor
 from opentelemetry.trace import TracerProvider
 
+from millstream.producers.worker_threads import follow_threads
 from millstream.schemas.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,9 @@ def chosen(names: str | None) -> tuple[str, ...]:
         return ()
     for name in asked:
         if name not in FRAMEWORKS:
-            raise ConfigError(f"--instrument {name}: known are {', '.join(FRAMEWORKS)}; or none, alone")
+            raise ConfigError(f"--instrument {names}: known are {', '.join(FRAMEWORKS)}; or none, alone")
+    if not asked:
+        raise ConfigError(f"--instrument is empty: known are {', '.join(FRAMEWORKS)}; or none, alone")
     return asked
 
 
@@ -112,6 +115,7 @@ def instrument(provider: TracerProvider, names: Iterable[str]) -> None:
     threads = ThreadingInstrumentor()
     if not threads.is_instrumented_by_opentelemetry:
         threads.instrument()
+        follow_threads()
     for name in names:
         framework = FRAMEWORKS[name]
         if name not in _hooked and framework.traceable():

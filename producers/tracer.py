@@ -12,6 +12,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
+from millstream.producers import worker_threads
 from millstream.producers.attempt_context import Attempt, enter, leave
 from millstream.producers.client_binding import bind_clients
 from millstream.producers.instrumentation import FRAMEWORKS
@@ -57,13 +58,19 @@ class Tracer:
 
     @contextmanager
     def attempt(self, attempt: Attempt) -> Iterator[None]:
-        """The body runs as part of the attempt, below its root span, which records how it went."""
+        """The body runs as part of the attempt, below its root span, which records how it went.
+
+        Raises `SharedWorker`.
+        """
         attempt.tracer = self._tracer
         token = enter(attempt)
+        worker_threads.began(attempt)
         try:
             with self._tracer.start_as_current_span(self._root_name, attributes=self._root_attributes):
                 yield
+                worker_threads.refuse_shared(attempt)
         finally:
+            worker_threads.ended(attempt)
             leave(token)
 
 

@@ -67,9 +67,7 @@ def tools(city: str) -> Any:
     return client.chat.completions.create(model=MODEL, messages=messages, tools=offered).choices[0].message.content
 
 
-WAYS = {
-    way.__name__: way for way in (chat, chat_async, stream, stream_async, parse, responses, responses_async, tools)
-}
+WAYS = {way.__name__: way for way in (chat, chat_async, stream, stream_async, parse, responses, responses_async, tools)}
 
 
 async def agent(task: dict[str, str]) -> Any:

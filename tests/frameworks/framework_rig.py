@@ -78,7 +78,7 @@ def run(agent: str, tasks: Sequence[Any], *, proxy: bool = True, **options: Any)
 
 
 async def _run(agent: str, tasks: Sequence[Any], proxy: bool, options: dict[str, Any]) -> list[Trace]:
-    settings = settings_for_tests(proxy_secret="secret", timeout_seconds=60)  # noqa: S106
+    settings = settings_for_tests(proxy_secret="secret", timeout_seconds=60)
     log = MemoryLog(settings.topics)
     async with serve(model_server.app(), ANYWHERE) as model_url:
         variables = {"ANTHROPIC_BASE_URL": model_url, "ANTHROPIC_API_KEY": "k"}

@@ -1,4 +1,4 @@
-"""Agents of all frameworks at once: each task names one, and the way it is run. They begin when all `AT_ONCE` are there."""
+"""Agents of all frameworks at once: each task names one, and the way it is run. They begin together."""
 
 import asyncio
 import json
