@@ -81,7 +81,7 @@ def _bind(request: Any) -> Attempt | None:
     if attempt.ended:
         raise OutsideRollout(
             f"{request.method} {url}: thread {threading.current_thread().name!r} belongs to a rollout that has ended. "
-            "If it works for other rollouts too, let a ThreadPoolExecutor be the worker, which knows whose work it does."
+            "If it works for other rollouts too, let a ThreadPoolExecutor be the worker, which knows whose work it is."
         )
     note_call(attempt)
     prefix = base + attempt.path.encode()

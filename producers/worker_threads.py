@@ -74,8 +74,8 @@ def refuse_shared(attempt: Attempt) -> None:
         thread.join(max(0.0, deadline - time.monotonic()))
         if thread.is_alive():
             raise SharedWorker(
-                f"thread {thread.name!r}, which this rollout started, called models or made spans and still runs at its "
-                "end. If other rollouts give it work, their calls have been recorded here. Join it; or let a "
+                f"thread {thread.name!r}, which this rollout started, called models or made spans and still runs at "
+                "its end. If other rollouts give it work, their calls have been recorded here. Join it; or let a "
                 "ThreadPoolExecutor be the worker, which knows whose work it does; or run the work by "
                 "contextvars.copy_context().run, copied where it is given, and start the thread when the module is "
                 "imported; or run one rollout in a process (--concurrency 1 --max-attempts-per-process 1)"

@@ -16,9 +16,14 @@ def weather(city: str) -> str:
     return look_up(city)
 
 
-forecaster = create_agent(ChatOpenAI(model=MODEL, max_retries=0), [weather], name="forecaster")
+model = ChatOpenAI(model=MODEL, max_retries=0, stream_usage=True)
+forecaster = create_agent(model, [weather], name="forecaster")
 
 
-async def agent(task: dict[str, str]) -> str:
-    result: Any = await forecaster.ainvoke({"messages": question(task["city"])})
-    return str(result["messages"][-1].content)
+async def agent(task: dict[str, Any]) -> str:
+    """The answer; with {"stream": true} the model's words are put together as they come."""
+    asked: Any = {"messages": question(task["city"])}
+    if not task.get("stream"):
+        return str((await forecaster.ainvoke(asked))["messages"][-1].content)
+    words = [message async for message, _ in forecaster.astream(asked, stream_mode="messages")]
+    return "".join(word.text for word in words if word.type == "AIMessageChunk")

@@ -30,10 +30,7 @@ def reply(texts: list[str], tools: list[str], results: list[str]) -> Reply:
     """``texts``: of the user; ``tools``: names of those offered; ``results``: what tools have given so far."""
     city = next((found[1] for text in reversed(texts) if (found := re.search(r"weather in ([\w-]+)", text))), "")
     if city == "Nowhere":
-        raise web.HTTPBadRequest(
-            text=json.dumps({"error": {"message": "there is no Nowhere", "type": "invalid_request_error"}}),
-            content_type="application/json",
-        )
+        raise _refused("there is no Nowhere")
     handoff = next((name for name in tools if name.startswith("transfer_to")), "")
     if handoff and not results:
         return Reply("", handoff)
@@ -44,6 +41,8 @@ def reply(texts: list[str], tools: list[str], results: list[str]) -> Reply:
 
 async def chat(request: web.Request) -> web.StreamResponse:
     asked = await request.json()
+    if "stream_options" in asked and not asked.get("stream"):
+        raise _refused("stream_options is only allowed when stream is enabled")
     messages = asked["messages"]
     answer = reply(
         [_plain(m["content"]) for m in messages if m["role"] == "user"],
@@ -77,6 +76,7 @@ async def chat(request: web.Request) -> web.StreamResponse:
     base["object"] = "chat.completion.chunk"
     deltas: list[dict[str, Any]] = [{"role": "assistant", "content": ""}]
     deltas += [{"content": word + " "} for word in answer.text.split()]
+    deltas += [{"tool_calls": [{"index": 0} | call]} for call in message.get("tool_calls", [])]
     chunks = [base | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
     chunks.append(base | {"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
     if asked.get("stream_options", {}).get("include_usage"):
@@ -145,6 +145,11 @@ async def messages(request: web.Request) -> web.StreamResponse:
     events.append({"type": "message_delta", "delta": stop, "usage": {"output_tokens": 3}})
     events.append({"type": "message_stop"})
     return await _events(request, [(event["type"], json.dumps(event)) for event in events])
+
+
+def _refused(why: str) -> web.HTTPBadRequest:
+    error = {"message": why, "type": "invalid_request_error"}
+    return web.HTTPBadRequest(text=json.dumps({"error": error}), content_type="application/json")
 
 
 async def _events(request: web.Request, events: list[tuple[str, str]]) -> web.StreamResponse:

@@ -64,3 +64,17 @@ def test_sync_agents_in_threads() -> None:
     tasks = [{"way": way, "city": f"city-{n:03}"} for n, way in enumerate(islice(cycle(SYNC), 50))]
     traces = run("tests.frameworks.mixed_agent:sync_agent", tasks)
     assert_apart(tasks, traces)
+
+
+def test_a_worker_thread_that_two_rollouts_share_fails_the_one_it_counts_for() -> None:
+    """Both calls are recorded for the rollout that started the worker; nobody trains on them."""
+    tasks = [{"city": "Paris"}, {"city": "London"}]
+    traces = run("tests.frameworks.worker_agent:agent", tasks)
+    failed, succeeded = sorted(traces, key=lambda trace: trace.status)
+    assert (failed.status, succeeded.status) == ("failed", "succeeded")
+    assert len(failed.of(semconv.LLM, semconv.SOURCE_PROXY)) == 2
+    error = failed.ended.last.error
+    assert error is not None
+    assert error.type == "SharedWorker"
+    assert "thread 'shared-worker', which this rollout started" in error.message
+    assert "ThreadPoolExecutor" in error.message

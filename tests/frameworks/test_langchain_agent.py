@@ -52,6 +52,21 @@ def test_structure(traces: dict[str, Trace]) -> None:
         assert span.parent_id == agent.span_id
 
 
+@pytest.mark.feature("stream")
+def test_stream() -> None:
+    (trace,) = run("langchain_agent", [{"city": "Paris", "stream": True}], proxy=False)
+    assert trace.status == "succeeded", trace.ended.last.error
+    assert_tree(trace)
+    calls = trace.of(semconv.LLM)
+    assert len(calls) == 2
+    for call in calls:
+        assert_call(call, "Paris")
+    assert_asked_for_tool(calls[-2], "Paris")
+    assert "Tool: 21 degrees in Paris" in calls[-1].attributes[semconv.OUTPUT_MESSAGES]
+    (tool,) = trace.of(semconv.TOOL)
+    assert_tool(tool, "Paris")
+
+
 @pytest.mark.feature("error")
 def test_errors(traces: dict[str, Trace]) -> None:
     for city in ("Atlantis", "Nowhere"):

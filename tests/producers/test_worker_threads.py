@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 from factories import task
 from opentelemetry import trace
 
 from millstream.producers.attempt_context import Attempt
+from millstream.producers.client_binding import OutsideRollout
 from millstream.producers.tracer import Tracer, adopt_global_provider
 from millstream.producers.worker_threads import SharedWorker
 from millstream.schemas.ids import new_id
@@ -146,3 +148,19 @@ def overlapping(agent: Callable[[], Any]) -> list[tuple[Attempt, list[Span]]]:
 def names_by_rollout(attempt: Attempt, spans: list[Span]) -> list[str]:
     assert {s.attempt_id for s in spans} == {attempt.attempt_id}
     return [s.name for s in spans]
+
+
+def test_a_thread_left_over_from_a_rollout_calls_no_model(monkeypatch: pytest.MonkeyPatch, worker: Worker) -> None:
+    monkeypatch.setenv("OPENAI_BASE_URL", "")  # what the tracer sets is undone after the test
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    tracer = Tracer("m:agent", "http://127.0.0.1:1")
+
+    def call() -> str:
+        try:
+            return httpx.post("http://127.0.0.1:1/v1/chat/completions").text
+        except OutsideRollout as error:
+            return str(error)
+
+    with tracer.attempt(new_attempt()[0]):
+        worker.call(span)
+    assert "thread 'shared' belongs to a rollout that has ended" in worker.call(call)
