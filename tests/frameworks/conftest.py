@@ -25,8 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    feature = item.get_closest_marker("feature")
-    if feature is not None:
+    for feature in item.iter_markers("feature"):
         name, *frameworks = feature.args
         for framework in frameworks or [item.path.stem.removeprefix("test_")]:
             item.user_properties.append(("feature", (framework, name)))

@@ -23,6 +23,7 @@ def traces() -> dict[str, Trace]:
     return {task["city"]: trace for task, trace in zip(tasks, run("openai_agents", tasks), strict=True)}
 
 
+@pytest.mark.feature("async")
 @pytest.mark.feature("call")
 def test_calls(traces: dict[str, Trace]) -> None:
     trace = traces["Paris"]
