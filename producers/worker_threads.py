@@ -20,7 +20,6 @@ from millstream.schemas.errors import MillstreamError
 GRACE_S = 0.5  # for threads that end just after they have handed over their result
 
 _THREAD = otel.create_key("millstream.thread")
-_lock = threading.Lock()
 _running: set[Attempt] = set()
 
 
@@ -45,17 +44,17 @@ def _start(wrapped: Any, thread: threading.Thread, args: tuple[Any, ...], kwargs
 
 
 def began(attempt: Attempt) -> None:
-    with _lock:
-        for other in _running:
-            other.alone = False
-        attempt.alone = not _running
-        _running.add(attempt)
+    """From any thread. No lock: a process that the agent forks would inherit it, perhaps held."""
+    _running.add(attempt)
+    together = tuple(_running)
+    if len(together) > 1:
+        for each in together:
+            each.alone = False
 
 
 def ended(attempt: Attempt) -> None:
     attempt.ended = True
-    with _lock:
-        _running.discard(attempt)
+    _running.discard(attempt)
 
 
 def note_call(attempt: Attempt, context: Context | None = None) -> None:
