@@ -16,7 +16,7 @@ $(UV):
 
 $(STAMP): pyproject.toml constraints.txt | $(UV)
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
-	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev,openai,train]'
+	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev,frameworks,train]'
 	@touch $@
 
 demo: setup

@@ -38,6 +38,7 @@ from millstream.consumers.attempt_writer import AttemptWriter
 from millstream.consumers.frames import Frame, FrameReader, Kind, pack
 from millstream.consumers.hooks import Hook, Hooks, RunnerInfo
 from millstream.producers.attempt_context import Attempt
+from millstream.producers.instrumentation import FRAMEWORKS
 from millstream.producers.tracer import Tracer, adopt_global_provider
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, MillstreamError
@@ -95,6 +96,7 @@ class HostOptions:
     on_late_span: Callable[[bytes], None]  # an encoded span of an attempt that has been finished
     worker_id: str
     hooks: Sequence[Hook | str] = ()  # for agent processes: module:attribute
+    instrument: Sequence[str] = tuple(FRAMEWORKS)  # their names
 
     def key(self, writer: AttemptWriter) -> str:
         if not self.proxy_url:
@@ -123,7 +125,7 @@ class ThreadHost:
         return self._options.concurrency - len(self._running)
 
     async def start(self) -> None:
-        tracer = Tracer(agent_name(self._agent), self._options.proxy_url)
+        tracer = Tracer(agent_name(self._agent), self._options.proxy_url, self._options.instrument)
         function = load_agent(self._agent, self._folder) if isinstance(self._agent, str) else self._agent
         info = RunnerInfo(self._options.worker_id, agent_name(self._agent))
         hooks = Hooks(load_hooks(self._options.hooks, self._folder), info)
@@ -286,6 +288,7 @@ class ProcessHost:
     def _child(self) -> "_Child":
         config = {"agent": self._agent, "folder": self._folder, "proxy_url": self._options.proxy_url}
         config |= {"worker_id": self._options.worker_id, "hooks": json.dumps(self._options.hooks)}
+        config["instrument"] = json.dumps(self._options.instrument)
         # A place of its own among those that live; its successor goes on counting there.
         config["place"] = next(p for p in map(str, count()) if all(p != child.place for child in self._children))
         return _Child(config, self._environment, self._options, self._max_attempts, self._replace)

@@ -222,7 +222,7 @@ def main() -> None:
         if config["hooks"] != "[]":
             _share_metrics(config["place"])
         try:
-            tracer = Tracer(config["agent"], config["proxy_url"])
+            tracer = Tracer(config["agent"], config["proxy_url"], json.loads(config["instrument"]))
             function = load_agent(config["agent"], config["folder"])
             info = RunnerInfo(config["worker_id"], config["agent"])
             hooks = Hooks(load_hooks(json.loads(config["hooks"]), config["folder"]), info)

@@ -26,6 +26,7 @@ from millstream.consumers.claims import ROLE, Claim, Claims, Starvation
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
+from millstream.producers.instrumentation import chosen, report
 from millstream.producers.port import Producer
 from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas import codec, status
@@ -78,7 +79,7 @@ class Runner:
     With ``processes`` 0, and for a callable, attempts run in threads of this process, ``concurrency`` at a time; else
     in child processes, ``concurrency`` in each, which see the environment variables named by ``env`` besides the
     basics, hold ``memory_limit`` MiB at most, and are replaced after ``max_attempts_per_process``.
-    ``hooks``: ``module:attribute``, or objects where attempts run in threads.
+    ``hooks``: ``module:attribute``, or objects where attempts run in threads. ``instrument``: see `chosen`.
     """
 
     def __init__(
@@ -96,6 +97,7 @@ class Runner:
         memory_limit: int | None = None,
         max_attempts_per_process: int | None = None,
         hooks: Sequence[Hook | str] = (),
+        instrument: str | None = None,
     ) -> None:
         self.worker_id = worker_id or new_worker_id()
         self._log = log
@@ -112,6 +114,7 @@ class Runner:
         if memory_limit is not None and not Path("/proc/self/statm").exists():
             raise ConfigError("--memory-limit needs Linux's /proc; leave it out, and limit the runner from outside")
         self._hooks = hooks
+        self._instrument = chosen(instrument)
         self._secret = settings.proxy_secret.get_secret_value()
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
         self._finishing: set[asyncio.Task[None]] = set()
@@ -125,6 +128,7 @@ class Runner:
         Raises `ConfigError` if the agent can't be imported, `MillstreamError` if its processes no longer start.
         """
         self._loop = asyncio.get_running_loop()
+        report(self._instrument)
         self._producer: Producer = self._log.producer()
         self._host = self._make_host()
         self._collect = self._host.collect
@@ -180,6 +184,7 @@ class Runner:
             self._late_span,
             self.worker_id,
             self._hooks,
+            self._instrument,
         )
         if self._processes == 0 or not isinstance(self._agent, str):
             if self._memory_limit or self._max_attempts:

@@ -133,6 +133,10 @@ def runner(
     env: Annotated[list[str] | None, typer.Option(help="Variable that agents may see; repeat it.")] = None,
     drain_s: Annotated[float, typer.Option(min=0, help="Seconds that running attempts get at the end.")] = 30.0,
     hook: Annotated[list[str] | None, typer.Option(help="module:attribute of a hook; repeat it.")] = None,
+    instrument: Annotated[
+        str | None,
+        typer.Option(help="Frameworks to trace: openai,langchain …, or none; else all installed."),
+    ] = None,
     memory_limit: Annotated[int | None, typer.Option(min=1, help="MiB that an agent process may hold.")] = None,
     max_attempts_per_process: Annotated[int | None, typer.Option(min=1, help="Then it is replaced.")] = None,
     health_port: HealthPort = 0,
@@ -152,6 +156,7 @@ def runner(
             memory_limit=memory_limit,
             max_attempts_per_process=max_attempts_per_process,
             hooks=hook or (),
+            instrument=instrument,
         )
         health.gauge(metrics.SLOTS, lambda: role.load()[0])
         health.gauge(metrics.RUNNING, lambda: role.load()[1])

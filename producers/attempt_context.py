@@ -51,6 +51,9 @@ class Attempt:
     rewarded: bool = False  # a reward has been emitted
     tracer: Tracer = field(default_factory=NoOpTracer)
     state: bytes | None = None  # the last one saved, by this attempt or the one before it
+    threads: set[threading.Thread] = field(default_factory=set)  # those it started that have made calls or spans
+    alone: bool = True  # no other attempt has run in this process at the same time
+    ended: bool = False
 
     def __post_init__(self) -> None:
         self.state = self.task.state

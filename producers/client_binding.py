@@ -5,6 +5,7 @@ when the request is sent, from OpenTelemetry's context.
 """
 
 import inspect
+import threading
 from collections.abc import Awaitable
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import wrapt
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from millstream.producers.attempt_context import Attempt, current_attempt
+from millstream.producers.worker_threads import note_call
 from millstream.schemas.errors import ConfigError, MillstreamError
 
 HTTP_CLIENTS = ("httpx", "httpx2")  # openai 3 and anthropic 2 use httpx2
@@ -26,7 +28,7 @@ _trace_context = TraceContextTextMapPropagator()
 
 
 class OutsideRollout(MillstreamError, RuntimeError):
-    """A model was called through the proxy by code that belongs to no attempt."""
+    """A model was called through the proxy by code that belongs to no attempt, or to one that has ended."""
 
 
 def bind_clients(proxy_url: str) -> None:
@@ -76,6 +78,12 @@ def _bind(request: Any) -> Attempt | None:
             f"{request.method} {url}: the model can be called only within a rollout, because the proxy records each "
             "call for its rollout. Move the call into the agent function, or start threads from within it."
         )
+    if attempt.ended:
+        raise OutsideRollout(
+            f"{request.method} {url}: thread {threading.current_thread().name!r} belongs to a rollout that has ended. "
+            "If it works for other rollouts too, let a ThreadPoolExecutor be the worker, which knows whose work it is."
+        )
+    note_call(attempt)
     prefix = base + attempt.path.encode()
     if not url.raw_path.startswith(prefix + b"/"):  # else: sent again by the caller
         request.url = url.copy_with(raw_path=prefix + url.raw_path[len(base) :])

@@ -16,6 +16,7 @@ from opentelemetry.trace import SpanKind
 from opentelemetry.trace.status import StatusCode
 
 from millstream.producers.attempt_context import Attempt, current_attempt
+from millstream.producers.worker_threads import note_call
 from millstream.schemas import semconv
 from millstream.schemas.records import Span, SpanEvent, SpanLink
 
@@ -36,6 +37,7 @@ class AttemptSpanProcessor(SpanProcessor):
         attempt = current_attempt(parent_context) or current_attempt()
         if attempt is None:
             return
+        note_call(attempt, parent_context)
         if len(self._open) >= MAX_OPEN:
             self._open.pop(next(iter(self._open)), None)
         self._open[span.get_span_context().span_id] = attempt

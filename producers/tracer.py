@@ -3,7 +3,7 @@
 import concurrent.futures.thread  # noqa: F401 - see `_provider`
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
@@ -12,9 +12,11 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
+from millstream.producers import worker_threads
 from millstream.producers.attempt_context import Attempt, enter, leave
 from millstream.producers.client_binding import bind_clients
-from millstream.producers.instrumentation import instrument
+from millstream.producers.instrumentation import FRAMEWORKS
+from millstream.producers.instrumentation import instrument as instrument_frameworks
 from millstream.producers.span_processor import AttemptSpanProcessor
 from millstream.schemas import semconv
 from millstream.schemas.errors import ConfigError
@@ -34,8 +36,9 @@ PLACEHOLDER_KEY = "millstream"  # the SDKs want a key; the attempt's own takes i
 class Tracer:
     """Make it before the agent is imported, call `adopt_global_provider` after that."""
 
-    def __init__(self, agent_name: str, proxy_url: str = "") -> None:
-        """Prepares the environment for the agent's import, its SDKs and its HTTP clients.
+    def __init__(self, agent_name: str, proxy_url: str = "", instrument: Iterable[str] = tuple(FRAMEWORKS)) -> None:
+        """Prepares the environment for the agent's import, its SDKs and its HTTP clients. ``instrument``: names of
+        `FRAMEWORKS`.
 
         Raises `ConfigError` if the environment disables OpenTelemetry: nothing would be recorded.
         """
@@ -51,17 +54,23 @@ class Tracer:
         self._tracer = _provider().get_tracer("millstream")
         self._root_name = f"invoke_agent {agent_name}"
         self._root_attributes = {semconv.OPERATION: "invoke_agent", semconv.AGENT_NAME: agent_name}
-        instrument(_provider())
+        instrument_frameworks(_provider(), instrument)
 
     @contextmanager
     def attempt(self, attempt: Attempt) -> Iterator[None]:
-        """The body runs as part of the attempt, below its root span, which records how it went."""
+        """The body runs as part of the attempt, below its root span, which records how it went.
+
+        Raises `SharedWorker`.
+        """
         attempt.tracer = self._tracer
         token = enter(attempt)
+        worker_threads.began(attempt)
         try:
             with self._tracer.start_as_current_span(self._root_name, attributes=self._root_attributes):
                 yield
+                worker_threads.refuse_shared(attempt)
         finally:
+            worker_threads.ended(attempt)
             leave(token)
 
 
