@@ -169,10 +169,10 @@ def adapter(
     """Settle rollouts: turn their spans into triplets and end each exactly once."""
     from millstream.consumers.adapter import LOST_CALL_S, Adapter
     from millstream.consumers.objects import load_object
-    from millstream.consumers.triplets import to_triplets
+    from millstream.consumers.triplets import TripletMaker
 
     settings = load_settings()
-    chosen = load_object("adapter", function, str(Path.cwd())) if function else to_triplets
+    chosen = load_object("adapter", function, str(Path.cwd())) if function else TripletMaker(settings.triplets)
 
     async def work(health: Health, stop: asyncio.Event) -> None:
         topics = settings.topics

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from millstream.consumers.objects import load_object
 from millstream.consumers.port import Log
-from millstream.consumers.triplets import to_triplets
 from millstream.pipeline.health import watched
 from millstream.pipeline.live import LiveView
 from millstream.pipeline.trainer import ModelServer, Strategy, Summary, Trainer, strategy_of
@@ -114,7 +113,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
             patience=config.patience,
             run=config.run,
             run_dir=config.run_dir,
-            adapter=load_object("adapter", adapter, str(Path.cwd())) if adapter else to_triplets,
+            adapter=load_object("adapter", adapter, str(Path.cwd())) if adapter else None,
             seed=config.seed,
             settings=settings,
             on_step=view.on_step,
