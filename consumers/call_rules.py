@@ -49,7 +49,7 @@ def repeats(rules: TripletRules) -> Rule:
     def rule(call: Call) -> str | None:
         response = call.span.response_token_ids or call.response
         seen[response] += 1
-        return f"the same response for the {seen[response]}th time" if most and seen[response] > most else None
+        return f"the same response came {seen[response]} times" if most and seen[response] > most else None
 
     return rule
 
