@@ -32,7 +32,8 @@ class GrpoConfig(BaseModel):
     lr: float = Field(5e-4, ge=0)
     entropy: float = Field(0.1, ge=0)
     epochs: int = Field(2, ge=1)
-    minibatch: int = Field(128, ge=1, description="Turns.")
+    minibatch: int = Field(128, ge=1, description="Turns; rows with merge_turns.")
+    merge_turns: bool = Field(False, description="One row of turns that go on from each other.")
     seed: int = 0
 
 
