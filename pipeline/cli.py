@@ -17,7 +17,9 @@ from rich.markup import escape
 
 from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.cli_control import app as control_app
+from millstream.pipeline.cli_dataset import app as dataset_app
 from millstream.pipeline.cli_dead import app as dead_app
+from millstream.pipeline.cli_explain import app as explain_app
 from millstream.pipeline.cli_monitor import app as monitor_app
 from millstream.pipeline.cli_output import Json, err, out, print_rows
 from millstream.pipeline.cli_store import app as store_app
@@ -34,6 +36,8 @@ kafka_app = typer.Typer(no_args_is_help=True, help="An Apache Kafka on this mach
 app.add_typer(topics_app, name="topics")
 app.add_typer(kafka_app, name="kafka")
 app.add_typer(dead_app, name="dead")
+app.add_typer(explain_app, name="explain")
+app.add_typer(dataset_app, name="dataset")
 app.add_typer(store_app, name="store")
 app.add_typer(control_app)
 app.add_typer(workers_app)
