@@ -54,6 +54,8 @@ def trace_of(
                 attempts[value.attempt_id].over = True
     chosen = attempt_id or (end and end.attempt_id) or next(reversed(attempts), None)
     if chosen not in attempts or chosen is None:
-        what = f"attempt {attempt_id} of rollout {rollout_id}" if attempt_id else f"a claim of rollout {rollout_id}"
-        raise ConfigError(f"the log holds no {what}; has it been claimed, and is it younger than the retention?")
+        what = f"attempt {attempt_id}" if attempt_id else "claim"
+        raise ConfigError(
+            f"the log holds no {what} of rollout {rollout_id}; was it claimed, and is it younger than the retention?"
+        )
     return Trace(attempts[chosen].task, chosen, attempts[chosen].spans), end

@@ -1,7 +1,8 @@
 """Other uses of triplets than reinforcement learning: data sets for fine-tuning, preferences, and prompts.
 
 Each function takes rollouts as lists of whole triplets (`prefixes.expand`) and leaves out what is not trainable. A call
-that was given no reward counts with the next one of its rollout, as in training (`credit.turn_rewards`).
+that was given no reward counts with the next one of its rollout, as in training (`credit.turn_rewards`). They raise
+`CodecError` naming rollout and turn if a text does not hold messages.
 """
 
 import json
@@ -9,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from millstream.pipeline.algorithms.credit import turn_rewards
+from millstream.schemas.errors import CodecError
 from millstream.schemas.records import Triplet
 
 Rollout = Sequence[Triplet]
@@ -19,8 +21,8 @@ def messages(rollouts: Iterable[Rollout], min_reward: float | None = None) -> It
     tools. Earlier answers within the prompt have weight 0, so that each is learnt once."""
     for triplet, reward in _rewarded(rollouts):
         if min_reward is None or reward >= min_reward:
-            prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in _messages(triplet.prompt)]
-            yield {"messages": [*prompt, *_messages(triplet.response)], **_tools(triplet)}
+            prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in _prompt(triplet)]
+            yield {"messages": [*prompt, *_response(triplet)], **_tools(triplet)}
 
 
 def preferences(rollouts: Iterable[Rollout]) -> Iterator[dict[str, Any]]:
@@ -33,9 +35,9 @@ def preferences(rollouts: Iterable[Rollout]) -> Iterator[dict[str, Any]]:
         (least, worst), (most, best) = min(answers, key=lambda a: a[0]), max(answers, key=lambda a: a[0])
         if most > least and best.response != worst.response:
             yield {
-                "input": {"messages": _messages(best.prompt), **_tools(best)},
-                "preferred_output": _messages(best.response),
-                "non_preferred_output": _messages(worst.response),
+                "input": {"messages": _prompt(best), **_tools(best)},
+                "preferred_output": _response(best),
+                "non_preferred_output": _response(worst),
             }
 
 
@@ -44,7 +46,7 @@ def texts(rollouts: Iterable[Rollout]) -> Iterator[str]:
     for rollout in rollouts:
         parts = []
         for triplet, reward in _rewarded([rollout]):
-            said = [f"{m['role']}: {_text(m)}" for m in (*_messages(triplet.prompt), *_messages(triplet.response))]
+            said = [f"{m['role']}: {_text(m)}" for m in (*_prompt(triplet), *_response(triplet))]
             parts.append("\n".join([f"## Call {triplet.turn}", *said, f"reward: {reward:g}"]))
         if parts:
             yield "\n\n".join(parts)
@@ -52,24 +54,40 @@ def texts(rollouts: Iterable[Rollout]) -> Iterator[str]:
 
 def _rewarded(rollouts: Iterable[Rollout]) -> Iterator[tuple[Triplet, float]]:
     for rollout in rollouts:
-        used = [triplet for triplet in rollout if triplet.trainable]
-        rewards = turn_rewards([(triplet.turn, triplet.reward) for triplet in used])
-        yield from ((triplet, rewards[triplet.turn]) for triplet in used)
+        rewards = turn_rewards([(triplet.turn, triplet.reward) for triplet in rollout])
+        yield from ((triplet, rewards[triplet.turn]) for triplet in rollout if triplet.trainable)
 
 
 def _tools(triplet: Triplet) -> dict[str, Any]:
     return {"tools": json.loads(triplet.tools)} if triplet.tools else {}
 
 
-def _messages(text: str) -> list[dict[str, Any]]:
+def _prompt(triplet: Triplet) -> list[dict[str, Any]]:
+    return _messages(triplet, "prompt", triplet.prompt)
+
+
+def _response(triplet: Triplet) -> list[dict[str, Any]]:
+    return _messages(triplet, "response", triplet.response)
+
+
+def _messages(triplet: Triplet, field: str, text: str) -> list[dict[str, Any]]:
     """Messages (a list, or one) in OpenAI's form; those of the semantic conventions hold their content in parts."""
-    found = json.loads(text)
-    return [_openai(message) for message in (found if isinstance(found, list) else [found])]
+    try:
+        found = json.loads(text)
+        return [_openai(message) for message in (found if isinstance(found, list) else [found])]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CodecError(
+            f"rollout {triplet.rollout_id}, turn {triplet.turn}: its {field} holds no messages that are known here "
+            f"({type(error).__name__}: {error})",
+            record="Triplet",
+            field=field,
+        ) from error
 
 
 def _openai(message: dict[str, Any]) -> dict[str, Any]:
     if "parts" not in message:
-        return {name: value for name, value in message.items() if value is not None or name == "content"}
+        kept = {name: value for name, value in message.items() if value is not None or name == "content"}
+        return {"role": kept.pop("role"), **kept}
     parts = message["parts"]
     answers = [part for part in parts if part["type"] == "tool_call_response"]
     if answers:

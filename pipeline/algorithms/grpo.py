@@ -166,17 +166,16 @@ def batch_of(groups: Sequence[Group], merge_turns: bool = False) -> tuple[list[S
     be trained on."""
     kept = []
     for group in groups:
-        members = [used for member in group.members if (used := _trainable(member))]
+        members = [member for member in group.members if _trainable(member)]
         if len(members) >= 2:
             kept.append(members)
-    rewards = [[turn_rewards([(t.turn, t.reward) for t in triplets]) for triplets in members] for members in kept]
     samples = [
         merged([_sample(triplet, credit) for triplet in run])
-        for members, earned in zip(kept, advantages(rewards), strict=True)
-        for triplets, credit in zip(members, earned, strict=True)
-        for run in (conversations(triplets) if merge_turns else [[triplet] for triplet in triplets])
+        for members, earned in zip(kept, advantages([list(map(_earned, members)) for members in kept]), strict=True)
+        for member, credit in zip(members, earned, strict=True)
+        for run in (conversations(_trainable(member)) if merge_turns else [[t] for t in _trainable(member)])
     ]
-    turns = sum(len(triplets) for members in kept for triplets in members)
+    turns = sum(len(_trainable(member)) for members in kept for member in members)
     return samples, turns, len(groups) - len(kept)
 
 
@@ -200,6 +199,13 @@ def _trainable(member: FinishedRollout) -> list[Triplet]:
     if not member.end.trainable or member.end.status != "succeeded":
         return []
     return [triplet for triplet in member.triplets if triplet.trainable]
+
+
+def _earned(member: FinishedRollout) -> Turns:
+    """What each turn to learn from earned. What a turn that can't be learnt from was given counts for those before
+    it."""
+    rewards = turn_rewards([(triplet.turn, triplet.reward) for triplet in member.triplets])
+    return {triplet.turn: rewards[triplet.turn] for triplet in _trainable(member)}
 
 
 def _sample(triplet: Triplet, credit: Turns) -> Sample:

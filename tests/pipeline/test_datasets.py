@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from millstream.pipeline.datasets import messages, preferences, texts
+from millstream.schemas.errors import CodecError
 from millstream.schemas.records import Triplet
 
 SYSTEM = {"role": "system", "content": "Add."}
@@ -70,3 +73,8 @@ def test_the_semantic_conventions_parts_become_openais_messages():
     answer = [{"role": "assistant", "parts": [{"type": "text", "content": "3"}], "finish_reason": "stop"}]
     (example,) = messages([[triplet("r", 0, prompt, answer)]])
     assert example["messages"] == [USER, ASKS | {"weight": 0}, RESULT, {"role": "assistant", "content": "3"}]
+
+
+def test_a_text_without_messages_is_named():
+    with pytest.raises(CodecError, match="rollout r, turn 0: its response holds no messages"):
+        list(texts([[triplet("r", 0, [USER], {})]]))

@@ -45,7 +45,7 @@ def conversation(of):
             semconv.RESPONSE_ID: str(number),
             semconv.RESPONSE_MODEL: "policy",
             semconv.REQUEST_MESSAGES: text,
-            semconv.RESPONSE_MESSAGE: "{}",
+            semconv.RESPONSE_MESSAGE: '{"role": "assistant", "content": "3"}',
             semconv.TOOL_DEFINITIONS: '[{"name": "add"}]',
         }
         tokens = {"prompt_token_ids": ids(prompt), "response_token_ids": ids(response)}

@@ -160,6 +160,13 @@ def test_an_untrainable_turn_is_left_out() -> None:
     assert (turns, dropped) == (4, 0)
 
 
+def test_what_a_cut_off_answer_earned_counts_for_the_turns_before_it() -> None:
+    cut = {"trainable": False, "reason": "too long"}
+    members = [rollout(str(earned), [ANY, cut | {"reward": earned}]) for earned in (1.0, 0.0)]
+    samples, _, _ = batch_of([Group("g", tuple(members))])
+    assert [sample.advantages for sample in samples] == [[1.0], [-1.0]]
+
+
 CONVERSATION = [data([2, 5], [6], [-1.0]), data([2, 5, 6, 8, 9], [3, 4], [-2.0, -3.0]) | {"reward": 1.0}]
 AFTER_A_BREAK = [data([2, 5], [6], [-1.5]), data([2, 7, 8, 9], [3, 4], [-2.0, -3.0]) | {"reward": 0.0}]
 
