@@ -74,11 +74,12 @@ class TripletMaker:
     """The adapter's own function from traces to triplets: one for each LLM call, in log order.
 
     What ``rules`` name as ``module:attribute`` is looked for from the current folder. Raises `ConfigError` if it isn't
-    found there.
+    found there. ``calls_dropped`` and ``rewards_left_out`` count what it has not used since it was made.
     """
 
     def __init__(self, rules: TripletRules | None = None) -> None:
         self.rules = rules = rules or TripletRules()
+        self.calls_dropped = self.rewards_left_out = 0
         folder = str(Path.cwd())
         own: list[Rule] = [load_object("rule", path, folder) for path in rules.rules]
         self._selection = selection(rules)
@@ -88,7 +89,11 @@ class TripletMaker:
         ]
 
     def __call__(self, trace: Trace) -> list[Triplet]:
-        return [_triplet(trace, verdict) for verdict in self.explain(trace).verdicts]
+        explanation = self.explain(trace)
+        triplets = [_triplet(trace, verdict) for verdict in explanation.verdicts]
+        self.calls_dropped += sum(not triplet.trainable for triplet in triplets)
+        self.rewards_left_out += len(explanation.left_out)
+        return triplets
 
     def explain(self, trace: Trace) -> Explanation:
         """What becomes of each call and each reward, and why.

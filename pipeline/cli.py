@@ -176,13 +176,17 @@ def adapter(
     from millstream.consumers.triplets import TripletMaker
 
     settings = load_settings()
-    chosen = load_object("adapter", function, str(Path.cwd())) if function else TripletMaker(settings.triplets)
+    maker = TripletMaker(settings.triplets)
+    chosen = load_object("adapter", function, str(Path.cwd())) if function else maker
 
     async def work(health: Health, stop: asyncio.Event) -> None:
         topics = settings.topics
         transactional_id = f"{topics.prefix}.adapter.{replica}"
         role = Adapter(health.log, topics, transactional_id=transactional_id, to_triplets=chosen)
         health.age(metrics.TRANSACTION_AGE, lambda: role.call_s, LOST_CALL_S)
+        if chosen is maker:
+            health.gauge(metrics.CALLS_DROPPED, lambda: maker.calls_dropped)
+            health.gauge(metrics.REWARDS_LEFT_OUT, lambda: maker.rewards_left_out)
         await role.run(stop)
 
     _run_role(settings, "adapter", health_port, work)

@@ -144,6 +144,13 @@ def test_an_anomalous_reward_makes_its_call_useless(value, why):
     }
 
 
+def test_what_is_not_used_is_counted():
+    maker = TripletMaker()
+    for _ in range(2):
+        maker(Trace(TASK, "a", [named(1.0), call(TASK, "a", "1", status="Error")]))
+    assert (maker.calls_dropped, maker.rewards_left_out) == (2, 2)
+
+
 def test_what_a_judge_said_does_not_take_the_reward():
     judge = call(TASK, "a", "j")
     judge = replace(judge, attributes=judge.attributes | {semconv.RESPONSE_MODEL: "judge-70b"})
