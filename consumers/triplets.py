@@ -133,8 +133,13 @@ class TripletMaker:
         return left_out
 
 
-to_triplets = TripletMaker()
-"""With the default rules; the deployment's are ``TripletMaker(settings.triplets)``."""
+_default = TripletMaker()
+
+
+def to_triplets(trace: Trace) -> list[Triplet]:
+    """With the default rules: one triplet for each LLM call, in log order. The deployment's rules are those of
+    ``TripletMaker(settings.triplets)``."""
+    return _default(trace)
 
 
 def total_reward(spans: Sequence[Span]) -> float | None:
