@@ -31,6 +31,7 @@ test: setup
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/millstream schemas check schemas/released
 
 types: setup
 	$(BIN)/mypy -p millstream

@@ -34,10 +34,10 @@ POLL_S = 0.05
 TRANSACTION_S = 0.05  # between transactions: decisions are written together
 TRANSACTION_ROLLOUTS = 500  # in one transaction; keeps it far below transaction.timeout.ms
 OFFSETS_S = 2.0  # between transactions that only move offsets
-CALL_S = 10.0  # one try of a call to the log; it is repeated
+CALL_S = 5.0  # one try of a call to the log; it is repeated
 # When a broker dies, librdkafka (2.16) can lose the answer to a transaction's call, which then never returns, whatever
 # its time-out: only another process can go on. The broker has long since ended that transaction.
-LOST_CALL_S = 3 * CALL_S
+LOST_CALL_S = 2 * CALL_S
 PROBE_S = 0.5  # between watermark probes; while none succeeds, no lease runs out
 STALL_S = 1.0  # a gap in our own loop after which leases start anew: we were frozen, not they silent
 PROCESS_BYTES = 1 << 30  # of open rollouts; beyond it the largest fails
@@ -268,6 +268,10 @@ class Adapter:
         for partition, part in self._parts.items():
             if part.phase is not _Phase.FOLD:
                 continue
+            for record, reason, error in part.fold.unreadable:
+                if record.offset not in part.fold.refused:
+                    part.dead[record.offset] = dead_letter(record, ROLE, reason, error)
+            part.fold.unreadable.clear()
             room = TRANSACTION_ROLLOUTS - len(box)
             chosen = list(islice(part.fold.ready(now), room))
             box += [(partition, rollout_id, decision) for rollout_id, decision in chosen]

@@ -3,21 +3,21 @@
 import logging
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import replace
 
 from millstream.consumers.port import Log
+from millstream.consumers.reading import read_to_end
 from millstream.producers.port import OnAck, Producer, send_acknowledged
 from millstream.producers.tasks import TaskPublisher
 from millstream.schemas import codec
-from millstream.schemas.errors import CodecError, ConfigError, LogUnavailable, TooLarge
+from millstream.schemas.errors import CodecError, ConfigError, TooLarge
 from millstream.schemas.ids import new_id
 from millstream.schemas.log import KIND_HEADER, LogRecord, Partition
 from millstream.schemas.records import DeadLetter, RolloutTask
 from millstream.schemas.topics import Topics
 
 logger = logging.getLogger(__name__)
-
-READ_S = 10.0  # without anything new before the end: a transaction that somebody left open is over by then
 
 
 def dead_letter(record: LogRecord, role: str, reason: str, error: str) -> DeadLetter:
@@ -54,24 +54,13 @@ def letter_key(letter: DeadLetter) -> str | None:
 
 async def read_dead_letters(log: Log, topics: Topics) -> AsyncIterator[tuple[LogRecord, DeadLetter]]:
     """All that the dead-letter topic holds by now, each with its record. Raises `LogUnavailable`."""
-    consumer = log.consumer()
     partitions = [Partition(topics.dead, number) for number in range(topics.dead_partitions)]
-    try:
-        await consumer.assign(partitions)
-        ends = await consumer.end_offsets(partitions)
-        deadline = time.monotonic() + READ_S
-        while any((consumer.position(partition) or 0) < end for partition, end in ends.items()):
-            for record in await consumer.poll(100, 0.2):
-                deadline = time.monotonic() + READ_S
-                if isinstance(record, LogRecord) and record.offset < ends[record.partition]:
-                    try:
-                        yield record, codec.decode_as(DeadLetter, record.value)
-                    except CodecError as error:
-                        logger.warning("%s is no dead letter: %s", record.place, error)
-            if time.monotonic() > deadline:
-                raise LogUnavailable(f"{topics.dead} could not be read to its end; try again")
-    finally:
-        await consumer.close()
+    async with aclosing(read_to_end(log, partitions)) as records:
+        async for record in records:
+            try:
+                yield record, codec.decode_as(DeadLetter, record.value)
+            except CodecError as error:
+                logger.warning("%s is no dead letter: %s", record.place, error)
 
 
 async def replay(producer: Producer, topics: Topics, letter: DeadLetter) -> str:

@@ -67,8 +67,9 @@ class ParquetSink:
         for record in batch.records:
             value = record.value
             try:
-                kind = codec.type_of(value)
-                row = codec.CODECS[kind].decode_dict(value if isinstance(value, bytes) else codec.encode(value))
+                encoded = value if isinstance(value, bytes) else codec.encode(value)
+                written = codec.codec_of(encoded)
+                kind, row = written.record_type, written.decode_dict(encoded)
             except CodecError as error:
                 unusable.append(Unusable(record, "undecodable", str(error)))
                 continue

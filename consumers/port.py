@@ -5,6 +5,7 @@ from typing import Any, Literal, Protocol
 
 from millstream.producers.port import Producer, TransactionalProducer
 from millstream.schemas.log import EndOfPartition, LogRecord, Partition
+from millstream.schemas.topics import Topic
 
 
 class RebalanceListener(Protocol):
@@ -79,9 +80,10 @@ class Log(Protocol):
     def consumer(self, group: str | None = None, *, eof: bool = False, transactions: bool = False) -> Consumer:
         """``transactions``: a transactional producer commits the group's offsets (needs ``group_metadata``)."""
 
-    async def create_topics(self) -> None:
-        """Creates what is missing of the deployment's topics. Raises `ConfigError` if the events or triplets topic
-        exists with another number of partitions than the settings say."""
+    async def create_topics(self, more: Sequence[Topic] = ()) -> None:
+        """Creates what is missing of the deployment's topics, and of ``more``. Raises `ConfigError` if one whose
+        records lie where their rollout's events do (events, triplets, ``more``) exists with another number of
+        partitions than it should."""
 
     async def check(self) -> None:
         """Raises `LogUnavailable` within 10 s, saying what to do, unless the log answers; and `ConfigError` where it is

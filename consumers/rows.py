@@ -36,7 +36,7 @@ Column = Callable[[Fields], Sequence[Any]]
 
 
 class Inserter(EncodedInserter, Protocol):
-    """Where the rows go; `pipeline.store.Store` is one."""
+    """Where the rows go; `pipeline.store.ClickHouseStore` is one."""
 
     def insert(self, table: str, column_names: Sequence[str], columns: Sequence[Sequence[Any]], token: str) -> None:
         """Stores the rows. A repeated ``token`` may be dropped. Raises `RowsRefused`, or `StoreError` if it may help to
@@ -89,13 +89,12 @@ def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows |
             if kind is Span:
                 spans.append((record, span_body(value)))
                 continue
+            row = _values(kind, value)
             if kind in MARKS and MARKS[kind] != (place[0] == marks_topic):
                 continue
-            row = _values(kind, value)
             if kind is AttemptEvent:
-                row, task = _attempt(row)
-                if task is not None:
-                    found[RolloutTask].append((*_values(RolloutTask, task), 1, *place))
+                if (task := _claimed(row)) is not None:
+                    found[RolloutTask].append((*task, 1, *place))
             elif kind is RolloutTask:
                 row = (*row, 0)
             found[kind].append((*row, *place))
@@ -114,21 +113,28 @@ _NAMES = {t: (*c.field_names, *_EXTRA.get(t, ()), *LOG_PLACE) for t, c in codec.
 _FROM_DICT = {t: operator.itemgetter(*c.field_names) for t, c in codec.CODECS.items()}
 _FROM_RECORD = {t: operator.attrgetter(*c.field_names) for t, c in codec.CODECS.items()}
 _TASK = codec.CODECS[AttemptEvent].field_names.index("task")
+_CLAIM_ROLLOUT = codec.CODECS[AttemptEvent].field_names.index("rollout_id")
+_TASK_ROLLOUT = codec.CODECS[RolloutTask].field_names.index("rollout_id")
 
 
 def _values(kind: type[Record], value: bytes | Record) -> tuple[Any, ...]:
     """The field values; what is nested is a dict if the record was encoded, else an object."""
     if isinstance(value, bytes):
-        return _FROM_DICT[kind](codec.CODECS[kind].decode_dict(value))  # type: ignore[no-any-return]
+        return _FROM_DICT[kind](codec.codec_of(value).decode_dict(value))  # type: ignore[no-any-return]
     return _FROM_RECORD[kind](value)
 
 
-def _attempt(row: tuple[Any, ...]) -> tuple[tuple[Any, ...], bytes | None]:
-    """Row and the task that a claim carries. Raises `CodecError` if that is something else."""
-    task = row[_TASK]
-    if task is not None and codec.type_of(task) is not RolloutTask:
-        raise CodecError("AttemptEvent.task: not a RolloutTask", record="AttemptEvent", field="task")
-    return row, task
+def _claimed(row: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The task that a claim carries. None if that is no task, or another rollout's: the adapter puts such a claim
+    away."""
+    try:
+        encoded = row[_TASK]
+        if encoded is None or codec.type_of(encoded) is not RolloutTask:
+            return None
+        task = _values(RolloutTask, encoded)
+    except CodecError:
+        return None
+    return task if task[_TASK_ROLLOUT] == row[_CLAIM_ROLLOUT] else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ All live claims of a rollout are of one attempt number: a claim of a higher one 
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
@@ -101,6 +101,7 @@ class PartitionFold:
         self.retried: dict[str, tuple[int, int]] = {}  # rollout → offset of its last retry mark, its attempt
         self.decided: dict[str, Decision] = {}  # not yet written; these are still open
         self.refused: set[int] = set()  # offsets whose dead letter has been written
+        self.unreadable: list[Dead] = []  # spans of attempts that failed; whoever drives the fold takes them away
         self.ignored: Counter[str] = Counter() if ignored is None else ignored
         self.size = 0  # bytes of all open rollouts, estimated
 
@@ -113,7 +114,9 @@ class PartitionFold:
             elif kind is DeadLetter:
                 self.refused.add(codec.decode_as(DeadLetter, record.value).offset)
             elif kind is AttemptEvent and record.headers.get(KIND_HEADER) == status.RETRY.encode():
-                self._retried(codec.decode_as(AttemptEvent, record.value), record.offset)
+                mark = codec.decode_as(AttemptEvent, record.value)
+                if mark.status == status.RETRY:  # the header is only a hint
+                    self._retried(mark, record.offset)
         except CodecError:
             pass  # `apply` reports it
 
@@ -133,7 +136,8 @@ class PartitionFold:
                     self.too_large(key, message, record.timestamp * 1_000_000, now)
             else:
                 self.ignored["late_span"] += 1
-                if rollout is None and key not in self.ended and key not in self.retried:
+                settled = max(self.ended.get(key, (-1,))[0], self.retried.get(key, (-1,))[0])
+                if rollout is not None or record.offset >= settled:  # else it isn't late, but read again
                     codec.decode(record.value)  # nobody else will look at it: is it a span at all?
         elif kind is RolloutEnd:
             self._ended(codec.decode_as(RolloutEnd, record.value), record.offset)
@@ -180,7 +184,7 @@ class PartitionFold:
     def oversized(self, rollout_id: str, reason: str) -> None:
         """The decision's task or triplets can't be written: the rollout ends without them, and says why."""
         decision = self.decided[rollout_id]
-        end = replace(decision.end, turns=0, trainable=False, reason=reason, model_version=None)
+        end = without_triplets(decision.end, reason)
         self.decided[rollout_id] = replace(decision, end=end, triplets=(), retry=None)
 
     def oldest_open(self, without: set[str]) -> int | None:
@@ -249,7 +253,8 @@ class PartitionFold:
                 self._grow(rollout, len(event.state) - len(attempt.state or b""))
                 attempt.state = event.state
             if event.status == status.SUCCEEDED:
-                self._decide(event.rollout_id, rollout, self._success(rollout, attempt, event))
+                decision = success(attempt.task, attempt.claimed, event, rollout.spans, self._to_triplets)
+                self._decide(event.rollout_id, rollout, decision)
             elif event.status in status.TERMINAL:
                 error = event.error or ErrorInfo(type=event.status, message="no reason given", stack="")
                 wish = event.metadata.get("retry")
@@ -262,6 +267,8 @@ class PartitionFold:
             rollout.attempts[event.attempt_id].last_seen = now
             return
         task = codec.decode_as(RolloutTask, event.task)
+        if task.rollout_id != event.rollout_id:
+            raise CodecError("AttemptEvent.task: that of another rollout", record="AttemptEvent", field="task")
         _, given_up = self.retried.get(event.rollout_id, (0, 0))
         decision = self.decided.get(event.rollout_id)
         if (
@@ -307,10 +314,12 @@ class PartitionFold:
         del rollout.attempts[attempt.attempt_id]
         if rollout.attempts:
             return
+        self.unreadable += _decode_spans(rollout.spans, attempt.attempt_id)[1]
         task = attempt.task
+        outcome = status.CANCELLED if how == status.CANCELLED else status.FAILED
         reason = f"{how}: {error.message}" if error.type == LEASE else f"{how}: {error.type}: {error.message}"
         end = replace(
-            _end(attempt, status.CANCELLED if how == status.CANCELLED else status.FAILED, ended),
+            _end(task, attempt.attempt_id, attempt.claimed, outcome, ended),
             losses=task.losses + (how == status.LOST),
             trainable=False,
             reason=reason,
@@ -337,34 +346,44 @@ class PartitionFold:
             retry = Retry(following, mark, now + backoff_s(how, times, self._random))
         self._decide(rollout_id, rollout, Decision(how, end, dead=(dead,), retry=retry))
 
-    def _success(self, rollout: OpenRollout, attempt: Attempt, event: AttemptEvent) -> Decision:
-        end = _end(attempt, status.SUCCEEDED, event.time)
-        spans, unreadable = _decode_spans(rollout.spans, attempt.attempt_id)
-        counts = Counter(span.source for span in spans)
-        expected = Counter({source: n for source, n in event.span_counts.items() if n})
-        try:
-            triplets = tuple(share(self._to_triplets(Trace(attempt.task, attempt.attempt_id, spans))))
-        except Exception as error:  # a user's own code; the rollout has ended all the same
-            reason = f"the adapter's function failed: {type(error).__name__}: {error}"
-            return Decision(status.SUCCEEDED, replace(end, trainable=False, reason=reason), (), unreadable)
-        if counts != expected:
-            reason = f"spans are missing: the attempt wrote {dict(expected)}, the log holds {dict(counts)}"
-            triplets = tuple(replace(t, trainable=False, reason=reason) for t in triplets)
-        trainable = any(t.trainable for t in triplets)
-        return Decision(
-            status.SUCCEEDED,
-            replace(
-                end,
-                turns=len(triplets),
-                spans=len(spans),
-                reward=total_reward(spans),
-                model_version=trained_version(triplets),
-                trainable=trainable,
-                reason=None if trainable or not triplets else triplets[0].reason,
-            ),
-            triplets,
-            unreadable,
-        )
+
+def success(
+    task: RolloutTask, claimed: int, event: AttemptEvent, records: Sequence[LogRecord], to_triplets: ToTriplets
+) -> Decision:
+    """What becomes of a rollout whose attempt has succeeded; ``records`` are the spans between its claim and
+    ``event``, in log order. The one place where spans become triplets, for the adapter and for a replay."""
+    end = _end(task, event.attempt_id, claimed, status.SUCCEEDED, event.time)
+    spans, unreadable = _decode_spans(records, event.attempt_id)
+    counts = Counter(span.source for span in spans)
+    expected = Counter({source: n for source, n in event.span_counts.items() if n})
+    try:
+        triplets = tuple(share(to_triplets(Trace(task, event.attempt_id, spans))))
+    except Exception as error:  # a user's own code; the rollout has ended all the same
+        reason = f"the adapter's function failed: {type(error).__name__}: {error}"
+        return Decision(status.SUCCEEDED, replace(end, trainable=False, reason=reason), (), unreadable)
+    if counts != expected:
+        reason = f"spans are missing: the attempt wrote {dict(expected)}, the log holds {dict(counts)}"
+        triplets = tuple(replace(t, trainable=False, reason=reason) for t in triplets)
+    trainable = any(t.trainable for t in triplets)
+    return Decision(
+        status.SUCCEEDED,
+        replace(
+            end,
+            turns=len(triplets),
+            spans=len(spans),
+            reward=total_reward(spans),
+            model_version=trained_version(triplets),
+            trainable=trainable,
+            reason=None if trainable or not triplets else triplets[0].reason,
+        ),
+        triplets,
+        unreadable,
+    )
+
+
+def without_triplets(end: RolloutEnd, reason: str) -> RolloutEnd:
+    """The end of a rollout whose triplets can't be written."""
+    return replace(end, turns=0, trainable=False, reason=reason, model_version=None)
 
 
 def _size(record: LogRecord) -> int:
@@ -377,7 +396,7 @@ def _size(record: LogRecord) -> int:
     return 2 * SPAN_BYTES + sum(map(len, span.attributes.values())) + sum(len(part or b"") for part in tokens)
 
 
-def _decode_spans(records: list[LogRecord], attempt_id: str) -> tuple[list[Span], tuple[Dead, ...]]:
+def _decode_spans(records: Sequence[LogRecord], attempt_id: str) -> tuple[list[Span], tuple[Dead, ...]]:
     spans: list[Span] = []
     unreadable: list[Dead] = []
     for record in records:
@@ -391,8 +410,7 @@ def _decode_spans(records: list[LogRecord], attempt_id: str) -> tuple[list[Span]
     return spans, tuple(unreadable)
 
 
-def _end(attempt: Attempt, outcome: str, ended: int) -> RolloutEnd:
-    task = attempt.task
+def _end(task: RolloutTask, attempt_id: str, claimed: int, outcome: str, ended: int) -> RolloutEnd:
     return RolloutEnd(
         rollout_id=task.rollout_id,
         group_id=task.group_id,
@@ -401,10 +419,10 @@ def _end(attempt: Attempt, outcome: str, ended: int) -> RolloutEnd:
         mode=task.mode,
         resources_id=task.resources_id,
         status=outcome,
-        attempt_id=attempt.attempt_id,
+        attempt_id=attempt_id,
         attempts=task.attempt,
         losses=task.losses,
         created_at=task.created_at,
-        started_at=attempt.claimed,
+        started_at=claimed,
         ended_at=ended,
     )

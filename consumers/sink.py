@@ -184,8 +184,9 @@ class SinkRole:
         return self._gathered.records > 0 and (old or self._full())
 
     async def _gather(self) -> None:
-        self._consumer.resume(self._paused)
-        self._paused.clear()
+        if self._paused:
+            self._consumer.resume(self._paused)
+            self._paused.clear()
         before = self._gathered.records
         await self._poll(min(POLL_S, self._policy.age_s))
         if self._gathered.records - before < POLL_RECORDS // 2 and not self._due():

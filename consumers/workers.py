@@ -1,33 +1,25 @@
 """What the processes of a deployment do now, and how much waits for them: read from the log, when asked."""
 
 from millstream.consumers.port import Log
+from millstream.consumers.reading import read_to_end
 from millstream.schemas import codec
 from millstream.schemas.errors import CodecError
-from millstream.schemas.log import LogRecord, Partition
+from millstream.schemas.log import Partition
 from millstream.schemas.records import Worker
 from millstream.schemas.topics import PRIORITIES, Topics
 
 GONE_S = 20.0  # a process that has not been heard of for so long is gone; it reports every five seconds
-POLL_S = 0.2
 
 
 async def read_workers(log: Log, topics: Topics) -> list[Worker]:
     """The last record of each worker, in the order of their starts. Also of those that have ended."""
-    partition, consumer = Partition(topics.workers, 0), log.consumer()
     found: dict[str, Worker] = {}
-    try:
-        await consumer.assign([partition])
-        end = (await consumer.end_offsets([partition]))[partition]
-        while (consumer.position(partition) or 0) < end:
-            for record in await consumer.poll(1000, POLL_S):
-                if isinstance(record, LogRecord):
-                    try:
-                        worker = codec.decode_as(Worker, record.value)
-                    except CodecError:  # of a newer version, perhaps; the others are still worth showing
-                        continue
-                    found[worker.worker_id] = worker
-    finally:
-        await consumer.close()
+    async for record in read_to_end(log, [Partition(topics.workers, 0)]):
+        try:
+            worker = codec.decode_as(Worker, record.value)
+        except CodecError:  # of a newer version, perhaps; the others are still worth showing
+            continue
+        found[worker.worker_id] = worker
     return sorted(found.values(), key=lambda worker: worker.started)
 
 

@@ -2,7 +2,8 @@
 
 In an agent: `emit_reward`, `emit_span`. To train one: `Trainer` with an algorithm such as `GRPO` (needs the ``train``
 extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. Code of yours around each attempt: `Hook`. To
-ask what happened: `Store`. To process the stream: `broker`. To keep it elsewhere: `Sink`.
+ask what happened: `Store`, such as `ClickHouseStore(load_settings())`. To process the stream: `broker`. To keep it
+elsewhere: `Sink`.
 """
 
 from importlib import import_module
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from millstream.pipeline.batches import Algorithm
     from millstream.pipeline.broker import broker
     from millstream.pipeline.hooks import ErrorHandler, PerformanceMonitor, StateBackup, WarmUp
-    from millstream.pipeline.store import Store
+    from millstream.pipeline.memory_store import MemoryStore
+    from millstream.pipeline.store import ClickHouseStore
+    from millstream.pipeline.store_port import AsyncStore, Attempt, Reward, Rollout, Store
     from millstream.pipeline.trainer import Trainer
     from millstream.producers.emit import emit_reward, emit_span
     from millstream.producers.state import load_state, save_state
@@ -30,12 +33,18 @@ __all__ = [
     "GRPO",
     "LLM",
     "Algorithm",
+    "AsyncStore",
+    "Attempt",
     "Batch",
+    "ClickHouseStore",
     "ErrorHandler",
     "Hook",
+    "MemoryStore",
     "PerformanceMonitor",
     "PromptTemplate",
     "Resources",
+    "Reward",
+    "Rollout",
     "Settings",
     "Sink",
     "StateBackup",
@@ -61,16 +70,22 @@ _HOMES = {
     "GRPO": "millstream.pipeline.algorithms.grpo",
     "LLM": "millstream.schemas.resources",
     "Algorithm": "millstream.pipeline.batches",
+    "AsyncStore": "millstream.pipeline.store_port",
+    "Attempt": "millstream.pipeline.store_port",
+    "ClickHouseStore": "millstream.pipeline.store",
     "Batch": "millstream.consumers.sink_port",
     "ErrorHandler": "millstream.pipeline.hooks",
     "Hook": "millstream.consumers.hooks",
+    "MemoryStore": "millstream.pipeline.memory_store",
     "PerformanceMonitor": "millstream.pipeline.hooks",
     "PromptTemplate": "millstream.schemas.resources",
     "Resources": "millstream.schemas.resources",
+    "Reward": "millstream.pipeline.store_port",
+    "Rollout": "millstream.pipeline.store_port",
     "Settings": "millstream.schemas.settings",
     "Sink": "millstream.consumers.sink_port",
     "StateBackup": "millstream.pipeline.hooks",
-    "Store": "millstream.pipeline.store",
+    "Store": "millstream.pipeline.store_port",
     "Trace": "millstream.consumers.triplets",
     "Tracer": "millstream.producers.tracer",
     "Trainer": "millstream.pipeline.trainer",

@@ -1,7 +1,6 @@
 """The ``millstream`` command: each role as a process, and what people ask of a deployment."""
 
 import asyncio
-import csv
 import logging
 import os
 import signal
@@ -16,12 +15,15 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.cli_ask import app as ask_app
 from millstream.pipeline.cli_control import app as control_app
 from millstream.pipeline.cli_dataset import app as dataset_app
 from millstream.pipeline.cli_dead import app as dead_app
 from millstream.pipeline.cli_explain import app as explain_app
 from millstream.pipeline.cli_monitor import app as monitor_app
 from millstream.pipeline.cli_output import Json, err, out, print_rows
+from millstream.pipeline.cli_replay import app as replay_app
+from millstream.pipeline.cli_schemas import app as schemas_app
 from millstream.pipeline.cli_store import app as store_app
 from millstream.pipeline.cli_workers import app as workers_app
 from millstream.pipeline.health import Health, watched
@@ -38,8 +40,11 @@ app.add_typer(kafka_app, name="kafka")
 app.add_typer(dead_app, name="dead")
 app.add_typer(explain_app, name="explain")
 app.add_typer(dataset_app, name="dataset")
+app.add_typer(schemas_app, name="schemas")
 app.add_typer(store_app, name="store")
+app.add_typer(ask_app)
 app.add_typer(control_app)
+app.add_typer(replay_app)
 app.add_typer(workers_app)
 app.add_typer(monitor_app)
 
@@ -264,49 +269,6 @@ def train(
     columns = ["steps", "first_reward", "validation_reward", "rollouts", "rollouts_per_second", "seconds"]
     rounded = [value if value is None else round(value, 3) for value in (*values, summary.seconds)]
     print_rows(columns, [[len(summary.steps), *rounded]], as_json)
-
-
-# --- questions
-
-
-@app.command(epilog="Example: millstream rollouts --status failed --limit 20")
-def rollouts(
-    status: Annotated[str | None, typer.Option(help="queued, running, retrying, succeeded, failed, cancelled.")] = None,
-    experiment: Annotated[str | None, typer.Option(help="Of this experiment only.")] = None,
-    limit: Annotated[int, typer.Option(min=1)] = 50,
-    as_json: Json = False,
-) -> None:
-    """List rollouts, newest first."""
-    from millstream.pipeline.queries import list_rollouts
-    from millstream.pipeline.store import Store
-
-    store = Store(load_settings())
-    try:
-        result = list_rollouts(store, status=status, experiment=experiment, limit=limit)
-    finally:
-        store.close()
-    print_rows(result.columns, result.rows, as_json)
-
-
-@app.command(epilog='Example: millstream sql "SELECT status, count() FROM rollouts GROUP BY status"')
-def sql(
-    query: Annotated[str, typer.Argument(help="One read-only statement.")],
-    output: Annotated[str, typer.Option("--format", help="table, csv or json.")] = "table",
-    as_json: Json = False,
-) -> None:
-    """Ask the store."""
-    from millstream.pipeline.store import Store
-
-    store = Store(load_settings())
-    try:
-        result = store.query(query)
-    finally:
-        store.close()
-    if output == "csv":
-        writer = csv.writer(sys.stdout)
-        writer.writerows([result.columns, *result.rows])
-    else:
-        print_rows(result.columns, result.rows, as_json or output == "json")
 
 
 # --- local Kafka

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 out = Console()
 err = Console(stderr=True)
@@ -19,9 +20,13 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: b
     if as_json:
         out.print_json(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=str))
         return
-    table = Table(*columns)
-    for row in rows[:limit]:
-        table.add_row(*("" if value is None else str(value) for value in row))
-    out.print(table)
+    out.print(table_of(columns, rows[:limit]))
     if limit is not None and len(rows) > limit:
         out.print(f"… and {len(rows) - limit} more")
+
+
+def table_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    table = Table(*(Column(name, no_wrap=name == "rollout_id") for name in columns))  # ids are there to be copied
+    for row in rows:
+        table.add_row(*("" if value is None else escape(str(value)) for value in row))
+    return table

@@ -50,7 +50,7 @@ class Health:
         self.trouble: Callable[[], str | None] = lambda: None  # what keeps the role from its work; any thread may ask
         self._rests = rests
         self._polls: dict[object, float | None] = {}  # when each was last heard of; None: not yet
-        self._ages: dict[Metric, tuple[Callable[[], float], float]] = {}  # each with its limit
+        self._ages: dict[Metric, tuple[Callable[[], float], float | None]] = {}  # each with its limit
         self._closed = threading.Event()
         self._server: ThreadingHTTPServer | None = None
         self.age(POLL_AGE, lambda: self.poll_age)
@@ -62,7 +62,7 @@ class Health:
     def age(self, metric: Metric, value: Callable[[], float], limit_s: float | None = None) -> None:
         """A gauge in seconds; beyond ``limit_s`` (`STUCK_S`) the process is stuck. ``value`` is called from any
         thread."""
-        self._ages[metric] = value, limit_s or STUCK_S
+        self._ages[metric] = value, limit_s
         self.gauge(metric, value)
 
     @property
@@ -98,7 +98,7 @@ class Health:
         if path == "/metrics":
             return 200, generate_latest(self.registry)
         if path == "/livez":
-            ages = [(metric.name, value(), limit_s) for metric, (value, limit_s) in self._ages.items()]
+            ages = [(metric.name, value(), limit_s or STUCK_S) for metric, (value, limit_s) in self._ages.items()]
             body = "".join(f"{name} {age:.1f}\n" for name, age, _ in ages)
             return (503 if any(age > limit_s for _, age, limit_s in ages) else 200), body.encode()
         if path == "/readyz":
@@ -109,7 +109,7 @@ class Health:
     def _watch(self) -> None:
         while not self._closed.wait(CHECK_S):
             for metric, (value, limit_s) in list(self._ages.items()):
-                if (age := value()) > limit_s:
+                if (age := value()) > (limit_s or STUCK_S):
                     logger.critical("%s is %.0f: this process is stuck, and ends", metric.name, age)
                     os._exit(EXIT_STUCK)
 

@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import time
+from collections.abc import Sequence
 from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException
@@ -51,9 +52,9 @@ class KafkaLog:
             return TransactionalConsumer(self._settings, self._watermarks, group, eof=eof)
         return AioConsumer(self._settings, self._watermarks, group)
 
-    async def create_topics(self) -> None:
+    async def create_topics(self, more: Sequence[Topic] = ()) -> None:
         await self.check_connection()
-        created = await asyncio.to_thread(self._create_topics)
+        created = await asyncio.to_thread(self._create_topics, tuple(more))
         # A topic is created before its partitions have leaders; whoever writes or reads meanwhile meets errors.
         await self._watermarks.end(Partition(topic.name, n) for topic in created for n in range(topic.partitions))
 
@@ -120,24 +121,25 @@ class KafkaLog:
             "Start one with `millstream kafka up`, or name yours"
         )
 
-    def _missing(self, timeout_s: float) -> list[Topic]:
+    def _missing(self, timeout_s: float, more: Sequence[Topic] = ()) -> list[Topic]:
         """Topics that do not exist. Raises `ConfigError` if one has a number of partitions that it must not have."""
         try:
             found = self._watermarks.client.list_topics(timeout=timeout_s).topics
         except KafkaException as error:
             raise raised(error, "asking for the topics") from error
         topics = self._settings.topics
-        for topic in topics.all:
+        fixed = {topics.events, topics.triplets, *(topic.name for topic in more)}
+        for topic in (*topics.all, *more):
             there = len(found[topic.name].partitions) if topic.name in found else 0
-            if there and there != topic.partitions and topic.name in (topics.events, topics.triplets):
+            if there and there != topic.partitions and topic.name in fixed:
                 raise ConfigError(
                     f"topic {topic.name} has {there} partitions, kafka_partitions is {topic.partitions}: a rollout's "
                     f"place depends on it. Set kafka_partitions={there}, or another topic_prefix"
                 )
-        return [topic for topic in topics.all if topic.name not in found]
+        return [topic for topic in (*topics.all, *more) if topic.name not in found]
 
-    def _create_topics(self) -> list[Topic]:
-        admin, missing = self._watermarks.client, self._missing(CHECK_S)
+    def _create_topics(self, more: Sequence[Topic]) -> list[Topic]:
+        admin, missing = self._watermarks.client, self._missing(CHECK_S, more)
         new = [
             NewTopic(t.name, t.partitions, self._settings.kafka_replication_factor, config=self._topic_config(t))
             for t in missing
@@ -150,7 +152,7 @@ class KafkaLog:
                     if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another process was faster
                         raise
             self._set_size_limit([topic for topic in self._settings.topics.all if topic not in missing])
-            self._wait_for_metadata()
+            self._wait_for_metadata(more)
         except KafkaException as error:
             raise raised(error, "creating the topics") from error
         return missing
@@ -173,9 +175,9 @@ class KafkaLog:
         }
         return config | ({"retention.ms": str(RETENTION_MS)} if topic.cleanup == "delete" else {})
 
-    def _wait_for_metadata(self) -> None:
+    def _wait_for_metadata(self, more: Sequence[Topic]) -> None:
         deadline = time.monotonic() + CREATE_S
-        while self._missing(CHECK_S):
+        while self._missing(CHECK_S, more):
             if time.monotonic() > deadline:
                 raise LogUnavailable(f"the new topics are not there after {CREATE_S:.0f} s: look at the brokers' logs")
             time.sleep(0.05)

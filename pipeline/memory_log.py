@@ -7,7 +7,7 @@ follow from being one process: it is never unavailable, and it holds everything 
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from functools import lru_cache
 from itertools import count
@@ -18,10 +18,10 @@ from millstream.pipeline.memory_consumer import GroupMetadata, MemoryConsumer, W
 from millstream.pipeline.memory_group import Group
 from millstream.producers.port import OnAck, Producer, TransactionalProducer
 from millstream.schemas.codec import encode as encode_record
-from millstream.schemas.errors import Fenced, LogError, TooLarge, TransactionAborted
+from millstream.schemas.errors import ConfigError, Fenced, LogError, TooLarge, TransactionAborted
 from millstream.schemas.log import Headers, LogRecord, Partition
 from millstream.schemas.records import Record
-from millstream.schemas.topics import Topics, partition_of
+from millstream.schemas.topics import Topic, Topics, partition_of
 
 _place = lru_cache(maxsize=1 << 16)(partition_of)  # a rollout's records all ask for the same key; 4 µs each
 
@@ -47,10 +47,9 @@ class MemoryLog:
         self.clock = clock
         self.session_timeout_s = session_timeout_s
         self.lock = threading.Lock()  # guards everything below, and the parts of it
-        self.counts = {topic.name: topic.partitions for topic in topics.all}
-        self.partitions = {
-            name: [_PartitionLog(Partition(name, number)) for number in range(n)] for name, n in self.counts.items()
-        }
+        self.counts: dict[str, int] = {}
+        self.partitions: dict[str, list[_PartitionLog]] = {}
+        self._add(topics.all)
         self.groups: dict[str, Group[MemoryConsumer]] = {}
         self.transactional: dict[str, _MemoryTransactionalProducer] = {}
 
@@ -68,8 +67,17 @@ class MemoryLog:
                 found = self.groups.setdefault(group, Group(group, self.counts))
         return MemoryConsumer(self, found, eof)
 
-    async def create_topics(self) -> None:
-        """They have existed since the log was made."""
+    async def create_topics(self, more: Sequence[Topic] = ()) -> None:
+        """The deployment's own have existed since the log was made."""
+        for topic in more:
+            if (there := self.counts.get(topic.name, topic.partitions)) != topic.partitions:
+                raise ConfigError(f"topic {topic.name} has {there} partitions, not {topic.partitions}")
+        self._add(topic for topic in more if topic.name not in self.counts)
+
+    def _add(self, topics: Iterable[Topic]) -> None:
+        for topic in topics:
+            self.partitions[topic.name] = [_PartitionLog(Partition(topic.name, n)) for n in range(topic.partitions)]
+            self.counts[topic.name] = topic.partitions
 
     async def check(self) -> None:
         """A log in this process always answers."""

@@ -1,10 +1,17 @@
 """The questions that Millstream itself asks the store."""
 
 import json
-from collections.abc import Iterator
-from typing import Any, Final
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, Final, TypeVar
 
-from millstream.pipeline.store import Result, Store
+from millstream.pipeline.store_port import Result, Store
+from millstream.schemas.records import Control, Record, Span, SpanEvent, SpanLink, Triplet
+from millstream.schemas.resources import Resources
+
+Ask = Callable[[str, Mapping[str, Any]], Result]
+R = TypeVar("R", bound=Record)
 
 # What a training run shows at its end, by title; a user can paste each into `millstream sql`.
 CLOSING_QUERIES: Final = {
@@ -30,28 +37,156 @@ LIMIT 8
 """,
 }
 
-_ROLLOUTS = """
-SELECT rollout_id, experiment_id, mode, status, attempts, round(reward, 3) AS reward, model_version,
-    round(duration_s, 3) AS duration_s, created_at, if(error_message = '', reason, error_message) AS error
+# How the reward went from version to version.
+REWARDS_BY_VERSION: Final = """
+SELECT
+    model_version,
+    count() AS rollouts,
+    avg(reward) AS mean,
+    quantileExact(0.1)(reward) AS p10,
+    quantileExact(0.5)(reward) AS p50,
+    quantileExact(0.9)(reward) AS p90
 FROM rollouts
-WHERE ({status:String} = '' OR status = {status:String})
-    AND ({experiment:String} = '' OR experiment_id = {experiment:String})
-ORDER BY rollout_id DESC
-LIMIT {limit:UInt64}
+WHERE reward IS NOT NULL
+    AND ({experiment_id:String} = '' OR experiment_id = {experiment_id:String})
+    AND ({mode:String} = '' OR mode = {mode:String})
+GROUP BY model_version
+ORDER BY min(ended_at), model_version
+"""
+
+_TIMES = ("created_at", "started_at", "ended_at", "last_seen", "time")
+
+
+def read(
+    ask: Ask,
+    record: type[R],
+    view: str,
+    filters: Mapping[str, Any],
+    *,
+    order: str,
+    limit: int | None = None,
+    offset: int = 0,
+) -> list[R]:
+    """Rows of a view whose columns are called as the record's fields. ``filters``: column → value, any of a list, or
+    None for no condition. ``view`` and ``order`` stand in the text: they must not come from a user."""
+    columns = [f"toUnixTimestamp64Nano({f.name}) AS {f.name}" if f.name in _TIMES else f.name for f in fields(record)]
+    where, parameters = _conditions(filters)
+    sql = f"SELECT {', '.join(columns)} FROM {view} WHERE {where} ORDER BY {order}"  # noqa: S608
+    return [record(**row) for row in ask(sql + _limit(limit, offset), parameters).records()]
+
+
+def read_spans(ask: Ask, filters: Mapping[str, Any], before: int | None = None) -> list[Span]:
+    """Spans in log order; ``before``: with lower offsets only."""
+    where, parameters = _conditions(filters)
+    found = ask(_SPANS.format(where=where), {**parameters, "before": -1 if before is None else before})
+    return [_span(row) for row in found.records()]
+
+
+def read_triplets(ask: Ask, filters: Mapping[str, Any], limit: int | None) -> list[Triplet]:
+    """Triplets with whole prompts."""
+    names = ", ".join(f.name for f in fields(Triplet))
+    where, parameters = _conditions(filters)
+    sql = f"SELECT {names} FROM triplets WHERE {where} ORDER BY rollout_id, attempt_id, turn"  # noqa: S608
+    found = [Triplet(**_with_token_bytes(row)) for row in ask(sql + _limit(limit), parameters).records()]
+    going_on = {t.rollout_id for t in found if t.prefix_turn is not None}
+    if not going_on:
+        return found
+    where, parameters = _conditions({"rollout_id": sorted(going_on)})
+    rows = ask(f"SELECT * FROM triplet_prompts WHERE {where}", parameters).records()  # noqa: S608
+    whole = {(row["rollout_id"], row["turn"]): row for row in rows}
+    return [
+        triplet if triplet.prefix_turn is None else _whole(triplet, whole[triplet.rollout_id, triplet.turn])
+        for triplet in found
+    ]
+
+
+def _whole(triplet: Triplet, row: Mapping[str, Any]) -> Triplet:
+    tokens = struct.pack(f"<{len(row['prompt_token_ids'])}i", *row["prompt_token_ids"]) or None
+    return replace(
+        triplet,
+        prompt=row["prompt"],
+        prompt_token_ids=tokens,
+        tools=row["tools"],
+        prefix_turn=None,
+        prefix_tokens=0,
+        prefix_characters=0,
+    )
+
+
+def read_latest_resources(ask: Ask, experiment_id: str | None) -> Resources | None:
+    filters = {"kind": "resources", "experiment_id": experiment_id}
+    found = read(ask, Control, "controls_raw FINAL", filters, order="name DESC", limit=1)
+    return Resources.from_control(found[0]) if found else None
+
+
+def _conditions(filters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """SQL with a bound parameter for each filter that is given."""
+    given = {name: value for name, value in filters.items() if value is not None}
+    conditions = [
+        f"{name} IN {{f_{name}:Array(String)}}"
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else f"{name} = {{f_{name}:{'Bool' if isinstance(value, bool) else 'String'}}}"
+        for name, value in given.items()
+    ]
+    return " AND ".join(conditions) or "1", {
+        f"f_{name}": value if isinstance(value, str | bool) else list(value) for name, value in given.items()
+    }
+
+
+def _limit(limit: int | None, offset: int = 0) -> str:
+    """Both are numbers, so they may stand in the text."""
+    return (f" LIMIT {int(limit)}" if limit is not None else "") + (f" OFFSET {int(offset)}" if offset else "")
+
+
+_SPANS = """
+SELECT
+    s.TraceId AS trace_id, s.SpanId AS span_id, s.ParentSpanId AS parent_id, s.TraceState AS trace_state,
+    s.SpanName AS name, s.Kind AS kind, s.SpanKind AS span_kind,
+    toUnixTimestamp64Nano(s.Timestamp) AS start, start + toInt64(s.Duration) AS end,
+    s.StatusCode AS status, s.StatusMessage AS status_message, s.SpanAttributes AS attributes,
+    arrayMap(t -> toUnixTimestamp64Nano(t), s.`Events.Timestamp`) AS event_times,
+    arrayZip(s.`Events.Name`, event_times, s.`Events.Attributes`) AS events,
+    arrayZip(s.`Links.TraceId`, s.`Links.SpanId`, s.`Links.Attributes`) AS links,
+    s.ResourceAttributes AS resource, s.ScopeName AS scope_name, s.ScopeVersion AS scope_version,
+    s.RolloutId AS rollout_id, s.AttemptId AS attempt_id, s.Source AS source, s.Sequence AS sequence,
+    t.prompt_token_ids AS prompt_token_ids, t.has_prompt AS has_prompt,
+    t.response_token_ids AS response_token_ids, t.has_response AS has_response,
+    t.response_logprobs AS response_logprobs, t.has_logprobs AS has_logprobs,
+    s.Reward AS reward, s.RewardName AS reward_name, s.ModelVersion AS model_version
+FROM (SELECT *, RolloutId AS rollout_id, AttemptId AS attempt_id FROM spans WHERE {where}) AS s
+LEFT JOIN (SELECT * FROM token_ids WHERE {where}) AS t
+    ON s.AttemptId = t.attempt_id AND s.Source = t.source AND s.Sequence = t.sequence AND s.SpanId = t.span_id
+WHERE {{before:Int64}} < 0 OR s.Offset < {{before:Int64}}
+ORDER BY s.Offset
 """
 
 
-def list_rollouts(store: Store, *, status: str | None = None, experiment: str | None = None, limit: int = 50) -> Result:
-    """Rollouts, newest first (their ids sort by time). Raises `StoreError`."""
-    return store.query(_ROLLOUTS, {"status": status or "", "experiment": experiment or "", "limit": limit})
+def _span(row: dict[str, Any]) -> Span:
+    kept = {"prompt_token_ids": "has_prompt", "response_token_ids": "has_response", "response_logprobs": "has_logprobs"}
+    has = {name: row.pop(flag) for name, flag in kept.items()}
+    row.pop("event_times")
+    events = tuple(SpanEvent(name=name, time=time, attributes=kv) for name, time, kv in row.pop("events"))
+    links = tuple(SpanLink(trace_id=trace, span_id=span, attributes=kv) for trace, span, kv in row.pop("links"))
+    tokens = {name: value if has[name] else None for name, value in _packed(row).items()}
+    return Span(**{**row, **tokens, "events": events, "links": links})
 
 
-def granules_read(store: Store, sql: str) -> Result:
+def _with_token_bytes(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, **{name: value or None for name, value in _packed(row).items()}}
+
+
+def _packed(row: dict[str, Any]) -> dict[str, bytes]:
+    """The record's little-endian int32 and float32, from arrays."""
+    formats = {"prompt_token_ids": "i", "response_token_ids": "i", "response_logprobs": "f"}
+    return {name: struct.pack(f"<{len(row[name])}{code}", *row[name]) for name, code in formats.items()}
+
+
+def granules_read(store: Store, query: str) -> Result:
     """What a query reads of each table, once per reading: parts and granules, and the indexes that chose them.
 
     Raises `StoreError`, also for what can't be explained.
     """
-    plan = "".join(row[0] for row in store.query(f"EXPLAIN json = 1, indexes = 1 {sql}").rows)
+    plan = "".join(row[0] for row in store.sql(f"EXPLAIN json = 1, indexes = 1 {query}").rows)
     rows = []
     for node in _nodes(json.loads(plan)[0]["Plan"]):
         if node["Node Type"] == "ReadFromMergeTree":

@@ -5,7 +5,7 @@ from pathlib import Path
 from millstream.consumers.clickhouse_sink import ClickHouseSink
 from millstream.consumers.objects import load_object
 from millstream.consumers.sink_port import Sink
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.settings import Settings
 
@@ -17,7 +17,7 @@ def open_sink(choice: str, settings: Settings) -> Sink:
     """``clickhouse`` (its tables are brought up to date), ``parquet``, or ``module:attribute`` of a `Sink` or of what
     makes one of the settings. Raises `ConfigError`, `StoreError`."""
     if choice == CLICKHOUSE:
-        store = Store(settings)
+        store = ClickHouseStore(settings)
         try:
             store.migrate()
         except BaseException:

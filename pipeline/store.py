@@ -2,11 +2,12 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+import shutil
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Unpack
 from urllib.parse import urlsplit
 
 import clickhouse_connect
@@ -16,32 +17,47 @@ from clickhouse_connect.driver.httputil import get_pool_manager
 from urllib3.exceptions import HTTPError
 
 from millstream.consumers.clickhouse_sink import RowsRefused
+from millstream.consumers.port import Log
+from millstream.pipeline import queries
+from millstream.pipeline.follow import follow_spans
 from millstream.pipeline.migrations import Migration, apply_retention, locked, packaged_migrations
 from millstream.pipeline.store_errors import is_bad_row
+from millstream.pipeline.store_port import (
+    Attempt,
+    Result,
+    Reward,
+    Rollout,
+    RolloutFilters,
+    RolloutOrder,
+    Store,
+    TripletFilters,
+    checked,
+    checked_order,
+)
 from millstream.schemas.errors import ConfigError, StoreError
+from millstream.schemas.log import Partition
+from millstream.schemas.records import Span, Triplet
+from millstream.schemas.resources import Resources
 from millstream.schemas.settings import Settings
 
 EMBEDDED = "chdb://"
 SERVER = "clickhouse://"
+READING = ("SELECT", "WITH", "EXPLAIN", "SHOW", "DESCRIBE", "EXISTS")
 READ_ONLY = 2  # ClickHouse's `readonly`: no writes and no DDL, but a query may bring settings of its own
 CANNOT_READ_ALL_DATA = 33  # ClickHouse's; that of an Avro file which is all there: a row of it breaks off
 
 
-@dataclass(frozen=True, slots=True)
-class Result:
-    """Rows of a query, with the names of their columns."""
-
-    columns: tuple[str, ...]
-    rows: list[tuple[Any, ...]]
-
-
-class Store:
+class ClickHouseStore(Store):
     """One process's connection. Every method may be called from any thread; calls that write wait for each other.
 
-    Raises `StoreError` if nobody answers, or another process has the folder of an embedded store.
+    ``log`` is what ``follow`` reads; None: the Kafka of the settings. Raises `StoreError` if nobody answers, or another
+    process has the folder of an embedded store.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, log: Log | None = None) -> None:
+        self._settings = settings
+        self._log = log
+        self._reading = lru_cache(maxsize=256)(self._parse)  # the same question is asked again and again
         self._database = settings.clickhouse_database
         self._types: dict[str, dict[str, str]] = {}
         self._retention_days = settings.retention_days
@@ -77,19 +93,122 @@ class Store:
             apply_retention(self._writer, self._retention_days)
         return [m.name for m in applied]
 
-    def query(self, sql: str, parameters: Mapping[str, Any] | None = None) -> Result:
-        """Asks; ``parameters`` fill ``{name:Type}``. Raises `StoreError` for anything that would change the store."""
+    def rollouts(
+        self,
+        rollout_ids: Sequence[str] | None = None,
+        *,
+        sort_by: RolloutOrder = "created_at",
+        descending: bool = True,
+        limit: int | None = None,
+        offset: int = 0,
+        **filters: Unpack[RolloutFilters],
+    ) -> list[Rollout]:
+        direction = "DESC" if descending else "ASC"
+        wanted = {"rollout_id": rollout_ids, **checked(filters, RolloutFilters)}
+        order = f"{checked_order(sort_by)} {direction} NULLS LAST, rollout_id {direction}"
+        return queries.read(self._ask, Rollout, "rollouts", wanted, order=order, limit=limit, offset=offset)
+
+    def attempts(self, rollout_id: str) -> list[Attempt]:
+        filters = {"rollout_id": rollout_id}
+        return queries.read(self._ask, Attempt, "attempts", filters, order="attempt, started_at, attempt_id")
+
+    def spans(self, rollout_id: str, *, attempt_id: str | None = None) -> list[Span]:
+        return queries.read_spans(self._ask, {"rollout_id": rollout_id, "attempt_id": attempt_id})
+
+    def triplets(
+        self,
+        rollout_ids: Sequence[str] | None = None,
+        *,
+        limit: int | None = None,
+        **filters: Unpack[TripletFilters],
+    ) -> list[Triplet]:
+        wanted = {"rollout_id": rollout_ids, **checked(filters, TripletFilters)}
+        return queries.read_triplets(self._ask, wanted, limit)
+
+    def rewards(
+        self, rollout_ids: Sequence[str] | None = None, *, name: str | None = None, limit: int | None = None
+    ) -> list[Reward]:
+        filters = {"rollout_id": rollout_ids, "name": name}
+        order = "rollout_id, attempt_id, source, sequence"
+        return queries.read(self._ask, Reward, "rewards", filters, order=order, limit=limit)
+
+    def latest_resources(self, experiment_id: str | None = None) -> Resources | None:
+        return queries.read_latest_resources(self._ask, experiment_id)
+
+    def sql(self, query: str, parameters: Mapping[str, Any] | None = None) -> Result:
+        return self._ask(self._reading(query), parameters or {})
+
+    def sql_arrow(self, query: str, parameters: Mapping[str, Any] | None = None) -> Any:
+        query = self._reading(query)
+        with self._errors("refused the query"):
+            return self._reader.query_arrow(query, parameters=dict(parameters or {}))
+
+    def export(self, query: str, file: BinaryIO, file_format: str, parameters: Mapping[str, Any] | None = None) -> None:
+        """Writes what a query finds in one of ClickHouse's formats, such as Parquet, CSVWithNames or JSONEachRow, as it
+        comes. Raises `StoreError`; the file is then not to be used."""
+        query = self._reading(query)
+        # Without the setting a server that fails half-way says so within the data.
+        settings = {} if self._settings.clickhouse_dsn.startswith(EMBEDDED) else {"wait_end_of_query": 1}
+        with (
+            self._errors("refused the query"),
+            self._reader.raw_stream(query, dict(parameters or {}), settings, fmt=file_format) as rows,
+        ):
+            shutil.copyfileobj(rows, file)
+
+    def follow(self, rollout_id: str) -> AsyncIterator[Span]:
+        if self._log is None:
+            from millstream.pipeline.kafka_log import KafkaLog
+
+            self._log = KafkaLog(self._settings)
+        return follow_spans(self._log, self._settings.topics, rollout_id, self)
+
+    def first_offset(self, rollout_id: str, partition: Partition) -> int:
+        """See `follow.Stored`. A rollout that isn't here yet was claimed behind everything that is: claims are stored
+        in the order of their partition."""
+        place = {"rollout": rollout_id, "topic": partition.topic, "partition": partition.number}
+        of_topic = "FROM attempts_raw WHERE topic = {topic:String} AND partition = {partition:Int32}"
+        ((claim,),) = self._ask(f"SELECT minOrNull(offset) {of_topic} AND rollout_id = {{rollout:String}}", place).rows
+        if claim is None:
+            ((claim,),) = self._ask(f"SELECT coalesce(maxOrNull(offset) + 1, 0) {of_topic}", place).rows
+        return int(claim)
+
+    def end_offset(self, rollout_id: str, partition: Partition) -> int | None:
+        """See `follow.Stored`."""
+        found = self._ask(
+            "SELECT min(offset) FROM rollout_ends_raw WHERE rollout_id = {rollout:String} AND topic = {topic:String} "
+            "HAVING count() > 0",
+            {"rollout": rollout_id, "topic": partition.topic},
+        )
+        return found.rows[0][0] if found.rows else None
+
+    def spans_before(self, rollout_id: str, offset: int) -> list[Span]:
+        """See `follow.Stored`."""
+        return queries.read_spans(self._ask, {"rollout_id": rollout_id}, before=offset)
+
+    def _parse(self, query: str) -> str:
+        """The statement as it may be sent. ``readonly`` alone keeps nobody from writing files (``INTO OUTFILE``,
+        ``INSERT INTO FUNCTION file(…)``) or from changing the database for whoever asks next (``USE``): the engine's
+        own parser says what it is. Raises `StoreError` unless it is one statement that reads."""
+        ((parsed,),) = self._ask("SELECT formatQuery({query:String})", {"query": query}).rows
+        lines = parsed.split("\n")
+        verb = lines[0].split(maxsplit=1)[0]
+        if verb not in READING:
+            raise StoreError(f"the store only answers questions ({', '.join(READING)}); this is readonly: no {verb}")
+        if any(line.startswith(("INTO OUTFILE", "FORMAT ")) for line in lines):
+            raise StoreError("a question to the store names no INTO OUTFILE and no FORMAT: see `millstream export`")
+        return query.strip().removesuffix(";")
+
+    def _ask(self, sql: str, parameters: Mapping[str, Any]) -> Result:
         with self._errors("refused the query"):
             if self._reader.database is None:
                 raise StoreError(
                     f"{self._where} has no database {self._database} yet: a training run or `millstream sink` makes it"
                 )
-            sql = sql.strip().removesuffix(";")
-            found = self._reader.query(sql, parameters=dict(parameters or {}))
+            found = self._reader.query(sql, parameters=dict(parameters))
             if found.column_names:
                 return Result(tuple(found.column_names), [tuple(row) for row in found.result_rows])
             # The client's format names no columns where there are no rows.
-            answer = self._reader.raw_query(sql, parameters=dict(parameters or {}), fmt="JSONCompact")
+            answer = self._reader.raw_query(sql, parameters=dict(parameters), fmt="JSONCompact")
             return Result(tuple(column["name"] for column in json.loads(answer)["meta"]) if answer else (), [])
 
     def insert(self, table: str, column_names: Sequence[str], columns: Sequence[Sequence[Any]], token: str) -> None:

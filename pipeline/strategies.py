@@ -21,7 +21,7 @@ from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.serving import serve
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.pipeline.trainer import ModelServer, Strategy
 from millstream.schemas.settings import Settings
 
@@ -105,7 +105,7 @@ async def _roles(
     which records flow, so that the store has everything when this is left. What ends one of them ends the run."""
     secret = settings.proxy_secret.get_secret_value() or token_hex(32)
     topics = settings.topics
-    store = await asyncio.to_thread(Store, settings)
+    store = await asyncio.to_thread(ClickHouseStore, settings, log)
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
         await asyncio.to_thread(store.migrate)

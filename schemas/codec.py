@@ -1,13 +1,14 @@
 """Avro single-object encoding: ``C3 01``, the schema's CRC-64-AVRO fingerprint (8 bytes), the body.
 
-A reader finds the writer's schema among the packaged ``avro/*.avsc`` files, so one topic holds several kinds of record
-and no registry has to run. Specification: Apache Avro 1.11, "Single-object encoding".
+A reader finds the writer's schema among the packaged ``.avsc`` files (``avro/``, and those of earlier releases in
+``released/``), so one topic holds several kinds of record and no registry has to run. Specification: Apache Avro 1.11,
+"Single-object encoding".
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from importlib.resources import files
 from io import BytesIO
 from operator import attrgetter
@@ -26,7 +27,7 @@ HEADER_SIZE = 10  # magic and fingerprint
 
 R = TypeVar("R", bound=Record)
 
-# fastavro's writer takes any object for a boolean, and wider numbers than an int has.
+# fastavro's writer takes any object for a boolean; writer and reader take wider numbers than an int has.
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "boolean": lambda value: isinstance(value, bool),
     "int": lambda value: -(1 << 31) <= value < 1 << 31,
@@ -34,13 +35,17 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
 
 
 class RecordCodec:
-    """Encoder and decoder of one record type."""
+    """Encoder and decoder of one record type; with ``written``, decoder of what an earlier release wrote by that."""
 
-    def __init__(self, record_type: type[Record], schema: dict[str, Any]) -> None:
+    def __init__(
+        self, record_type: type[Record], schema: dict[str, Any], written: dict[str, Any] | None = None
+    ) -> None:
         self.record_type = record_type
         self.name = record_type.__name__
         self.schema = cast("dict[str, Any]", parse_schema(schema))
-        self.fingerprint = bytes.fromhex(fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO"))
+        self._written = self.schema if written is None else cast("dict[str, Any]", parse_schema(written))
+        self._resolve_to = None if written is None else self.schema
+        self.fingerprint = fingerprint_of(self._written)
         self.prefix = MAGIC + self.fingerprint
         self.field_names = tuple(f["name"] for f in schema["fields"])
         self._values = attrgetter(*self.field_names)
@@ -64,17 +69,20 @@ class RecordCodec:
         return out.getvalue()
 
     def decode_dict(self, data: bytes) -> dict[str, Any]:
-        """Field values of an encoded record; nested records stay dicts."""
+        """Field values of an encoded record; nested records stay dicts, fields it was written without are defaults."""
         source = BytesIO(data)
         source.seek(HEADER_SIZE)
         try:
-            datum = cast("dict[str, Any]", schemaless_reader(source, self.schema, None))
+            datum = cast("dict[str, Any]", schemaless_reader(source, self._written, self._resolve_to))
         except Exception as error:
             raise self._unreadable(data, error) from error
         if source.tell() != len(data):
             raise WrongType(
                 f"{self.name}: {len(data) - source.tell()} bytes are left over behind the record", record=self.name
             )
+        for name, fits in self._checks:
+            if not fits(datum[name]):
+                raise WrongType(f"{self.name}.{name}: {datum[name]} is no int", record=self.name, field=name)
         return datum
 
     def decode(self, data: bytes) -> Record:
@@ -102,7 +110,7 @@ class RecordCodec:
         """Reads field by field to name the one at which the body breaks."""
         source = BytesIO(data)
         source.seek(HEADER_SIZE)
-        for part in self.schema["fields"]:
+        for part in self._written["fields"]:
             try:
                 schemaless_reader(source, part["type"], None)
             except Exception as cause:
@@ -164,8 +172,27 @@ def load_schema(name: str) -> dict[str, Any]:
     return cast("dict[str, Any]", json.loads(files(__package__).joinpath("avro", f"{name}.avsc").read_text("utf-8")))
 
 
+def released_schemas() -> Iterator[dict[str, Any]]:
+    """The packaged schemas of every release so far."""
+    for release in files(__package__).joinpath("released").iterdir():
+        yield from (json.loads(file.read_text("utf-8")) for file in release.iterdir())
+
+
+def fingerprint_of(schema: dict[str, Any]) -> bytes:
+    """CRC-64-AVRO, as it stands in the header of a record. Defaults and docs are not in it."""
+    return bytes.fromhex(fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO"))
+
+
 CODECS: dict[type[Record], RecordCodec] = {t: RecordCodec(t, load_schema(t.__name__)) for t in RECORD_TYPES}
 _BY_FINGERPRINT: dict[bytes, RecordCodec] = {c.fingerprint: c for c in CODECS.values()}
+
+
+@cache
+def _earlier() -> dict[bytes, RecordCodec]:
+    """By fingerprint, for what earlier releases wrote; read from the package when the first such record comes."""
+    types = {t.__name__: t for t in RECORD_TYPES}
+    earlier = (RecordCodec(types[s["name"]], load_schema(s["name"]), s) for s in released_schemas())
+    return {codec.fingerprint: codec for codec in earlier}
 
 
 def encode(record: Record) -> bytes:
@@ -179,7 +206,7 @@ def codec_of(data: bytes) -> RecordCodec:
         raise UnknownSchema(f"not Avro single-object encoding: the record begins with {data[:2].hex() or 'nothing'}")
     if len(data) < HEADER_SIZE:
         raise TruncatedRecord(f"the record ends within its header, after {len(data)} bytes")
-    codec = _BY_FINGERPRINT.get(data[2:HEADER_SIZE])
+    codec = _BY_FINGERPRINT.get(data[2:HEADER_SIZE]) or _earlier().get(data[2:HEADER_SIZE])
     if codec is None:
         raise UnknownSchema(
             f"unknown schema fingerprint {data[2:HEADER_SIZE].hex()}: written by a newer version of Millstream? "

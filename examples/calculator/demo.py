@@ -29,7 +29,7 @@ from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.processes import STOP_S, Processes
 from millstream.pipeline.queries import CLOSING_QUERIES
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.settings import Settings, load_settings
 
@@ -161,18 +161,18 @@ def over_kafka(run_dir: Path, adapter: str) -> Settings:
 def close(run_dir: Path, settings: Settings, seconds: float) -> dict[str, Any]:
     """The closing queries, with their results, and ``summary.json``."""
     trained = json.loads((run_dir / "train.json").read_text())
-    store = Store(settings)
+    store = ClickHouseStore(settings)
     try:
         for title, query in CLOSING_QUERIES.items():
-            result = store.query(query)
+            result = store.sql(query)
             table = Table(*result.columns, title=title)
             for row in result.rows:
                 table.add_row(*(f"{value:.3f}" if isinstance(value, float) else str(value) for value in row))
             console.print(f"[dim]{query.strip()}[/dim]", highlight=False)
             console.print(table)
-        by_version = store.query(next(iter(CLOSING_QUERIES.values())))
-        ((spans,),) = store.query("SELECT count() FROM spans").rows
-        ((rollouts,),) = store.query("SELECT count() FROM rollouts").rows
+        by_version = store.sql(next(iter(CLOSING_QUERIES.values())))
+        ((spans,),) = store.sql("SELECT count() FROM spans").rows
+        ((rollouts,),) = store.sql("SELECT count() FROM rollouts").rows
     finally:
         store.close()
     summary = {

@@ -228,7 +228,8 @@ class Chaos:
             return False
         name = self.rng.choice(alive)
         process = self.processes[name]
-        if role in ("runner", "agent process") and not (children := busy_children(process.pid, self.ledger)):
+        children = busy_children(process.pid, self.ledger)
+        if role in ("runner", "agent process") and not children:
             return False
         if kind == "remove runner":
             if len(alive) <= 1:
@@ -238,6 +239,8 @@ class Chaos:
         elif kind == "kill agent process":
             os.kill(self.rng.choice(children), signal.SIGKILL)
         elif act == "freeze":
+            if role == "runner":  # just as it has a success to write: thawed, it is a zombie with a late one
+                await self.until_an_attempt_ends(children)
             process.send_signal(signal.SIGSTOP)
             self.frozen.add(name)
             asyncio.get_running_loop().call_later(self.rng.uniform(*FREEZE_S), self.thaw, name, process)
@@ -245,6 +248,20 @@ class Chaos:
             process.kill()
             await asyncio.sleep(self.rng.uniform(*RESTART_S))
         return True
+
+    async def until_an_attempt_ends(self, agents: list[int]) -> None:
+        """In one of these agent processes; a second at most."""
+        position, deadline = self.ledger.stat().st_size, time.monotonic() + 1.0
+        while time.monotonic() < deadline:
+            await asyncio.sleep(0.001)
+            with self.ledger.open() as ledger:
+                ledger.seek(position)
+                entries = [json.loads(line) for line in ledger if line.endswith("\n")]
+            if any(entry["event"] == "end" and entry["pid"] in agents for entry in entries):
+                await asyncio.sleep(
+                    self.rng.uniform(0.0, 0.02)
+                )  # its success is on its way to the runner, or to the log
+                return
 
     def thaw(self, name: str, process: "subprocess.Popen[bytes]") -> None:
         self.frozen.discard(name)

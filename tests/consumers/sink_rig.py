@@ -20,7 +20,7 @@ def role(log, store, settings, *, rows=None, age_s=1.0):
 
 
 def counts(store):
-    return {view: store.query(f"SELECT count() FROM {view}").rows[0][0] for view in VIEWS}
+    return {view: store.sql(f"SELECT count() FROM {view}").rows[0][0] for view in VIEWS}
 
 
 def publish(log, settings, rollouts, spans=4):

@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import pytest
 from factories import call, event, reward, task
@@ -180,17 +181,16 @@ async def test_an_attempt_that_failed_goes_back_to_its_tasks_and_the_next_one_en
         Reader(bed, bed.topics.triplets),
     )
     async with adapter_on(bed) as adapter:
-        for of in tasks:
-            await write(bed, event(of, "a", "preparing"), event(of, "a", "failed", state=b"s"))
+        firsts = [(event(of, "a", "preparing"), event(of, "a", "failed", state=b"s")) for of in tasks]
+        await write(bed, *chain(*firsts))
         await again.until(lambda found: len(found) == 20)
     assert adapter.stats.retries == {"failed": 20}
     assert len({record.partition for record, _ in again.found}) == 4
     marks = await events.until(lambda found: sum(getattr(v, "status", "") == "retry" for _, v in found) == 20)
     assert rollout_status(v for v in marks if v.rollout_id == tasks[0].rollout_id) == "retrying"
     async with adapter_on(bed) as adapter:  # the successor doesn't make them again
-        for _, of in again.found:
-            assert (of.attempt, of.losses, of.state) == (2, 0, b"s")
-            await write(bed, *history(of, attempt="b"))
+        assert {(of.attempt, of.losses, of.state) for _, of in again.found} == {(2, 0, b"s")}
+        await write(bed, *chain(*(history(of, attempt="b") for _, of in again.found)))
         await write(bed, *(event(of, "a", "succeeded") for of in tasks))
         found = await ends.until(lambda found: sum(isinstance(v, RolloutEnd) for _, v in found) == 20)
         await write(bed, event(last := task(), "z", "preparing"), event(last, "z", "cancelled"))

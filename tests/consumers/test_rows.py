@@ -111,13 +111,22 @@ def test_a_dead_letter_keeps_its_own_place_and_that_of_what_was_refused():
 def test_one_broken_record_among_good_ones():
     task = factories.task()
     good = [factories.span(task, "a", sequence=n) for n in (1, 2)]
-    claim = factories.event(task, "a", "preparing", task=codec.encode(good[0]))  # a span where a task should be
-    records = place([good[0], b"garbage", b"", codec.encode(claim), good[1]], True)
+    records = place([good[0], b"garbage", b"", good[1]], True)
     rows, unusable = to_rows(records, EVENTS)
     assert [r["sequence"] for r in dicts(rows)["span_records"]] == [1, 2]
-    assert [item.record for item in unusable] == records[1:4]
+    assert [item.record for item in unusable] == records[1:3]
     assert {item.reason for item in unusable} == {"undecodable"}
-    assert "attempts_raw" not in dicts(rows)
+
+
+@pytest.mark.parametrize(
+    "junk", [b"", b"garbage", codec.encode(factories.span(factories.task(), "a")), codec.encode(factories.task())]
+)
+def test_a_claim_without_a_good_task_is_an_attempt_all_the_same(junk):
+    claim = factories.event(factories.task(), "a", "preparing", task=junk)  # the adapter puts it away
+    rows, unusable = to_rows(place([claim], True), EVENTS)
+    assert [(r["status"], r["attempt_id"]) for r in dicts(rows)["attempts_raw"]] == [("preparing", "a")]
+    assert not unusable
+    assert "tasks_raw" not in dicts(rows)
 
 
 def test_a_broken_span_is_sifted_out_when_its_rows_were_refused():

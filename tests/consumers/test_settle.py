@@ -163,6 +163,8 @@ def test_garbage_is_refused_and_changes_nothing(feed):
         feed(task())
     with pytest.raises(CodecError, match="task"):
         feed(replace(event(task(), "x", "preparing"), task=None))
+    with pytest.raises(CodecError, match="another rollout"):
+        feed(replace(event(task(), "x", "preparing"), task=codec.encode(task())))
     feed(event(TASK, "a", "succeeded"))
     assert feed.end().status == "succeeded"
 

@@ -7,7 +7,7 @@ from sink_rig import counts, eventually, publish, role, run_to_the_end
 
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas.log import Partition
 from millstream.schemas.settings import load_settings
 
@@ -16,7 +16,7 @@ from millstream.schemas.settings import load_settings
 def folder(tmp_path_factory):
     """Of the one embedded engine that a process can have."""
     folder = tmp_path_factory.mktemp("store")
-    held = Store(load_settings(clickhouse_dsn=f"chdb://{folder}"))
+    held = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{folder}"))
     yield folder
     held.close()
 
@@ -44,7 +44,7 @@ def settings(request, folder, kind):
 
 @pytest.fixture
 def store(settings):
-    opened = Store(settings)
+    opened = ClickHouseStore(settings)
     opened.migrate()
     yield opened
     opened.close()
@@ -63,7 +63,7 @@ async def test_what_lies_on_the_topics_lies_in_the_store(log, settings, store, c
     sink = role(log, store, settings)
     await run_to_the_end(sink)
     assert counts(store) == expected
-    assert store.query("SELECT status, count(), sum(reward) FROM rollouts GROUP BY status").rows == [
+    assert store.sql("SELECT status, count(), sum(reward) FROM rollouts GROUP BY status").rows == [
         ("succeeded", 60, 30.0)
     ]
     assert "stopped before the end" not in caplog.text
@@ -109,7 +109,7 @@ async def test_what_cannot_be_decoded_is_put_away_and_the_rest_goes_on(log, sett
     sink = role(log, store, settings)
     await run_to_the_end(sink)
     assert counts(store) == expected | {"dead_letters": 2}
-    letters = store.query(
+    letters = store.sql(
         "SELECT source_topic, source_partition, source_offset, role, reason, hex(value), hex(key) FROM dead_letters "
         "ORDER BY source_topic"
     ).rows
@@ -135,7 +135,7 @@ async def test_a_key_that_is_no_text_is_put_away_as_it_was(log, settings, store)
         settings.topics.tasks("low"), b"garbage", key=key.decode("utf-8", "surrogateescape"), partition=2
     )
     await run_to_the_end(role(log, store, settings))
-    assert store.query("SELECT hex(key) FROM dead_letters").rows == [(key.hex().upper(),)]
+    assert store.sql("SELECT hex(key) FROM dead_letters").rows == [(key.hex().upper(),)]
 
 
 async def test_a_live_record_that_no_column_holds_is_put_away(settings, store):
@@ -146,7 +146,7 @@ async def test_a_live_record_that_no_column_holds_is_put_away(settings, store):
         log.producer().send(settings.topics.events, span, partition=1)
     await run_to_the_end(role(log, store, settings))
     assert counts(store)["spans"] == 79
-    assert store.query("SELECT source_offset, reason FROM dead_letters").rows == [(37, "unstorable")]
+    assert store.sql("SELECT source_offset, reason FROM dead_letters").rows == [(37, "unstorable")]
 
 
 @on_each_log

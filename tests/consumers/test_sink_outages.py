@@ -15,7 +15,7 @@ from millstream.consumers.sink import SinkRole
 from millstream.pipeline.health import Health
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.pipeline.store_errors import BAD_ROWS
 from millstream.schemas.log import Partition
 from millstream.schemas.settings import load_settings
@@ -25,7 +25,7 @@ from millstream.schemas.settings import load_settings
 def engine(tmp_path_factory):
     """The one embedded engine that a process can have, which keeps its data however often the server stops."""
     folder = tmp_path_factory.mktemp("store")
-    held = Store(load_settings(clickhouse_dsn=f"chdb://{folder}"))
+    held = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{folder}"))
     yield folder
     held.close()
 
@@ -56,7 +56,7 @@ def settings(server):
 
 @pytest.fixture
 def store(settings):
-    opened = Store(settings)
+    opened = ClickHouseStore(settings)
     opened.migrate()
     yield opened
     opened.close()
@@ -76,7 +76,7 @@ def _impatient(monkeypatch):
 @pytest.mark.kafka
 async def test_a_server_that_is_down_costs_nothing_but_time(server, kafka_settings):
     settings = connected(server, kafka_settings)
-    store = Store(settings)
+    store = ClickHouseStore(settings)
     store.migrate()
     log = KafkaLog(settings)
     await log.create_topics()
@@ -136,7 +136,7 @@ async def test_a_reply_that_is_lost_stores_the_block_once(server, log, settings,
     await run_to_the_end(role(log, store, settings))
     assert len(server.tokens) == 8
     assert len(set(server.tokens)) == 1  # what is sent again says that it is the same …
-    assert store.query("SELECT count() FROM spans_raw").rows == [(50,)]  # … and is not even stored
+    assert store.sql("SELECT count() FROM spans_raw").rows == [(50,)]  # … and is not even stored
     assert counts(store)["spans"] == 50
 
 
@@ -178,7 +178,7 @@ async def test_a_server_that_does_not_answer_in_time(server, log, settings, stor
 
 async def test_one_bad_row_among_thousands_goes_to_dead_alone(server):
     settings = connected(server, span_batch_size=5000)
-    store = Store(settings)
+    store = ClickHouseStore(settings)
     store.migrate()
     constraint = b"ALTER TABLE spans_raw ADD CONSTRAINT known CHECK SpanName != 'unheard-of'"
     server.execute(constraint, {"database": settings.clickhouse_database})
@@ -190,7 +190,7 @@ async def test_one_bad_row_among_thousands_goes_to_dead_alone(server):
     sink = role(log, store, settings, age_s=60.0)
     await run_to_the_end(sink)
     assert counts(store)["spans"] == 4999
-    (letter,) = store.query("SELECT source_topic, source_offset, role, reason, error FROM dead_letters").rows
+    (letter,) = store.sql("SELECT source_topic, source_offset, role, reason, error FROM dead_letters").rows
     assert letter[:4] == (settings.topics.events, 3210, "sink", "unstorable")
     assert "Constraint `known`" in letter[4]
     assert "VIOLATED_CONSTRAINT" in letter[4]
@@ -207,11 +207,11 @@ async def test_a_crash_between_insert_and_commit_shows_nowhere(log, settings, st
     expected = publish(log, settings, 20)
     with pytest.raises(SystemError, match="killed"):
         await run_to_the_end(SinkRole(log, Crashing(store, settings.topics.events), settings))
-    stored = store.query("SELECT count() FROM spans_raw").rows[0][0]
+    stored = store.sql("SELECT count() FROM spans_raw").rows[0][0]
     assert stored > 0
     await run_to_the_end(role(log, store, settings, rows=70))  # other batches, so other tokens
     assert counts(store) == expected
-    assert store.query("SELECT count(), uniqExact(Partition, Offset) FROM spans").rows == [(80, 80)]
+    assert store.sql("SELECT count(), uniqExact(Partition, Offset) FROM spans").rows == [(80, 80)]
 
 
 async def test_holds_no_more_than_two_batches_while_the_server_is_down(server, log, settings, store):
@@ -270,4 +270,4 @@ async def test_partitions_lost_during_an_outage_are_their_new_owners(server, log
 
 def test_bad_rows_are_told_by_the_numbers_that_clickhouse_gives_its_errors(store):
     for code, name in BAD_ROWS.items():
-        assert store.query(f"SELECT errorCodeToName({code})").rows == [(name,)]
+        assert store.sql(f"SELECT errorCodeToName({code})").rows == [(name,)]

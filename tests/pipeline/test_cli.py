@@ -18,11 +18,16 @@ COMMANDS = [
     ["proxy"],
     ["train"],
     ["rollouts"],
+    ["spans"],
+    ["triplets"],
+    ["rewards"],
     ["sql"],
     ["explain", "rollout"],
     ["dataset", "messages"],
     ["dataset", "preferences"],
     ["dataset", "text"],
+    ["diff"],
+    ["export"],
     ["dead", "list"],
     ["dead", "show"],
     ["dead", "replay"],
@@ -94,14 +99,14 @@ def test_train_names_what_is_wrong_with_its_file(tmp_path):
 
 def test_sql_and_rollouts_on_an_empty_store(tmp_path):
     dsn = {"MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{tmp_path / 'store'}"}
-    from millstream.pipeline.store import Store
+    from millstream.pipeline.store import ClickHouseStore
     from millstream.schemas.settings import load_settings
 
-    store = Store(load_settings(clickhouse_dsn=dsn["MILLSTREAM_CLICKHOUSE_DSN"]))
+    store = ClickHouseStore(load_settings(clickhouse_dsn=dsn["MILLSTREAM_CLICKHOUSE_DSN"]))
     store.migrate()
     store.close()
     assert millstream("rollouts", "--json", **dsn).stdout.strip() == "[]"
-    assert millstream("sql", "--format", "csv", "SELECT 1 AS a, 'x' AS b", **dsn).stdout.split() == ["a,b", "1,x"]
+    assert millstream("sql", "--format", "csv", "SELECT 1 AS a, 'x' AS b", **dsn).stdout.split() == ['"a","b"', '1,"x"']
     wrong = millstream("sql", "SELEC 1", **dsn)
     assert wrong.returncode == 1
     assert "Traceback" not in wrong.stderr

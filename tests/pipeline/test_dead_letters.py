@@ -1,10 +1,13 @@
 """Dead letters, as somebody finds them and sends them again."""
 
 import asyncio
-from dataclasses import replace
+from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
+from io import BytesIO
 
 import pytest
 from factories import event, task
+from fastavro import schemaless_writer
 
 from millstream.consumers.adapter import Adapter
 from millstream.consumers.dead import dead_letter, replay, send_dead_letter
@@ -73,17 +76,66 @@ async def test_a_failed_rollouts_task_becomes_a_new_rollout_with_fresh_budgets(l
     )
 
 
-async def test_what_an_adapter_gives_up_can_be_replayed(log):
-    of = task()
+@asynccontextmanager
+async def adapter_on(log):
     stop = asyncio.Event()
     running = asyncio.create_task(Adapter(log, TOPICS, transactional_id="a").run(stop))
-    for what in ("preparing", "failed"):
-        await send_acknowledged(log.producer(), TOPICS.events, event(of, "a", what), key=of.rollout_id)
-    consumer = log.consumer()
-    await consumer.assign([Partition(TOPICS.dead, n) for n in range(2)])
-    assert await consumer.poll(1, 10.0)
+    yield
     stop.set()
     await running
+
+
+async def first(log, topic):
+    """Waits for the first record of a topic."""
+    consumer = log.consumer()
+    await consumer.assign([Partition(topic, n) for n in range(2)])
+    return (await consumer.poll(1, 10.0))[0]
+
+
+@pytest.fixture
+def newer(monkeypatch):
+    """The schema of an AttemptEvent to come, and what upgrades this process to the release that has it."""
+    schema = codec.load_schema("AttemptEvent")
+    schema["fields"].append({"name": "mood", "type": "string", "doc": "New.", "default": ""})
+
+    def upgrade():
+        monkeypatch.setattr(codec, "released_schemas", lambda: iter([schema]))
+        codec._earlier.cache_clear()
+
+    yield schema, upgrade
+    codec._earlier.cache_clear()
+
+
+async def test_what_a_newer_version_wrote_is_replayed_after_an_upgrade(log, newer):
+    of, producer, (schema, upgrade) = task(), log.producer(), newer
+    body = BytesIO()
+    schemaless_writer(body, schema, asdict(event(of, "a", "succeeded")) | {"mood": "fine"})
+    value = codec.MAGIC + codec.fingerprint_of(schema) + body.getvalue()
+    async with adapter_on(log):
+        await send_acknowledged(producer, TOPICS.events, event(of, "a", "preparing"), key=of.rollout_id)
+        await send_acknowledged(producer, TOPICS.events, value, key=of.rollout_id, headers={"kind": b"succeeded"})
+        await first(log, TOPICS.dead)
+    ((place, _, reason, _, _, error),) = await listed(log, TOPICS, None, None)
+    assert reason == "undecodable"
+    assert codec.fingerprint_of(schema).hex() in error
+
+    upgrade()
+    said = await replay(producer, TOPICS, (await find(log, TOPICS, [place]))[0])
+    assert said.startswith(f"sent to {TOPICS.events} as it was")
+    refused, again = [r for r in records(log, TOPICS.events) if r.value == value]
+    assert (refused.partition, refused.key, refused.headers) == (again.partition, again.key, again.headers)
+    async with adapter_on(log):
+        end = codec.decode((await first(log, TOPICS.triplets)).value)
+    assert (end.rollout_id, end.status) == (of.rollout_id, "succeeded")
+    assert len(await listed(log, TOPICS, None, None)) == 1
+
+
+async def test_what_an_adapter_gives_up_can_be_replayed(log):
+    of = task()
+    async with adapter_on(log):
+        for what in ("preparing", "failed"):
+            await send_acknowledged(log.producer(), TOPICS.events, event(of, "a", what), key=of.rollout_id)
+        await first(log, TOPICS.dead)
     ((place, role, reason, key, _, error),) = await listed(log, TOPICS, None, None)
     assert (role, reason, key, error) == ("adapter", "attempts_exhausted", of.rollout_id, "failed: ValueError: no")
     said = await replay(log.producer(), TOPICS, (await find(log, TOPICS, [place]))[0])

@@ -16,7 +16,7 @@ from millstream.pipeline.cli_dataset import read_rollouts
 from millstream.pipeline.cli_explain import explained
 from millstream.pipeline.collector import Collector
 from millstream.pipeline.memory_log import MemoryLog
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas import semconv
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.log import Partition
@@ -105,7 +105,7 @@ async def test_everybody_reads_whole_prompts_although_the_log_holds_them_once(se
 
     partitions = [Partition(TOPICS.triplets, number) for number in range(TOPICS.partitions)]
     written = [record async for record in read_to_end(log, partitions)]
-    store = Store(load_settings(clickhouse_dsn=f"chdb://{tmp_path / 'store'}"))
+    store = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{tmp_path / 'store'}"))
     store.migrate()
     rows, unusable = to_rows(written, TOPICS.events)
     assert not unusable
@@ -115,6 +115,7 @@ async def test_everybody_reads_whole_prompts_although_the_log_holds_them_once(se
     stored = store.query(f"SELECT prompt, prompt_token_ids, tools FROM triplet_prompts {by_turn}").rows
     assert [tuple(row) for row in stored] == [(text, prompt, '[{"name": "add"}]') for prompt, _, text in TURNS]
     assert store.query(f"SELECT prompt_tokens FROM triplets {by_turn}").rows == [(30,), (33,), (35,)]
+    assert store.triplets([one.rollout_id]) == whole
     shared = store.query(f"SELECT prefix_turn, length(prompt_token_ids) FROM triplets {by_turn}").rows
     assert shared == [(None, 30), (0, 1), (1, 3)]
     store.close()

@@ -10,9 +10,11 @@ import pytest
 
 from millstream.consumers.clickhouse_sink import RowsRefused
 from millstream.consumers.rows import TABLES, to_rows
+from millstream.consumers.sink_port import Batch
+from millstream.pipeline.memory_store import MemoryStore
 from millstream.pipeline.migrations import Migration, packaged_migrations
-from millstream.pipeline.queries import CLOSING_QUERIES, list_rollouts
-from millstream.pipeline.store import Store
+from millstream.pipeline.queries import CLOSING_QUERIES
+from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.ids import new_id
@@ -28,7 +30,7 @@ EVENTS = "millstream.events"
 def folder(tmp_path_factory):
     """Of the one embedded engine that a process can have."""
     folder = tmp_path_factory.mktemp("runs") / "a b" / "store"
-    held = Store(load_settings(clickhouse_dsn=f"chdb://{folder}"))
+    held = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{folder}"))
     yield folder
     held.close()
 
@@ -40,7 +42,7 @@ def settings(folder):
 
 @pytest.fixture
 def store(settings):
-    opened = Store(settings)
+    opened = ClickHouseStore(settings)
     opened.migrate()
     yield opened
     opened.close()
@@ -88,7 +90,7 @@ def end(of, state, attempt_id=None, **fields):
 
 
 def one(store, sql, **parameters):
-    result = store.query(sql, parameters)
+    result = store.sql(sql, parameters)
     assert len(result.rows) == 1, result
     return dict(zip(result.columns, result.rows[0], strict=True))
 
@@ -97,14 +99,14 @@ def one(store, sql, **parameters):
 
 
 def test_migrating_again_changes_nothing(settings):
-    store = Store(settings)
+    store = ClickHouseStore(settings)
     applied = store.migrate()
     assert applied == [m.name for m in packaged_migrations()]
     assert store.migrate() == []
     store.close()
-    again = Store(settings)
+    again = ClickHouseStore(settings)
     assert again.migrate() == []
-    assert again.query("SELECT name FROM migrations ORDER BY version").rows == [(name,) for name in applied]
+    assert again.sql("SELECT name FROM migrations ORDER BY version").rows == [(name,) for name in applied]
     again.close()
 
 
@@ -115,7 +117,7 @@ def test_a_store_of_a_newer_version_is_refused(store):
 
 def test_there_is_a_column_for_everything_that_the_sink_writes(store):
     for table in TABLES.values():
-        rows = store.query(f"DESCRIBE TABLE {table.name}").rows
+        rows = store.sql(f"DESCRIBE TABLE {table.name}").rows
         assert set(table.columns) == {name for name, _, default, *_ in rows if default != "DEFAULT"}, table.name
 
 
@@ -131,14 +133,14 @@ def test_a_migration_that_broke_off_is_taken_up_again(store):
         store.migrate([*packaged_migrations(), Migration(3, "0003_extra", sql)])
     mended = Migration(3, "0003_extra", sql.replace("nonsense", "1"))
     assert store.migrate([*packaged_migrations(), mended]) == ["0003_extra"]
-    assert store.query("SELECT count() FROM extra").rows == [(0,)]
+    assert store.sql("SELECT count() FROM extra").rows == [(0,)]
 
 
 def test_a_folder_that_another_process_holds(store, settings):
     code = (
-        "from millstream.pipeline.store import Store; from millstream.schemas.settings import load_settings; "
+        "from millstream.pipeline.store import ClickHouseStore; from millstream.schemas.settings import load_settings; "
         "from millstream.schemas.errors import StoreError\n"
-        f"try: Store(load_settings(clickhouse_dsn={settings.clickhouse_dsn!r}))\n"
+        f"try: ClickHouseStore(load_settings(clickhouse_dsn={settings.clickhouse_dsn!r}))\n"
         "except StoreError as error: print(error)"
     )
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -147,7 +149,7 @@ def test_a_folder_that_another_process_holds(store, settings):
 
 def test_a_relative_folder_lies_below_the_current_one(store, settings, folder, monkeypatch):
     monkeypatch.chdir(folder.parent.parent)
-    same = Store(settings.model_copy(update={"clickhouse_dsn": "chdb://a b/store"}))
+    same = ClickHouseStore(settings.model_copy(update={"clickhouse_dsn": "chdb://a b/store"}))
     assert same.migrate() == []
     same.close()
 
@@ -155,33 +157,33 @@ def test_a_relative_folder_lies_below_the_current_one(store, settings, folder, m
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match=r"file/store can't be made"):
-        Store(load_settings(clickhouse_dsn=f"chdb://{tmp_path}/file/store"))
+        ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{tmp_path}/file/store"))
 
 
 def test_a_server_that_does_not_answer_is_named_without_its_password():
     with pytest.raises(StoreError, match=r"clickhouse://me:\*\*\*@127\.0\.0\.1:1 can't be opened") as caught:
-        Store(load_settings(clickhouse_dsn="clickhouse://me:secret@127.0.0.1:1"))
+        ClickHouseStore(load_settings(clickhouse_dsn="clickhouse://me:secret@127.0.0.1:1"))
     assert "secret" not in str(caught.value)
 
 
 def test_a_dsn_of_something_else():
     with pytest.raises(ConfigError, match="clickhouse_dsn"):
-        Store(load_settings(clickhouse_dsn="postgres://somewhere"))
+        ClickHouseStore(load_settings(clickhouse_dsn="postgres://somewhere"))
 
 
 def test_asking_before_anything_was_written(settings):
-    store = Store(settings)
+    store = ClickHouseStore(settings)
     with pytest.raises(StoreError, match=r"no database d\w+ yet: a training run or `millstream sink` makes it"):
-        store.query("SELECT 1")
+        store.sql("SELECT 1")
     store.close()
 
 
 def test_two_deployments_share_a_store(store, settings):
-    other = Store(settings.model_copy(update={"clickhouse_database": f"{settings.clickhouse_database}_2"}))
+    other = ClickHouseStore(settings.model_copy(update={"clickhouse_database": f"{settings.clickhouse_database}_2"}))
     other.migrate()
     Writer(other)(factories.task())
-    assert other.query("SELECT count() FROM tasks").rows == [(1,)]
-    assert store.query("SELECT count() FROM tasks").rows == [(0,)]
+    assert other.sql("SELECT count() FROM tasks").rows == [(1,)]
+    assert store.sql("SELECT count() FROM tasks").rows == [(0,)]
     other.close()
 
 
@@ -201,20 +203,20 @@ def test_two_deployments_share_a_store(store, settings):
 )
 def test_a_question_changes_nothing(store, sql):
     with pytest.raises(StoreError, match="readonly"):
-        store.query(sql)
-    assert store.query("SELECT count() FROM tasks_raw").rows == [(0,)]
+        store.sql(sql)
+    assert store.sql("SELECT count() FROM tasks_raw").rows == [(0,)]
 
 
 def test_a_result_has_its_columns_even_when_it_has_no_rows(store):
-    assert store.query("SELECT rollout_id, reward AS r FROM rollouts;").columns == ("rollout_id", "r")
-    result = store.query("SELECT {a:String} AS a, {b:Int32} + 1 AS b", {"a": "it's", "b": 2})
+    assert store.sql("SELECT rollout_id, reward AS r FROM rollouts;").columns == ("rollout_id", "r")
+    result = store.sql("SELECT {a:String} AS a, {b:Int32} + 1 AS b", {"a": "it's", "b": 2})
     assert (result.columns, result.rows) == (("a", "b"), [("it's", 3)])
-    assert store.query("SELECT {a:String} AS a WHERE 0", {"a": "x"}).columns == ("a",)
+    assert store.sql("SELECT {a:String} AS a WHERE 0", {"a": "x"}).columns == ("a",)
 
 
 def test_an_error_is_one_readable_line(store):
     with pytest.raises(StoreError) as caught:
-        store.query("SELECT nothing FROM rollouts")
+        store.sql("SELECT nothing FROM rollouts")
     assert "nothing" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -235,7 +237,7 @@ def test_a_batch_that_is_sent_twice_counts_once(store, write):
 
     def counts():
         return {
-            view: store.query(f"SELECT count() FROM {view}").rows[0][0]
+            view: store.sql(f"SELECT count() FROM {view}").rows[0][0]
             for view in ("tasks", "attempts", "rollouts", "spans", "rewards")
         }
 
@@ -252,7 +254,7 @@ def test_a_token_that_comes_again_is_dropped_before_it_is_stored(store, write):
     rows = "SELECT count() FROM tasks_raw"
     for token, expected in [("a", 2), ("a", 2), ("b", 3)]:
         write.insert(records, token)
-        assert store.query(rows).rows == [(expected,)]
+        assert store.sql(rows).rows == [(expected,)]
 
 
 def test_heartbeats_do_not_grow_the_table(store, write):
@@ -260,10 +262,10 @@ def test_heartbeats_do_not_grow_the_table(store, write):
     write(factories.event(task, attempt, status.PREPARING))
     for beat in range(20):
         write(factories.event(task, attempt, status.RUNNING, time=factories.T0 + beat))
-    assert store.query("SELECT count() FROM attempts_raw FINAL").rows == [(2,)]
+    assert store.sql("SELECT count() FROM attempts_raw FINAL").rows == [(2,)]
     store._writer.command("OPTIMIZE TABLE attempts_raw FINAL")
-    assert store.query("SELECT count() FROM attempts_raw").rows == [(2,)]
-    assert store.query("SELECT toUnixTimestamp64Nano(last_seen) FROM attempts").rows == [(factories.T0 + 19,)]
+    assert store.sql("SELECT count() FROM attempts_raw").rows == [(2,)]
+    assert store.sql("SELECT toUnixTimestamp64Nano(last_seen) FROM attempts").rows == [(factories.T0 + 19,)]
 
 
 def test_a_value_that_no_column_holds_is_named_and_the_others_can_go_on(store):
@@ -274,7 +276,7 @@ def test_a_value_that_no_column_holds_is_named_and_the_others_can_go_on(store):
     with pytest.raises(StoreError, match="nowhere"):
         store.insert("nowhere", ["a"], [[1]], "t")
     store.insert("controls_raw", ["kind", "name"], [["a"], ["b"]], "t")
-    assert store.query("SELECT name FROM controls_raw").rows == [("b",)]
+    assert store.sql("SELECT name FROM controls_raw").rows == [("b",)]
 
 
 def test_spans_that_are_none_are_refused_and_say_why(store):
@@ -290,8 +292,8 @@ def test_spans_that_are_none_are_refused_and_say_why(store):
         (rows,), _ = to_rows([LogRecord(Partition(EVENTS, 0), 7, 1, None, body)] * 2, EVENTS)
         with pytest.raises(RowsRefused, match=why):
             rows.insert(store, new_id())
-    assert store.query("SELECT count() FROM spans_raw").rows == [(0,)]
-    assert store.query("SELECT count() FROM token_ids_raw").rows == [(0,)]
+    assert store.sql("SELECT count() FROM spans_raw").rows == [(0,)]
+    assert store.sql("SELECT count() FROM token_ids_raw").rows == [(0,)]
 
 
 # --- what the views say
@@ -366,9 +368,9 @@ def test_tokens_are_counted_or_taken_from_the_provider(store, write):
         factories.call(task, "a", "2", sequence=2, attributes=usage, response_token_ids=b""),
         factories.call(task, "a", "3", sequence=3, attributes=most, **none),
     )
-    found = store.query("SELECT PromptTokens, ResponseTokens FROM spans ORDER BY Sequence").rows
+    found = store.sql("SELECT PromptTokens, ResponseTokens FROM spans ORDER BY Sequence").rows
     assert found == [(12, 0), (3, 0), ((1 << 32) - 1, 0)]
-    given = store.query("SELECT sequence, has_prompt, has_response, has_logprobs FROM token_ids ORDER BY sequence").rows
+    given = store.sql("SELECT sequence, has_prompt, has_response, has_logprobs FROM token_ids ORDER BY sequence").rows
     assert given == [(2, True, True, True), (3, False, False, True)]
 
 
@@ -376,8 +378,8 @@ def test_tokens_are_counted_or_taken_from_the_provider(store, write):
 def test_a_span_of_an_id_without_a_usable_date_meets_its_twin(store, write, rollout_id):
     span = factories.call(factories.task(), "a", "r", rollout_id=rollout_id)
     write(span, span)
-    assert store.query("SELECT RolloutId, count() FROM spans GROUP BY 1").rows == [(rollout_id, 1)]
-    assert store.query("SELECT rollout_id, count() FROM token_ids GROUP BY 1").rows == [(rollout_id, 1)]
+    assert store.sql("SELECT RolloutId, count() FROM spans GROUP BY 1").rows == [(rollout_id, 1)]
+    assert store.sql("SELECT rollout_id, count() FROM token_ids GROUP BY 1").rows == [(rollout_id, 1)]
 
 
 def test_a_rollout_from_its_task_to_its_end(store, write):
@@ -442,25 +444,14 @@ def test_a_failed_rollout_says_why(store, write):
     )
     row = one(store, "SELECT status, error_type, error_message, reason, trainable FROM rollouts")
     assert list(row.values()) == ["failed", "ValueError", "no", "failed: ValueError: no", False]
-    assert list_rollouts(store, status="failed").rows[0][-1] == "no"
-    assert list_rollouts(store, status="succeeded").rows == []
-
-
-def test_listing_rollouts_newest_first(store, write):
-    tasks = [factories.task(experiment_id=f"e{n % 2}") for n in range(6)]
-    write(*tasks)
-    listed = list_rollouts(store, limit=4)
-    assert [row[0] for row in listed.rows] == sorted((t.rollout_id for t in tasks), reverse=True)[:4]
-    assert {row[1] for row in list_rollouts(store, experiment="e1").rows} == {"e1"}
-    assert len(list_rollouts(store, experiment="e1").rows) == 3
 
 
 def test_a_claim_tells_what_the_publisher_did_not_know(store, write):
     task = factories.task()
     write(factories.event(factories.task(rollout_id=task.rollout_id, resources_id="v2"), new_id(), status.PREPARING))
     write(task, topic="millstream.tasks.normal")  # read later
-    assert store.query("SELECT resources_id FROM tasks").rows == [("v2",)]
-    assert store.query("SELECT resources_id FROM rollouts").rows == [("v2",)]
+    assert store.sql("SELECT resources_id FROM tasks").rows == [("v2",)]
+    assert store.sql("SELECT resources_id FROM rollouts").rows == [("v2",)]
 
 
 def test_rewards_and_tools(store, write):
@@ -473,14 +464,14 @@ def test_rewards_and_tools(store, write):
         factories.span(task, "a", kind="tool", name="divide", status="Error", status_message="by zero"),
         factories.span(task, "a", kind="tool", name="what", attributes={"error.type": "unknown_tool"}),
     )
-    assert store.query("SELECT name, value FROM rewards ORDER BY value").rows == [("reward", 0.0), ("reward", 0.5)]
+    assert store.sql("SELECT name, value FROM rewards ORDER BY value").rows == [("reward", 0.0), ("reward", 0.5)]
     calls = "SELECT name, succeeded, arguments, result, error_message FROM tool_calls ORDER BY name"
-    assert store.query(calls).rows == [
+    assert store.sql(calls).rows == [
         ("add", True, "[1, 2]", "3", ""),
         ("divide", False, "", "", "by zero"),
         ("what", False, "", "", "unknown_tool"),
     ]
-    assert store.query("SELECT duration_s FROM tool_calls WHERE name = 'add'").rows == [(0.002,)]
+    assert store.sql("SELECT duration_s FROM tool_calls WHERE name = 'add'").rows == [(0.002,)]
 
 
 def test_resources_by_version(store, write):
@@ -501,7 +492,7 @@ def test_the_closing_queries_answer(store, write):
             factories.event(task, attempt, status.SUCCEEDED),
             end(task, "succeeded", attempt, reward=float(n == 2), turns=2, model_version=f"run.0.{n // 2}"),
         )
-    by_version, slowest, tools = (store.query(sql) for sql in CLOSING_QUERIES.values())
+    by_version, slowest, tools = (store.sql(sql) for sql in CLOSING_QUERIES.values())
     assert by_version.columns[:3] == ("model_version", "rollouts", "mean_reward")
     assert [row[:3] for row in by_version.rows] == [("run.0.0", 2, 0.0), ("run.0.1", 1, 1.0)]
     assert len(slowest.rows) == 3
@@ -563,17 +554,27 @@ def test_the_views_agree_with_the_transition_table(store, write):
     histories = [history(random.Random(seed)) for seed in range(400)]
     write(*[task for task, _ in histories], topic="millstream.tasks.normal")
     write(*[event for _, events in histories for event in events])
-    rollouts = dict(store.query("SELECT rollout_id, status FROM rollouts").rows)
+    rollouts = dict(store.sql("SELECT rollout_id, status FROM rollouts").rows)
     expected = {task.rollout_id: status.rollout_status(events) for task, events in histories}
     wrong = {r: (rollouts[r], s) for r, s in expected.items() if rollouts[r] != s}
     assert not wrong, [(wrong[t.rollout_id], statuses(e)) for t, e in histories if t.rollout_id in wrong][:3]
     assert set(Counter(expected.values())) == {"queued", "running", "retrying", "succeeded", "failed", "cancelled"}
 
-    attempts = dict(store.query("SELECT attempt_id, status FROM attempts").rows)
+    attempts = dict(store.sql("SELECT attempt_id, status FROM attempts").rows)
     for _, events in histories:
         for attempt, state in attempt_statuses(events).items():
             assert attempts.pop(attempt) == state, statuses(events)
     assert attempts == {}
+
+
+def test_a_store_in_memory_says_the_same_of_every_history(store, write):
+    memory = MemoryStore()
+    histories = [history(random.Random(seed)) for seed in range(300)]
+    memory.write(Batch(write(*[task for task, _ in histories], topic="millstream.tasks.normal"), ""))
+    memory.write(Batch(write(*[event for _, events in histories for event in events]), ""))
+    assert memory.rollouts() == store.rollouts()
+    for rollout in memory.rollouts(limit=30):
+        assert memory.attempts(rollout.rollout_id) == store.attempts(rollout.rollout_id)
 
 
 def statuses(events):

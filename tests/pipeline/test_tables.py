@@ -13,7 +13,7 @@ from millstream.pipeline import migrations
 from millstream.pipeline.cli import app
 from millstream.pipeline.migrations import locked, packaged_migrations
 from millstream.pipeline.queries import granules_read
-from millstream.pipeline.store import Store
+from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.ids import derived_id, new_id
@@ -29,7 +29,7 @@ DAY_NS = 86_400 * 10**9
 def folder(tmp_path_factory):
     """Of the one embedded engine that a process can have."""
     folder = tmp_path_factory.mktemp("tables")
-    held = Store(load_settings(clickhouse_dsn=f"chdb://{folder}"))
+    held = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{folder}"))
     yield folder
     held.close()
 
@@ -41,7 +41,7 @@ def settings(folder):
 
 @pytest.fixture
 def store(settings):
-    opened = Store(settings)
+    opened = ClickHouseStore(settings)
     opened.migrate()
     yield opened
     opened.close()
@@ -91,28 +91,28 @@ ROLL_UPS = ["rollouts_per_minute", "rewards_per_minute", "tokens_per_minute", "l
 
 
 def rolled_up(store):
-    return {view: sorted(store.query(f"SELECT * FROM {view}").rows, key=str) for view in ROLL_UPS}
+    return {view: sorted(store.sql(f"SELECT * FROM {view}").rows, key=str) for view in ROLL_UPS}
 
 
 def test_roll_ups_stay_exact_when_blocks_come_again_with_other_boundaries(store):
     records = run(60)
     insert(store, records)
     before = rolled_up(store)
-    rewards = store.query(
+    rewards = store.sql(
         "SELECT model_version, sum(rollouts), sum(rollouts * reward_mean) / sum(rollouts) FROM rewards_per_minute "
         "GROUP BY model_version ORDER BY model_version"
     ).rows
     assert rewards == [("run.0.0", 30, 29 / 64), ("run.0.1", 30, 30 / 64)]
-    tokens = store.query("SELECT sum(calls), sum(prompt_tokens), sum(response_tokens) FROM tokens_per_minute").rows
+    tokens = store.sql("SELECT sum(calls), sum(prompt_tokens), sum(response_tokens) FROM tokens_per_minute").rows
     assert tokens == [(60, 180, 60)]
-    ended = store.query("SELECT status, sum(rollouts) FROM rollouts_per_minute GROUP BY status ORDER BY status").rows
+    ended = store.sql("SELECT status, sum(rollouts) FROM rollouts_per_minute GROUP BY status ORDER BY status").rows
     assert ended == [("failed", 12), ("succeeded", 48)]
     assert [len(rows) for rows in before.values()] == [6, 6, 6, 7]
     for cut in (17, 90):  # as after a crash: what was not committed comes again, cut anew
         insert(store, records[cut : cut + 70])
         insert(store, records[cut + 31 :])
         assert rolled_up(store) == before
-    assert store.query("SELECT count() FROM spans_raw").rows > [(180,)]  # it is the views that are exact
+    assert store.sql("SELECT count() FROM spans_raw").rows > [(180,)]  # it is the views that are exact
 
 
 def test_a_roll_up_of_some_minutes_leaves_the_rest_unread(store):
@@ -128,7 +128,7 @@ def test_a_roll_up_of_some_minutes_leaves_the_rest_unread(store):
 
 def test_the_traces_have_the_names_and_types_of_the_collectors_exporter(store):
     text, attributes = "LowCardinality(String)", "Map(LowCardinality(String), String)"
-    assert [row[:2] for row in store.query("DESCRIBE TABLE otel_traces").rows] == [
+    assert [row[:2] for row in store.sql("DESCRIBE TABLE otel_traces").rows] == [
         ("Timestamp", "DateTime64(9)"),
         ("TraceId", "String"),
         ("SpanId", "String"),
@@ -152,7 +152,7 @@ def test_the_traces_have_the_names_and_types_of_the_collectors_exporter(store):
         ("Links.TraceState", "Array(String)"),
         ("Links.Attributes", f"Array({attributes})"),
     ]
-    assert [row[:2] for row in store.query("DESCRIBE TABLE otel_traces_trace_id_ts").rows] == [
+    assert [row[:2] for row in store.sql("DESCRIBE TABLE otel_traces_trace_id_ts").rows] == [
         ("TraceId", "String"),
         ("Start", "SimpleAggregateFunction(min, DateTime)"),
         ("End", "SimpleAggregateFunction(max, DateTime)"),
@@ -161,21 +161,21 @@ def test_the_traces_have_the_names_and_types_of_the_collectors_exporter(store):
     spans = [factories.span(task, "a", trace_id="t1", sequence=n, start=factories.T0 + n * 10**9) for n in range(3)]
     insert(store, logged(*spans))
     insert(store, logged(*spans))
-    assert store.query("SELECT count() FROM otel_traces WHERE TraceId = 't1'").rows == [(3,)]
-    assert store.query("SELECT TraceId, End - Start FROM otel_traces_trace_id_ts").rows == [("t1", 2)]
+    assert store.sql("SELECT count() FROM otel_traces WHERE TraceId = 't1'").rows == [(3,)]
+    assert store.sql("SELECT TraceId, End - Start FROM otel_traces_trace_id_ts").rows == [("t1", 2)]
 
 
 def test_workers_and_experiments(store):
     worker = Worker(worker_id="w", role="runner", host="h", version="1", slots=4, running=1, started=1, last_seen=5)
     insert(store, logged(worker, topic="millstream.workers"))
     insert(store, logged(Worker(**{**vars_of(worker), "running": 2, "last_seen": 9}), topic="millstream.workers"))
-    assert store.query("SELECT worker_id, slots, running, toUnixTimestamp64Nano(last_seen) FROM workers").rows == [
+    assert store.sql("SELECT worker_id, slots, running, toUnixTimestamp64Nano(last_seen) FROM workers").rows == [
         ("w", 4, 2, 9)
     ]
     body = {"run": "calc", "seed": 3, "algorithm": "Grpo", "settings": {"a": 1}, "millstream": "0.1.0"}
     experiment = Control(kind="experiment", name="e", experiment_id="e", body=json.dumps(body), created_at=1)
     insert(store, logged(experiment, topic="millstream.control"))
-    ((*found, configuration),) = store.query(
+    ((*found, configuration),) = store.sql(
         "SELECT experiment_id, run, algorithm, seed, version, configuration FROM experiments"
     ).rows
     assert (found, json.loads(configuration)) == (["e", "calc", "Grpo", 3, "0.1.0"], body)
@@ -206,7 +206,7 @@ def test_explain_says_what_a_query_reads(store, settings, monkeypatch):
 
 
 def test_a_store_of_the_first_version_keeps_its_rows(settings):
-    store = Store(settings)
+    store = ClickHouseStore(settings)
     store.migrate(packaged_migrations()[:1])
     task, attempt = factories.task(), new_id()
     day = "toDate(UUIDv7ToDateTime(toUUID('" + task.rollout_id + "'), 'UTC'))"
@@ -236,12 +236,12 @@ def test_a_store_of_the_first_version_keeps_its_rows(settings):
         "SELECT worker_id FROM workers": ("w",),
         "SELECT reason FROM dead_letters": ("undecodable",),
     }.items():
-        assert store.query(query).rows == [expected], query
+        assert store.sql(query).rows == [expected], query
     store.close()
 
 
 def test_processes_that_start_at_once_migrate_once(settings):
-    stores = [Store(settings) for _ in range(4)]
+    stores = [ClickHouseStore(settings) for _ in range(4)]
     gate, applied, failed = threading.Barrier(len(stores)), [], []
 
     def start(store):
@@ -258,8 +258,8 @@ def test_processes_that_start_at_once_migrate_once(settings):
         thread.join()
     assert not failed
     assert sorted(applied) == [m.name for m in packaged_migrations()]
-    assert stores[0].query("SELECT count() FROM migrations").rows == [(len(applied),)]
-    assert stores[0].query("SELECT name FROM system.tables WHERE name LIKE 'migration_lock%'").rows == []
+    assert stores[0].sql("SELECT count() FROM migrations").rows == [(len(applied),)]
+    assert stores[0].sql("SELECT name FROM system.tables WHERE name LIKE 'migration_lock%'").rows == []
     for store in stores:
         store.close()
 
@@ -271,10 +271,10 @@ def test_a_lock_is_waited_for_and_that_of_a_dead_process_is_taken_over(store, mo
         pass
     monkeypatch.setattr(migrations, "LOCK_STALE_S", -1)
     with locked(store._writer, "d"):
-        assert store.query("SELECT comment FROM system.tables WHERE name = 'migration_lock'").rows != [
+        assert store.sql("SELECT comment FROM system.tables WHERE name = 'migration_lock'").rows != [
             ("a dead process",)
         ]
-    assert store.query("SELECT name FROM system.tables WHERE name LIKE 'migration_lock%'").rows == []
+    assert store.sql("SELECT name FROM system.tables WHERE name LIKE 'migration_lock%'").rows == []
 
 
 # --- retention
@@ -285,18 +285,18 @@ def test_retention_is_what_the_settings_say_now(settings):
     undated = factories.task(rollout_id="mine")
 
     def left(**days):
-        store = Store(settings.model_copy(update={"retention_days": days}))
+        store = ClickHouseStore(settings.model_copy(update={"retention_days": days}))
         store.migrate()
         for table in ("spans_raw", "attempts_raw"):
             store._writer.command(f"OPTIMIZE TABLE {table} FINAL")
-        found = [row[0] for row in store.query("SELECT RolloutId FROM spans ORDER BY RolloutId").rows]
-        attempts = store.query("SELECT count() FROM attempts_raw").rows[0][0]
+        found = [row[0] for row in store.sql("SELECT RolloutId FROM spans ORDER BY RolloutId").rows]
+        attempts = store.sql("SELECT count() FROM attempts_raw").rows[0][0]
         store.close()
         return found, attempts
 
     everything = sorted(t.rollout_id for t in (old, new, undated))
     assert left() == ([], 0)
-    store = Store(settings)
+    store = ClickHouseStore(settings)
     insert(
         store,
         logged(*[v for t in (old, new, undated) for v in (factories.span(t, "a"), factories.event(t, "a", "failed"))]),
@@ -306,8 +306,8 @@ def test_retention_is_what_the_settings_say_now(settings):
     assert left(spans=10_000) == (everything, 3)
     assert left(spans=1000) == (sorted([new.rollout_id, "mine"]), 3)
     assert left() == (sorted([new.rollout_id, "mine"]), 3)  # and from here on everything stays
-    engine = Store(settings)
-    assert engine.query("SELECT count() FROM system.tables WHERE engine_full LIKE '%TTL%'").rows == [(0,)]
+    engine = ClickHouseStore(settings)
+    assert engine.sql("SELECT count() FROM system.tables WHERE engine_full LIKE '%TTL%'").rows == [(0,)]
     engine.close()
 
 

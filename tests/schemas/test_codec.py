@@ -183,6 +183,13 @@ def test_text_that_is_not_utf8_names_its_field() -> None:
         decode(encoded)
 
 
+def test_a_number_wider_than_an_int_names_its_field() -> None:
+    worker = encode(example(records.Worker))
+    head = worker[: worker.index(b"\x0e\x0e")]  # slots and running, seven each
+    with pytest.raises(WrongType, match=r"Worker\.slots: 2147483648 is no int"):
+        decode(head + b"\x80\x80\x80\x80\x10" + worker[len(head) + 1 :])
+
+
 @by_type
 def test_a_value_of_the_wrong_type_names_its_field(record_type: type[Record]) -> None:
     good = example(record_type)
