@@ -135,8 +135,10 @@ def _part(triplet: Triplet, earlier: Triplet, turn: int) -> Link | None:
         tokens = common(prompt, before + (earlier.response_token_ids or b"")) // TOKEN_BYTES
         longer = len(prompt) > len(before)
         broken = longer and tokens >= max(len(before) // TOKEN_BYTES - OPENING_TOKENS, 1)
-        return Link(turn, tokens, whole=False, broken=broken)
-    worth = triplet.prompt[:WORTH_BYTES] == earlier.prompt[:WORTH_BYTES]
+        worth = broken or tokens * TOKEN_BYTES >= WORTH_BYTES
+        return Link(turn, tokens, whole=False, broken=broken) if worth else None
+    start = triplet.prompt[:WORTH_BYTES]
+    worth = len(start) == WORTH_BYTES and earlier.prompt.startswith(start)
     return Link(turn, 0, whole=False, broken=False) if worth else None
 
 

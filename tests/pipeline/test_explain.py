@@ -3,6 +3,7 @@
 import asyncio
 import struct
 from collections import Counter
+from contextlib import closing
 
 import pytest
 from factories import call, event, reward, task
@@ -105,17 +106,13 @@ async def test_everybody_reads_whole_prompts_although_the_log_holds_them_once(se
 
     partitions = [Partition(TOPICS.triplets, number) for number in range(TOPICS.partitions)]
     written = [record async for record in read_to_end(log, partitions)]
-    store = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{tmp_path / 'store'}"))
-    store.migrate()
+    settings = load_settings(clickhouse_dsn=f"chdb://{tmp_path / 'store'}")
     rows, unusable = to_rows(written, TOPICS.events)
     assert not unusable
-    for block in rows:
-        block.insert(store, block.table)
-    by_turn = "ORDER BY turn"
-    stored = store.query(f"SELECT prompt, prompt_token_ids, tools FROM triplet_prompts {by_turn}").rows
-    assert [tuple(row) for row in stored] == [(text, prompt, '[{"name": "add"}]') for prompt, _, text in TURNS]
-    assert store.query(f"SELECT prompt_tokens FROM triplets {by_turn}").rows == [(30,), (33,), (35,)]
-    assert store.triplets([one.rollout_id]) == whole
-    shared = store.query(f"SELECT prefix_turn, length(prompt_token_ids) FROM triplets {by_turn}").rows
-    assert shared == [(None, 30), (0, 1), (1, 3)]
-    store.close()
+    with closing(ClickHouseStore(settings)) as store:
+        store.migrate()
+        for block in rows:
+            block.insert(store, block.table)
+        assert store.triplets([one.rollout_id]) == whole
+        asked = store.sql("SELECT prefix_turn, length(prompt_token_ids), prompt_tokens FROM triplets ORDER BY turn")
+    assert asked.rows == [(None, 30, 30), (0, 1, 33), (1, 3, 35)]
