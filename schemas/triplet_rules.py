@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Path = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$", description="module:attribute of a function.")]
+FunctionPath = Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$", description="module:attribute of a function.")]
 Range = tuple[float, float]
 
 
@@ -23,10 +23,10 @@ class TripletRules(BaseModel):
     require_tokens: bool = Field(default=True, description="False for algorithms that learn from text.")
     max_tokens: int | None = Field(default=None, ge=1, description="Of prompt and response together.")
     max_repeats: int | None = Field(default=None, ge=1, description="How often one response may come in an attempt.")
-    rules: tuple[Path, ...] = Field(default=(), description="Your own, from a `Call` to why not, or None.")
+    rules: tuple[FunctionPath, ...] = Field(default=(), description="Your own, from a `Call` to why not, or None.")
 
     # Rewards
-    match: tuple[Literal["nearest", "agent", "span", "final", "link"] | Path, ...] = Field(
+    match: tuple[Literal["nearest", "agent", "span", "final", "link"] | FunctionPath, ...] = Field(
         default=("nearest",), min_length=1, description="Tried in turn for each reward, until one finds its call."
     )
     reward_range: Range | None = Field(default=None, description="Beyond it, their calls are not trained on.")
