@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from millstream.consumers.prefixes import share
 from millstream.consumers.retry import backoff_s, next_task, refusal
 from millstream.consumers.triplets import ToTriplets, Trace, total_reward, trained_version
 from millstream.schemas import codec, status
@@ -356,7 +357,7 @@ def success(
     counts = Counter(span.source for span in spans)
     expected = Counter({source: n for source, n in event.span_counts.items() if n})
     try:
-        triplets = tuple(to_triplets(Trace(task, event.attempt_id, spans)))
+        triplets = tuple(share(to_triplets(Trace(task, event.attempt_id, spans))))
     except Exception as error:  # a user's own code; the rollout has ended all the same
         reason = f"the adapter's function failed: {type(error).__name__}: {error}"
         return Decision(status.SUCCEEDED, replace(end, trainable=False, reason=reason), (), unreadable)

@@ -1,10 +1,32 @@
-"""Spans → triplets: the pure part of the adapter, which a user's own function may replace."""
+"""Spans → triplets: the pure part of the adapter, which a user's own function may replace.
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+docs/triplets.md shows the steps in a picture. Each of them has a file: `calls` (each call once), `call_rules` (which
+take part, which may be learnt from), `rewards` (what they earn). Here they are put together.
+"""
 
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from millstream.consumers.call_rules import Rule, repeats, selection, validation
+from millstream.consumers.calls import Call, SpanTree, calls_of
+from millstream.consumers.objects import load_object
+from millstream.consumers.rewards import (
+    STRATEGIES,
+    Candidates,
+    Reward,
+    Strategy,
+    anomaly,
+    credited,
+    earned,
+    match,
+    rewards_of,
+)
 from millstream.schemas import semconv
 from millstream.schemas.records import RolloutTask, Span, Triplet
+from millstream.schemas.triplet_rules import TripletRules
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,36 +42,109 @@ ToTriplets = Callable[[Trace], Sequence[Triplet]]
 """A custom adapter: from a trace to triplets, by turn. It must be deterministic and do no I/O."""
 
 
-def to_triplets(trace: Trace) -> list[Triplet]:
-    """One triplet per LLM call, in log order, each with the sum of the rewards given to it.
+@dataclass(slots=True)
+class Verdict:
+    """What becomes of a call: ``reason`` says why it is not trained on; ``reward`` is what it is credited with."""
 
-    A reward goes to the latest call that had ended when it was given, by log order; no clock is asked. A call ends
-    where the agent's own span of it lies, if there is one: that span and the rewards come from one process, in one
-    order. Else it ends where the proxy's span lies, which is in the log before the agent sees the answer. A reward
-    before the first call belongs to no triplet; it still counts in `total_reward`.
+    call: Call
+    selected: bool = True
+    reason: str | None = None
+    rewards: list[Reward] = field(default_factory=list)
+    reward: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Every call and every reward of a trace, each once: a reward lies in one verdict, or among those ``left_out``
+    with the reason."""
+
+    verdicts: list[Verdict]
+    left_out: list[tuple[Reward, str]]
+
+    def counts(self) -> Counter[str]:
+        """Calls seen, used, and dropped by reason; rewards seen, and left out by reason."""
+        found = Counter(calls=len(self.verdicts), used=sum(v.reason is None for v in self.verdicts))
+        found["rewards"] = len(self.left_out) + sum(len(v.rewards) for v in self.verdicts)
+        found.update(f"call dropped: {v.reason}" for v in self.verdicts if v.reason is not None)
+        found.update(f"reward left out: {why}" for _, why in self.left_out)
+        return found
+
+
+class TripletMaker:
+    """The adapter's own function from traces to triplets: one for each LLM call, in log order.
+
+    What ``rules`` name as ``module:attribute`` is looked for from the current folder. Raises `ConfigError` if it isn't
+    found there. ``calls_dropped`` and ``rewards_left_out`` count what it has not used since it was made.
     """
-    calls = dict(llm_calls(trace.spans))
-    seen_by_agent = {
-        span.attributes.get(semconv.RESPONSE_ID): position
-        for position, span in enumerate(trace.spans)
-        if span.kind == semconv.LLM and span.source == semconv.SOURCE_AGENT
-    }
-    turn_ended_at = {
-        seen_by_agent.get(span.attributes.get(semconv.RESPONSE_ID), position): turn
-        for turn, (position, span) in enumerate(calls.items())
-    }
-    latest: int | None = None
-    rewards: dict[int, float] = {}
-    for position, span in enumerate(trace.spans):
-        latest = turn_ended_at.get(position, latest)
-        if span.reward is not None and latest is not None:
-            rewards[latest] = rewards.get(latest, 0.0) + span.reward
-    return [_triplet(trace, turn, span, rewards.get(turn)) for turn, span in enumerate(calls.values())]
+
+    def __init__(self, rules: TripletRules | None = None) -> None:
+        self.rules = rules = rules or TripletRules()
+        self.calls_dropped = self.rewards_left_out = 0
+        folder = str(Path.cwd())
+        own: list[Rule] = [load_object("rule", path, folder) for path in rules.rules]
+        self._selection = selection(rules)
+        self._validation = validation(rules, own)
+        self._strategies: list[Strategy] = [
+            STRATEGIES[name] if name in STRATEGIES else load_object("strategy", name, folder) for name in rules.match
+        ]
+
+    def __call__(self, trace: Trace) -> list[Triplet]:
+        explanation = self.explain(trace)
+        triplets = [_triplet(trace, verdict) for verdict in explanation.verdicts]
+        self.calls_dropped += sum(not triplet.trainable for triplet in triplets)
+        self.rewards_left_out += len(explanation.left_out)
+        return triplets
+
+    def explain(self, trace: Trace) -> Explanation:
+        """What becomes of each call and each reward, and why.
+
+        A reward goes to a call that takes part, learnt from or not: what an empty answer earned is not its
+        predecessor's. One that can't be right makes its call useless: what that earned is not known.
+        """
+        rules, tree = self.rules, SpanTree(trace.spans)
+        repeated = repeats(rules)
+        verdicts = [Verdict(call) for call in calls_of(trace.spans, tree)]
+        for verdict in verdicts:
+            verdict.reason = _first(self._selection, verdict.call)
+            verdict.selected = verdict.reason is None
+            if verdict.selected:
+                verdict.reason = _first(self._validation, verdict.call) or repeated(verdict.call)
+        chosen = [verdict for verdict in verdicts if verdict.selected]
+        left_out = self._give(rewards_of(trace.spans), Candidates([v.call for v in chosen], tree), verdicts)
+        credit = credited([earned(verdict.rewards, rules) for verdict in chosen], rules)
+        for verdict, reward in zip(chosen, credit, strict=True):
+            verdict.reward = reward
+        return Explanation(verdicts, left_out)
+
+    def _give(self, rewards: list[Reward], calls: Candidates, verdicts: list[Verdict]) -> list[tuple[Reward, str]]:
+        left_out = []
+        for reward in rewards:
+            if self.rules.weights and reward.name not in self.rules.weights:
+                left_out.append((reward, f"{reward.name!r} has no weight"))
+                continue
+            call, why = match(reward, calls, self._strategies)
+            wrong = anomaly(reward, self.rules)
+            if call is not None and wrong is None:
+                verdicts[call.turn].rewards.append(reward)
+                continue
+            left_out.append((reward, wrong or why or ""))
+            if call is not None:
+                verdicts[call.turn].reason = verdicts[call.turn].reason or wrong
+        return left_out
+
+
+_default = TripletMaker()
+
+
+def to_triplets(trace: Trace) -> list[Triplet]:
+    """With the default rules: one triplet for each LLM call, in log order. The deployment's rules are those of
+    ``TripletMaker(settings.triplets)``."""
+    return _default(trace)
 
 
 def total_reward(spans: Sequence[Span]) -> float | None:
-    """Sum of all rewards an attempt emitted; None if it emitted none."""
-    given = [span.reward for span in spans if span.reward is not None]
+    """Sum of all finite rewards an attempt emitted; None if it emitted none."""
+    given = [span.reward for span in spans if span.reward is not None and math.isfinite(span.reward)]
     return sum(given) if given else None
 
 
@@ -59,24 +154,16 @@ def trained_version(triplets: Sequence[Triplet]) -> str | None:
     return versions.pop() if len(versions) == 1 else "mixed" if versions else None
 
 
-def llm_calls(spans: Sequence[Span]) -> Iterator[tuple[int, Span]]:
-    """Each LLM call once, with its place in the log: the SDK's span of a call that went through the proxy is left out,
-    the two share the response id."""
-    by_proxy = {
-        span.attributes.get(semconv.RESPONSE_ID)
-        for span in spans
-        if span.source == semconv.SOURCE_PROXY and span.kind == semconv.LLM
-    }
-    for position, span in enumerate(spans):
-        if span.kind == semconv.LLM and (
-            span.source == semconv.SOURCE_PROXY or span.attributes.get(semconv.RESPONSE_ID) not in by_proxy
-        ):
-            yield position, span
+def _first(rules: Sequence[Rule], call: Call) -> str | None:
+    for rule in rules:
+        if (reason := rule(call)) is not None:
+            return reason
+    return None
 
 
-def _triplet(trace: Trace, turn: int, span: Span, reward: float | None) -> Triplet:
-    task = trace.task
-    reason = _why_not(span)
+def _triplet(trace: Trace, verdict: Verdict) -> Triplet:
+    task, call = trace.task, verdict.call
+    span = call.span
     return Triplet(
         rollout_id=task.rollout_id,
         attempt_id=trace.attempt_id,
@@ -84,33 +171,18 @@ def _triplet(trace: Trace, turn: int, span: Span, reward: float | None) -> Tripl
         experiment_id=task.experiment_id,
         mode=task.mode,
         resources_id=task.resources_id,
-        turn=turn,
+        turn=call.turn,
         span_id=span.span_id,
-        prompt=_first(span.attributes, semconv.REQUEST_MESSAGES, semconv.INPUT_MESSAGES),
-        response=_first(span.attributes, semconv.RESPONSE_MESSAGE, semconv.OUTPUT_MESSAGES),
+        prompt=call.prompt,
+        response=call.response,
         prompt_token_ids=span.prompt_token_ids,
         response_token_ids=span.response_token_ids,
         response_logprobs=span.response_logprobs,
-        reward=reward,
+        reward=verdict.reward,
         model_version=span.model_version,
-        agent_name=span.attributes.get(semconv.AGENT_NAME),
-        trainable=reason is None,
-        reason=reason,
+        agent_name=call.agent,
+        trainable=verdict.reason is None,
+        reason=verdict.reason,
         metadata=task.metadata,
+        tools=span.attributes.get(semconv.TOOL_DEFINITIONS),
     )
-
-
-def _first(attributes: Mapping[str, str], *names: str) -> str:
-    return next((attributes[name] for name in names if name in attributes), "[]")
-
-
-def _why_not(span: Span) -> str | None:
-    """Why a call can't be learnt from; None if it can."""
-    if span.status == "Error":
-        return f"the call failed: {span.status_message}"
-    if span.prompt_token_ids is None or span.response_token_ids is None or span.response_logprobs is None:
-        return "no token ids or no logprobs"
-    if not span.response_token_ids:
-        return "empty response"
-    tokens, logprobs = len(span.response_token_ids) // 4, len(span.response_logprobs) // 4
-    return None if tokens == logprobs else f"{tokens} response tokens, but {logprobs} logprobs"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from millstream.consumers.hooks import Hook
     from millstream.consumers.sink_port import Batch, Sink
-    from millstream.consumers.triplets import Trace, to_triplets
+    from millstream.consumers.triplets import Trace, TripletMaker, to_triplets
     from millstream.pipeline.algorithms.grpo import GRPO
     from millstream.pipeline.batches import Algorithm
     from millstream.pipeline.broker import broker
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from millstream.schemas.records import Triplet
     from millstream.schemas.resources import LLM, PromptTemplate, Resources
     from millstream.schemas.settings import Settings, load_settings
+    from millstream.schemas.triplet_rules import TripletRules
 
 __all__ = [
     "GRPO",
@@ -52,6 +53,8 @@ __all__ = [
     "Tracer",
     "Trainer",
     "Triplet",
+    "TripletMaker",
+    "TripletRules",
     "WarmUp",
     "broker",
     "emit_reward",
@@ -87,6 +90,8 @@ _HOMES = {
     "Tracer": "millstream.producers.tracer",
     "Trainer": "millstream.pipeline.trainer",
     "Triplet": "millstream.schemas.records",
+    "TripletMaker": "millstream.consumers.triplets",
+    "TripletRules": "millstream.schemas.triplet_rules",
     "WarmUp": "millstream.pipeline.hooks",
     "broker": "millstream.pipeline.broker",
     "emit_reward": "millstream.producers.emit",

@@ -17,7 +17,9 @@ from rich.markup import escape
 from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.cli_ask import app as ask_app
 from millstream.pipeline.cli_control import app as control_app
+from millstream.pipeline.cli_dataset import app as dataset_app
 from millstream.pipeline.cli_dead import app as dead_app
+from millstream.pipeline.cli_explain import app as explain_app
 from millstream.pipeline.cli_monitor import app as monitor_app
 from millstream.pipeline.cli_output import Json, err, out, print_rows
 from millstream.pipeline.cli_replay import app as replay_app
@@ -36,6 +38,8 @@ kafka_app = typer.Typer(no_args_is_help=True, help="An Apache Kafka on this mach
 app.add_typer(topics_app, name="topics")
 app.add_typer(kafka_app, name="kafka")
 app.add_typer(dead_app, name="dead")
+app.add_typer(explain_app, name="explain")
+app.add_typer(dataset_app, name="dataset")
 app.add_typer(schemas_app, name="schemas")
 app.add_typer(store_app, name="store")
 app.add_typer(ask_app)
@@ -179,16 +183,20 @@ def adapter(
     """Settle rollouts: turn their spans into triplets and end each exactly once."""
     from millstream.consumers.adapter import LOST_CALL_S, Adapter
     from millstream.consumers.objects import load_object
-    from millstream.consumers.triplets import to_triplets
+    from millstream.consumers.triplets import TripletMaker
 
     settings = load_settings()
-    chosen = load_object("adapter", function, str(Path.cwd())) if function else to_triplets
+    maker = TripletMaker(settings.triplets)
+    chosen = load_object("adapter", function, str(Path.cwd())) if function else maker
 
     async def work(health: Health, stop: asyncio.Event) -> None:
         topics = settings.topics
         transactional_id = f"{topics.prefix}.adapter.{replica}"
         role = Adapter(health.log, topics, transactional_id=transactional_id, to_triplets=chosen)
         health.age(metrics.TRANSACTION_AGE, lambda: role.call_s, LOST_CALL_S)
+        if chosen is maker:
+            health.gauge(metrics.CALLS_DROPPED, lambda: maker.calls_dropped)
+            health.gauge(metrics.REWARDS_LEFT_OUT, lambda: maker.rewards_left_out)
         await role.run(stop)
 
     _run_role(settings, "adapter", health_port, work)

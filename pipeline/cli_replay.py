@@ -10,7 +10,7 @@ import typer
 
 from millstream.consumers.objects import load_object
 from millstream.consumers.replay import Replay, ToReward
-from millstream.consumers.triplets import to_triplets
+from millstream.consumers.triplets import TripletMaker
 from millstream.pipeline.cli_output import Json, print_rows
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.replay import ReplaySummary, Start, run_replay
@@ -37,7 +37,7 @@ def replay(
     """Make triplets anew from what was recorded, with another adapter or reward function. Changes nothing else."""
     settings = load_settings()
     folder = str(Path.cwd())
-    chosen = load_object("adapter", function, folder) if function else to_triplets
+    chosen = load_object("adapter", function, folder) if function else TripletMaker(settings.triplets)
     rewarded: ToReward | None = load_object("reward", reward, folder) if reward else None
 
     def stored(done: set[str]) -> Iterator[LogRecord]:

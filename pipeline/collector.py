@@ -1,9 +1,11 @@
 """Waits for the ends of rollouts, and keeps the triplets that came before them."""
 
 import logging
+from dataclasses import replace
 
 from millstream.consumers.dead import dead_letter, send_dead_letter
 from millstream.consumers.port import Log
+from millstream.consumers.prefixes import expand
 from millstream.pipeline.batches import FinishedRollout
 from millstream.producers.port import Producer
 from millstream.schemas import codec
@@ -78,5 +80,9 @@ class Collector:
             self._triplets.setdefault(value.rollout_id, []).append(value)
         elif isinstance(value, RolloutEnd) and value.rollout_id in self._outstanding:
             self._outstanding.discard(value.rollout_id)
-            triplets = sorted(self._triplets.pop(value.rollout_id, ()), key=lambda t: t.turn)
+            try:
+                triplets = expand(self._triplets.pop(value.rollout_id, []))
+            except ValueError as error:  # one could not be read, and is a dead letter
+                logger.warning("not trained on: %s", error)
+                value, triplets = replace(value, trainable=False, reason=str(error)), []
             self._finished[value.rollout_id] = FinishedRollout(value, tuple(triplets))

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, Unpack
 
 from millstream.consumers.port import Log
+from millstream.consumers.prefixes import expand
 from millstream.consumers.sink_port import Batch, Unusable
 from millstream.pipeline.follow import follow_spans
 from millstream.pipeline.store_port import (
@@ -125,10 +126,16 @@ class MemoryStore(Store):
                     response_logprobs=triplet.response_logprobs or None,
                 )
                 for rollout_id in _chosen(self._triplets, rollout_ids)
-                for _, triplet in sorted(self._triplets[rollout_id].items())
+                for triplet in self._whole(rollout_id)
                 if _fits(triplet, wanted)
             ]
         return found[:limit]
+
+    def _whole(self, rollout_id: str) -> list[Triplet]:
+        by_attempt: dict[str, list[Triplet]] = {}
+        for (attempt_id, _), triplet in sorted(self._triplets[rollout_id].items()):
+            by_attempt.setdefault(attempt_id, []).append(triplet)
+        return [triplet for triplets in by_attempt.values() for triplet in expand(triplets)]
 
     def rewards(
         self, rollout_ids: Sequence[str] | None = None, *, name: str | None = None, limit: int | None = None
@@ -223,7 +230,7 @@ class MemoryStore(Store):
             created_at=min(task.created_at for task in tasks.values()),
             started_at=min((attempt.started_at for attempt, _ in tried), default=None),
             ended_at=end.ended_at if end else None,
-            prompt_tokens=sum(len(t.prompt_token_ids or b"") // 4 for t in triplets),
+            prompt_tokens=sum(t.prefix_tokens + len(t.prompt_token_ids or b"") // 4 for t in triplets),
             response_tokens=sum(len(t.response_token_ids or b"") // 4 for t in triplets),
             metadata=latest.metadata,
         )

@@ -201,6 +201,8 @@ def call_span(
         semconv.REQUEST_MODEL: str(asked.get("model", "")),
         semconv.REQUEST_MESSAGES: json.dumps(asked.get("messages", []), ensure_ascii=False),
     }
+    if asked.get("tools"):
+        attributes[semconv.TOOL_DEFINITIONS] = json.dumps(asked["tools"], ensure_ascii=False)
     for name in ("temperature", "top_p", "max_tokens", "seed"):
         if asked.get(name) is not None:
             attributes[f"gen_ai.request.{name}"] = json.dumps(asked[name])

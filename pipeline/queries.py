@@ -3,7 +3,7 @@
 import json
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Final, TypeVar
 
 from millstream.pipeline.store_port import Result, Store
@@ -95,10 +95,34 @@ def read_spans(ask: Ask, filters: Mapping[str, Any], before: int | None = None) 
 
 
 def read_triplets(ask: Ask, filters: Mapping[str, Any], limit: int | None) -> list[Triplet]:
+    """Triplets with whole prompts."""
     names = ", ".join(f.name for f in fields(Triplet))
     where, parameters = _conditions(filters)
     sql = f"SELECT {names} FROM triplets WHERE {where} ORDER BY rollout_id, attempt_id, turn"  # noqa: S608
-    return [Triplet(**_with_token_bytes(row)) for row in ask(sql + _limit(limit), parameters).records()]
+    found = [Triplet(**_with_token_bytes(row)) for row in ask(sql + _limit(limit), parameters).records()]
+    going_on = {t.rollout_id for t in found if t.prefix_turn is not None}
+    if not going_on:
+        return found
+    where, parameters = _conditions({"rollout_id": sorted(going_on)})
+    rows = ask(f"SELECT * FROM triplet_prompts WHERE {where}", parameters).records()  # noqa: S608
+    whole = {(row["rollout_id"], row["turn"]): row for row in rows}
+    return [
+        triplet if triplet.prefix_turn is None else _whole(triplet, whole[triplet.rollout_id, triplet.turn])
+        for triplet in found
+    ]
+
+
+def _whole(triplet: Triplet, row: Mapping[str, Any]) -> Triplet:
+    tokens = struct.pack(f"<{len(row['prompt_token_ids'])}i", *row["prompt_token_ids"]) or None
+    return replace(
+        triplet,
+        prompt=row["prompt"],
+        prompt_token_ids=tokens,
+        tools=row["tools"],
+        prefix_turn=None,
+        prefix_tokens=0,
+        prefix_characters=0,
+    )
 
 
 def read_latest_resources(ask: Ask, experiment_id: str | None) -> Resources | None:

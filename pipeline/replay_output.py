@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 
 from millstream.consumers.parquet_sink import arrow_type
 from millstream.consumers.port import Log
+from millstream.consumers.prefixes import expand
 from millstream.consumers.replay import Replayed
 from millstream.consumers.settle import without_triplets
 from millstream.schemas import codec
@@ -93,7 +94,7 @@ class ParquetFolder:
         self._ends = _ParquetFile(folder / "ends.parquet", RolloutEnd)
 
     def write(self, replayed: Replayed) -> None:
-        self._triplets.write(replayed.triplets)
+        self._triplets.write(expand(replayed.triplets))
         self._ends.write([replayed.end])
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from millstream.consumers.triplets import llm_calls
+from millstream.consumers.calls import SpanTree, calls_of
 from millstream.schemas import semconv
 from millstream.schemas.records import Span
 
@@ -20,7 +20,7 @@ class Step:
 
 def steps(spans: Sequence[Span]) -> list[Step]:
     """In log order. A call that both the proxy and the agent's SDK recorded is one step."""
-    calls = {id(span) for _, span in llm_calls(spans)}
+    calls = {id(call.span) for call in calls_of(spans, SpanTree(spans))}
     return [
         _step(span)
         for span in spans

@@ -14,7 +14,6 @@ from rich.console import Console
 
 from millstream.consumers.objects import load_object
 from millstream.consumers.port import Log
-from millstream.consumers.triplets import to_triplets
 from millstream.pipeline.health import watched
 from millstream.pipeline.live import LiveView
 from millstream.pipeline.trainer import ModelServer, Strategy, Summary, Trainer, strategy_of
@@ -33,7 +32,8 @@ class GrpoConfig(BaseModel):
     lr: float = Field(5e-4, ge=0)
     entropy: float = Field(0.1, ge=0)
     epochs: int = Field(2, ge=1)
-    minibatch: int = Field(128, ge=1, description="Turns.")
+    minibatch: int = Field(128, ge=1, description="Turns; rows with merge_turns.")
+    merge_turns: bool = Field(False, description="One row of turns that go on from each other.")
     seed: int = 0
 
 
@@ -114,7 +114,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
             patience=config.patience,
             run=config.run,
             run_dir=config.run_dir,
-            adapter=load_object("adapter", adapter, str(Path.cwd())) if adapter else to_triplets,
+            adapter=load_object("adapter", adapter, str(Path.cwd())) if adapter else None,
             seed=config.seed,
             settings=settings,
             on_step=view.on_step,

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
-from millstream.consumers.triplets import ToTriplets, to_triplets
+from millstream.consumers.triplets import ToTriplets, TripletMaker
 from millstream.pipeline.batches import Algorithm, FinishedRollout, Group
 from millstream.pipeline.collector import Collector
 from millstream.producers.control import publish_control, publish_resources
@@ -116,7 +116,7 @@ class Trainer:
         patience: int = 3,
         run: str = "run",
         run_dir: str | Path = "runs/default",
-        adapter: ToTriplets = to_triplets,
+        adapter: ToTriplets | None = None,
         seed: int = 0,
         settings: Settings | None = None,
         on_step: Callable[[StepReport], None] = lambda report: None,
@@ -133,9 +133,9 @@ class Trainer:
         self._stop_reward, self._patience = stop_reward, patience
         self._run = run
         self._run_dir = Path(run_dir)
-        self._adapter = adapter
         self._seed = seed
         self._settings = settings or load_settings()
+        self._adapter = adapter or TripletMaker(self._settings.triplets)
         self._on_step = on_step
 
     def fit(self, tasks: Sequence[Task] | None = None, val_tasks: Sequence[Task] | None = None) -> Summary:

@@ -31,8 +31,9 @@ def attempt_or_warning(what: str) -> Attempt | None:
     return attempt
 
 
-def emit_reward(value: float, name: str = "reward") -> None:
-    """Records a reward for what the agent has just done: it counts for the latest model call that ended before it.
+def emit_reward(value: float, name: str = "reward", *, for_call: str | None = None) -> None:
+    """Records a reward for what the agent has just done: it counts for the latest model call that ended before it, or
+    for the one whose response id is ``for_call`` (``completion.id``).
 
     May be called any number of times. Raises `RewardError` unless ``value`` is a finite number. Outside a rollout it
     does nothing but warn, once.
@@ -51,6 +52,7 @@ def emit_reward(value: float, name: str = "reward") -> None:
             semconv.EVALUATION_SCORE: number,
             semconv.AGL_REWARD_NAME: name,
             semconv.AGL_REWARD_VALUE: number,
+            **({} if for_call is None else {semconv.REWARD_FOR: for_call}),
         },
     )
 

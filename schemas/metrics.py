@@ -15,6 +15,8 @@ HEARTBEAT_AGE: Final = Metric(
     "millstream_heartbeat_age_seconds", "Since the oldest of the last acknowledged heartbeats"
 )
 TRANSACTION_AGE: Final = Metric("millstream_transaction_call_seconds", "Since the call to the log under way began")
+CALLS_DROPPED: Final = Metric("millstream_calls_dropped", "LLM calls that are not trained on, since the start")
+REWARDS_LEFT_OUT: Final = Metric("millstream_rewards_left_out", "Rewards that no call got, since the start")
 STARVING: Final = Metric(
     "millstream_starving_seconds", "Since the lag began to grow although slots are free and the runner polls"
 )

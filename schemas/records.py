@@ -143,6 +143,10 @@ class Triplet:
     trainable: bool = True
     reason: str | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    tools: str | None = None
+    prefix_turn: int | None = None
+    prefix_tokens: int = 0
+    prefix_characters: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

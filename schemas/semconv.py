@@ -26,6 +26,7 @@ INPUT_MESSAGES: Final = "gen_ai.input.messages"
 OUTPUT_MESSAGES: Final = "gen_ai.output.messages"
 INPUT_TOKENS: Final = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS: Final = "gen_ai.usage.output_tokens"
+TOOL_DEFINITIONS: Final = "gen_ai.tool.definitions"
 AGENT_NAME: Final = "gen_ai.agent.name"
 WORKFLOW_NAME: Final = "gen_ai.workflow.name"
 TOOL_NAME: Final = "gen_ai.tool.name"
@@ -42,6 +43,8 @@ ALERT_NAME: Final = "millstream.alert"
 # Ours: the exact OpenAI messages of a call, as JSON, in the proxy's spans.
 REQUEST_MESSAGES: Final = "millstream.request.messages"
 RESPONSE_MESSAGE: Final = "millstream.response.message"
+# Ours: the response id of the call that a reward is given to by name.
+REWARD_FOR: Final = "millstream.reward.for_call"
 
 # Agent Lightning's reward attributes, so that its tools read our traces.
 AGL_REWARD_NAME: Final = "agentlightning.reward.0.name"

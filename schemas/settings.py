@@ -18,6 +18,7 @@ from pydantic_settings import (
 
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.topics import Topics
+from millstream.schemas.triplet_rules import TripletRules
 
 ENV_PREFIX = "MILLSTREAM_"
 CONFIG_VARIABLE = "MILLSTREAM_CONFIG"  # path of the TOML file; not a setting itself
@@ -71,6 +72,8 @@ class Settings(BaseSettings):
     retry_max_losses: int = Field(10, ge=0, description="Lost attempts of a task that are forgiven.")
     timeout_seconds: float = Field(600.0, gt=0, description="Seconds an attempt may run, unless its task says.")
     lease_seconds: float = Field(30.0, gt=0, description="Seconds without a heartbeat until an attempt is lost.")
+
+    triplets: TripletRules = Field(TripletRules(), description="Which calls train and what they earn.")
 
     # The model
     proxy_url: str = Field("http://127.0.0.1:8400", description="Where runners reach the LLM proxy.")

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from millstream.consumers.prefixes import conversations
 from millstream.pipeline.algorithms.credit import Turns, advantages, turn_rewards
 from millstream.pipeline.batches import FinishedRollout, Group
 from millstream.pipeline.policy import copy_weights, left_pad, load_model, one_thread, parameters
@@ -21,13 +22,15 @@ from millstream.schemas.records import Triplet
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One LLM call to learn from; ``logprobs`` are those of the response's tokens when they were sampled."""
+class Sample:
+    """A row to learn from: one turn, or several of a conversation. For each token of ``response``: its log-probability
+    when it was sampled, its advantage, and whether it is learnt from (what comes between two turns is not)."""
 
     prompt: list[int]
     response: list[int]
     logprobs: list[float]
-    advantage: float
+    advantages: list[float]
+    mask: list[bool]
 
 
 class GRPO:
@@ -45,11 +48,14 @@ class GRPO:
         epochs: int = 2,
         minibatch: int = 128,
         max_grad_norm: float = 1.0,
+        merge_turns: bool = False,
         seed: int = 0,
     ) -> None:
         """``model`` is a Hugging Face folder, ``minibatch`` is in turns, ``clip`` are the distances from ratio 1 down
-        and up. Too small an entropy bonus, and a policy that starts from random weights settles on the first answer
-        that ever earned something: the calculator then stays at a third of its reward.
+        and up. ``merge_turns`` makes one row of turns that go on from each other token by token: a long conversation
+        is evaluated once instead of once a turn (``minibatch`` is in rows, then). Too small an entropy bonus, and a
+        policy that starts from random weights settles on the first answer that ever earned something: the calculator
+        then stays at a third of its reward.
 
         Raises `ConfigError` if the folder holds no model.
         """
@@ -62,6 +68,7 @@ class GRPO:
         self.epochs = epochs
         self.minibatch = minibatch
         self.max_grad_norm = max_grad_norm
+        self.merge_turns = merge_turns
         self._model = load_model(model).eval()  # no dropout: the ratio is 1 until the first step
         self._optimizer = torch.optim.Adam(self._model.parameters(), lr=lr)
         self._random = torch.Generator().manual_seed(seed)
@@ -71,27 +78,30 @@ class GRPO:
         as the data were made by these very weights, token for token. Raises ValueError naming rollout and turn if a
         trainable triplet lacks tokens or log-probabilities."""
         one_thread()
-        turns, dropped = batch_of(groups)
-        metrics = {"dropped_groups": float(dropped), "turns": float(len(turns))}
+        samples, turns, dropped = batch_of(groups, self.merge_turns)
+        metrics = {"dropped_groups": float(dropped), "turns": float(turns), "rows": float(len(samples))}
         sums: dict[str, list[float]] = defaultdict(list)
         for _ in range(self.epochs):
-            order = torch.randperm(len(turns), generator=self._random).tolist()
+            order = torch.randperm(len(samples), generator=self._random).tolist()
             for start in range(0, len(order), self.minibatch):
-                values = self._step([turns[i] for i in order[start : start + self.minibatch]])
+                values = self._step([samples[i] for i in order[start : start + self.minibatch]])
                 error = values.pop("max_ratio_error")
                 metrics.setdefault("max_ratio_error", error)
                 for name, value in values.items():
                     sums[name].append(value)
         return metrics | {name: sum(values) / len(values) for name, values in sums.items()}
 
-    def _step(self, turns: Sequence[Turn]) -> dict[str, float]:
-        logprobs, entropies, mask = self._evaluate(turns)
-        old = torch.zeros_like(logprobs)
-        advantage = torch.tensor([turn.advantage for turn in turns])[:, None]
-        for i, turn in enumerate(turns):
-            old[i, old.shape[1] - len(turn.response) :] = torch.tensor(turn.logprobs)
+    def _step(self, samples: Sequence[Sample]) -> dict[str, float]:
+        logprobs, entropies = self._evaluate(samples)
+        old, advantage = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+        mask = torch.zeros_like(logprobs, dtype=torch.bool)
+        for i, sample in enumerate(samples):
+            place = (i, slice(logprobs.shape[1] - len(sample.response), None))
+            old[place] = torch.tensor(sample.logprobs)
+            advantage[place] = torch.tensor(sample.advantages)
+            mask[place] = torch.tensor(sample.mask)
         log_ratio = (logprobs - old)[mask]
-        policy, clipped = policy_loss(log_ratio, advantage.expand_as(mask)[mask], self.clip)
+        policy, clipped = policy_loss(log_ratio, advantage[mask], self.clip)
         entropy = entropies[mask].mean()
         loss = policy - self.entropy * entropy
         self._optimizer.zero_grad()
@@ -111,20 +121,18 @@ class GRPO:
                 "max_ratio_error": (ratio - 1).abs().max().item(),
             }
 
-    def _evaluate(self, turns: Sequence[Turn]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities of the responses' tokens, entropies at them, and which places hold one: each
-        (turns, longest response), flush right."""
-        longest = max(len(turn.response) for turn in turns)
+    def _evaluate(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the responses' tokens and entropies at them: (samples, longest response), flush
+        right."""
+        longest = max(len(sample.response) for sample in samples)
         # A group asks the same first question, so many turns share all that comes before their last token: such a row
         # goes through the model once.
-        rows = [(*turn.prompt, *turn.response[:-1]) for turn in turns]
+        rows = [(*sample.prompt, *sample.response[:-1]) for sample in samples]
         places = {row: place for place, row in enumerate(dict.fromkeys(rows))}
         logits = self._model(**left_pad(list(places)), use_cache=False, logits_to_keep=longest).logits.float()
         full = torch.log_softmax(logits, dim=-1)[torch.tensor([places[row] for row in rows])]
-        targets = left_pad([turn.response for turn in turns])["input_ids"]
-        lengths = torch.tensor([len(turn.response) for turn in turns])
-        mask = torch.arange(longest)[None, :] >= longest - lengths[:, None]
-        return full.gather(2, targets[:, :, None])[:, :, 0], -(full.exp() * full).sum(-1), mask
+        targets = left_pad([sample.response for sample in samples])["input_ids"]
+        return full.gather(2, targets[:, :, None])[:, :, 0], -(full.exp() * full).sum(-1)
 
     def weights(self) -> Mapping[str, Tensor]:
         """See `Algorithm.weights`: float32 tensors by parameter name, tied ones once."""
@@ -153,21 +161,38 @@ def policy_loss(log_ratio: Tensor, advantage: Tensor, clip: tuple[float, float])
     return -torch.minimum(free, held).mean(), (held < free).float().mean()
 
 
-def batch_of(groups: Sequence[Group]) -> tuple[list[Turn], int]:
-    """The turns to learn from, and how many groups were dropped because fewer than two members can be trained on."""
+def batch_of(groups: Sequence[Group], merge_turns: bool = False) -> tuple[list[Sample], int, int]:
+    """The rows to learn from, the turns in them, and how many groups were dropped because fewer than two members can
+    be trained on."""
     kept = []
     for group in groups:
-        members = [used for member in group.members if (used := _trainable(member))]
+        members = [member for member in group.members if _trainable(member)]
         if len(members) >= 2:
             kept.append(members)
-    rewards = [[turn_rewards([(t.turn, t.reward) for t in triplets]) for triplets in members] for members in kept]
-    turns = [
-        _turn(triplet, credit)
-        for members, earned in zip(kept, advantages(rewards), strict=True)
-        for triplets, credit in zip(members, earned, strict=True)
-        for triplet in triplets
+    samples = [
+        merged([_sample(triplet, credit) for triplet in run])
+        for members, earned in zip(kept, advantages([list(map(_earned, members)) for members in kept]), strict=True)
+        for member, credit in zip(members, earned, strict=True)
+        for run in (conversations(_trainable(member)) if merge_turns else [[t] for t in _trainable(member)])
     ]
-    return turns, len(groups) - len(kept)
+    turns = sum(len(_trainable(member)) for members in kept for member in members)
+    return samples, turns, len(groups) - len(kept)
+
+
+def merged(turns: Sequence[Sample]) -> Sample:
+    """One row of turns of which each prompt begins with all of the turn before it."""
+    row = turns[0]
+    for turn in turns[1:]:
+        between = turn.prompt[len(row.prompt) + len(row.response) :]
+        nothing = [0.0] * len(between)
+        row = Sample(
+            row.prompt,
+            row.response + between + turn.response,
+            row.logprobs + nothing + turn.logprobs,
+            row.advantages + nothing + turn.advantages,
+            row.mask + [False] * len(between) + turn.mask,
+        )
+    return row
 
 
 def _trainable(member: FinishedRollout) -> list[Triplet]:
@@ -176,7 +201,14 @@ def _trainable(member: FinishedRollout) -> list[Triplet]:
     return [triplet for triplet in member.triplets if triplet.trainable]
 
 
-def _turn(triplet: Triplet, credit: Turns) -> Turn:
+def _earned(member: FinishedRollout) -> Turns:
+    """What each turn to learn from earned. What a turn that can't be learnt from was given counts for those before
+    it."""
+    rewards = turn_rewards([(triplet.turn, triplet.reward) for triplet in member.triplets])
+    return {triplet.turn: rewards[triplet.turn] for triplet in _trainable(member)}
+
+
+def _sample(triplet: Triplet, credit: Turns) -> Sample:
     parts = triplet.prompt_token_ids, triplet.response_token_ids, triplet.response_logprobs
     if not all(parts) or len(parts[1] or b"") != len(parts[2] or b""):
         raise ValueError(
@@ -186,4 +218,4 @@ def _turn(triplet: Triplet, credit: Turns) -> Turn:
     prompt, response, logprobs = (
         np.frombuffer(part or b"", kind).tolist() for part, kind in zip(parts, ("<i4", "<i4", "<f4"), strict=True)
     )
-    return Turn(prompt, response, logprobs, credit[triplet.turn])
+    return Sample(prompt, response, logprobs, [credit[triplet.turn]] * len(response), [True] * len(response))

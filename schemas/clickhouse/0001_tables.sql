@@ -293,6 +293,10 @@ CREATE TABLE IF NOT EXISTS triplets_raw (
     trainable Bool,
     reason Nullable(String) CODEC(ZSTD(1)),
     metadata Map(LowCardinality(String), String) CODEC(ZSTD(1)),
+    tools Nullable(String) CODEC(ZSTD(1)),
+    prefix_turn Nullable(Int32),
+    prefix_tokens UInt32,
+    prefix_characters UInt32,
     topic LowCardinality(String),
     partition Int32,
     offset Int64

@@ -21,11 +21,51 @@ SETTINGS do_not_merge_across_partitions_select_final = 1;
 CREATE OR REPLACE VIEW triplets AS
 SELECT
     * EXCEPT (date, topic, partition, offset),
-    toUInt32(length(prompt_token_ids)) AS prompt_tokens,
+    toUInt32(prefix_tokens + length(prompt_token_ids)) AS prompt_tokens,
     toUInt32(length(response_token_ids)) AS response_tokens,
     topic, partition, offset
 FROM triplets_raw FINAL
 SETTINGS do_not_merge_across_partitions_select_final = 1;
+
+-- The whole prompts of those triplets that go on from an earlier turn: their rows hold only what is new (prefix_turn).
+-- Ask for one rollout, or few: a conversation's whole prompts grow with the square of its length.
+CREATE OR REPLACE VIEW triplet_prompts AS
+SELECT rollout_id, whole.1 AS turn, whole.2 AS prompt, whole.3 AS prompt_token_ids, whole.5 AS tools
+FROM (
+    SELECT
+        rollout_id,
+        arrayFold(
+            (done, next) -> arrayPushBack(done, (
+                next.1,
+                concat(substringUTF8(done[indexOf(done.1, ifNull(next.2, -1))].2, 1, next.4), next.5),
+                arrayConcat(
+                    arraySlice(
+                        arrayConcat(
+                            done[indexOf(done.1, ifNull(next.2, -1))].3,
+                            done[indexOf(done.1, ifNull(next.2, -1))].4
+                        ),
+                        1, next.3
+                    ),
+                    next.6
+                ),
+                next.7,
+                multiIf(
+                    next.2 IS NULL, next.8,
+                    next.8 = '[]', NULL,
+                    ifNull(next.8, done[indexOf(done.1, ifNull(next.2, -1))].5)
+                )
+            )),
+            arraySort(t -> t.1, groupArray((
+                turn, prefix_turn, prefix_tokens, prefix_characters,
+                prompt, prompt_token_ids, response_token_ids, tools
+            ))),
+            CAST([], 'Array(Tuple(Int32, String, Array(Int32), Array(Int32), Nullable(String)))')
+        ) AS turns
+    FROM triplets_raw FINAL
+    GROUP BY rollout_id
+    SETTINGS do_not_merge_across_partitions_select_final = 1
+)
+ARRAY JOIN turns AS whole;
 
 -- One row per attempt. The first terminal event counts, unless the adapter's mark (retry, or the rollout's end) lies
 -- before it: then the attempt is lost, and whatever it still wrote is late. The rules are those of `schemas.status`.
@@ -122,7 +162,7 @@ WITH
     tokens AS (
         SELECT
             rollout_id,
-            sum(length(prompt_token_ids)) AS prompt_tokens,
+            sum(prefix_tokens + length(prompt_token_ids)) AS prompt_tokens,
             sum(length(response_token_ids)) AS response_tokens
         FROM triplets_raw FINAL
         GROUP BY rollout_id

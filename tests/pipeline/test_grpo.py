@@ -67,6 +67,10 @@ async def sampled(folder: Path, count: int, max_tokens: int = 1, weights: Any = 
     return found
 
 
+def copied(algorithm: GRPO) -> dict[str, torch.Tensor]:
+    return {name: weight.clone() for name, weight in algorithm.weights().items()}
+
+
 def group(turns: Sequence[dict[str, Any]]) -> Group:
     return Group("g", tuple(rollout(f"r{i}", [turn]) for i, turn in enumerate(turns)))
 
@@ -144,21 +148,52 @@ def test_remaining_members_are_used_and_small_groups_dropped() -> None:
     untrainable = rollout("untrainable", [ANY], trainable=False, reason="span_count")
     callless = rollout("callless", [])
     usable, lonely = Group("g", (good, failed, bad, untrainable, callless)), Group("h", (good, failed))
-    turns, dropped = batch_of([usable, lonely])
-    assert dropped == 1
-    assert [turn.advantage for turn in turns] == [1.0, -1.0]
-    assert (turns[0].prompt, turns[0].response, turns[0].logprobs) == ([2, 5], [6], [-1.0])
+    samples, turns, dropped = batch_of([usable, lonely])
+    assert (turns, dropped) == (2, 1)
+    assert [sample.advantages for sample in samples] == [[1.0], [-1.0]]
+    assert (samples[0].prompt, samples[0].response, samples[0].logprobs) == ([2, 5], [6], [-1.0])
 
 
 def test_an_untrainable_turn_is_left_out() -> None:
     member = rollout("r", [ANY, {"trainable": False, "reason": "tokens"}, ANY | {"reward": 1.0}])
-    turns, dropped = batch_of([Group("g", (member, member))])
-    assert (len(turns), dropped) == (4, 0)
+    _, turns, dropped = batch_of([Group("g", (member, member))])
+    assert (turns, dropped) == (4, 0)
+
+
+def test_what_a_cut_off_answer_earned_counts_for_the_turns_before_it() -> None:
+    cut = {"trainable": False, "reason": "too long"}
+    members = [rollout(str(earned), [ANY, cut | {"reward": earned}]) for earned in (1.0, 0.0)]
+    samples, _, _ = batch_of([Group("g", tuple(members))])
+    assert [sample.advantages for sample in samples] == [[1.0], [-1.0]]
+
+
+CONVERSATION = [data([2, 5], [6], [-1.0]), data([2, 5, 6, 8, 9], [3, 4], [-2.0, -3.0]) | {"reward": 1.0}]
+AFTER_A_BREAK = [data([2, 5], [6], [-1.5]), data([2, 7, 8, 9], [3, 4], [-2.0, -3.0]) | {"reward": 0.0}]
+
+
+def test_turns_that_go_on_from_each_other_make_one_row_with_a_mask() -> None:
+    samples, turns, _ = batch_of([Group("g", (rollout("a", CONVERSATION), rollout("b", AFTER_A_BREAK)))], True)
+    assert turns == 4
+    assert [sample.response for sample in samples] == [[6, 8, 9, 3, 4], [6], [3, 4]]
+    assert samples[0].mask == [True, False, False, True, True]
+    assert samples[0].logprobs == [-1.0, 0.0, 0.0, -2.0, -3.0]
+
+
+def test_merged_turns_teach_the_same(folder: Path) -> None:
+    groups = [Group("g", (rollout("a", CONVERSATION), rollout("b", AFTER_A_BREAK)))]
+    apart, merged = GRPO(folder), GRPO(folder, merge_turns=True)
+    before, one, other = copied(apart), apart.update(groups), merged.update(groups)
+    assert (one["rows"], other["rows"]) == (4, 3)
+    for name in ("loss", "entropy", "kl", "grad_norm"):
+        assert other[name] == pytest.approx(one[name], rel=1e-3)
+    moved = max(float((after - before[name]).abs().max()) for name, after in apart.weights().items())
+    differ = max(float((after - merged.weights()[name]).abs().max()) for name, after in apart.weights().items())
+    assert differ < 0.05 * moved
 
 
 def test_a_step_without_any_data_changes_nothing(folder: Path) -> None:
     metrics = GRPO(folder).update([Group("g", (rollout("r", [ANY]),))])
-    assert metrics == {"dropped_groups": 1.0, "turns": 0.0}
+    assert metrics == {"dropped_groups": 1.0, "turns": 0.0, "rows": 0.0}
 
 
 @pytest.mark.parametrize("broken", [{"response_logprobs": None}, data([2], [6, 7], [-1.0])])

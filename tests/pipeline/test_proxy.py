@@ -1,6 +1,7 @@
 """The proxy, asked by the real OpenAI SDK: what reaches the model, the agent and the log."""
 
 import asyncio
+import json
 import struct
 from contextlib import asynccontextmanager
 
@@ -115,6 +116,13 @@ async def test_a_call_is_answered_and_lies_in_the_log_token_by_token(setup):
     assert span.attributes[semconv.RESPONSE_ID] == answer.id
     assert span.attributes[semconv.REQUEST_MESSAGES] == '[{"role": "user", "content": "hi"}]'
     assert span.attributes[semconv.RESPONSE_MESSAGE] == '{"role": "assistant", "content": "add"}'
+
+
+async def test_the_tools_that_were_offered_are_recorded(setup):
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    await setup.client.chat.completions.create(**ASKED, tools=tools)
+    (span,) = await setup.spans()
+    assert json.loads(span.attributes[semconv.TOOL_DEFINITIONS]) == tools
 
 
 async def test_the_client_sees_only_what_it_asked_for(setup):

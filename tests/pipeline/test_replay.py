@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from millstream.consumers.adapter import Adapter
 from millstream.consumers.clickhouse_sink import ClickHouseSink
+from millstream.consumers.prefixes import expand
 from millstream.consumers.reading import read_to_end
 from millstream.consumers.replay import Replay
 from millstream.consumers.sink import SinkRole
@@ -194,7 +195,11 @@ async def test_a_folder_holds_what_the_topic_would(log, settings, tmp_path):
     triplets, ends = (pq.read_table(tmp_path / "one" / name).to_pylist() for name in files)
     assert len(ends) == rollouts
     key = lambda row: (row["rollout_id"], row["turn"])  # noqa: E731
-    rows = [{n: getattr(t, n) for n in codec.CODECS[Triplet].field_names} for t in expected if isinstance(t, Triplet)]
+    by_rollout = {t.rollout_id: [] for t in expected}
+    for triplet in (t for t in expected if isinstance(t, Triplet)):
+        by_rollout[triplet.rollout_id].append(triplet)
+    whole = [triplet for found in by_rollout.values() for triplet in expand(found)]
+    rows = [{n: getattr(t, n) for n in codec.CODECS[Triplet].field_names} for t in whole]
     assert sorted(({**row, "metadata": dict(row["metadata"])} for row in triplets), key=key) == sorted(rows, key=key)
     with pytest.raises(ConfigError, match="something already"):
         await open_output(f"{tmp_path}/one/", log, settings)

@@ -74,6 +74,12 @@ def test_a_reward_is_typed_and_carries_both_conventions() -> None:
     }
 
 
+def test_a_reward_names_the_call_that_it_is_for() -> None:
+    with an_attempt() as spans:
+        ms.emit_reward(0.5, for_call="chatcmpl-7")
+    assert spans[0].attributes["millstream.reward.for_call"] == "chatcmpl-7"
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), "0.5", None, 1j, 10**400])
 def test_a_reward_that_is_no_finite_number_is_refused_where_it_is_made(value: object) -> None:
     with an_attempt() as spans, pytest.raises(MillstreamError, match="finite number"):
