@@ -97,7 +97,8 @@ class Engine:
 
     def run(self, request: Request) -> Answer:
         """Blocks. Raises `Refused`."""
-        connection: Any = chdb.connect(self._path)  # takes bytes, too, whatever its types say
+        connect: Any = chdb.connect  # its types depend on which of chdb's two packages was unpacked last
+        connection = connect(self._path)
         streaming = False
         try:
             connection.query(";".join(_preparations(request)))
