@@ -1,6 +1,7 @@
 """The trainer: publishes tasks in groups, waits for their ends, learns, publishes the new policy."""
 
 import asyncio
+import itertools
 import json
 import logging
 import random
@@ -99,8 +100,9 @@ class Trainer:
     ``agent`` is a callable or ``module:attribute``. ``strategy`` is "memory" (everything in this process) or "kafka":
     then runners, adapter, sink and proxy are processes of their own, unless an agent is given here. ``adapter``
     replaces the function from traces to triplets where the adapter runs in this process, ``hooks`` (objects or
-    ``module:attribute``) surround each attempt of an agent given here. Training ends after
-    ``max_steps``, or when each of ``patience`` steps in a row has a mean reward of at least ``stop_reward``.
+    ``module:attribute``) surround each attempt of an agent given here. Training ends after ``max_steps``, or when each
+    of ``patience`` steps in a row has a mean reward of at least ``stop_reward`` and so has a validation then; if that
+    falls short, it goes on.
     """
 
     def __init__(
@@ -158,8 +160,9 @@ class Trainer:
             run = _Run(self._settings, log, self._run, self._algorithm, server, self._run_dir, self._on_step)
             try:
                 await run.start(self._seed)
-                await run.learn(tasks, self._seed, self._max_steps, self._stop_reward, self._patience)
-                if val_tasks:
+                stop = self._stop_reward, self._patience
+                validated = await run.learn(tasks, val_tasks, self._seed, self._max_steps, *stop)
+                if val_tasks and not validated:
                     await run.validate(val_tasks)
             finally:
                 await run.close()
@@ -223,6 +226,7 @@ class _Run:
         self._started = time.monotonic()
         self._epoch = 0
         self._version = f"{name}.0.0"
+        self._evaluations = itertools.count()
         self._resources_id = ""
         self.summary = Summary(new_id())
 
@@ -257,8 +261,15 @@ class _Run:
         await asyncio.to_thread(self._producer.close)
 
     async def learn(
-        self, tasks: Sequence[Task], seed: int, max_steps: int, stop_reward: float | None, patience: int
-    ) -> None:
+        self,
+        tasks: Sequence[Task],
+        val_tasks: Sequence[Task],
+        seed: int,
+        max_steps: int,
+        stop_reward: float | None,
+        patience: int,
+    ) -> bool:
+        """Whether it ended with a validation that was good enough."""
         assert self._algorithm is not None
         rewards: list[float] = []
         cursor = _shuffled(tasks, seed)
@@ -272,17 +283,24 @@ class _Run:
             await self._publish_policy(step + 1)
             rewards.append(report.reward)
             recent = rewards[-patience:]
-            if stop_reward is not None and len(recent) == patience and min(recent) >= stop_reward:
-                return
+            if stop_reward is None or len(recent) < patience or min(recent) < stop_reward:
+                continue
+            if not val_tasks:
+                return False
+            if await self.validate(val_tasks) >= stop_reward:
+                return True
+            rewards.clear()  # it knows these tasks by heart, and has more to learn
+        return False
 
-    async def validate(self, tasks: Sequence[Task]) -> None:
+    async def validate(self, tasks: Sequence[Task]) -> float:
         finished = await self.evaluate(tasks, "val")
         self.summary.validation_reward = mean_reward(finished)
         self.summary.validation_failed = _failed(finished)
+        return self.summary.validation_reward
 
     async def evaluate(self, tasks: Sequence[Task], mode: str) -> list[FinishedRollout]:
         """Every task once, with the policy as it is."""
-        groups = await self._rollouts(tasks, 1, mode, mode)
+        groups = await self._rollouts(tasks, 1, mode, f"{mode}/{next(self._evaluations)}")
         finished = [member for group in groups for member in group.members]
         self._count(finished)
         return finished

@@ -96,6 +96,14 @@ class TestLearning:
         trainer = Trainer(algorithm=algorithm, agent=agent, run_dir=tmp_path, stop_reward=0.5, patience=2)
         summary = trainer.fit([{"number": 6}])
         assert len(summary.steps) == 2
+        assert summary.validation_reward is None
+
+    def test_training_goes_on_while_the_validation_falls_short(self, tmp_path, algorithm):
+        options = {"algorithm": algorithm, "agent": agent, "stop_reward": 0.5, "patience": 2, "max_steps": 5}
+        summary = Trainer(run_dir=tmp_path / "short", **options).fit([{"number": 6}], [{"number": 1}])
+        assert (len(summary.steps), summary.validation_reward) == (5, 0.1)
+        summary = Trainer(run_dir=tmp_path / "good", **options).fit([{"number": 6}], [{"number": 8}])
+        assert (len(summary.steps), summary.validation_reward) == (2, 0.8)
 
     def test_the_store_has_everything_when_the_run_is_over(self, tmp_path, algorithm):
         import subprocess
