@@ -34,6 +34,15 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def _checks(schema: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Any], bool]]]:
+    for field in schema["fields"]:
+        kind = field["type"]
+        if kind in ("int", "boolean"):
+            yield field["name"], CHECKS[kind]
+        elif kind == ["null", "int"]:
+            yield field["name"], lambda value: value is None or CHECKS["int"](value)
+
+
 class RecordCodec:
     """Encoder and decoder of one record type; with ``written``, decoder of what an earlier release wrote by that."""
 
@@ -50,7 +59,7 @@ class RecordCodec:
         self.field_names = tuple(f["name"] for f in schema["fields"])
         self._values = attrgetter(*self.field_names)
         self._conversions = _conversions(schema)
-        self._checks = [(f["name"], CHECKS[f["type"]]) for f in schema["fields"] if f["type"] in ("int", "boolean")]
+        self._checks = list(_checks(schema))
 
     def encode(self, record: Record) -> bytes:
         """The record with its header. Raises `WrongType` naming the field."""

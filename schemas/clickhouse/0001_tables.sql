@@ -295,8 +295,8 @@ CREATE TABLE IF NOT EXISTS triplets_raw (
     metadata Map(LowCardinality(String), String) CODEC(ZSTD(1)),
     tools Nullable(String) CODEC(ZSTD(1)),
     prefix_turn Nullable(Int32),
-    prefix_tokens UInt32,
-    prefix_characters UInt32,
+    prefix_tokens Int32,
+    prefix_characters Int32,
     topic LowCardinality(String),
     partition Int32,
     offset Int64

@@ -12,6 +12,7 @@ import pytest
 from factories import task
 from opentelemetry import trace
 
+from millstream.producers import worker_threads
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.client_binding import OutsideRollout
 from millstream.producers.tracer import Tracer, adopt_global_provider
@@ -45,6 +46,12 @@ class Worker:
         while (item := self._queue.get()) is not None:
             work, future = item
             future.set_result(work())
+
+
+@pytest.fixture(autouse=True)
+def nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests leave agents behind that never end."""
+    monkeypatch.setattr(worker_threads, "_running", set())
 
 
 @pytest.fixture
