@@ -26,7 +26,7 @@ from millstream.pipeline.memory_log import MemoryLog
 from millstream.schemas import codec, semconv, status
 from millstream.schemas.ids import new_id
 from millstream.schemas.log import KIND_HEADER
-from millstream.schemas.records import AttemptEvent, RolloutTask, Span
+from millstream.schemas.records import AttemptEvent, RolloutTask, Span, Triplet
 from millstream.schemas.topics import Topics
 
 CALLS, TOKENS = 10, 512
@@ -89,12 +89,16 @@ def cpu_us(work: Callable[[], object], times: int) -> float:
 
 def pure(quick: bool) -> dict[str, float]:
     few, many = task(), task()
-    short, long = Trace(few, "a", rollout(few, CALLS)), Trace(many, "a", rollout(many, 1000))
+    short, long = rollout(few, CALLS), rollout(many, 1000)
+
+    def triplets(of: RolloutTask, spans: list[Span]) -> Sequence[Triplet]:
+        return to_triplets(Trace(of, "a", spans))
+
     small = codec.encode(span(few, semconv.SOURCE_AGENT, semconv.SPAN, 1, {"text": "x" * 300}))
     times = 50 if quick else 500
-    per_call = cpu_us(lambda: to_triplets(short), times) / CALLS
-    per_call_of_many = cpu_us(lambda: to_triplets(long), max(times // 100, 1)) / 1000
-    shared, shared_of_many = to_triplets(short), to_triplets(long)
+    per_call = cpu_us(lambda: triplets(few, short), times) / CALLS
+    per_call_of_many = cpu_us(lambda: triplets(many, long), max(times // 100, 1)) / 1000
+    shared, shared_of_many = triplets(few, short), triplets(many, long)
     decode = cpu_us(lambda: codec.decode(small), times * CALLS)
     return {
         "span_bytes": len(small),

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from millstream.producers.attempt_context import Attempt, Rollout
 from millstream.schemas import semconv
+from millstream.schemas.dialects import normalised
 from millstream.schemas.records import Span
 
 logger = logging.getLogger(__name__)
@@ -66,8 +67,9 @@ class TraceSummary:
             self.kinds[span.kind] += 1
             self.errors += span.status == "Error"
             if span.kind == semconv.LLM:
-                self.input_tokens += _number(span.attributes.get(semconv.INPUT_TOKENS))
-                self.output_tokens += _number(span.attributes.get(semconv.OUTPUT_TOKENS))
+                attributes = normalised(span).attributes
+                self.input_tokens += _number(attributes.get(semconv.INPUT_TOKENS))
+                self.output_tokens += _number(attributes.get(semconv.OUTPUT_TOKENS))
 
     def begin(self) -> None:
         self._began = time.monotonic()

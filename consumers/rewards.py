@@ -8,19 +8,21 @@ from functools import cached_property
 from typing import Final
 
 from millstream.consumers.calls import Call, SpanTree
-from millstream.schemas import semconv
+from millstream.schemas import dialects, semconv
 from millstream.schemas.records import Span
 from millstream.schemas.triplet_rules import TripletRules
 
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A reward as it was emitted, at a position of the trace."""
+    """A reward as it was emitted, at a position of the trace. Of one with several dimensions each is a reward; the
+    first is ``primary``."""
 
     position: int
     name: str
     value: float
     span: Span
+    primary: bool = True
 
     @property
     def link(self) -> str | None:
@@ -112,11 +114,14 @@ STRATEGIES: Final[Mapping[str, Strategy]] = {
 
 
 def rewards_of(spans: Sequence[Span]) -> list[Reward]:
-    return [
-        Reward(position, span.reward_name or "reward", span.reward, span)
-        for position, span in enumerate(spans)
-        if span.reward is not None
-    ]
+    found = []
+    for position, span in enumerate(spans):
+        if span.reward is not None:
+            found.append(Reward(position, span.reward_name or "reward", span.reward, span))
+            if semconv.AGL_SECOND_REWARD in span.attributes:
+                others = dialects.rewards_of(span.attributes)[1:]
+                found += [Reward(position, name or "reward", value, span, primary=False) for name, value in others]
+    return found
 
 
 def match(reward: Reward, calls: Candidates, strategies: Sequence[Strategy]) -> tuple[Call | None, str | None]:

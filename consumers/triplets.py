@@ -25,17 +25,22 @@ from millstream.consumers.rewards import (
     rewards_of,
 )
 from millstream.schemas import semconv
+from millstream.schemas.dialects import normalised
 from millstream.schemas.records import RolloutTask, Span, Triplet
 from millstream.schemas.triplet_rules import TripletRules
 
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One attempt as the log holds it: its task and its spans *in log order*."""
+    """One attempt as the log holds it: its task and its spans *in log order*, in the names of `semconv` whatever
+    tracing library wrote them."""
 
     task: RolloutTask
     attempt_id: str
     spans: Sequence[Span]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spans", [normalised(span) for span in self.spans])
 
 
 ToTriplets = Callable[[Trace], Sequence[Triplet]]
@@ -119,7 +124,8 @@ class TripletMaker:
     def _give(self, rewards: list[Reward], calls: Candidates, verdicts: list[Verdict]) -> list[tuple[Reward, str]]:
         left_out = []
         for reward in rewards:
-            if self.rules.weights and reward.name not in self.rules.weights:
+            weights = self.rules.weights
+            if reward.name not in weights if weights else not reward.primary:
                 left_out.append((reward, f"{reward.name!r} has no weight"))
                 continue
             call, why = match(reward, calls, self._strategies)

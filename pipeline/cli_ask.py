@@ -22,6 +22,7 @@ from rich.tree import Tree
 from millstream.pipeline.cli_output import Json, out, print_rows, table_of
 from millstream.pipeline.steps import Step, children, error_of, same_steps, steps, token_counts
 from millstream.pipeline.store_port import Attempt, Rollout, RolloutOrder
+from millstream.schemas.dialects import normalised
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.records import Span
 from millstream.schemas.settings import load_settings
@@ -126,7 +127,7 @@ def spans(rollout: RolloutId, as_json: Json = False) -> None:
         out.print(f"rollout {rollout} waits for its first attempt")
     for attempt in attempts:
         tree = Tree(_attempt_line(attempt))
-        below = children([span for span in found if span.attempt_id == attempt.attempt_id])
+        below = children([normalised(span) for span in found if span.attempt_id == attempt.attempt_id])
         _grow(tree, below.get("", ()), below)
         out.print(tree)
 

@@ -59,7 +59,14 @@ def _rewarded(rollouts: Iterable[Rollout]) -> Iterator[tuple[Triplet, float]]:
 
 
 def _tools(triplet: Triplet) -> dict[str, Any]:
-    return {"tools": json.loads(triplet.tools)} if triplet.tools else {}
+    return {"tools": [_tool(tool) for tool in json.loads(triplet.tools)]} if triplet.tools else {}
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    """In the form of chat completions; elsewhere a tool's fields stand at its top."""
+    if "function" in tool:
+        return tool
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
 def _prompt(triplet: Triplet) -> list[dict[str, Any]]:

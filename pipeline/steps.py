@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from millstream.consumers.calls import SpanTree, calls_of
 from millstream.schemas import semconv
+from millstream.schemas.dialects import normalised
 from millstream.schemas.records import Span
 
 
@@ -20,6 +21,7 @@ class Step:
 
 def steps(spans: Sequence[Span]) -> list[Step]:
     """In log order. A call that both the proxy and the agent's SDK recorded is one step."""
+    spans = [normalised(span) for span in spans]
     calls = {id(call.span) for call in calls_of(spans, SpanTree(spans))}
     return [
         _step(span)

@@ -18,6 +18,7 @@ from opentelemetry.trace.status import StatusCode
 from millstream.producers.attempt_context import Attempt, current_attempt
 from millstream.producers.worker_threads import note_call
 from millstream.schemas import semconv
+from millstream.schemas.dialects import kind_of, rewards_of
 from millstream.schemas.records import Span, SpanEvent, SpanLink
 
 MAX_OPEN = 100_000  # spans that began and did not end; beyond it the oldest are given up, so that a leak stays small
@@ -67,9 +68,9 @@ def to_record(span: ReadableSpan, attempt: Attempt, resource: Mapping[str, str])
     attributes = texts(span.attributes)
     kind = kind_of(attributes)
     reward = reward_name = None
-    if kind == semconv.REWARD:
-        reward, reward_name = _reward(attributes)
-        attempt.rewarded = attempt.rewarded or reward is not None
+    if kind == semconv.REWARD and (rewards := rewards_of(attributes)):
+        reward_name, reward = rewards[0]
+        attempt.rewarded = True
     parent, status, scope = span.parent, span.status, span.instrumentation_scope
     events, links = span.events, span.links
     return Span(
@@ -112,16 +113,6 @@ def to_record(span: ReadableSpan, attempt: Attempt, resource: Mapping[str, str])
     )
 
 
-def kind_of(attributes: Mapping[str, str]) -> str:
-    """`Span.kind`, by the operation; a score makes any span a reward."""
-    operation = attributes.get(semconv.OPERATION)
-    if operation is not None and operation in semconv.KIND_OF_OPERATION:
-        return semconv.KIND_OF_OPERATION[operation]
-    if semconv.EVALUATION_SCORE in attributes or semconv.AGL_REWARD_VALUE in attributes:
-        return semconv.REWARD
-    return semconv.ALERT if semconv.ALERT_NAME in attributes else semconv.SPAN
-
-
 def texts(values: Mapping[str, Any] | None) -> dict[str, str]:
     """Attributes as records hold them: strings as they are, everything else as JSON text."""
     if not values:
@@ -152,14 +143,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return list(value)
     return str(value)
-
-
-def _reward(attributes: Mapping[str, str]) -> tuple[float | None, str | None]:
-    try:
-        value = float(attributes.get(semconv.EVALUATION_SCORE) or attributes[semconv.AGL_REWARD_VALUE])
-    except (KeyError, ValueError):
-        return None, None  # an evaluation that gives a label instead of a score
-    return value, attributes.get(semconv.EVALUATION_NAME) or attributes.get(semconv.AGL_REWARD_NAME)
 
 
 _json = json.JSONEncoder(ensure_ascii=False, default=_plain).encode  # json.dumps would make an encoder for each value

@@ -48,6 +48,7 @@ REWARD_FOR: Final = "millstream.reward.for_call"
 # Agent Lightning's reward attributes, so that its tools read our traces.
 AGL_REWARD_NAME: Final = "agentlightning.reward.0.name"
 AGL_REWARD_VALUE: Final = "agentlightning.reward.0.value"
+AGL_SECOND_REWARD: Final = "agentlightning.reward.1.value"  # a reward of several dimensions
 
 # ``gen_ai.operation.name`` → `Span.kind`.
 KIND_OF_OPERATION: Final = {

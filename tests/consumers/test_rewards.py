@@ -33,6 +33,14 @@ def linked(value, response_id):
     return named(value, attributes={semconv.REWARD_FOR: response_id})
 
 
+def dimensions(*values, **fields):
+    """Agent Lightning's form of one reward with several dimensions, named 0, 1, …"""
+    attributes = {}
+    for n, value in enumerate(values):
+        attributes |= {f"agentlightning.reward.{n}.name": str(n), f"agentlightning.reward.{n}.value": str(value)}
+    return named(values[0], "0", attributes=attributes, **fields)
+
+
 def agent(span_id, name, parent_id=""):
     attributes = {semconv.AGENT_NAME: name}
     return span(TASK, "a", span_id=span_id, parent_id=parent_id, kind=semconv.AGENT, attributes=attributes)
@@ -118,6 +126,14 @@ def test_several_rewards_make_one():
     assert (found.verdicts[0].reward, [why for _, why in found.left_out]) == (2.0, ["'style' has no weight"])
 
 
+def test_of_several_dimensions_the_primary_one_counts_unless_they_are_weighed():
+    spans = [call(TASK, "a", "1"), dimensions(1.0, 0.25)]
+    found = explained(spans)
+    assert (found.verdicts[0].reward, [why for _, why in found.left_out]) == (1.0, ["'1' has no weight"])
+    assert rewards(spans, weights={"0": 1.0, "1": 4.0}) == [2.0]
+    assert rewards(spans, weights={"1": 4.0}) == [1.0]
+
+
 def test_scaled_then_clipped():
     spans = [call(TASK, "a", "1"), named(30.0), call(TASK, "a", "2"), named(2.0)]
     assert rewards(spans, scale=0.1, clip=(-1.0, 1.0)) == [1.0, 0.2]
@@ -167,6 +183,7 @@ clock = st.integers(0, 2**62)
 event = st.one_of(
     st.tuples(st.just("call"), names, clock),
     st.tuples(st.just("reward"), names, clock, st.floats(allow_nan=True, width=32)),
+    st.tuples(st.just("dimensions"), names, clock, st.floats(-5, 5, width=32)),
     st.tuples(st.just("link"), st.integers(0, 12), clock, st.floats(-5, 5, width=32)),
 )
 
@@ -175,9 +192,12 @@ event = st.one_of(
     st.lists(event, max_size=30),
     st.lists(st.sampled_from(sorted(STRATEGIES)), min_size=1, max_size=3),
     st.sampled_from(["", "planner", "planner|coder"]),
+    st.sampled_from([{}, {"1": 0.5}]),
     clock,
 )
-def test_every_reward_goes_to_one_call_or_is_reported_whatever_the_clocks_say(history, strategies, chosen, skew):
+def test_every_reward_goes_to_one_call_or_is_reported_whatever_the_clocks_say(
+    history, strategies, chosen, weights, skew
+):
     spans = [agent(name, name) for name in ("planner", "writer", "coder")]
     for number, (what, who, time, *value) in enumerate(history):
         when = {"start": time, "end": time, "span_id": f"{number:016x}"}
@@ -185,14 +205,18 @@ def test_every_reward_goes_to_one_call_or_is_reported_whatever_the_clocks_say(hi
             spans.append(call(TASK, "a", str(number), parent_id=who, **when))
         elif what == "reward":
             spans.append(named(value[0], parent_id=who, **when))
+        elif what == "dimensions":
+            spans.append(dimensions(value[0], 1.0, parent_id=who, **when))
         else:
             spans.append(replace(linked(value[0], str(who)), **when))
-    rules = {"match": tuple(strategies), "agent_match": chosen}
+    rules = {"match": tuple(strategies), "agent_match": chosen, "weights": weights}
     found = explained(spans, **rules)
 
-    given = [r.span.span_id for verdict in found.verdicts for r in verdict.rewards]
-    left_out = [r.span.span_id for r, why in found.left_out if why]
-    assert Counter(given + left_out) == Counter(s.span_id for s in spans if s.reward is not None)
+    given = [(r.span.span_id, r.name) for verdict in found.verdicts for r in verdict.rewards]
+    left_out = [(r.span.span_id, r.name) for r, why in found.left_out if why]
+    emitted = [(s.span_id, s.reward_name) for s in spans if s.reward is not None]
+    emitted += [(s.span_id, "1") for s in spans if semconv.AGL_SECOND_REWARD in s.attributes]
+    assert Counter(given + left_out) == Counter(emitted)
     for verdict in found.verdicts:
         assert verdict.selected or not verdict.rewards
 

@@ -38,6 +38,12 @@ def test_each_answer_is_an_example_that_is_learnt_once():
     assert len(list(messages([RIGHT, WRONG]))) == 3
 
 
+def test_tools_in_the_form_of_the_semantic_conventions_become_openais():
+    flat = json.dumps([{"type": "function", "name": "add", "parameters": {}}])
+    (example,) = messages([[triplet("r", 0, [USER], said("3"), tools=flat)]])
+    assert example["tools"] == TOOLS
+
+
 def test_what_is_not_trainable_is_in_no_data_set():
     useless = [triplet("r", 0, [USER], said("x"), reward=1.0, trainable=False, reason="empty response")]
     assert list(messages([useless])) == list(preferences([useless, WRONG])) == list(texts([useless])) == []
