@@ -1,4 +1,4 @@
-"""Each dialect's names come out as ours. What real libraries write is in tests/frameworks/test_golden.py."""
+"""Each dialect's names come out as ours. What real libraries write is in tests/consumers/test_golden.py."""
 
 import json
 import struct
