@@ -40,7 +40,7 @@ from millstream.consumers.hooks import Hook, Hooks, RunnerInfo
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.instrumentation import FRAMEWORKS
 from millstream.producers.tracer import Tracer, adopt_global_provider
-from millstream.schemas import codec, status
+from millstream.schemas import blobs, codec, status
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.identity import attempt_key
 from millstream.schemas.records import ErrorInfo, Span
@@ -50,6 +50,7 @@ logger = logging.getLogger(__name__)
 
 STOP_S = 3.0  # for a process to end by itself once it was asked to; it may have things of its own to close
 MAX_PENDING = 20_000  # spans not acknowledged yet beyond which a host reads no more: its agents then wait
+MAX_PENDING_BYTES = 256 << 20  # likewise, of contents that are not stored yet
 PAUSE_S = 0.05
 MEMORY_S = 0.2  # between two looks at how much memory the processes hold
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -201,7 +202,10 @@ async def _cancel_all() -> bool:
 
 
 def _emit(writer: AttemptWriter, span: Span) -> None:
-    writer.span(span, span.kind)
+    span, contents = blobs.kept_apart(span)
+    for digest, content in contents.items():
+        writer.content(digest, content)
+    writer.span(span, span.kind, contents)
 
 
 class ProcessHost:
@@ -449,17 +453,25 @@ class _Child(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for frame in self._reader.feed(data):
             self._handle(frame)
-        if sum(writer.pending for writer in self._running.values()) > MAX_PENDING:
+        if self._full:
             self._hold()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._disconnected.set()
 
+    @property
+    def _full(self) -> bool:
+        running = self._running.values()
+        return (
+            sum(writer.pending for writer in running) > MAX_PENDING
+            or max((writer.pending_bytes for writer in running), default=0) > MAX_PENDING_BYTES
+        )
+
     def _hold(self) -> None:
         """Reads no more until the log has caught up: the agents' sends then wait."""
         if self._transport is None or self._transport.is_closing():
             return
-        if sum(writer.pending for writer in self._running.values()) > MAX_PENDING:
+        if self._full:
             self._transport.pause_reading()
             asyncio.get_running_loop().call_later(PAUSE_S, self._hold)
         else:
@@ -484,7 +496,10 @@ class _Child(asyncio.Protocol):
                 if kind is Kind.SPAN:
                     self._options.on_late_span(frame.body)
             elif kind is Kind.SPAN:
-                found.span(frame.body, frame.head.decode())
+                span_kind, *contents = frame.head.decode().split()
+                found.span(frame.body, span_kind, contents)
+            elif kind is Kind.BLOB:
+                found.content(frame.head.decode(), frame.body)
             elif kind is Kind.STATE:
                 found.save_state(frame.body)
             elif kind is Kind.CALLING:

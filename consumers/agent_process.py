@@ -13,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
@@ -23,7 +23,7 @@ from millstream.consumers.frames import Frame, FrameReader, Kind, pack
 from millstream.consumers.hooks import Hooks, RunnerInfo
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.tracer import Tracer, adopt_global_provider
-from millstream.schemas import codec
+from millstream.schemas import blobs, codec
 from millstream.schemas.errors import CodecError, ConfigError
 from millstream.schemas.records import Control, RolloutTask, Span
 from millstream.schemas.resources import Resources
@@ -96,10 +96,15 @@ class _Running:
         self._number = number
         self._channel = channel
         self._spans = 0
+        self._contents: set[str] = set()  # digests of those that were handed over
 
     def emit(self, span: Span) -> None:
+        contents: Mapping[str, bytes] = {}
         try:
             data = codec.encode(span)
+            if len(data) > blobs.LIMIT:
+                span, contents = blobs.kept_apart(span)
+                data = codec.encode(span)
         except CodecError as error:
             reason = str(error).encode("utf-8", "backslashreplace")
             self._channel.send(lambda: pack(Kind.SPAN_REFUSED, self._number, reason))
@@ -107,7 +112,11 @@ class _Running:
 
         def frame() -> bytes:
             self._spans += 1
-            return pack(Kind.SPAN, self._number, span.kind.encode(), data)
+            head = " ".join([span.kind, *contents]).encode()
+            new = [(digest, content) for digest, content in contents.items() if digest not in self._contents]
+            self._contents.update(contents)
+            before = b"".join([pack(Kind.BLOB, self._number, digest.encode(), content) for digest, content in new])
+            return before + pack(Kind.SPAN, self._number, head, data)
 
         self._channel.send(frame)
 

@@ -4,12 +4,16 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import CancelledError, Future, wait
 from dataclasses import replace
+from typing import NamedTuple
 
 from millstream.consumers.attempt import Outcome, stopped_by
 from millstream.consumers.claims import ROLE, Claim
 from millstream.producers.acknowledgements import Acknowledgements
+from millstream.producers.blob_store import STORE_S, BlobError, Blobs
 from millstream.producers.port import Producer
 from millstream.schemas import semconv, status
 from millstream.schemas.errors import CodecError, LogError, TooLarge
@@ -26,11 +30,17 @@ _HEADERS = {
 }
 
 
-class AttemptWriter:
-    """Made on the runner's loop. ``started``, ``span``, ``save_state`` and ``calling`` may be called from any thread,
-    the rest on the loop."""
+class _Waiting(NamedTuple):
+    span: Span | bytes
+    kind: str
+    needed: "list[Future[None]]"
 
-    def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str) -> None:
+
+class AttemptWriter:
+    """Made on the runner's loop. ``started``, ``content``, ``span``, ``save_state`` and ``calling`` may be called from
+    any thread, the rest on the loop."""
+
+    def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str, blobs: Blobs) -> None:
         self.claim = claim
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.verdict: Outcome | None = None  # what the runner has decided; overrules what the agent's side says
@@ -43,6 +53,10 @@ class AttemptWriter:
         self._topics = topics
         self._worker_id = worker_id
         self._refused: Outcome | None = None  # a span could not be written
+        self._blobs = blobs
+        self._contents: dict[str, Future[None]] = {}  # by digest: those the agent's side has handed over
+        self._waiting: deque[_Waiting] = deque()  # spans behind one whose contents are not stored yet
+        self._order = threading.RLock()  # of spans
         self._lock = threading.Lock()  # the terminal event counts the spans before it: nothing comes between
 
     @property
@@ -51,13 +65,18 @@ class AttemptWriter:
 
     @property
     def spans(self) -> int:
-        """Handed to the producer so far."""
-        return self._spans.sent
+        """Taken so far."""
+        return self._spans.sent + len(self._waiting)
 
     @property
     def pending(self) -> int:
         """Spans not acknowledged yet."""
-        return self._spans.pending
+        return self._spans.pending + len(self._waiting)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Of contents not stored yet, whichever attempt they are of."""
+        return self._blobs.pending_bytes
 
     @property
     def silent_s(self) -> float:
@@ -92,9 +111,50 @@ class AttemptWriter:
         except LogError as error:
             logger.warning("%s: heartbeat not sent: %s", self.name, error)
 
-    def span(self, span: Span | bytes, kind: str) -> None:
-        """A finished span. One that the log does not take fails the attempt; the agent goes on undisturbed."""
+    def content(self, digest: str, content: bytes) -> None:
+        """A long content that spans will refer to; it is stored in the background."""
         self._last_sign = time.monotonic()
+        self._contents[digest] = self._blobs.put(digest, content)
+
+    def span(self, span: Span | bytes, kind: str, contents: Iterable[str] = ()) -> None:
+        """A finished span, and the digests of the contents it refers to: it is written behind them, and later spans
+        behind it. One that the log does not take, or whose contents can't be stored, fails the attempt; the agent goes
+        on undisturbed."""
+        self._last_sign = time.monotonic()
+        with self._order:
+            if not contents and not self._waiting:
+                self._send(span, kind)
+                return
+            needed = [self._contents[digest] for digest in contents]
+            self._waiting.append(_Waiting(span, kind, needed))
+        for stored in needed:
+            stored.add_done_callback(lambda _: self._send_waiting())
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        """Sends what no longer has to wait."""
+        with self._order:
+            while self._waiting and all(stored.done() for stored in self._waiting[0].needed):
+                waiting = self._waiting.popleft()
+                try:
+                    for stored in waiting.needed:
+                        stored.result()
+                except (BlobError, CancelledError) as error:
+                    self.refuse("blob", str(error) or "the runner was stopped")
+                else:
+                    self._send(waiting.span, waiting.kind)
+
+    async def _stored(self) -> None:
+        """Until no span waits for contents any more."""
+        with self._order:
+            needed = [stored for waiting in self._waiting for stored in waiting.needed]
+        if needed:
+            await asyncio.to_thread(wait, needed, STORE_S)
+        self._send_waiting()
+        if self._waiting:
+            self.refuse("blob", f"its content was not stored in {self._blobs.url} within {STORE_S:g} s")
+
+    def _send(self, span: Span | bytes, kind: str) -> None:
         try:
             with self._lock:
                 self._spans.send(self._topics.events, span, key=self.claim.task.rollout_id, headers=_HEADERS[kind])
@@ -136,6 +196,7 @@ class AttemptWriter:
 
         Raises `LogError` if the terminal event was not taken: the attempt's lease then ends it.
         """
+        await self._stored()
         outcome = self._refused or self._verdict_over(outcome)
         if outcome.spans is not None and outcome.spans != self.spans and outcome.status == status.SUCCEEDED:
             outcome = stopped_by(status.LOST, "spans", f"the agent made {outcome.spans} spans, {self.spans} arrived")

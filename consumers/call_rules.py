@@ -9,6 +9,7 @@ from typing import Final
 
 from millstream.consumers.calls import Call
 from millstream.schemas import semconv
+from millstream.schemas.blobs import is_reference
 from millstream.schemas.triplet_rules import TripletRules
 
 Rule = Callable[[Call], str | None]
@@ -77,6 +78,8 @@ def empty(call: Call) -> str | None:
 
 def empty_text(call: Call) -> str | None:
     """For those who learn from text: neither words nor tool calls."""
+    if is_reference(call.response):
+        return None
     try:
         message = json.loads(call.response)
     except ValueError:

@@ -19,10 +19,11 @@ class Kind(IntEnum):
     READY = 5  # ← process: the agent is imported
     REFUSED = 6  # ← process: the agent can't be imported: why, as text
     STARTED = 7  # ← process
-    SPAN = 8  # ← process: the span's kind; encoded Span
+    SPAN = 8  # ← process: the span's kind, and the digests of the contents that it refers to; encoded Span
     ENDED = 9  # ← process: JSON outcome
     SPAN_REFUSED = 10  # ← process: a span that can't be encoded: why, as text
     STATE = 11  # ← process: what `save_state` was given
+    BLOB = 13  # ← process: a content's digest; the content, before the first span of the attempt that refers to it
     CALLING = 12  # ← process: head "1" when a model is being called, "" when none is any more
 
 

@@ -26,6 +26,7 @@ from millstream.consumers.claims import ROLE, Claim, Claims, Starvation
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
+from millstream.producers.blob_store import Blobs
 from millstream.producers.instrumentation import chosen, report
 from millstream.producers.port import Producer
 from millstream.producers.workers import new_worker_id, reporting
@@ -130,6 +131,7 @@ class Runner:
         self._loop = asyncio.get_running_loop()
         report(self._instrument)
         self._producer: Producer = self._log.producer()
+        self._blobs = Blobs(self._settings.blob_url)
         self._host = self._make_host()
         self._collect = self._host.collect
         control = ControlFollower(self._log, self._topics, lambda: self._end_cancelled(control))
@@ -154,6 +156,7 @@ class Runner:
                 await claims.close()
                 await self._end_all()
                 await control.close()
+                self._blobs.close()
                 await asyncio.to_thread(self._producer.close)
 
     @property
@@ -222,7 +225,7 @@ class Runner:
             await claims.stay(0)
 
     def _begin(self, claim: Claim) -> None:
-        writer = AttemptWriter(claim, self._producer, self._topics, self.worker_id)
+        writer = AttemptWriter(claim, self._producer, self._topics, self.worker_id, self._blobs)
         self._running[writer] = {}
         writer.outcome.add_done_callback(lambda outcome: self._finish_soon(writer, outcome.result()))
         if claim.cancelled is not None:

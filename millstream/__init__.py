@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from millstream.pipeline.store import ClickHouseStore
     from millstream.pipeline.store_port import AsyncStore, Attempt, Reward, Rollout, Store
     from millstream.pipeline.trainer import Trainer
+    from millstream.producers.blob_store import Blobs
     from millstream.producers.emit import emit_reward, emit_span
     from millstream.producers.state import load_state, save_state
     from millstream.producers.tracer import Tracer
@@ -36,6 +37,7 @@ __all__ = [
     "AsyncStore",
     "Attempt",
     "Batch",
+    "Blobs",
     "ClickHouseStore",
     "ErrorHandler",
     "Hook",
@@ -73,6 +75,7 @@ _HOMES = {
     "AsyncStore": "millstream.pipeline.store_port",
     "Attempt": "millstream.pipeline.store_port",
     "ClickHouseStore": "millstream.pipeline.store",
+    "Blobs": "millstream.producers.blob_store",
     "Batch": "millstream.consumers.sink_port",
     "ErrorHandler": "millstream.pipeline.hooks",
     "Hook": "millstream.consumers.hooks",

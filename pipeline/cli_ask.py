@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -22,6 +22,7 @@ from rich.tree import Tree
 from millstream.pipeline.cli_output import Json, out, print_rows, table_of
 from millstream.pipeline.steps import Step, children, error_of, same_steps, steps, token_counts
 from millstream.pipeline.store_port import Attempt, Rollout, RolloutOrder
+from millstream.producers.blob_store import Blobs
 from millstream.schemas.dialects import normalised
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.records import Span
@@ -115,11 +116,20 @@ def _rollouts(found: Sequence[Rollout]) -> Table:
 
 
 @app.command(epilog=f"Example: millstream spans {ID}")
-def spans(rollout: RolloutId, as_json: Json = False) -> None:
+def spans(
+    rollout: RolloutId,
+    as_json: Json = False,
+    full: Annotated[bool, typer.Option(help="With --json: contents of more than 256 KB, too.")] = False,
+) -> None:
     """Show a rollout's spans as a tree for each attempt: how long each took, errors, tokens, rewards."""
     with _store() as store:
         _known(store, rollout)
         attempts, found = store.attempts(rollout), store.spans(rollout)
+    if full:
+        blobs = Blobs(load_settings().blob_url)
+        found = [
+            replace(span, attributes={n: blobs.whole(value) for n, value in span.attributes.items()}) for span in found
+        ]
     if as_json:
         _print_json([_with_numbers(asdict(span)) | {"duration_s": (span.end - span.start) / 1e9} for span in found])
         return

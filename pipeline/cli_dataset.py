@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ from millstream.consumers.prefixes import expand
 from millstream.consumers.reading import read_to_end
 from millstream.pipeline import datasets
 from millstream.pipeline.kafka_log import KafkaLog
+from millstream.producers.blob_store import Blobs
 from millstream.schemas import codec
 from millstream.schemas.log import Partition
 from millstream.schemas.records import Triplet
@@ -59,6 +61,12 @@ async def read_rollouts(log: Log, topics: Topics, experiment: str | None, mode: 
     return [expand(triplets) for triplets in found.values()]
 
 
+def whole(triplet: Triplet, blobs: Blobs) -> Triplet:
+    """With its long contents in place of their references. Raises `BlobError`."""
+    tools = None if triplet.tools is None else blobs.whole(triplet.tools)
+    return replace(triplet, prompt=blobs.whole(triplet.prompt), response=blobs.whole(triplet.response), tools=tools)
+
+
 def _line(example: dict[str, Any]) -> str:
     return json.dumps(example, ensure_ascii=False) + "\n"
 
@@ -66,4 +74,5 @@ def _line(example: dict[str, Any]) -> str:
 def _write(experiment: str | None, mode: str, form: Callable[[Iterable[list[Triplet]]], Iterator[str]]) -> None:
     settings = load_settings()
     rollouts = asyncio.run(read_rollouts(KafkaLog(settings), settings.topics, experiment, mode))
-    sys.stdout.writelines(form(rollouts))
+    blobs = Blobs(settings.blob_url)
+    sys.stdout.writelines(form([whole(triplet, blobs) for triplet in rollout] for rollout in rollouts))

@@ -21,6 +21,7 @@ from typing import Any, cast
 from aiohttp import web
 
 from millstream.pipeline.backend import Backend, BackendUnavailable, Completion
+from millstream.producers.blob_store import BlobError, Blobs
 from millstream.producers.port import Producer, send_acknowledged
 from millstream.schemas import semconv
 from millstream.schemas.errors import LogError, TooLarge
@@ -60,6 +61,7 @@ class Proxy:
         *,
         max_body: int = 16 << 20,
         cache_ttl: float = 0.0,
+        blobs: Blobs | None = None,
     ) -> None:
         """``max_body`` is in bytes. For ``cache_ttl`` seconds a request with temperature 0 is answered again without
         the model; such an answer has no token ids in its span, so nobody trains on it. 0 turns that off."""
@@ -68,6 +70,7 @@ class Proxy:
         self._backend = backend
         self._secret = secret
         self._attempts: OrderedDict[str, _Attempt] = OrderedDict()
+        self._blobs = blobs or Blobs()
         self._cache_ttl = cache_ttl
         self._cache: OrderedDict[bytes, tuple[float, Completion]] = OrderedDict()  # oldest first
         self.app = web.Application(client_max_size=max_body, middlewares=[_openai_errors])
@@ -84,7 +87,8 @@ class Proxy:
     def of(cls, settings: Settings, producer: Producer, backend: Backend, secret: str) -> "Proxy":
         """With the limits of a deployment."""
         limit, ttl = settings.max_record_bytes, settings.cache_ttl
-        return cls(producer, settings.topics, backend, secret, max_body=limit, cache_ttl=ttl)
+        blobs = Blobs(settings.blob_url)
+        return cls(producer, settings.topics, backend, secret, max_body=limit, cache_ttl=ttl, blobs=blobs)
 
     async def _chat(self, request: web.Request) -> web.Response:
         attempt = self._authorised(request)
@@ -135,18 +139,19 @@ class Proxy:
         """The call as a span, in the log. Raises HTTPServiceUnavailable if the log doesn't take it."""
         attempt.spans += 1
         span = call_span(attempt.rollout_id, attempt.attempt_id, attempt.spans, asked, completion, start, traceparent)
-        sending = send_acknowledged(
-            self._producer,
-            self._topics.events,
-            span,
-            key=attempt.rollout_id,
-            headers={KIND_HEADER: semconv.LLM.encode()},
-        )
         try:
+            span = await self._blobs.keep(span)
+            sending = send_acknowledged(
+                self._producer,
+                self._topics.events,
+                span,
+                key=attempt.rollout_id,
+                headers={KIND_HEADER: semconv.LLM.encode()},
+            )
             await asyncio.wait_for(sending, RECORD_S)
         except TooLarge as error:
             raise web.HTTPRequestEntityTooLarge(0, 0, text=f"too_large: {error}") from error
-        except (LogError, TimeoutError) as error:
+        except (BlobError, LogError, TimeoutError) as error:
             # It stays counted: the attempt must not be trained on with a call missing.
             raise web.HTTPServiceUnavailable(text=f"the call could not be recorded: {error or 'time-out'}") from error
 

@@ -16,6 +16,7 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from millstream.schemas.blobs import DEFAULT_URL
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.topics import Topics
 from millstream.schemas.triplet_rules import TripletRules
@@ -63,6 +64,11 @@ class Settings(BaseSettings):
         {}, description='Days that a table keeps its rows, as JSON: {"spans": 30}; for ever if it isn\'t named.'
     )
     parquet_url: str = Field("runs/lake", description="Where the parquet sink writes: a folder, s3://bucket/folder …")
+
+    blob_url: str = Field(
+        DEFAULT_URL,
+        description="Where contents of more than 256 KB are kept: a folder that all roles see, s3://bucket/folder …",
+    )
 
     # Rollouts
     runner_concurrency: int = Field(8, ge=1, description="Attempts at a time in one agent process.")

@@ -1,10 +1,15 @@
 """Triplets as data sets: OpenAI's fine-tuning and preference formats, and dialogues."""
 
 import json
+from dataclasses import replace
 
+import factories
 import pytest
 
+from millstream.pipeline.cli_dataset import whole
 from millstream.pipeline.datasets import messages, preferences, texts
+from millstream.producers.blob_store import Blobs
+from millstream.schemas.blobs import LIMIT
 from millstream.schemas.errors import CodecError
 from millstream.schemas.records import Triplet
 
@@ -84,3 +89,12 @@ def test_the_semantic_conventions_parts_become_openais_messages():
 def test_a_text_without_messages_is_named():
     with pytest.raises(CodecError, match="rollout r, turn 0: its response holds no messages"):
         list(texts([[triplet("r", 0, [USER], {})]]))
+
+
+async def test_long_contents_are_in_the_data_set_and_not_in_the_triplet(tmp_path):
+    blobs = Blobs(str(tmp_path))
+    long = json.dumps([USER | {"content": "x" * LIMIT}])
+    span = await blobs.keep(factories.span(factories.task(), "a", attributes={"messages": long}))
+    kept = replace(RIGHT[1], prompt=span.attributes["messages"])
+    assert len(kept.prompt) < 200
+    assert whole(kept, blobs) == replace(kept, prompt=long)

@@ -13,6 +13,7 @@ from millstream.pipeline.backend import BackendUnavailable, Completion
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.serving import serve
+from millstream.producers.blob_store import Blobs
 from millstream.schemas import codec, semconv
 from millstream.schemas.errors import LogUnavailable
 from millstream.schemas.identity import attempt_key, attempt_path
@@ -123,6 +124,28 @@ async def test_the_tools_that_were_offered_are_recorded(setup):
     await setup.client.chat.completions.create(**ASKED, tools=tools)
     (span,) = await setup.spans()
     assert json.loads(span.attributes[semconv.TOOL_DEFINITIONS]) == tools
+
+
+async def test_a_long_prompt_is_kept_by_reference(tmp_path):
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 1_000_000}}
+    messages = [{"role": "user", "content": [image]}]
+    async with setup_of(MemoryLog(TOPICS), blobs=Blobs(str(tmp_path))) as setup:
+        await setup.client.chat.completions.create(**ASKED | {"messages": messages})
+        (span,) = await setup.spans()
+    recorded = span.attributes[semconv.REQUEST_MESSAGES]
+    assert len(recorded) < 1000
+    assert json.loads(Blobs(str(tmp_path)).whole(recorded)) == setup.model.requests[0]["messages"] == messages
+
+
+async def test_a_call_whose_prompt_cannot_be_kept_fails_and_stays_counted(tmp_path):
+    (tmp_path / "blobs").touch()
+    async with setup_of(MemoryLog(TOPICS), blobs=Blobs(str(tmp_path / "blobs"))) as setup:
+        with pytest.raises(openai.InternalServerError, match="could not be recorded: content sha256"):
+            await setup.client.chat.completions.create(
+                **ASKED | {"messages": [{"role": "user", "content": "A" * 1_000_000}]}
+            )
+        assert await setup.spans() == []
+        assert await setup.close() == (200, {"spans": 1})
 
 
 async def test_the_client_sees_only_what_it_asked_for(setup):
