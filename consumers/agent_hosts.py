@@ -95,6 +95,7 @@ class HostOptions:
     proxy_secret: str
     on_free: Callable[[], None]  # a slot may have become free, or the host may be lost
     on_late_span: Callable[[bytes], None]  # an encoded span of an attempt that has been finished
+    on_late_content: Callable[[str, bytes], object]  # likewise, a content by its digest
     worker_id: str
     hooks: Sequence[Hook | str] = ()  # for agent processes: module:attribute
     instrument: Sequence[str] = tuple(FRAMEWORKS)  # their names
@@ -495,6 +496,8 @@ class _Child(asyncio.Protocol):
             if found is None:
                 if kind is Kind.SPAN:
                     self._options.on_late_span(frame.body)
+                elif kind is Kind.BLOB:
+                    self._options.on_late_content(frame.head.decode(), frame.body)
             elif kind is Kind.SPAN:
                 span_kind, *contents = frame.head.decode().split()
                 found.span(frame.body, span_kind, contents)

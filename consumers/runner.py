@@ -185,6 +185,7 @@ class Runner:
             self._secret,
             self._changed.set,
             self._late_span,
+            self._blobs.put,
             self.worker_id,
             self._hooks,
             self._instrument,

@@ -47,8 +47,8 @@ def contents(folder):
 
 async def test_an_image_of_10_mb_from_end_to_end(tmp_path, processes):
     settings = settings_for_tests(blob_url=str(tmp_path / "blobs"), max_record_bytes=1 << 16)
-    folder = write_agent(tmp_path, AGENT)
-    async with running("my_agent:agent", folder, settings=settings, processes=processes) as rig:
+    folder = write_agent(tmp_path, AGENT, "blob_agent.py")
+    async with running("blob_agent:agent", folder, settings=settings, processes=processes) as rig:
         await rig.publish([{"bytes": 10 * MB}])
         (ended,) = (await rig.ends(1)).values()
     assert ended.last.status == status.SUCCEEDED
@@ -64,8 +64,8 @@ async def test_an_image_of_10_mb_from_end_to_end(tmp_path, processes):
 async def test_the_same_content_of_50_attempts_is_stored_once(tmp_path):
     fsspec = pytest.importorskip("fsspec")
     settings = settings_for_tests(blob_url=f"memory://{tmp_path.name}")
-    folder = write_agent(tmp_path, AGENT)
-    async with running("my_agent:agent", folder, settings=settings, concurrency=25, processes=2) as rig:
+    folder = write_agent(tmp_path, AGENT, "blob_agent.py")
+    async with running("blob_agent:agent", folder, settings=settings, concurrency=25, processes=2) as rig:
         await rig.publish([{"bytes": MB, "n": n} for n in range(50)])
         ended = await rig.ends(50)
     assert {e.last.status for e in ended.values()} == {status.SUCCEEDED}
@@ -125,8 +125,8 @@ async def test_a_content_that_is_given_up_is_no_span(writer):
 async def test_a_store_that_is_down_fails_the_attempt_and_says_why(tmp_path, processes):
     (tmp_path / "blobs").write_text("no folder")
     settings = settings_for_tests(blob_url=str(tmp_path / "blobs"))
-    folder = write_agent(tmp_path, AGENT)
-    async with running("my_agent:agent", folder, settings=settings, processes=processes) as rig:
+    folder = write_agent(tmp_path, AGENT, "blob_agent.py")
+    async with running("blob_agent:agent", folder, settings=settings, processes=processes) as rig:
         await rig.publish([{"bytes": MB}, {"bytes": 10}])
         ended = await rig.ends(2)
     failed, other = ended[json.dumps({"bytes": MB})], ended[json.dumps({"bytes": 10})]
