@@ -66,7 +66,8 @@ class AttemptWriter:
     @property
     def spans(self) -> int:
         """Taken so far."""
-        return self._spans.sent + len(self._waiting)
+        with self._order:  # not while one is neither here nor there
+            return self._spans.sent + len(self._waiting)
 
     @property
     def pending(self) -> int:
@@ -207,7 +208,7 @@ class AttemptWriter:
             outcome = stopped_by(status.LOST, type(error).__name__, f"a span or state was not written: {error}")
         terminal = Acknowledgements(self._producer)
         with self._lock:
-            counts = {semconv.SOURCE_AGENT: self.spans}
+            counts = {semconv.SOURCE_AGENT: self._spans.sent}
             if proxy_spans is not None:
                 counts[semconv.SOURCE_PROXY] = proxy_spans
             event = self._event(outcome.status, outcome, counts)

@@ -31,7 +31,7 @@ class Blobs:
     """May be used from any thread. Raises `ConfigError` if ``url`` can't be used."""
 
     def __init__(self, url: str = blobs.DEFAULT_URL) -> None:
-        self.url = url
+        self.url = url = url.removeprefix("file://")
         self._files: _Files = _Store(url) if "://" in url else _Folder(Path(url).absolute())
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="millstream-blobs")
         self._lock = threading.Lock()
