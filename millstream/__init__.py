@@ -1,9 +1,9 @@
 """Millstream: train AI agents that already exist, over an event stream.
 
-In an agent: `emit_reward`, `emit_span`. To train one: `Trainer` with an algorithm such as `GRPO` (needs the ``train``
-extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. Code of yours around each attempt: `Hook`. To
-ask what happened: `Store`, such as `ClickHouseStore(load_settings())`. To process the stream: `broker`. To keep it
-elsewhere: `Sink`.
+In an agent: `emit_reward`, `emit_span` and their like, `operation`. To train one: `Trainer` with an algorithm such as
+`GRPO` (needs the ``train`` extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. Code of yours
+around each attempt: `Hook`. To ask what happened: `Store`, such as `ClickHouseStore(load_settings())`. To process the
+stream: `broker`. To keep it elsewhere: `Sink`.
 """
 
 from importlib import import_module
@@ -21,7 +21,16 @@ if TYPE_CHECKING:
     from millstream.pipeline.store import ClickHouseStore
     from millstream.pipeline.store_port import AsyncStore, Attempt, Reward, Rollout, Store
     from millstream.pipeline.trainer import Trainer
-    from millstream.producers.emit import emit_reward, emit_span
+    from millstream.producers.emit import (
+        emit_annotation,
+        emit_exception,
+        emit_message,
+        emit_object,
+        emit_otel_span,
+        emit_reward,
+        emit_span,
+    )
+    from millstream.producers.operation import operation
     from millstream.producers.state import load_state, save_state
     from millstream.producers.tracer import Tracer
     from millstream.schemas.records import Triplet
@@ -57,10 +66,16 @@ __all__ = [
     "TripletRules",
     "WarmUp",
     "broker",
+    "emit_annotation",
+    "emit_exception",
+    "emit_message",
+    "emit_object",
+    "emit_otel_span",
     "emit_reward",
     "emit_span",
     "load_settings",
     "load_state",
+    "operation",
     "save_state",
     "to_triplets",
 ]
@@ -94,10 +109,16 @@ _HOMES = {
     "TripletRules": "millstream.schemas.triplet_rules",
     "WarmUp": "millstream.pipeline.hooks",
     "broker": "millstream.pipeline.broker",
+    "emit_annotation": "millstream.producers.emit",
+    "emit_exception": "millstream.producers.emit",
+    "emit_message": "millstream.producers.emit",
+    "emit_object": "millstream.producers.emit",
+    "emit_otel_span": "millstream.producers.emit",
     "emit_reward": "millstream.producers.emit",
     "emit_span": "millstream.producers.emit",
     "load_settings": "millstream.schemas.settings",
     "load_state": "millstream.producers.state",
+    "operation": "millstream.producers.operation",
     "save_state": "millstream.producers.state",
     "to_triplets": "millstream.consumers.triplets",
 }
