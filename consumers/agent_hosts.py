@@ -39,7 +39,7 @@ from millstream.consumers.frames import Frame, FrameReader, Kind, pack
 from millstream.consumers.hooks import Hook, Hooks, RunnerInfo
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.instrumentation import FRAMEWORKS
-from millstream.producers.tracer import Tracer, adopt_global_provider
+from millstream.producers.tracer import ProcessTracer, adopt_global_provider
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.identity import attempt_key
@@ -125,7 +125,7 @@ class ThreadHost:
         return self._options.concurrency - len(self._running)
 
     async def start(self) -> None:
-        tracer = Tracer(agent_name(self._agent), self._options.proxy_url, self._options.instrument)
+        tracer = ProcessTracer(agent_name(self._agent), self._options.proxy_url, self._options.instrument)
         function = load_agent(self._agent, self._folder) if isinstance(self._agent, str) else self._agent
         info = RunnerInfo(self._options.worker_id, agent_name(self._agent))
         hooks = Hooks(load_hooks(self._options.hooks, self._folder), info)

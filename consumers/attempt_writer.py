@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cached_property
 
 from millstream.consumers.attempt import Outcome, stopped_by
 from millstream.consumers.claims import ROLE, Claim
@@ -27,12 +28,11 @@ _HEADERS = {
 
 
 class AttemptWriter:
-    """Made on the runner's loop. ``started``, ``span``, ``save_state`` and ``calling`` may be called from any thread,
-    the rest on the loop."""
+    """``started``, ``span``, ``save_state`` and ``calling`` may be called from any thread,
+    the rest on one event loop."""
 
     def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str) -> None:
         self.claim = claim
-        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.verdict: Outcome | None = None  # what the runner has decided; overrules what the agent's side says
         self.last_acknowledged = time.monotonic()  # when the youngest acknowledged sign of life was sent
         self._last_sign = self.last_acknowledged
@@ -44,6 +44,11 @@ class AttemptWriter:
         self._worker_id = worker_id
         self._refused: Outcome | None = None  # a span could not be written
         self._lock = threading.Lock()  # the terminal event counts the spans before it: nothing comes between
+
+    @cached_property
+    def outcome(self) -> "asyncio.Future[Outcome]":
+        """How the agent's side ended."""
+        return asyncio.get_running_loop().create_future()
 
     @property
     def name(self) -> str:

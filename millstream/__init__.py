@@ -1,6 +1,6 @@
 """Millstream: train AI agents that already exist, over an event stream.
 
-In an agent: `emit_reward`, `emit_span` and their like, `operation`. To train one: `Trainer` with an algorithm such as
+In an agent: `emit_reward`, `emit_span` and their like, `operation`. Around one: `Tracer`. To train one: `Trainer` with an algorithm such as
 `GRPO` (needs the ``train`` extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. Code of yours
 around each attempt: `Hook`. To ask what happened: `Store`, such as `ClickHouseStore(load_settings())`. To process the
 stream: `broker`. To keep it elsewhere: `Sink`.
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from millstream.pipeline.memory_store import MemoryStore
     from millstream.pipeline.store import ClickHouseStore
     from millstream.pipeline.store_port import AsyncStore, Attempt, Reward, Rollout, Store
+    from millstream.pipeline.traced_rollout import TracedRollout
+    from millstream.pipeline.tracer import Tracer
     from millstream.pipeline.trainer import Trainer
     from millstream.producers.emit import (
         emit_annotation,
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     )
     from millstream.producers.operation import operation
     from millstream.producers.state import load_state, save_state
-    from millstream.producers.tracer import Tracer
     from millstream.schemas.records import Triplet
     from millstream.schemas.resources import LLM, PromptTemplate, Resources
     from millstream.schemas.settings import Settings, load_settings
@@ -59,6 +60,7 @@ __all__ = [
     "StateBackup",
     "Store",
     "Trace",
+    "TracedRollout",
     "Tracer",
     "Trainer",
     "Triplet",
@@ -102,7 +104,8 @@ _HOMES = {
     "StateBackup": "millstream.pipeline.hooks",
     "Store": "millstream.pipeline.store_port",
     "Trace": "millstream.consumers.triplets",
-    "Tracer": "millstream.producers.tracer",
+    "TracedRollout": "millstream.pipeline.traced_rollout",
+    "Tracer": "millstream.pipeline.tracer",
     "Trainer": "millstream.pipeline.trainer",
     "Triplet": "millstream.schemas.records",
     "TripletMaker": "millstream.consumers.triplets",

@@ -33,7 +33,7 @@ SWITCHES = {
 PLACEHOLDER_KEY = "millstream"  # the SDKs want a key; the attempt's own takes its place in each request
 
 
-class Tracer:
+class ProcessTracer:
     """Make it before the agent is imported, call `adopt_global_provider` after that."""
 
     def __init__(self, agent_name: str, proxy_url: str = "", instrument: Iterable[str] = tuple(FRAMEWORKS)) -> None:
