@@ -1,15 +1,17 @@
 """Millstream: train AI agents that already exist, over an event stream.
 
-In an agent: `emit_reward`, `emit_span` and their like, `operation`. Around one: `Tracer`. To train one: `Trainer` with an algorithm such as
-`GRPO` (needs the ``train`` extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. Code of yours
-around each attempt: `Hook`. To ask what happened: `Store`, such as `ClickHouseStore(load_settings())`. To process the
-stream: `broker`. To keep it elsewhere: `Sink`.
+In an agent: `emit_reward`, `emit_span` and their like, `operation`; clients of its own rollout, `openai_client` and
+others. Around one: `Tracer`. To train one: `Trainer` with an algorithm such as `GRPO` (needs the ``train`` extra). What
+a rollout works with: `Resources`, `LLM`, `PromptTemplate`. Code of yours around each attempt: `Hook`. To ask what
+happened: `Store`, such as `ClickHouseStore(load_settings())`. To process the stream: `broker`. To keep it elsewhere:
+`Sink`. Wrappers for agent frameworks: `integrations`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from millstream import integrations
     from millstream.consumers.hooks import Hook
     from millstream.consumers.sink_port import Batch, Sink
     from millstream.consumers.triplets import Trace, TripletMaker, to_triplets
@@ -23,6 +25,12 @@ if TYPE_CHECKING:
     from millstream.pipeline.traced_rollout import TracedRollout
     from millstream.pipeline.tracer import Tracer
     from millstream.pipeline.trainer import Trainer
+    from millstream.producers.clients import (
+        anthropic_client,
+        async_anthropic_client,
+        async_openai_client,
+        openai_client,
+    )
     from millstream.producers.emit import (
         emit_annotation,
         emit_exception,
@@ -67,6 +75,9 @@ __all__ = [
     "TripletMaker",
     "TripletRules",
     "WarmUp",
+    "anthropic_client",
+    "async_anthropic_client",
+    "async_openai_client",
     "broker",
     "emit_annotation",
     "emit_exception",
@@ -75,8 +86,10 @@ __all__ = [
     "emit_otel_span",
     "emit_reward",
     "emit_span",
+    "integrations",
     "load_settings",
     "load_state",
+    "openai_client",
     "operation",
     "save_state",
     "to_triplets",
@@ -111,6 +124,9 @@ _HOMES = {
     "TripletMaker": "millstream.consumers.triplets",
     "TripletRules": "millstream.schemas.triplet_rules",
     "WarmUp": "millstream.pipeline.hooks",
+    "anthropic_client": "millstream.producers.clients",
+    "async_anthropic_client": "millstream.producers.clients",
+    "async_openai_client": "millstream.producers.clients",
     "broker": "millstream.pipeline.broker",
     "emit_annotation": "millstream.producers.emit",
     "emit_exception": "millstream.producers.emit",
@@ -121,6 +137,7 @@ _HOMES = {
     "emit_span": "millstream.producers.emit",
     "load_settings": "millstream.schemas.settings",
     "load_state": "millstream.producers.state",
+    "openai_client": "millstream.producers.clients",
     "operation": "millstream.producers.operation",
     "save_state": "millstream.producers.state",
     "to_triplets": "millstream.consumers.triplets",
@@ -128,6 +145,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "integrations":
+        return import_module("millstream.integrations")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

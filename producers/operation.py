@@ -9,9 +9,9 @@ from typing import Any, TypeVar, cast, overload
 
 from opentelemetry import trace
 from opentelemetry.trace import Status, StatusCode
+from pydantic_core import to_json
 
 from millstream.producers.emit import attempt_or_warning, checked
-from millstream.producers.span_processor import as_text
 from millstream.schemas import semconv
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -83,11 +83,12 @@ class Operation:
         """Whatever a function takes or returns can be shown somehow; only its size may be too much."""
         if self._span is None:
             return
-        try:
-            text = as_text(value)
-        except (TypeError, ValueError, RecursionError):  # keys that JSON can't have, or a circle
-            text = as_text(repr(value))
-        self._span.set_attributes(checked(self._name, {key: text}))
+        if not isinstance(value, str):
+            try:
+                value = to_json(value, bytes_mode="base64", serialize_unknown=True).decode()
+            except (ValueError, RecursionError):  # half a character, say, as a model may write one
+                value = repr(value)
+        self._span.set_attributes(checked(self._name, {key: value}))
 
 
 @overload

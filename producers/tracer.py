@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
+from opentelemetry import context as otel
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -67,6 +68,7 @@ class ProcessTracer:
         worker_threads.began(attempt)
         try:
             with self._tracer.start_as_current_span(self._root_name, attributes=self._root_attributes):
+                attempt.context = otel.get_current()
                 yield
                 worker_threads.refuse_shared(attempt)
         finally:

@@ -5,9 +5,12 @@ import json
 import logging
 import threading
 from collections.abc import AsyncIterator, Generator, Iterator
+from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 from test_spans import an_attempt
 
 import millstream as ms
@@ -15,10 +18,10 @@ from millstream.producers import emit
 from millstream.schemas.records import Span
 
 
-def told(span: Span) -> tuple[Any, Any]:
+def told(span: Span) -> tuple[Any, ...]:
     """Inputs and output."""
     attributes = span.attributes
-    return json.loads(attributes["agentlightning.operation.input"]), attributes["agentlightning.operation.output"]
+    return tuple(json.loads(attributes[f"agentlightning.operation.{way}"]) for way in ("input", "output"))
 
 
 class Searcher:
@@ -35,7 +38,7 @@ def test_a_function() -> None:
     within, search, root = spans
     assert search.name == "Searcher.search"
     assert (within.parent_id, search.parent_id) == (search.span_id, root.span_id)
-    assert told(search) == ({"city": "Paris", "more": ["Lyon"], "depth": 2}, '{"found": "Paris", "more": ["Lyon"]}')
+    assert told(search) == ({"city": "Paris", "more": ["Lyon"], "depth": 2}, {"found": "Paris", "more": ["Lyon"]})
     assert search.end > search.start
     assert Searcher.search.__doc__ == "Finds."
 
@@ -52,7 +55,7 @@ async def test_coroutines_at_the_same_time_each_with_its_own() -> None:
     waits = {told(s)[1]: s for s in spans if s.name == "wait"}
     for n in range(3):
         (within,) = [s for s in spans if s.name == f"within {n}"]
-        assert within.parent_id == waits[str(n)].span_id
+        assert within.parent_id == waits[n].span_id
     assert {(s.kind, s.attributes["pool"]) for s in waits.values()} == {("tool", '{"size": 2}')}
 
 
@@ -75,7 +78,7 @@ def test_a_generator_is_current_only_while_it_works() -> None:
     assert end.value.value == "done"
     by_name = {s.name.rpartition(".")[2]: s for s in spans}
     operation, root = by_name["count"], spans[-1]
-    assert told(operation) == ({"n": 2}, "[0, 1]")
+    assert told(operation) == ({"n": 2}, [0, 1])
     assert by_name["looked at"].parent_id == root.span_id
     assert {by_name[n].parent_id for n in ("made 0", "sent", "made 1", "again")} == {operation.span_id}
 
@@ -104,7 +107,7 @@ def test_a_generator_that_is_left_or_thrown_into() -> None:
     assert closed == [True, True]
     left, thrown, _ = spans
     assert (left.status, left.attributes["agentlightning.operation.output"]) == ("Unset", "[1]")
-    assert (thrown.status, thrown.attributes["agentlightning.operation.output"]) == ("Unset", "[1, 3]")
+    assert (thrown.status, thrown.attributes["agentlightning.operation.output"]) == ("Unset", "[1,3]")
 
 
 async def test_an_async_generator() -> None:
@@ -131,8 +134,8 @@ async def test_an_async_generator() -> None:
     root = spans[-1]
     assert {s.parent_id for s in spans if s.name == "looked at"} == {root.span_id}
     assert {s.parent_id for s in spans if s.name == "made 1"} == {whole.span_id}
-    assert (whole.status, whole.status_message, told(whole)) == ("Error", "ValueError: worn out", ({"n": 2}, "[0, 1]"))
-    assert (broken.status, told(broken)) == ("Unset", ({"n": 5}, "[0]"))
+    assert (whole.status, whole.status_message, told(whole)) == ("Error", "ValueError: worn out", ({"n": 2}, [0, 1]))
+    assert (broken.status, told(broken)) == ("Unset", ({"n": 5}, [0]))
 
 
 def test_a_body() -> None:
@@ -142,7 +145,7 @@ def test_a_body() -> None:
         op.set_output([1, 2])
     within, operation, _ = spans
     assert within.parent_id == operation.span_id
-    assert (operation.name, told(operation)) == ("look up", ({"city": "Paris"}, "[1, 2]"))
+    assert (operation.name, told(operation)) == ("look up", ({"city": "Paris"}, [1, 2]))
     assert operation.attributes["source"] == "wiki"
     with pytest.raises(TypeError, match="needs a name"), ms.operation():
         pass
@@ -163,6 +166,26 @@ def test_an_error_is_recorded_and_goes_on_its_way() -> None:
     assert spans[0].status == "Error"
 
 
+def test_models_dataclasses_and_dates_are_json() -> None:
+    class Answer(BaseModel):
+        text: str
+        when: date
+
+    @dataclass
+    class Reply:
+        answers: list[BaseModel]
+
+    @ms.operation
+    def reply(to: object) -> Reply:
+        return Reply([Answer(text="é", when=date(2026, 1, 2))])
+
+    with an_attempt() as spans:
+        reply(Answer)
+    inputs, output = told(spans[0])
+    assert output == {"answers": [{"text": "é", "when": "2026-01-02"}]}
+    assert "Answer" in inputs["to"]
+
+
 def test_what_is_no_json_is_shown_and_what_is_too_large_is_refused() -> None:
     circle: list[Any] = []
     circle.append(circle)
@@ -173,10 +196,12 @@ def test_what_is_no_json_is_shown_and_what_is_too_large_is_refused() -> None:
 
     with an_attempt() as spans:
         assert f(circle) is circle
+        f(["\ud800"])  # half a character
         with pytest.raises(emit.EmitError, match=r"span 'f': attribute 'agentlightning\.operation\.input'"):
             f("x" * (emit.MAX_ATTRIBUTE_BYTES + 1))
-    assert [s.status for s in spans[:-1]] == ["Unset", "Error"]
-    assert spans[0].attributes["agentlightning.operation.output"] == "[[...]]"
+    assert [s.status for s in spans[:-1]] == ["Unset", "Unset", "Error"]
+    outputs = [s.attributes.get("agentlightning.operation.output") for s in spans[:-1]]
+    assert outputs == ['["..."]', "['\\ud800']", None]
 
 
 async def test_outside_a_rollout_it_warns_once_and_does_its_work(
