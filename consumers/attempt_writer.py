@@ -28,8 +28,8 @@ _HEADERS = {
 
 
 class AttemptWriter:
-    """``started``, ``span``, ``save_state`` and ``calling`` may be called from any thread,
-    the rest on one event loop."""
+    """``started``, ``span``, ``save_state`` and ``calling`` may be called from any thread, the rest on one event
+    loop."""
 
     def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str) -> None:
         self.claim = claim

@@ -23,6 +23,7 @@ from millstream.producers.attempt_context import Attempt, Rollout
 from millstream.producers.tracer import ProcessTracer
 from millstream.producers.workers import new_worker_id
 from millstream.schemas import codec, status
+from millstream.schemas.errors import MillstreamError
 from millstream.schemas.identity import attempt_key
 from millstream.schemas.ids import new_id
 from millstream.schemas.log import KIND_HEADER, LogRecord, Partition
@@ -63,7 +64,9 @@ class TracedRollout:
         self._secret = settings.proxy_secret.get_secret_value()
         self._claim = Claim(task, new_id(), Resources(resources_id="", experiment_id=task.experiment_id, items={}))
         self._producer = log.producer()
-        self._writer = AttemptWriter(self._claim, self._producer, settings.topics, new_worker_id())
+        self._worker_id = new_worker_id()
+        self._writer = AttemptWriter(self._claim, self._producer, settings.topics, self._worker_id)
+        self._entered = False
         self._start = 0  # offset of its claim
         self._outcome = Outcome(status.SUCCEEDED)
         self._attempt = Attempt(
@@ -144,6 +147,9 @@ class TracedRollout:
             await self._finish()
 
     def _begin(self) -> None:
+        if self._entered:
+            raise MillstreamError("a trace is entered once; Tracer.trace makes another")
+        self._entered = True
         claim, topics = self._claim, self._settings.topics
 
         def on_ack(error: Exception | None, offset: int) -> None:
@@ -151,7 +157,7 @@ class TracedRollout:
 
         self._producer.send(
             topics.events,
-            preparing(claim.task, claim.attempt_id, new_worker_id()),
+            preparing(claim.task, claim.attempt_id, self._worker_id),
             key=claim.task.rollout_id,
             headers={KIND_HEADER: status.PREPARING.encode()},
             on_ack=on_ack,
@@ -195,7 +201,7 @@ class TracedRollout:
         finally:
             await asyncio.to_thread(self._producer.close)
         self.status = final.status
-        if final.error is not None and final is not outcome:  # else the caller has the exception
+        if final.error is not None and final.status != self._outcome.status:  # else the caller has the exception
             logger.warning("%s: %s, %s: %s", self._writer.name, final.status, final.error.type, final.error.message)
 
     async def _read(self) -> list[Span]:

@@ -16,7 +16,7 @@ from millstream.consumers.adapter import Adapter
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.serving import serve
 from millstream.schemas import codec
-from millstream.schemas.errors import ConfigError
+from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.log import Partition
 from millstream.schemas.records import RolloutEnd, Span
 from millstream.schemas.settings import Settings, load_settings
@@ -71,6 +71,8 @@ def test_a_trace_without_a_runner(tracer: ms.Tracer) -> None:
     with tracer.trace(GIVEN) as trace:
         assert run(tracer, trace.rollout.input) == "NO"
     assert (trace.result, trace.status) == ("NO", "succeeded")
+    with pytest.raises(MillstreamError, match="entered once"), trace:
+        pass
     assert [(r.name, r.value) for r in trace.rewards] == REWARDS
     assert [s.name for s in trace.spans] == [
         "thought",
@@ -208,7 +210,9 @@ async def test_an_adapter_settles_what_was_traced(tracer: ms.Tracer) -> None:
     assert (bad.status, bad.reason) == ("failed", "failed: ValueError: no")
 
 
-async def test_through_the_proxy_its_calls_become_triplets(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_through_the_proxy_its_calls_become_triplets(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
         monkeypatch.setenv(name, "")  # the tracer sets them
     configured = settings(proxy_secret="s")
@@ -231,8 +235,10 @@ async def test_through_the_proxy_its_calls_become_triplets(monkeypatch: pytest.M
     assert {s.source for s in trace.spans} == {"agent", "proxy"}
     lost = tracer.trace("hi")
     async with lost:
-        pass
-    assert lost.status == "lost", "nobody says how many calls there were"
+        lost.result = "add"
+    assert lost.status == "lost"
+    (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert "could not be closed at the proxy" in warning
 
 
 def test_a_trainer_takes_it_as_its_runner(tracer: ms.Tracer, tmp_path: Any) -> None:
