@@ -19,7 +19,7 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 import millstream as ms
 from millstream.consumers.agent_process import _Channel, _Running
 from millstream.producers.attempt_context import Attempt
-from millstream.producers.tracer import Tracer
+from millstream.producers.tracer import ProcessTracer
 from millstream.schemas.ids import new_id
 from millstream.schemas.records import RolloutTask
 
@@ -38,7 +38,7 @@ def measure(count: int) -> dict[str, float]:
     task = RolloutTask(rollout_id=new_id(), group_id="g", input="null", timeout_s=1.0, lease_s=1.0, created_at=0)
     running = _Running(1, _Channel(ours))
     attempt = Attempt(task, new_id(), running.emit, running.save)
-    tracer = Tracer("benchmark")
+    tracer = ProcessTracer("benchmark")
     bare_provider = TracerProvider()
     bare_provider.add_span_processor(SpanProcessor())
     bare = bare_provider.get_tracer("bare")

@@ -15,7 +15,6 @@ import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -39,11 +38,11 @@ from millstream.consumers.frames import Frame, FrameReader, Kind, pack
 from millstream.consumers.hooks import Hook, Hooks, RunnerInfo
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.instrumentation import FRAMEWORKS
-from millstream.producers.tracer import Tracer, adopt_global_provider
-from millstream.schemas import blobs, codec, status
+from millstream.producers.tracer import ProcessTracer, adopt_global_provider
+from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.identity import attempt_key
-from millstream.schemas.records import ErrorInfo, Span
+from millstream.schemas.records import ErrorInfo
 from millstream.schemas.resources import Resources
 
 logger = logging.getLogger(__name__)
@@ -127,7 +126,7 @@ class ThreadHost:
         return self._options.concurrency - len(self._running)
 
     async def start(self) -> None:
-        tracer = Tracer(agent_name(self._agent), self._options.proxy_url, self._options.instrument)
+        tracer = ProcessTracer(agent_name(self._agent), self._options.proxy_url, self._options.instrument)
         function = load_agent(self._agent, self._folder) if isinstance(self._agent, str) else self._agent
         info = RunnerInfo(self._options.worker_id, agent_name(self._agent))
         hooks = Hooks(load_hooks(self._options.hooks, self._folder), info)
@@ -144,7 +143,7 @@ class ThreadHost:
         attempt = Attempt(
             claim.task,
             claim.attempt_id,
-            partial(_emit, writer),
+            writer.emit,
             writer.save_state,
             resources={} if claim.resources is None else claim.resources.items,
             on_calling=writer.calling,
@@ -200,13 +199,6 @@ async def _cancel_all() -> bool:
     for task in tasks:
         task.cancel()
     return not tasks or not (await asyncio.wait(tasks, timeout=STOP_S / 3))[1]
-
-
-def _emit(writer: AttemptWriter, span: Span) -> None:
-    span, contents = blobs.kept_apart(span)
-    for digest, content in contents.items():
-        writer.content(digest, content)
-    writer.span(span, span.kind, contents)
 
 
 class ProcessHost:

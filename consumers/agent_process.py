@@ -22,7 +22,7 @@ from millstream.consumers.attempt import AttemptRunner, Outcome, load_agent, loa
 from millstream.consumers.frames import Frame, FrameReader, Kind, pack
 from millstream.consumers.hooks import Hooks, RunnerInfo
 from millstream.producers.attempt_context import Attempt
-from millstream.producers.tracer import Tracer, adopt_global_provider
+from millstream.producers.tracer import ProcessTracer, adopt_global_provider
 from millstream.schemas import blobs, codec
 from millstream.schemas.errors import CodecError, ConfigError
 from millstream.schemas.records import Control, RolloutTask, Span
@@ -231,7 +231,7 @@ def main() -> None:
         if config["hooks"] != "[]":
             _share_metrics(config["place"])
         try:
-            tracer = Tracer(config["agent"], config["proxy_url"], json.loads(config["instrument"]))
+            tracer = ProcessTracer(config["agent"], config["proxy_url"], json.loads(config["instrument"]))
             function = load_agent(config["agent"], config["folder"])
             info = RunnerInfo(config["worker_id"], config["agent"])
             hooks = Hooks(load_hooks(json.loads(config["hooks"]), config["folder"]), info)

@@ -21,7 +21,7 @@ from millstream.consumers.objects import error_message, load_object
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.emit import emit_reward
 from millstream.producers.span_processor import utf8
-from millstream.producers.tracer import Tracer
+from millstream.producers.tracer import ProcessTracer
 from millstream.schemas import status
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.records import ErrorInfo
@@ -29,6 +29,7 @@ from millstream.schemas.records import ErrorInfo
 logger = logging.getLogger(__name__)
 
 AgentFunction = Callable[..., Any]
+AGENT_PARAMETERS = ("resources", "rollout")  # that an agent may have behind its input
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,7 @@ def agent_name(agent: str | AgentFunction) -> str:
     """What spans call the agent: ``module:attribute``."""
     if isinstance(agent, str):
         return agent
+    agent = inspect.unwrap(agent)
     named = agent if hasattr(agent, "__qualname__") else type(agent)
     return f"{named.__module__}:{named.__qualname__}"
 
@@ -96,13 +98,15 @@ class AttemptRunner:
     A new thread each time: a thread that is used again may carry what the last attempt left in it.
     """
 
-    def __init__(self, agent: AgentFunction, tracer: Tracer, loop: asyncio.AbstractEventLoop, hooks: Hooks) -> None:
+    def __init__(
+        self, agent: AgentFunction, tracer: ProcessTracer, loop: asyncio.AbstractEventLoop, hooks: Hooks
+    ) -> None:
         self._agent = agent
         self._tracer = tracer
         self._loop = loop
         self._hooks = hooks
         self._is_async = _is_async(agent)
-        self._optional = _optional_parameters(agent)
+        self._optional = optional_parameters(agent, AGENT_PARAMETERS)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._pid = os.getpid()
 
@@ -140,7 +144,7 @@ class AttemptRunner:
                         result = await result
                     elif inspect.iscoroutine(result):  # a sync wrapper around an async agent
                         result = asyncio.run(result)
-                    outcome = _returned(attempt, result)
+                    outcome = returned(attempt, result)
                 except BaseException as error:  # an agent's sys.exit() ends its attempt, not everybody's
                     outcome = await self._judged(error, hooks)
                     raise
@@ -149,7 +153,7 @@ class AttemptRunner:
                     await hooks.trace_end(outcome.status, outcome.output)
         except BaseException as error:
             if error is not hooks.trace.error:
-                outcome = self._raised(error)
+                outcome = raised(error, cancellable=self._is_async)
         await hooks.rollout_end(outcome.status)
         if os.getpid() != self._pid:
             logger.warning("a process that the agent forked came back from it (%s) and ends here", outcome.status)
@@ -158,18 +162,12 @@ class AttemptRunner:
 
     async def _judged(self, error: BaseException, hooks: HookedAttempt) -> Outcome:
         hooks.trace.error = error
-        outcome = self._raised(error)
+        outcome = raised(error, cancellable=self._is_async)
         if outcome.status != status.FAILED or (wish := await hooks.wish(error)) is None:
             return outcome
         if wish == IGNORE:
             return Outcome(status.SUCCEEDED, metadata={"ignored": f"{type(error).__name__}: {error_message(error)}"})
         return replace(outcome, metadata={"retry": "yes" if wish == RETRY else "no"})
-
-    def _raised(self, error: BaseException) -> Outcome:
-        cancelled = self._is_async and isinstance(error, asyncio.CancelledError)
-        stack = utf8("".join(traceback.format_exception(error)))
-        info = ErrorInfo(type=type(error).__name__, message=error_message(error), stack=stack)
-        return Outcome(status.CANCELLED if cancelled else status.FAILED, info)
 
     def _arguments(self, attempt: Attempt) -> dict[str, Any]:
         return {name: getattr(attempt, name) for name in self._optional}
@@ -183,18 +181,26 @@ def _is_async(agent: AgentFunction) -> bool:
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
 
 
-def _optional_parameters(agent: AgentFunction) -> tuple[str, ...]:
-    """Which of ``resources`` and ``rollout`` the agent has a parameter for, behind its input."""
+def optional_parameters(function: Callable[..., Any], names: Sequence[str]) -> tuple[str, ...]:
+    """Which of ``names`` the function has a parameter for, behind its first one."""
     try:
-        parameters = list(inspect.signature(agent).parameters.values())
+        parameters = list(inspect.signature(function).parameters.values())
     except (TypeError, ValueError):  # some callables written in C
         return ()
     by_name = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
     by_name |= {p.name for p in parameters[1:] if p.kind is p.POSITIONAL_OR_KEYWORD}
-    return tuple(name for name in ("resources", "rollout") if name in by_name)
+    return tuple(name for name in names if name in by_name)
 
 
-def _returned(attempt: Attempt, result: Any) -> Outcome:
+def raised(error: BaseException, *, cancellable: bool) -> Outcome:
+    """``cancellable``: an async agent, for which a CancelledError means that it was asked to end."""
+    cancelled = cancellable and isinstance(error, asyncio.CancelledError)
+    stack = utf8("".join(traceback.format_exception(error)))
+    info = ErrorInfo(type=type(error).__name__, message=error_message(error), stack=stack)
+    return Outcome(status.CANCELLED if cancelled else status.FAILED, info)
+
+
+def returned(attempt: Attempt, result: Any) -> Outcome:
     """Within the attempt: a number that the agent returns is its reward, unless it has emitted some."""
     if inspect.isgenerator(result) or inspect.isasyncgen(result) or inspect.isawaitable(result):
         raise TypeError(f"the agent returned {result!r}, which nobody runs; it has to return its result")

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
 from millstream.consumers.attempt import Outcome, stopped_by
@@ -16,6 +17,7 @@ from millstream.producers.acknowledgements import Acknowledgements
 from millstream.producers.blob_store import STORE_S, BlobError, Blobs
 from millstream.producers.port import Producer
 from millstream.schemas import semconv, status
+from millstream.schemas.blobs import kept_apart
 from millstream.schemas.errors import CodecError, LogError, TooLarge
 from millstream.schemas.log import KIND_HEADER
 from millstream.schemas.records import AttemptEvent, DeadLetter, Span
@@ -37,12 +39,11 @@ class _Waiting(NamedTuple):
 
 
 class AttemptWriter:
-    """Made on the runner's loop. ``started``, ``content``, ``span``, ``save_state`` and ``calling`` may be called from
-    any thread, the rest on the loop."""
+    """``started``, ``content``, ``span``, ``save_state`` and ``calling`` may be called from any thread, the rest on
+    one event loop."""
 
     def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str, blobs: Blobs) -> None:
         self.claim = claim
-        self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.verdict: Outcome | None = None  # what the runner has decided; overrules what the agent's side says
         self.last_acknowledged = time.monotonic()  # when the youngest acknowledged sign of life was sent
         self._last_sign = self.last_acknowledged
@@ -58,6 +59,11 @@ class AttemptWriter:
         self._waiting: deque[_Waiting] = deque()  # spans behind one whose contents are not stored yet
         self._order = threading.RLock()  # of spans
         self._lock = threading.Lock()  # the terminal event counts the spans before it: nothing comes between
+
+    @cached_property
+    def outcome(self) -> "asyncio.Future[Outcome]":
+        """How the agent's side ended."""
+        return asyncio.get_running_loop().create_future()
 
     @property
     def name(self) -> str:
@@ -116,6 +122,13 @@ class AttemptWriter:
         """A long content that spans will refer to; it is stored in the background."""
         self._last_sign = time.monotonic()
         self._contents[digest] = self._blobs.put(digest, content)
+
+    def emit(self, span: Span) -> None:
+        """A finished span of this process, with all that is in it."""
+        span, contents = kept_apart(span)
+        for digest, content in contents.items():
+            self.content(digest, content)
+        self.span(span, span.kind, contents)
 
     def span(self, span: Span | bytes, kind: str, contents: Iterable[str] = ()) -> None:
         """A finished span, and the digests of the contents it refers to: it is written behind them, and later spans

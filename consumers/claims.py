@@ -90,6 +90,20 @@ class Claim:
     cancelled: str | None = None  # what has been cancelled that it belongs to: it is settled, not run
 
 
+def preparing(task: RolloutTask, attempt_id: str, worker_id: str) -> AttemptEvent:
+    """A claim as it is written: the first record of its attempt."""
+    return AttemptEvent(
+        rollout_id=task.rollout_id,
+        attempt_id=attempt_id,
+        attempt=task.attempt,
+        status=status.PREPARING,
+        worker_id=worker_id,
+        time=time.time_ns(),
+        lease_s=task.lease_s,
+        task=codec.encode(task),
+    )
+
+
 class Claims:
     """The runner's consumer of the tasks topics."""
 
@@ -254,16 +268,7 @@ class Claims:
                 found = self._control.pinned(task.resources_id)
             resources = found
         attempt_id = new_id()
-        event = AttemptEvent(
-            rollout_id=task.rollout_id,
-            attempt_id=attempt_id,
-            attempt=task.attempt,
-            status=status.PREPARING,
-            worker_id=self._worker_id,
-            time=time.time_ns(),
-            lease_s=task.lease_s,
-            task=codec.encode(task),
-        )
+        event = preparing(task, attempt_id, self._worker_id)
         headers = {KIND_HEADER: status.PREPARING.encode()}
         sending.send(self._topics.events, event, key=task.rollout_id, headers=headers)
         return Claim(task, attempt_id, resources, self._control.cancelled(task))

@@ -26,13 +26,13 @@ from millstream.consumers.claims import ROLE, Claim, Claims, Starvation
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
+from millstream.consumers.proxy_close import CLOSE_S, ProxyNotClosed, close_at_proxy
 from millstream.producers.blob_store import Blobs
 from millstream.producers.instrumentation import chosen, report
 from millstream.producers.port import Producer
 from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, LogError, MillstreamError
-from millstream.schemas.identity import attempt_key, attempt_path
 from millstream.schemas.log import KIND_HEADER
 from millstream.schemas.records import Span
 from millstream.schemas.settings import Settings
@@ -43,7 +43,6 @@ CLAIM_S = 0.2  # how long one poll for tasks waits; also how late a stop may be 
 GATHER_S = 0.005  # slots that become free one after the other are filled by one claim, with one commit
 STAY_S = 2.0  # between signs of life to the group while there is no free slot
 CANCEL_GRACE_S = 5.0  # between asking an agent to end and ending it
-CLOSE_S = 30.0  # for the proxy to let an attempt's last calls end
 HEARTBEATS = 3  # in a lease
 
 # What every agent process gets of the environment; nothing else unless it is named: no settings of ours, no secrets.
@@ -304,11 +303,9 @@ class Runner:
             # One that never ran has no timers, and has called no model.
             if self._settings.proxy_url and self._running[writer]:
                 try:
-                    proxy_spans = await self._close_at_proxy(writer)
-                except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                    cause = str(error) or type(error).__name__
-                    message = f"it could not be closed at the proxy {self._settings.proxy_url}: {cause}"
-                    outcome = stopped_by(status.LOST, "proxy", message)
+                    proxy_spans = await close_at_proxy(self._http, self._settings.proxy_url, self._secret, writer.claim)
+                except ProxyNotClosed as error:
+                    outcome = stopped_by(status.LOST, "proxy", str(error))
             final = await writer.finish(outcome, proxy_spans)
             if final.error is not None:
                 logger.warning("%s: %s, %s: %s", writer.name, final.status, final.error.type, final.error.message)
@@ -318,22 +315,6 @@ class Runner:
             for timer in self._running.pop(writer).values():
                 timer.cancel()
             self._changed.set()
-
-    async def _close_at_proxy(self, writer: AttemptWriter) -> int:
-        """No more model calls; how many spans they have made. Closing twice does no harm."""
-        task, attempt_id = writer.claim.task, writer.claim.attempt_id
-        url = self._settings.proxy_url.rstrip("/") + attempt_path(task.rollout_id, attempt_id) + "/close"
-        headers = {"Authorization": f"Bearer {attempt_key(self._secret, task.rollout_id, attempt_id)}"}
-        for last in (False, True):
-            try:
-                async with self._http.post(url, headers=headers) as response:
-                    if response.status != 200:
-                        raise ValueError(f"{response.status} {(await response.text())[:200]}")
-                    return int((await response.json())["spans"])
-            except aiohttp.ClientConnectionError:  # a connection kept alive that the proxy has dropped
-                if last:
-                    raise
-        raise AssertionError("unreachable")
 
     def _late_span(self, encoded: bytes) -> None:
         """Of an attempt that is over: it reaches the store, nobody trains on it."""

@@ -19,6 +19,7 @@ from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
 from millstream.consumers.triplets import ToTriplets, TripletMaker
 from millstream.pipeline.batches import Algorithm, FinishedRollout, Group
+from millstream.pipeline.blocking import run_blocking
 from millstream.pipeline.collector import Collector
 from millstream.producers.control import publish_control, publish_resources
 from millstream.producers.port import Producer
@@ -97,10 +98,11 @@ class Summary:
 class Trainer:
     """Trains ``agent`` with ``algorithm``.
 
-    ``agent`` is a callable or ``module:attribute``. ``strategy`` is "memory" (everything in this process) or "kafka":
-    then runners, adapter, sink and proxy are processes of their own, unless an agent is given here. ``adapter``
-    replaces the function from traces to triplets where the adapter runs in this process, ``hooks`` (objects or
-    ``module:attribute``) surround each attempt of an agent given here. Training ends after ``max_steps``, or when each
+    ``agent`` is a callable or ``module:attribute``; a `Tracer` of it may be given as ``runner`` instead.
+    ``strategy`` is "memory" (everything in this process) or "kafka": then runners, adapter, sink and proxy are
+    processes of their own, unless an agent is given here. ``adapter`` replaces the function from traces to triplets
+    where the adapter runs in this process, ``hooks`` (objects or ``module:attribute``) surround each attempt of an
+    agent given here. Training ends after ``max_steps``, or when each
     of ``patience`` steps in a row has a mean reward of at least ``stop_reward`` and so has a validation then; if that
     falls short, it goes on.
     """
@@ -110,6 +112,7 @@ class Trainer:
         *,
         algorithm: Algorithm | None = None,
         agent: Any = None,
+        runner: Callable[..., Any] | None = None,
         strategy: str | Strategy = "memory",
         tasks: Sequence[Task] = (),
         val_tasks: Sequence[Task] = (),
@@ -124,6 +127,9 @@ class Trainer:
         on_step: Callable[[StepReport], None] = lambda report: None,
         hooks: Sequence[Hook | str] = (),
     ) -> None:
+        if runner is not None and agent is not None:
+            raise ConfigError("agent and runner are two ways to name what runs: give one of them")
+        agent = agent if runner is None else runner
         if hooks and agent is None:
             raise ConfigError("hooks run where the agent does: give the runners --hook module:attribute")
         self._hooks = hooks
@@ -142,11 +148,11 @@ class Trainer:
 
     def fit(self, tasks: Sequence[Task] | None = None, val_tasks: Sequence[Task] | None = None) -> Summary:
         """Trains, then validates on ``val_tasks``. Raises `ConfigError` if there is nothing to learn from or with."""
-        return asyncio.run(self.train(tasks, val_tasks))
+        return run_blocking(self.train(tasks, val_tasks))
 
     def dev(self, tasks: Sequence[Task] | None = None) -> list[FinishedRollout]:
         """Runs the agent over the tasks, through everything, and learns nothing: for trying an agent out."""
-        return asyncio.run(self._dev(self._tasks if tasks is None else tasks))
+        return run_blocking(self._dev(self._tasks if tasks is None else tasks))
 
     async def train(self, tasks: Sequence[Task] | None = None, val_tasks: Sequence[Task] | None = None) -> Summary:
         """As `fit`, for callers who have an event loop."""

@@ -50,6 +50,7 @@ class Attempt:
     sequence: "count[int]" = field(default_factory=lambda: count(1))
     rewarded: bool = False  # a reward has been emitted
     tracer: Tracer = field(default_factory=NoOpTracer)
+    context: Context = field(default_factory=Context)  # that of its code: below its root span
     state: bytes | None = None  # the last one saved, by this attempt or the one before it
     threads: set[threading.Thread] = field(default_factory=set)  # those it started that have made calls or spans
     alone: bool = True  # no other attempt has run in this process at the same time

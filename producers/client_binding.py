@@ -73,6 +73,9 @@ def _bind(request: Any) -> Attempt | None:
     if base is None:
         return None
     attempt = current_attempt()
+    bound = url.raw_path.startswith(base + b"/rollout/")  # by `clients`, or sent again by the caller
+    if bound and (attempt is None or not url.raw_path.startswith(base + attempt.path.encode() + b"/")):
+        return None  # to the attempt that its client was made for, which is not the one whose code this is
     if attempt is None:
         raise OutsideRollout(
             f"{request.method} {url}: the model can be called only within a rollout, because the proxy records each "
@@ -84,8 +87,8 @@ def _bind(request: Any) -> Attempt | None:
             "If it works for other rollouts too, let a ThreadPoolExecutor be the worker, which knows whose work it is."
         )
     note_call(attempt)
-    prefix = base + attempt.path.encode()
-    if not url.raw_path.startswith(prefix + b"/"):  # else: sent again by the caller
+    if not bound:
+        prefix = base + attempt.path.encode()
         request.url = url.copy_with(raw_path=prefix + url.raw_path[len(base) :])
     request.headers["Authorization"] = f"Bearer {attempt.proxy_key}"
     request.headers["x-api-key"] = attempt.proxy_key

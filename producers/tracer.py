@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 
+from opentelemetry import context as otel
 from opentelemetry import trace
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
@@ -33,7 +34,7 @@ SWITCHES = {
 PLACEHOLDER_KEY = "millstream"  # the SDKs want a key; the attempt's own takes its place in each request
 
 
-class Tracer:
+class ProcessTracer:
     """Make it before the agent is imported, call `adopt_global_provider` after that."""
 
     def __init__(self, agent_name: str, proxy_url: str = "", instrument: Iterable[str] = tuple(FRAMEWORKS)) -> None:
@@ -67,6 +68,7 @@ class Tracer:
         worker_threads.began(attempt)
         try:
             with self._tracer.start_as_current_span(self._root_name, attributes=self._root_attributes):
+                attempt.context = otel.get_current()
                 yield
                 worker_threads.refuse_shared(attempt)
         finally:

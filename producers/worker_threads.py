@@ -57,6 +57,11 @@ def ended(attempt: Attempt) -> None:
     _running.discard(attempt)
 
 
+def running_attempt(rollout_id: str) -> Attempt | None:
+    """This rollout's attempt, if it runs in this process."""
+    return next((attempt for attempt in tuple(_running) if attempt.task.rollout_id == rollout_id), None)
+
+
 def note_call(attempt: Attempt, context: Context | None = None) -> None:
     """The attempt's code makes a call or a span here."""
     thread = otel.get_value(_THREAD, context)

@@ -36,6 +36,9 @@ TOOL_RESULT: Final = "gen_ai.tool.call.result"
 EVALUATION_NAME: Final = "gen_ai.evaluation.name"
 EVALUATION_SCORE: Final = "gen_ai.evaluation.score.value"
 ERROR_TYPE: Final = "error.type"
+EXCEPTION_TYPE: Final = "exception.type"
+EXCEPTION_MESSAGE: Final = "exception.message"
+EXCEPTION_STACK: Final = "exception.stacktrace"
 
 # Ours: a span that has this is an alert; the runner writes a copy of it to the alerts topic.
 ALERT_NAME: Final = "millstream.alert"
@@ -49,6 +52,18 @@ REWARD_FOR: Final = "millstream.reward.for_call"
 AGL_REWARD_NAME: Final = "agentlightning.reward.0.name"
 AGL_REWARD_VALUE: Final = "agentlightning.reward.0.value"
 AGL_SECOND_REWARD: Final = "agentlightning.reward.1.value"  # a reward of several dimensions
+
+# Agent Lightning's names for what else agents emit: names of spans, and of their attributes.
+AGL_MESSAGE: Final = "agentlightning.message"
+AGL_MESSAGE_BODY: Final = "agentlightning.message.body"
+AGL_OBJECT: Final = "agentlightning.object"
+AGL_OBJECT_TYPE: Final = "agentlightning.object.type"
+AGL_OBJECT_JSON: Final = "agentlightning.object.json"
+AGL_EXCEPTION: Final = "agentlightning.exception"
+AGL_ANNOTATION: Final = "agentlightning.annotation"
+AGL_OPERATION_NAME: Final = "agentlightning.operation.name"
+AGL_OPERATION_INPUT: Final = "agentlightning.operation.input"
+AGL_OPERATION_OUTPUT: Final = "agentlightning.operation.output"
 
 # ``gen_ai.operation.name`` → `Span.kind`.
 KIND_OF_OPERATION: Final = {

@@ -10,8 +10,9 @@ import millstream as ms
 
 @pytest.mark.torch
 def test_every_public_name_is_there():
-    assert set(ms.__all__) == set(ms._HOMES)
-    for name in ms.__all__:
+    assert set(ms.__all__) == {*ms._HOMES, "integrations"}
+    assert ms.integrations.__name__ == "millstream.integrations"
+    for name in ms._HOMES:
         assert getattr(ms, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'train'"):
         _ = ms.train

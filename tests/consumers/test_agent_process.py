@@ -251,3 +251,26 @@ def test_frames_come_out_as_they_went_in_however_the_stream_is_cut(
         found += list(reader.feed(stream[start : start + size]))
         start, turn = start + size, turn + 1
     assert found == [Frame(*frame) for frame in frames]
+
+
+async def test_a_tracer_runs_in_an_agent_process_like_its_agent(tmp_path: Path) -> None:
+    code = """
+    import asyncio
+    import millstream as ms
+
+    async def agent(input, rollout):
+        await asyncio.sleep(0)
+        return input * 2
+
+    tracer = ms.Tracer(agent)
+
+    @tracer.on_completion
+    async def doubled(result, rollout):
+        return {"right": result == rollout.input * 2, "size": result}
+    """
+    async with running("traced:tracer", write_agent(tmp_path, code, "traced.py"), processes=1) as rig:
+        await rig.publish([1, 2, 3])
+        ended = await rig.ends(3)
+    assert_whole(ended)
+    assert {text: one.rewards for text, one in ended.items()} == {"1": [1.0, 2.0], "2": [1.0, 4.0], "3": [1.0, 6.0]}
+    assert {one.spans[-1].name for one in ended.values()} == {"invoke_agent traced:tracer"}

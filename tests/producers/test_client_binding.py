@@ -15,7 +15,7 @@ from factories import task
 import millstream as ms
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.client_binding import bind_clients
-from millstream.producers.tracer import PLACEHOLDER_KEY, Tracer
+from millstream.producers.tracer import PLACEHOLDER_KEY, ProcessTracer
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.ids import new_id
 from millstream.schemas.records import Span
@@ -30,6 +30,7 @@ class Server:
 
     def __init__(self) -> None:
         self.url = ""
+        self.anthropic: list[tuple[str, str]] = []  # attempt, bearer
         self.calls: list[tuple[str, str, str, str, str]] = []  # rollout, attempt, bearer, x-api-key, prompt
         self.parents: list[str] = []
 
@@ -39,7 +40,7 @@ class Server:
         self.calls.append(
             (where["rollout"], where["attempt"], headers["Authorization"], headers.get("x-api-key", ""), prompt)
         )
-        self.parents.append(headers["traceparent"].split("-")[2])
+        self.parents += headers.get("traceparent", "").split("-")[2:3]
         await asyncio.sleep(0)
         message = {"role": "assistant", "content": prompt}
         return web.json_response(
@@ -52,6 +53,21 @@ class Server:
             }
         )
 
+    async def message(self, request: web.Request) -> web.Response:
+        self.anthropic.append((request.match_info["attempt"], request.headers["Authorization"]))
+        return web.json_response(
+            {
+                "id": "m",
+                "type": "message",
+                "role": "assistant",
+                "model": "m",
+                "content": [{"type": "text", "text": "hi"}],
+                "stop_reason": "end_turn",
+                "stop_sequence": None,
+                "usage": {"input_tokens": 1, "output_tokens": 1},
+            }
+        )
+
 
 @pytest.fixture
 async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
@@ -60,6 +76,7 @@ async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
     server = Server()
     app = web.Application()
     app.add_routes([web.post("/rollout/{rollout}/attempt/{attempt}/v1/chat/completions", server.chat)])
+    app.add_routes([web.post("/rollout/{rollout}/attempt/{attempt}/v1/messages", server.message)])
     app.add_routes([web.post("/base/rollout/{rollout}/attempt/{attempt}/v1/chat/completions", server.chat)])
     runner = web.AppRunner(app)
     await runner.setup()
@@ -81,7 +98,7 @@ def messages(text: str) -> list[Any]:
 
 
 async def test_fifty_attempts_share_one_client_and_each_call_and_span_has_its_own(server: Server) -> None:
-    tracer = Tracer("m:agent", server.url)
+    tracer = ProcessTracer("m:agent", server.url)
     sync_client, async_client = openai.OpenAI(), openai.AsyncOpenAI()
     assert sync_client.api_key == PLACEHOLDER_KEY
     pool = ThreadPoolExecutor(8)
@@ -143,7 +160,7 @@ async def test_fifty_attempts_share_one_client_and_each_call_and_span_has_its_ow
 
 
 async def test_outside_an_attempt_the_error_reaches_the_caller_as_it_is(server: Server) -> None:
-    Tracer("m:agent", server.url)
+    ProcessTracer("m:agent", server.url)
     with pytest.raises(MillstreamError, match="only within a rollout"):
         await openai.AsyncOpenAI().chat.completions.create(model="m", messages=messages("x"))
     with pytest.raises(RuntimeError, match="only within a rollout"):
@@ -155,7 +172,7 @@ async def test_outside_an_attempt_the_error_reaches_the_caller_as_it_is(server: 
 async def test_httpx_itself_is_bound_and_other_hosts_are_left_alone(
     server: Server, sends: Callable[[httpx.AsyncClient, httpx.Request], Any]
 ) -> None:
-    tracer = Tracer("m:agent", server.url + "/base/")
+    tracer = ProcessTracer("m:agent", server.url + "/base/")
     attempt, _ = new_attempt(server.url)
     async with httpx.AsyncClient() as client:
         with tracer.attempt(attempt):
@@ -170,6 +187,47 @@ async def test_httpx_itself_is_bound_and_other_hosts_are_left_alone(
 
     async with httpx.AsyncClient(transport=httpx.MockTransport(answer)) as elsewhere:
         assert (await elsewhere.get("http://example.com/v1/x")).text == "http://example.com/v1/x None"
+
+
+async def test_a_client_made_in_an_attempt_belongs_to_it_in_whoevers_thread(server: Server) -> None:
+    tracer = ProcessTracer("m:agent", server.url)
+    (first, _), (second, _) = new_attempt(server.url), new_attempt(server.url)
+    with tracer.attempt(first):
+        sync_client, async_client = ms.openai_client(max_retries=0), ms.async_openai_client(max_retries=0)
+
+    def call() -> None:
+        sync_client.chat.completions.create(model="m", messages=messages("x"))
+
+    with tracer.attempt(second):  # the work of another
+        await async_client.chat.completions.create(model="m", messages=messages("x"))
+        await asyncio.to_thread(call)
+        await ms.async_openai_client().chat.completions.create(model="m", messages=messages("y"))
+    thread = threading.Thread(target=call)  # of no attempt
+    thread.start()
+    await asyncio.to_thread(thread.join)
+    mine = (first.task.rollout_id, first.attempt_id, f"Bearer {first.proxy_key}")
+    yours = (second.task.rollout_id, second.attempt_id, f"Bearer {second.proxy_key}")
+    assert [call[:3] for call in server.calls] == [mine, mine, yours, mine]
+
+
+async def test_anthropics_clients_are_bound_too(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ANTHROPIC_API_KEY", raising=False)
+    pytest.importorskip("anthropic")
+    attempt, _ = new_attempt(server.url)
+    with ProcessTracer("m:agent").attempt(attempt):
+        sync_client, async_client = ms.anthropic_client(), ms.async_anthropic_client(max_retries=0)
+    asked: Any = {"model": "m", "max_tokens": 1, "messages": messages("x")}
+    await async_client.messages.create(**asked)
+    await asyncio.to_thread(sync_client.messages.create, **asked)
+    assert server.anthropic == [(attempt.attempt_id, f"Bearer {attempt.proxy_key}")] * 2
+
+
+def test_without_a_proxy_or_a_rollout_they_are_ordinary_clients() -> None:
+    attempt, _ = new_attempt("")
+    with ProcessTracer("m:agent").attempt(attempt):
+        client = ms.openai_client(api_key="k", base_url="http://example.com/v1")
+    assert (str(client.base_url), client.api_key) == ("http://example.com/v1/", "k")
+    assert ms.anthropic_client(api_key="k").api_key == "k"
 
 
 @pytest.mark.parametrize("url", ["localhost:8400", "ftp://h", "http://"])

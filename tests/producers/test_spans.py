@@ -16,13 +16,13 @@ from opentelemetry.sdk.trace import TracerProvider
 import millstream as ms
 from millstream.producers import emit, tracer
 from millstream.producers.attempt_context import Attempt, current_attempt
-from millstream.producers.tracer import Tracer, adopt_global_provider
+from millstream.producers.tracer import ProcessTracer, adopt_global_provider
 from millstream.schemas import codec
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.ids import new_id
 from millstream.schemas.records import Span
 
-AGENT = Tracer("demo:agent")
+AGENT = ProcessTracer("demo:agent")
 
 
 def new_attempt() -> tuple[Attempt, list[Span]]:
@@ -198,4 +198,4 @@ def test_a_provider_of_the_agents_own_is_tapped_once(monkeypatch: pytest.MonkeyP
 def test_a_disabled_sdk_is_an_error_not_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
     with pytest.raises(ConfigError, match="OTEL_SDK_DISABLED"):
-        Tracer("a")
+        ProcessTracer("a")

@@ -15,12 +15,12 @@ from opentelemetry import trace
 from millstream.producers import worker_threads
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.client_binding import OutsideRollout
-from millstream.producers.tracer import Tracer, adopt_global_provider
+from millstream.producers.tracer import ProcessTracer, adopt_global_provider
 from millstream.producers.worker_threads import SharedWorker
 from millstream.schemas.ids import new_id
 from millstream.schemas.records import Span
 
-TRACER = Tracer("m:agent")
+TRACER = ProcessTracer("m:agent")
 adopt_global_provider()
 
 
@@ -160,7 +160,7 @@ def names_by_rollout(attempt: Attempt, spans: list[Span]) -> list[str]:
 def test_a_thread_left_over_from_a_rollout_calls_no_model(monkeypatch: pytest.MonkeyPatch, worker: Worker) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", "")  # what the tracer sets is undone after the test
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    tracer = Tracer("m:agent", "http://127.0.0.1:1")
+    tracer = ProcessTracer("m:agent", "http://127.0.0.1:1")
 
     def call() -> str:
         try:

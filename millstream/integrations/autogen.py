@@ -1,0 +1,88 @@
+"""AutoGen: an agent whose turns are recorded, each with what it was told and what it said."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from functools import partial
+from typing import Any
+
+import wrapt
+from autogen_agentchat.base import ChatAgent
+from opentelemetry import context as otel
+
+from millstream.producers.attempt_context import current_attempt
+from millstream.producers.client_binding import OutsideRollout
+from millstream.producers.operation import Operation, operation
+from millstream.producers.worker_threads import running_attempt
+from millstream.schemas import semconv
+
+
+class AutoGenTracer(wrapt.ObjectProxy):  # type: ignore[type-arg]
+    """Stands wherever its agent does, in a team or alone. All that the agent does in a turn (model calls, tools) lies
+    below a span ``turn NAME``, with the messages that it got and those that came of it, its thoughts too.
+
+    ``rollout_id`` names the rollout of this process that it works for, also where AutoGen's runtime has been started
+    elsewhere and serves several; without it, it is the one whose code runs the agent. Outside of any, the agent works
+    unrecorded; a turn within another rollout than the one named raises `OutsideRollout`.
+    """
+
+    def __init__(self, agent: ChatAgent, *, rollout_id: str | None = None) -> None:
+        super().__init__(agent)
+        self._self_rollout_id = rollout_id  # ``_self_``: the wrapper's own, for wrapt
+
+    async def on_messages(self, messages: Sequence[Any], *args: Any, **kwargs: Any) -> Any:
+        return await self._turn(partial(self.__wrapped__.on_messages, messages, *args, **kwargs), messages)
+
+    async def run(self, *, task: Any = None, **kwargs: Any) -> Any:
+        return await self._turn(partial(self.__wrapped__.run, task=task, **kwargs), task)
+
+    def on_messages_stream(self, messages: Sequence[Any], *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        return self._stream(partial(self.__wrapped__.on_messages_stream, messages, *args, **kwargs), messages)
+
+    def run_stream(self, *, task: Any = None, **kwargs: Any) -> AsyncGenerator[Any, None]:
+        return self._stream(partial(self.__wrapped__.run_stream, task=task, **kwargs), task)
+
+    async def _turn(self, work: Callable[[], Awaitable[Any]], messages: Any) -> Any:
+        with self._working(), self._operation() as turn:
+            turn.set_input(messages=messages)
+            answer = await work()
+            turn.set_output(answer)
+            return answer
+
+    async def _stream(self, work: Callable[[], AsyncGenerator[Any, None]], messages: Any) -> AsyncGenerator[Any, None]:
+        async def turn(messages: Any) -> AsyncGenerator[Any, None]:
+            async with aclosing(work()) as answers:
+                async for answer in answers:
+                    yield answer
+
+        answers = self._operation()(turn)(messages)
+        try:
+            while True:
+                with self._working():  # only while it does: what the caller does with an answer is not the agent's
+                    try:
+                        answer = await anext(answers)
+                    except StopAsyncIteration:
+                        return
+                yield answer
+        finally:
+            with self._working():
+                await answers.aclose()
+
+    def _operation(self) -> Operation:
+        name = self.__wrapped__.name
+        return operation(f"turn {name}", {semconv.AGENT_NAME: name})
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Its body belongs to the agent's rollout."""
+        rollout_id, here = self._self_rollout_id, current_attempt()
+        attempt = here if rollout_id is None else running_attempt(rollout_id)
+        if attempt is here:
+            yield
+            return
+        if attempt is None:
+            raise OutsideRollout(f"agent {self.__wrapped__.name!r}: rollout {rollout_id} does not run in this process")
+        token = otel.attach(attempt.context)
+        try:
+            yield
+        finally:
+            otel.detach(token)
