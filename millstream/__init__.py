@@ -1,9 +1,9 @@
 """Millstream: train AI agents that already exist, over an event stream.
 
-In an agent: `emit_reward`, `emit_span`. To train one: `Trainer` with an algorithm such as `GRPO` (needs the ``train``
-extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`. Code of yours around each attempt: `Hook`. To
-ask what happened: `Store`, such as `ClickHouseStore(load_settings())`. To process the stream: `broker`. To keep it
-elsewhere: `Sink`.
+In an agent: `emit_reward`, `emit_span`; `attempt_environment` for the processes it starts. To train one: `Trainer` with
+an algorithm such as `GRPO` (needs the ``train`` extra). What a rollout works with: `Resources`, `LLM`,
+`PromptTemplate`. Code of yours around each attempt: `Hook`. To ask what happened: `Store`, such as
+`ClickHouseStore(load_settings())`. To process the stream: `broker`. To keep it elsewhere: `Sink`.
 """
 
 from importlib import import_module
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from millstream.pipeline.store import ClickHouseStore
     from millstream.pipeline.store_port import AsyncStore, Attempt, Reward, Rollout, Store
     from millstream.pipeline.trainer import Trainer
+    from millstream.producers.agent_environment import attempt_environment
     from millstream.producers.emit import emit_reward, emit_span
     from millstream.producers.state import load_state, save_state
     from millstream.producers.tracer import Tracer
@@ -56,6 +57,7 @@ __all__ = [
     "TripletMaker",
     "TripletRules",
     "WarmUp",
+    "attempt_environment",
     "broker",
     "emit_reward",
     "emit_span",
@@ -93,6 +95,7 @@ _HOMES = {
     "TripletMaker": "millstream.consumers.triplets",
     "TripletRules": "millstream.schemas.triplet_rules",
     "WarmUp": "millstream.pipeline.hooks",
+    "attempt_environment": "millstream.producers.agent_environment",
     "broker": "millstream.pipeline.broker",
     "emit_reward": "millstream.producers.emit",
     "emit_span": "millstream.producers.emit",

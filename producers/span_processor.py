@@ -68,7 +68,7 @@ def to_record(span: ReadableSpan, attempt: Attempt, resource: Mapping[str, str])
     kind = kind_of(attributes)
     reward = reward_name = None
     if kind == semconv.REWARD:
-        reward, reward_name = _reward(attributes)
+        reward, reward_name = reward_of(attributes)
         attempt.rewarded = attempt.rewarded or reward is not None
     parent, status, scope = span.parent, span.status, span.instrumentation_scope
     events, links = span.events, span.links
@@ -154,7 +154,8 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-def _reward(attributes: Mapping[str, str]) -> tuple[float | None, str | None]:
+def reward_of(attributes: Mapping[str, str]) -> tuple[float | None, str | None]:
+    """A reward's value and name; (None, None) if it has none."""
     try:
         value = float(attributes.get(semconv.EVALUATION_SCORE) or attributes[semconv.AGL_REWARD_VALUE])
     except (KeyError, ValueError):

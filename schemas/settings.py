@@ -83,6 +83,7 @@ class Settings(BaseSettings):
 
     # The monitor
     monitor_token: SecretStr = Field(SecretStr(""), description="Bearer token that the monitor asks for.")
+    monitor_url: str = Field("", description="Where agents' own processes send spans by OTLP; empty: nowhere.")
 
     @property
     def topics(self) -> Topics:
