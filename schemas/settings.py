@@ -64,6 +64,11 @@ class Settings(BaseSettings):
     )
     parquet_url: str = Field("runs/lake", description="Where the parquet sink writes: a folder, s3://bucket/folder …")
 
+    otlp_endpoint: str = Field("", description="Where the otlp sink sends spans: http://collector:4318/v1/traces.")
+    otlp_headers: dict[str, SecretStr] = Field(
+        {}, description='Headers that go with them, as JSON: {"authorization": "Bearer …"}.'
+    )
+
     # Rollouts
     runner_concurrency: int = Field(8, ge=1, description="Attempts at a time in one agent process.")
     runner_processes: int = Field(1, ge=0, description="Agent processes of a runner; 0: threads of the runner itself.")
