@@ -98,9 +98,10 @@ class HostOptions:
     worker_id: str
     hooks: Sequence[Hook | str] = ()  # for agent processes: module:attribute
     instrument: Sequence[str] = tuple(FRAMEWORKS)  # their names
+    monitor_url: str = ""
 
     def key(self, writer: AttemptWriter) -> str:
-        if not self.proxy_url:
+        if not self.proxy_url and not self.monitor_url:
             return ""
         return attempt_key(self.proxy_secret, writer.claim.task.rollout_id, writer.claim.attempt_id)
 
@@ -149,6 +150,7 @@ class ThreadHost:
             on_calling=writer.calling,
             proxy_url=self._options.proxy_url,
             proxy_key=self._options.key(writer),
+            monitor_url=self._options.monitor_url,
         )
         self._running.add(writer)
         self._loop.call_soon_threadsafe(self._begin, self._attempts, attempt, writer)
@@ -284,6 +286,7 @@ class ProcessHost:
 
     def _child(self) -> "_Child":
         config = {"agent": self._agent, "folder": self._folder, "proxy_url": self._options.proxy_url}
+        config["monitor_url"] = self._options.monitor_url
         config |= {"worker_id": self._options.worker_id, "hooks": json.dumps(self._options.hooks)}
         config["instrument"] = json.dumps(self._options.instrument)
         # A place of its own among those that live; its successor goes on counting there.

@@ -139,9 +139,10 @@ class _Agent:
 
     attempts: AttemptRunner  # as soon as the agent is imported, which is before any task comes
 
-    def __init__(self, channel: _Channel, proxy_url: str, folder: str) -> None:
+    def __init__(self, channel: _Channel, proxy_url: str, monitor_url: str, folder: str) -> None:
         self._channel = channel
         self._proxy_url = proxy_url
+        self._monitor_url = monitor_url
         self._folder = folder
         self._ids: dict[int, str] = {}
         self._stop = asyncio.Event()
@@ -171,6 +172,7 @@ class _Agent:
             on_calling=running.calling,
             proxy_url=self._proxy_url,
             proxy_key=head["key"],
+            monitor_url=self._monitor_url,
         )
         self._ids[frame.number] = attempt.attempt_id
 
@@ -220,7 +222,7 @@ def main() -> None:
     channel = _Channel(connection)
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
-        agent = _Agent(channel, config["proxy_url"], config["folder"])
+        agent = _Agent(channel, config["proxy_url"], config["monitor_url"], config["folder"])
 
         def listen() -> None:
             for frames in received:

@@ -90,7 +90,7 @@ def calls_of(spans: Sequence[Span], tree: SpanTree) -> list[Call]:
     """
     found = [(position, span) for position, span in enumerate(spans) if span.kind == semconv.LLM]
     wrappers: set[str] = set()
-    if any(not _response_id(span) and span.source == semconv.SOURCE_AGENT for _, span in found):
+    if any(not _response_id(span) and span.source != semconv.SOURCE_PROXY for _, span in found):
         wrappers.update(outer for _, span in found for outer in tree.enclosing(span))
     counted: dict[str, tuple[int, Span]] = {}
     by_agent: dict[str, tuple[int, Span]] = {}
@@ -100,7 +100,7 @@ def calls_of(spans: Sequence[Span], tree: SpanTree) -> list[Call]:
             if span.span_id in wrappers:
                 continue
             key = span.span_id
-        if span.source == semconv.SOURCE_AGENT:
+        if span.source != semconv.SOURCE_PROXY:
             by_agent.setdefault(key, (position, span))
         if key not in counted or span.source == semconv.SOURCE_PROXY != counted[key][1].source:
             counted[key] = (position, span)

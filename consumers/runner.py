@@ -188,6 +188,7 @@ class Runner:
             self.worker_id,
             self._hooks,
             self._instrument,
+            self._settings.monitor_url,
         )
         if self._processes == 0 or not isinstance(self._agent, str):
             if self._memory_limit or self._max_attempts:

@@ -18,7 +18,7 @@ from typing import Final
 from millstream.consumers.prefixes import share
 from millstream.consumers.retry import backoff_s, next_task, refusal
 from millstream.consumers.triplets import ToTriplets, Trace, total_reward, trained_version
-from millstream.schemas import codec, status
+from millstream.schemas import codec, semconv, status
 from millstream.schemas.errors import CodecError
 from millstream.schemas.log import KIND_HEADER, LogRecord
 from millstream.schemas.records import AttemptEvent, DeadLetter, ErrorInfo, RolloutEnd, RolloutTask, Span, Triplet
@@ -354,7 +354,7 @@ def success(
     ``event``, in log order. The one place where spans become triplets, for the adapter and for a replay."""
     end = _end(task, event.attempt_id, claimed, status.SUCCEEDED, event.time)
     spans, unreadable = _decode_spans(records, event.attempt_id)
-    counts = Counter(span.source for span in spans)
+    counts = Counter(span.source for span in spans if span.source in semconv.COUNTED_SOURCES)
     expected = Counter({source: n for source, n in event.span_counts.items() if n})
     try:
         triplets = tuple(share(to_triplets(Trace(task, event.attempt_id, spans))))
@@ -399,14 +399,20 @@ def _size(record: LogRecord) -> int:
 def _decode_spans(records: Sequence[LogRecord], attempt_id: str) -> tuple[list[Span], tuple[Dead, ...]]:
     spans: list[Span] = []
     unreadable: list[Dead] = []
+    exported: set[tuple[str, str]] = set()
     for record in records:
         try:
             span = codec.decode_as(Span, record.value)
         except CodecError as error:
             unreadable.append((record, "undecodable", str(error)))
             continue
-        if span.attempt_id == attempt_id:
-            spans.append(span)
+        if span.attempt_id != attempt_id:
+            continue
+        if span.source == semconv.SOURCE_OTLP:  # whose exporter sends again what it has heard nothing of
+            if (span.trace_id, span.span_id) in exported:
+                continue
+            exported.add((span.trace_id, span.span_id))
+        spans.append(span)
     return spans, tuple(unreadable)
 
 

@@ -1,10 +1,10 @@
 """Millstream: train AI agents that already exist, over an event stream.
 
 In an agent: `emit_reward`, `emit_span` and their like, `operation`; clients of its own rollout, `openai_client` and
-others. Around one: `Tracer`. To train one: `Trainer` with an algorithm such as `GRPO` (needs the ``train`` extra). What
-a rollout works with: `Resources`, `LLM`, `PromptTemplate`. Code of yours around each attempt: `Hook`. To ask what
-happened: `Store`, such as `ClickHouseStore(load_settings())`. To process the stream: `broker`. To keep it elsewhere:
-`Sink`. Wrappers for agent frameworks: `integrations`.
+others; `attempt_environment` for the processes it starts. Around one: `Tracer`. To train one: `Trainer` with an
+algorithm such as `GRPO` (needs the ``train`` extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`.
+Code of yours around each attempt: `Hook`. To ask what happened: `Store`, such as `ClickHouseStore(load_settings())`. To
+process the stream: `broker`. To keep it elsewhere: `Sink`. Wrappers for agent frameworks: `integrations`.
 """
 
 from importlib import import_module
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from millstream.pipeline.traced_rollout import TracedRollout
     from millstream.pipeline.tracer import Tracer
     from millstream.pipeline.trainer import Trainer
+    from millstream.producers.agent_environment import attempt_environment
     from millstream.producers.blob_store import Blobs
     from millstream.producers.clients import (
         anthropic_client,
@@ -80,6 +81,7 @@ __all__ = [
     "anthropic_client",
     "async_anthropic_client",
     "async_openai_client",
+    "attempt_environment",
     "broker",
     "emit_annotation",
     "emit_exception",
@@ -130,6 +132,7 @@ _HOMES = {
     "anthropic_client": "millstream.producers.clients",
     "async_anthropic_client": "millstream.producers.clients",
     "async_openai_client": "millstream.producers.clients",
+    "attempt_environment": "millstream.producers.agent_environment",
     "broker": "millstream.pipeline.broker",
     "emit_annotation": "millstream.producers.emit",
     "emit_exception": "millstream.producers.emit",

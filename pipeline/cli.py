@@ -205,7 +205,7 @@ def adapter(
 @app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb://runs/store millstream sink --flush-ms 500")
 def sink(
     kind: Annotated[
-        str, typer.Option("--sink", help="clickhouse, parquet, or module:attribute of your own; see ms.Sink.")
+        str, typer.Option("--sink", help="clickhouse, parquet, otlp, or module:attribute of your own; see ms.Sink.")
     ] = "clickhouse",
     name: Annotated[str | None, typer.Option(help="Sinks of one name share the records; else by --sink.")] = None,
     flush_rows: Annotated[int | None, typer.Option(min=1, help="Records that are stored at once.")] = None,
@@ -213,7 +213,7 @@ def sink(
     flush_ms: Annotated[int, typer.Option(min=1, help="How old a record gets before it is stored.")] = 1000,
     health_port: HealthPort = 0,
 ) -> None:
-    """Write everything that happens to ClickHouse, or to a sink of your own."""
+    """Write everything that happens to ClickHouse, to files, to a tracing back end, or to a sink of your own."""
     from millstream.consumers.sink import FlushPolicy, SinkRole
     from millstream.pipeline.sinks import open_sink, sink_name
 

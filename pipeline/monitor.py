@@ -3,6 +3,7 @@
     POST /tasks[?experiment=E&group_size=N&priority=P]    one task or a list, as in a tasks file; answers their ids
     POST /cancel {"rollout" | "group" | "experiment": id}
     POST /pause, /resume {"experiment": id}
+    POST /v1/traces                                       spans by OTLP, of agents' own processes
     GET  /rollouts/{id}, /kpis, /metrics, /asyncapi, /livez, /readyz
 
 It belongs to no group and commits nothing: each monitor reads everything, beginning `REPLAY_S` before its start.
@@ -36,6 +37,8 @@ from millstream.pipeline.broker import Codec, broker
 from millstream.pipeline.health import Health, watched
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.kpis import QUANTILES, Kpis
+from millstream.pipeline.otlp_receiver import PATH as TRACES
+from millstream.pipeline.otlp_receiver import OtlpReceiver
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.producers.port import Producer
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
@@ -49,7 +52,7 @@ REPLAY_S: Final = 3600
 MAX_BODY: Final = 64 << 20  # bytes of a request
 BATCH: Final = 500
 READY_S: Final = 2.0
-OPEN_PATHS: Final = ("/livez", "/readyz")  # for probes, which have no token
+OPEN_PATHS: Final = ("/livez", "/readyz", TRACES)  # for probes, which have no token, and for attempts, which have keys
 
 
 class PublishOptions(BaseModel):
@@ -113,6 +116,7 @@ class Monitor:
                 Route("/cancel", self._cancel, methods=["POST"]),
                 Route("/pause", self._pause, methods=["POST"]),
                 Route("/resume", self._pause, methods=["POST"]),
+                Route(TRACES, OtlpReceiver(producer, settings).receive, methods=["POST"]),
                 Route("/rollouts/{rollout_id}", self._rollout),
                 Route("/kpis", self._kpis),
                 Route("/livez", self._alive),

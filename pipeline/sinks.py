@@ -11,11 +11,12 @@ from millstream.schemas.settings import Settings
 
 CLICKHOUSE = "clickhouse"
 PARQUET = "parquet"
+OTLP = "otlp"
 
 
 def open_sink(choice: str, settings: Settings) -> Sink:
-    """``clickhouse`` (its tables are brought up to date), ``parquet``, or ``module:attribute`` of a `Sink` or of what
-    makes one of the settings. Raises `ConfigError`, `StoreError`."""
+    """``clickhouse`` (its tables are brought up to date), ``parquet``, ``otlp``, or ``module:attribute`` of a `Sink` or
+    of what makes one of the settings. Raises `ConfigError`, `StoreError`."""
     if choice == CLICKHOUSE:
         store = ClickHouseStore(settings)
         try:
@@ -28,6 +29,10 @@ def open_sink(choice: str, settings: Settings) -> Sink:
         from millstream.consumers.parquet_sink import ParquetSink
 
         return ParquetSink(settings)
+    if choice == OTLP:
+        from millstream.consumers.otlp_sink import OtlpSink
+
+        return OtlpSink(settings)
     found = load_object("sink", choice, str(Path.cwd()))
     made = found(settings) if callable(found) else found
     if not isinstance(made, Sink):

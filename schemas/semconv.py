@@ -14,6 +14,8 @@ SPAN: Final = "span"
 # Who wrote a span (``Span.source``).
 SOURCE_AGENT: Final = "agent"
 SOURCE_PROXY: Final = "proxy"
+SOURCE_OTLP: Final = "otlp"  # the agent's, too: a process of its own that exports to the monitor
+COUNTED_SOURCES: Final = (SOURCE_AGENT, SOURCE_PROXY)  # the terminal event says how many spans these have written
 
 # OpenTelemetry semantic conventions for generative AI.
 OPERATION: Final = "gen_ai.operation.name"
@@ -45,6 +47,10 @@ ALERT_NAME: Final = "millstream.alert"
 # Ours: the exact OpenAI messages of a call, as JSON, in the proxy's spans.
 REQUEST_MESSAGES: Final = "millstream.request.messages"
 RESPONSE_MESSAGE: Final = "millstream.response.message"
+# Ours: what an exported span belongs to.
+ROLLOUT_ID: Final = "millstream.rollout_id"
+ATTEMPT_ID: Final = "millstream.attempt_id"
+MODEL_VERSION: Final = "millstream.model_version"
 # Ours: the response id of the call that a reward is given to by name.
 REWARD_FOR: Final = "millstream.reward.for_call"
 

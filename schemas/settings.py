@@ -69,6 +69,10 @@ class Settings(BaseSettings):
         DEFAULT_URL,
         description="Where contents of more than 256 KB are kept: a folder that all roles see, s3://bucket/folder …",
     )
+    otlp_endpoint: str = Field("", description="Where the otlp sink sends spans: http://collector:4318/v1/traces.")
+    otlp_headers: dict[str, SecretStr] = Field(
+        {}, description='Headers that go with them, as JSON: {"authorization": "Bearer …"}.'
+    )
 
     # Rollouts
     runner_concurrency: int = Field(8, ge=1, description="Attempts at a time in one agent process.")
@@ -89,6 +93,7 @@ class Settings(BaseSettings):
 
     # The monitor
     monitor_token: SecretStr = Field(SecretStr(""), description="Bearer token that the monitor asks for.")
+    monitor_url: str = Field("", description="Where agents' own processes send spans by OTLP; empty: nowhere.")
 
     @property
     def topics(self) -> Topics:

@@ -1,13 +1,11 @@
 """A calculator that asks a model which tool to use. It knows nothing of training: plain code on the OpenAI SDK."""
 
-import operator
 from typing import Any
 
 import openai
 
 from examples.calculator.reward import score, tool_called
-
-TOOLS = {"add": operator.add, "subtract": operator.sub, "multiply": operator.mul}
+from examples.calculator.tools import TOOLS
 
 client = openai.OpenAI()
 

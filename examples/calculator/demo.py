@@ -33,15 +33,14 @@ from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.settings import Settings, load_settings
 
-TRAIN_TASKS, VAL_TASKS = 2000, 128
+TRAIN_TASKS = 2000
 FIRST_REWARD_BELOW, VALIDATION_ABOVE = 0.4, 0.9
 INTERRUPTED_S = 3.0  # for each role to end when nobody waits for its work any more
 LEASE_S = 5.0  # a runner that is killed costs the run this long
 CONFIG = """\
 run = "calculator"
 run_dir = "{run_dir}"
-strategy = "{strategy}"
-{agent}
+{where}
 tasks = "{run_dir}/train.jsonl"
 val_tasks = "{run_dir}/val.jsonl"
 max_steps = {max_steps}
@@ -51,6 +50,7 @@ seed = {seed}
 
 [grpo]
 model = "{run_dir}/model"
+groups_per_step = {groups}
 lr = {lr}
 seed = {seed}
 """
@@ -63,8 +63,10 @@ def main(
     run_dir: Annotated[Path, typer.Option(help="Where the run goes; what an earlier run left there is removed.")],
     kafka: Annotated[bool, typer.Option(help="Over Kafka, every role its own process.")] = False,
     max_steps: Annotated[int, typer.Option(min=1)] = 100,
+    groups: Annotated[int, typer.Option(min=1, help="Questions in a step, with eight rollouts each.")] = 16,
     lr: Annotated[float, typer.Option(min=0, help="0 is the control: nothing may be learnt.")] = 5e-4,
     adapter: Annotated[str, typer.Option(help="module:attribute in the adapter's place, for another control.")] = "",
+    agent: Annotated[str, typer.Option(help="module:attribute: langgraph_agent and autogen_team are others.")] = AGENT,
     seed: int = 0,
 ) -> None:
     """Train the calculator agent and show what happened."""
@@ -72,8 +74,8 @@ def main(
     began = time.monotonic()
     run_dir = run_dir.resolve()
     try:
-        prepare(run_dir, "kafka" if kafka else "memory", max_steps, lr, seed)
-        settings = (over_kafka if kafka else in_process)(run_dir, adapter)
+        prepare(run_dir, "" if kafka else agent, max_steps, groups, lr, seed)
+        settings = over_kafka(run_dir, agent, adapter) if kafka else in_process(run_dir, adapter)
         summary = close(run_dir, settings, time.monotonic() - began)
     except MillstreamError as error:
         console.print("[red]error:[/red]", escape(str(error)), highlight=False)
@@ -89,8 +91,9 @@ def main(
     raise typer.Exit(0 if learnt else 1)
 
 
-def prepare(run_dir: Path, strategy: str, max_steps: int, lr: float, seed: int) -> None:
-    """Model, tasks and ``train.toml``, in a folder without traces of an earlier run."""
+def prepare(run_dir: Path, agent: str, max_steps: int, groups: int, lr: float, seed: int) -> None:
+    """Model, tasks and ``train.toml``, in a folder without traces of an earlier run. Without an agent, for Kafka.
+    A validation is as large as a step."""
     from transformers.utils.logging import disable_progress_bar  # torch takes its time
 
     from examples.calculator import model
@@ -102,12 +105,12 @@ def prepare(run_dir: Path, strategy: str, max_steps: int, lr: float, seed: int) 
         (run_dir / name).unlink(missing_ok=True)
     disable_progress_bar()  # there is a live view
     model.create(run_dir / "model", seed)
-    for mode, count in (("train", TRAIN_TASKS), ("val", VAL_TASKS)):
+    for mode, count in (("train", TRAIN_TASKS), ("val", 8 * groups)):
         lines = [json.dumps({"input": task}) for task in make_tasks(count, mode, seed)]  # type: ignore[arg-type]
         (run_dir / f"{mode}.jsonl").write_text("\n".join(lines) + "\n")
-    agent = f'agent = "{AGENT}"' if strategy == "memory" else ""
+    where = f'strategy = "memory"\nagent = "{agent}"' if agent else 'strategy = "kafka"'
     (run_dir / "train.toml").write_text(
-        CONFIG.format(run_dir=run_dir, strategy=strategy, agent=agent, max_steps=max_steps, lr=lr, seed=seed)
+        CONFIG.format(run_dir=run_dir, where=where, max_steps=max_steps, groups=groups, lr=lr, seed=seed)
     )
 
 
@@ -121,7 +124,7 @@ def in_process(run_dir: Path, adapter: str) -> Settings:
     return load_settings(clickhouse_dsn=f"chdb://{run_dir / 'store'}")
 
 
-def over_kafka(run_dir: Path, adapter: str) -> Settings:
+def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
     """A broker and seven processes; all of them have ended when this returns, however it ends."""
     proxy, model, store = _free_port(), _free_port(), _free_port()
     folder = run_dir / "store"
@@ -153,7 +156,7 @@ def over_kafka(run_dir: Path, adapter: str) -> Settings:
             ledger = ["--env", LEDGER] if LEDGER in os.environ else []
             for number in (1, 2):
                 # Nothing is left to drain but after Ctrl-C, when nobody waits for it any more.
-                processes.start(f"runner-{number}", "runner", AGENT, "--drain-s", "0", *ledger)
+                processes.start(f"runner-{number}", "runner", agent, "--drain-s", "0", *ledger)
             trainer = processes.start("trainer", "train", str(run_dir / "train.toml"), inherit_output=True)
             while trainer.poll() is None:
                 processes.check(besides="trainer")

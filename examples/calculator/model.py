@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from examples.calculator.tasks import FIRST, RESULTS, SECOND
 
 UNKNOWN, PAD, START, END = "<unk>", "<pad>", "<|im_start|>", "<|im_end|>"
-PROMPT_WORDS = "user assistant then result . next ?"  # roles, and what agent and tasks add to phrasings and numbers
+# Roles, and what agents and tasks add to phrasings and numbers.
+PROMPT_WORDS = "system user assistant choose a tool first second then result . next ?"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     f"{START} {{{{ message['role'] }}}} {{{{ message['content'] }}}} {END} "

@@ -64,6 +64,20 @@ def test_success_ends_with_triplets_and_the_total_reward(feed):
     assert [t.reward for t in decision.triplets] == [0.5]
 
 
+def test_exported_spans_are_not_counted_and_one_that_was_sent_twice_is_used_once(feed):
+    exported = replace(reward(TASK, "a", 0.5), source="otlp")
+    feed(
+        event(TASK, "a", "preparing"),
+        call(TASK, "a", "1"),
+        exported,
+        exported,
+        event(TASK, "a", "succeeded", span_counts={"proxy": 1}),
+    )
+    decision = feed.fold.decided[RID]
+    assert (decision.end.reward, decision.end.spans, decision.end.reason) == (0.5, 2, None)
+    assert [t.reward for t in decision.triplets] == [0.5]
+
+
 def test_a_missing_span_makes_the_attempt_untrainable_and_says_so(feed):
     feed(
         event(TASK, "a", "preparing"),

@@ -199,6 +199,20 @@ def test_controls_stay_flat(tmp_path, kafka, control):
     assert all(step["reward"] < 0.1 for step in demo.trained["steps"])
 
 
+@pytest.mark.frameworks
+@pytest.mark.parametrize("agent", ["langgraph_agent", "autogen_team"])
+@pytest.mark.parametrize("lr", [1e-3, 0], ids=["learns", "lr=0"])
+def test_an_agent_of_another_framework_learns_and_not_without_a_learning_rate(tmp_path, agent, lr):
+    path = f"examples.calculator.{agent}:agent"
+    demo = Demo(tmp_path, "--agent", path, "--groups", "8", "--max-steps", "9" if lr else "4", "--lr", str(lr))
+    demo.wait()
+    rewards = [step["reward"] for step in demo.trained["steps"]]
+    first, last = sum(rewards[:2]) / 2, sum(rewards[-2:]) / 2
+    assert first < 0.05
+    assert last > max(0.1, 4 * first) if lr else last < 0.05
+    compare_with_ledger(demo)
+
+
 @pytest.mark.kafka
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
     demo = Demo(tmp_path, "--kafka")

@@ -3,87 +3,29 @@
 import asyncio
 import os
 import signal
-import socket
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
 import pytest
-import uvicorn
 from factories import event, task
+from monitor_rig import Client, monitored
 
 from millstream.consumers.control import ControlFollower
 from millstream.deploy.kafka.local import free_port
 from millstream.pipeline import health as health_module
-from millstream.pipeline.health import Health
 from millstream.pipeline.kafka_log import KafkaLog
-from millstream.pipeline.monitor import Monitor, serve_monitor
-from millstream.producers.port import Producer, send_acknowledged
+from millstream.pipeline.monitor import serve_monitor
+from millstream.producers.port import send_acknowledged
 from millstream.schemas import codec
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.log import LogRecord, Partition
-from millstream.schemas.records import AttemptEvent, RolloutEnd, RolloutTask, Worker
+from millstream.schemas.records import RolloutEnd, RolloutTask, Worker
 from millstream.schemas.settings import Settings, load_settings
 
 MakeSettings = Callable[..., Settings]
 kafka = pytest.mark.kafka
-
-
-class Client:
-    def __init__(
-        self, http: aiohttp.ClientSession, log: KafkaLog, producer: Producer, settings: Settings, health: Health
-    ) -> None:
-        self.http, self.log, self.producer, self.settings, self.health = http, log, producer, settings, health
-
-    async def get(self, path: str, **headers: str) -> tuple[int, Any]:
-        async with self.http.get(path, headers=headers) as answer:
-            as_json = answer.content_type == "application/json"
-            return answer.status, await (answer.json() if as_json else answer.text())
-
-    async def post(self, path: str, body: Any) -> tuple[int, Any]:
-        async with self.http.post(path, json=body) as answer:
-            return answer.status, await answer.json()
-
-    async def until(self, path: str, fits: Callable[[Any], bool]) -> Any:
-        """Asks until the answer fits."""
-        async with asyncio.timeout(30):
-            while True:
-                _, answer = await self.get(path)
-                if fits(answer):
-                    return answer
-                await asyncio.sleep(0.02)
-
-    async def send(self, *records: AttemptEvent | RolloutEnd) -> None:
-        for record in records:
-            await send_acknowledged(self.producer, self.settings.topics.events, record, key=record.rollout_id)
-
-
-@asynccontextmanager
-async def monitored(settings: Settings) -> AsyncIterator[Client]:
-    log = KafkaLog(settings)
-    await log.create_topics()
-    producer = log.producer()
-    health = Health(log, asyncio.Event())
-    server = uvicorn.Server(uvicorn.Config(Monitor(producer, settings, health).app, log_config=None))
-    listener = socket.create_server(("127.0.0.1", 0))
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    try:
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{listener.getsockname()[1]}") as http:
-            client = Client(http, log, producer, settings, health)
-            await client.until("/readyz", lambda answer: answer == {"status": "ok"})
-            yield client
-    finally:
-        server.should_exit = True
-        await serving
-        await asyncio.to_thread(producer.close)
-
-
-@pytest.fixture
-async def client(kafka_settings: MakeSettings) -> AsyncIterator[Client]:
-    async with monitored(kafka_settings(max_record_bytes=1 << 20)) as made:
-        yield made
 
 
 async def read(log: KafkaLog, topic: str, count: int) -> list[RolloutTask]:
