@@ -27,9 +27,9 @@ from millstream.schemas.errors import MillstreamError
 logger = logging.getLogger(__name__)
 _warned = threading.Event()
 
-# What lies in a record has to fit into it (``max_record_bytes``, 16 MB unless set), names and all.
-MAX_ATTRIBUTE_BYTES = 8 << 20
-MAX_SPAN_BYTES = 12 << 20
+# Long contents go to the blob store, and through the agent's process and its runner on their way.
+MAX_ATTRIBUTE_BYTES = 64 << 20
+MAX_SPAN_BYTES = 128 << 20
 
 
 class EmitError(MillstreamError, ValueError):
