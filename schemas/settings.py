@@ -17,6 +17,7 @@ from pydantic_settings import (
 )
 
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.routing import Upstream
 from millstream.schemas.topics import Topics
 from millstream.schemas.triplet_rules import TripletRules
 
@@ -78,7 +79,11 @@ class Settings(BaseSettings):
     # The model
     proxy_url: str = Field("http://127.0.0.1:8400", description="Where runners reach the LLM proxy.")
     proxy_secret: SecretStr = Field(SecretStr(""), description="Signs attempt keys; runners and proxies share it.")
-    model_url: str = Field("http://127.0.0.1:8500", description="The model server behind the proxy.")
+    model_url: str = Field("http://127.0.0.1:8500", description="The policy's server, unless `upstreams` are given.")
+    upstreams: dict[str, Upstream] = Field({}, description="Model servers by name: `[upstreams.NAME]`.")
+    routes: dict[str, str] = Field({}, description="Model name, or glob, → upstream; the first that fits counts.")
+    proxy_shared_key: SecretStr = Field(SecretStr(""), description="A key that fits every attempt, for laptops.")
+    proxy_admin_token: SecretStr = Field(SecretStr(""), description="Bearer token of the proxy's admin port.")
     cache_ttl: float = Field(0.0, ge=0, description="Seconds the proxy repeats answers of temperature 0; 0: never.")
 
     # The monitor
