@@ -34,6 +34,7 @@ class AttemptWriter:
         self.claim = claim
         self.outcome: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self.verdict: Outcome | None = None  # what the runner has decided; overrules what the agent's side says
+        self.proxy_url = self.proxy_key = ""  # where its model calls go
         self.last_acknowledged = time.monotonic()  # when the youngest acknowledged sign of life was sent
         self._last_sign = self.last_acknowledged
         self._calling = False

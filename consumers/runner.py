@@ -26,12 +26,12 @@ from millstream.consumers.claims import ROLE, Claim, Claims, Starvation
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
+from millstream.consumers.proxies import CLOSE_S, Proxies
 from millstream.producers.instrumentation import chosen, report
 from millstream.producers.port import Producer
 from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, LogError, MillstreamError
-from millstream.schemas.identity import attempt_key, attempt_path
 from millstream.schemas.log import KIND_HEADER
 from millstream.schemas.records import Span
 from millstream.schemas.settings import Settings
@@ -42,7 +42,6 @@ CLAIM_S = 0.2  # how long one poll for tasks waits; also how late a stop may be 
 GATHER_S = 0.005  # slots that become free one after the other are filled by one claim, with one commit
 STAY_S = 2.0  # between signs of life to the group while there is no free slot
 CANCEL_GRACE_S = 5.0  # between asking an agent to end and ending it
-CLOSE_S = 30.0  # for the proxy to let an attempt's last calls end
 HEARTBEATS = 3  # in a lease
 
 # What every agent process gets of the environment; nothing else unless it is named: no settings of ours, no secrets.
@@ -115,7 +114,7 @@ class Runner:
             raise ConfigError("--memory-limit needs Linux's /proc; leave it out, and limit the runner from outside")
         self._hooks = hooks
         self._instrument = chosen(instrument)
-        self._secret = settings.proxy_secret.get_secret_value()
+        self._proxies = Proxies(settings.proxy_urls, settings.proxy_secret.get_secret_value())
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
         self._finishing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -135,26 +134,26 @@ class Runner:
         control = ControlFollower(self._log, self._topics, lambda: self._end_cancelled(control))
         claims = Claims(self._log, self._topics, self._producer, control, self.worker_id)
         self._starvation = claims.starvation
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CLOSE_S)) as self._http:
+        try:
+            await self._host.start()
+            await control.start()
+            await claims.start()
+            logger.info("runner %s is ready: %d slots", self.worker_id, self._host.free)
+            stopping = asyncio.create_task(stop.wait())
+            stopping.add_done_callback(lambda _: self._changed.set())
             try:
-                await self._host.start()
-                await control.start()
-                await claims.start()
-                logger.info("runner %s is ready: %d slots", self.worker_id, self._host.free)
-                stopping = asyncio.create_task(stop.wait())
-                stopping.add_done_callback(lambda _: self._changed.set())
-                try:
-                    async with reporting(self._producer, self._topics, ROLE, self.worker_id, self.load):
-                        while not stop.is_set():
-                            await self._claim(claims, stopping)
-                        await self._until_idle(self._drain_s)
-                finally:
-                    stopping.cancel()
+                async with reporting(self._producer, self._topics, ROLE, self.worker_id, self.load):
+                    while not stop.is_set():
+                        await self._claim(claims, stopping)
+                    await self._until_idle(self._drain_s)
             finally:
-                await claims.close()
-                await self._end_all()
-                await control.close()
-                await asyncio.to_thread(self._producer.close)
+                stopping.cancel()
+        finally:
+            await claims.close()
+            await self._end_all()
+            await self._proxies.close()
+            await control.close()
+            await asyncio.to_thread(self._producer.close)
 
     @property
     def silent_s(self) -> float:
@@ -178,8 +177,7 @@ class Runner:
     def _make_host(self) -> AgentHost:
         options = HostOptions(
             self._concurrency,
-            self._settings.proxy_url,
-            self._secret,
+            self._settings.proxy_urls,
             self._changed.set,
             self._late_span,
             self.worker_id,
@@ -236,6 +234,8 @@ class Runner:
             writer.verdict = stopped_by(status.LOST, "exit", "there is no agent process left to run it")
             writer.end(writer.verdict)
         else:
+            if url := self._proxies.choose(claim):
+                writer.proxy_url, writer.proxy_key = url, self._proxies.key(claim)
             self._later(writer, "timeout", claim.task.timeout_s, self._time_out)
             self._later(writer, "beat", claim.task.lease_s / HEARTBEATS, self._beat)
             if claim.task.unresponsive_s is not None:
@@ -297,13 +297,12 @@ class Runner:
     async def _finish(self, writer: AttemptWriter, outcome: Outcome) -> None:
         proxy_spans: int | None = None
         try:
-            # One that never ran has no timers, and has called no model.
-            if self._settings.proxy_url and self._running[writer]:
+            if writer.proxy_url:
                 try:
-                    proxy_spans = await self._close_at_proxy(writer)
+                    proxy_spans = await self._proxies.close_attempt(writer.claim, writer.proxy_url, writer.proxy_key)
                 except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                     cause = str(error) or type(error).__name__
-                    message = f"it could not be closed at the proxy {self._settings.proxy_url}: {cause}"
+                    message = f"it could not be closed at the proxy {writer.proxy_url}: {cause}"
                     outcome = stopped_by(status.LOST, "proxy", message)
             final = await writer.finish(outcome, proxy_spans)
             if final.error is not None:
@@ -314,22 +313,6 @@ class Runner:
             for timer in self._running.pop(writer).values():
                 timer.cancel()
             self._changed.set()
-
-    async def _close_at_proxy(self, writer: AttemptWriter) -> int:
-        """No more model calls; how many spans they have made. Closing twice does no harm."""
-        task, attempt_id = writer.claim.task, writer.claim.attempt_id
-        url = self._settings.proxy_url.rstrip("/") + attempt_path(task.rollout_id, attempt_id) + "/close"
-        headers = {"Authorization": f"Bearer {attempt_key(self._secret, task.rollout_id, attempt_id)}"}
-        for last in (False, True):
-            try:
-                async with self._http.post(url, headers=headers) as response:
-                    if response.status != 200:
-                        raise ValueError(f"{response.status} {(await response.text())[:200]}")
-                    return int((await response.json())["spans"])
-            except aiohttp.ClientConnectionError:  # a connection kept alive that the proxy has dropped
-                if last:
-                    raise
-        raise AssertionError("unreachable")
 
     def _late_span(self, encoded: bytes) -> None:
         """Of an attempt that is over: it reaches the store, nobody trains on it."""

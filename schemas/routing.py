@@ -22,6 +22,17 @@ KIND: Final = "routing"  # of the control records
 KEPT: Final = 20  # versions of a model that a table holds; the oldest without weight go first
 
 
+class Limits(BaseModel):
+    """What one proxy lets through; what is beyond it waits in a queue."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    max_concurrency: int | None = Field(default=None, ge=1, description="Calls at a time.")
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1, description="Of prompts and answers.")
+    max_queue: int = Field(default=1000, ge=0, description="Calls that wait; more are answered 429.")
+
+
 class Upstream(BaseModel):
     """A model server, or several replicas of one: a table ``[upstreams.NAME]`` of the settings."""
 
@@ -37,10 +48,7 @@ class Upstream(BaseModel):
     strip_prefix: str = Field(default="", description="Cut off a model's name, as `local/`.")
     timeout_s: float = Field(default=600.0, gt=0, description="For a whole answer, retries included.")
     max_connections: int = Field(default=512, ge=1, description="Of a proxy to each replica.")
-    max_concurrency: int | None = Field(default=None, ge=1, description="Calls of a proxy at a time; more wait.")
-    max_queue: int = Field(default=1000, ge=0, description="Calls that wait; more are answered 429.")
-    requests_per_minute: int | None = Field(default=None, ge=1)
-    tokens_per_minute: int | None = Field(default=None, ge=1)
+    limits: Limits = Field(default_factory=lambda: Limits())
 
     @field_validator("urls")
     @classmethod

@@ -42,6 +42,12 @@ ALERT_NAME: Final = "millstream.alert"
 # Ours: the exact OpenAI messages of a call, as JSON, in the proxy's spans.
 REQUEST_MESSAGES: Final = "millstream.request.messages"
 RESPONSE_MESSAGE: Final = "millstream.response.message"
+# Ours, in the proxy's spans: who answered, from the cache perhaps; the resources version of the attempt; why the tokens
+# can't be learnt from.
+UPSTREAM: Final = "millstream.upstream"
+CACHED: Final = "millstream.cached"
+RESOURCES_ID: Final = "millstream.resources_id"
+UNTRAINABLE: Final = "millstream.untrainable"
 # Ours: the response id of the call that a reward is given to by name.
 REWARD_FOR: Final = "millstream.reward.for_call"
 
