@@ -67,29 +67,34 @@ class Limiter:
             self._tokens.take(tokens, self._clock())
 
     async def _wait(self, deadline: float) -> None:
-        waits = self._wait_s() > 0 or (self._slots is not None and self._slots.locked())
-        if waits and self.waiting >= self._limits.max_queue:
-            raise Busy(self._what, max(1.0, self._wait_s()))
-        self.waiting += 1
-        try:
-            if self._slots is not None:
-                try:
-                    await asyncio.wait_for(self._slots.acquire(), max(0.0, deadline - self._clock()))
-                except TimeoutError:
-                    raise Busy(self._what, 1.0) from None
+        if self._wait_s() > 0 or (self._slots is not None and self._slots.locked()):
+            if self.waiting >= self._limits.max_queue:
+                raise Busy(self._what, max(1.0, self._wait_s()))
+            self.waiting += 1
             try:
-                while (seconds := self._wait_s()) > 0:
-                    if self._clock() + seconds > deadline:
-                        raise Busy(self._what, seconds)
-                    await asyncio.sleep(seconds)
-                if self._requests is not None:
-                    self._requests.take(1, self._clock())
-            except BaseException:
-                if self._slots is not None:
-                    self._slots.release()
-                raise
-        finally:
-            self.waiting -= 1
+                await self._turn(deadline)
+            finally:
+                self.waiting -= 1
+        elif self._slots is not None:
+            await self._slots.acquire()  # at once
+        if self._requests is not None:
+            self._requests.take(1, self._clock())
+
+    async def _turn(self, deadline: float) -> None:
+        if self._slots is not None:
+            try:
+                await asyncio.wait_for(self._slots.acquire(), max(0.0, deadline - self._clock()))
+            except TimeoutError:
+                raise Busy(self._what, 1.0) from None
+        try:
+            while (seconds := self._wait_s()) > 0:
+                if self._clock() + seconds > deadline:
+                    raise Busy(self._what, seconds)
+                await asyncio.sleep(seconds)
+        except BaseException:
+            if self._slots is not None:
+                self._slots.release()
+            raise
 
     def _wait_s(self) -> float:
         now = self._clock()

@@ -230,10 +230,10 @@ class ResponsesWriter:
     def _tail(self) -> str:
         return self._seen.answer.id.removeprefix("chatcmpl-")
 
-    def _part(self, name: str, **values: Any) -> bytes:
+    def _part(self, name: str, /, **values: Any) -> bytes:
         return self._event(name, item_id=self._items[-1]["id"], output_index=self._at, content_index=0, **values)
 
-    def _event(self, name: str, **values: Any) -> bytes:
+    def _event(self, name: str, /, **values: Any) -> bytes:
         self._number += 1
         return sse.event({"type": name, "sequence_number": self._number, **values}, name)
 

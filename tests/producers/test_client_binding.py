@@ -81,7 +81,7 @@ def messages(text: str) -> list[Any]:
 
 
 async def test_fifty_attempts_share_one_client_and_each_call_and_span_has_its_own(server: Server) -> None:
-    tracer = Tracer("m:agent", server.url)
+    tracer = Tracer("m:agent", [server.url])
     sync_client, async_client = openai.OpenAI(), openai.AsyncOpenAI()
     assert sync_client.api_key == PLACEHOLDER_KEY
     pool = ThreadPoolExecutor(8)
@@ -143,7 +143,7 @@ async def test_fifty_attempts_share_one_client_and_each_call_and_span_has_its_ow
 
 
 async def test_outside_an_attempt_the_error_reaches_the_caller_as_it_is(server: Server) -> None:
-    Tracer("m:agent", server.url)
+    Tracer("m:agent", [server.url])
     with pytest.raises(MillstreamError, match="only within a rollout"):
         await openai.AsyncOpenAI().chat.completions.create(model="m", messages=messages("x"))
     with pytest.raises(RuntimeError, match="only within a rollout"):
@@ -155,7 +155,7 @@ async def test_outside_an_attempt_the_error_reaches_the_caller_as_it_is(server: 
 async def test_httpx_itself_is_bound_and_other_hosts_are_left_alone(
     server: Server, sends: Callable[[httpx.AsyncClient, httpx.Request], Any]
 ) -> None:
-    tracer = Tracer("m:agent", server.url + "/base/")
+    tracer = Tracer("m:agent", [server.url + "/base/"])
     attempt, _ = new_attempt(server.url)
     async with httpx.AsyncClient() as client:
         with tracer.attempt(attempt):

@@ -125,9 +125,13 @@ async def test_a_stream_that_breaks_before_its_first_token_is_made_again_unseen(
 async def test_a_stream_that_breaks_later_fails_the_call_and_says_so(rig):
     rig.model.faults.append(Fault(break_after=2))
     got = []
-    with pytest.raises(openai.APIError, match="broke off"):
+
+    async def read():
         async for chunk in await rig.client.chat.completions.create(**ASKED):
             got.append(chunk)
+
+    with pytest.raises(openai.APIError, match="broke off"):
+        await read()
     assert text_of(got) == "one two"
     span = await rig.span()
     assert (span.status, span.response_token_ids) == ("Error", int32(ids("one two")))
