@@ -77,12 +77,12 @@ class Attempts:
         if attempt is None or attempt.rollout_id != rollout_id:
             attempt = self._new(rollout_id, attempt_id, key)
             self._known[attempt_id] = attempt
-            self._forget_old()
         elif not hmac.compare_digest(key.encode(), attempt.key) or attempt.expires < self._clock():
             other = self._new(rollout_id, attempt_id, key)
             attempt.key, attempt.expires = other.key, other.expires
         attempt.touched = time.monotonic()
         self._known.move_to_end(attempt_id)
+        self._forget_old()
         return attempt
 
     def may_have_lost_calls(self, attempt: Attempt) -> bool:

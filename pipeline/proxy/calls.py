@@ -125,6 +125,8 @@ class Calls:
         limiters = [*([attempt.limiter] if attempt.limiter is not None else []), *target.limiters]
         attempt.enter()
         try:
+            if not limiters:
+                return await self._made(call)
             async with all_of(limiters, call.deadline):
                 try:
                     return await self._made(call)
@@ -151,20 +153,19 @@ class Calls:
         replicas = target.replicas
         deadline = time.monotonic() + replicas.upstream.timeout_s
         headers = self._headers(request, replicas)
-        last = Failed(f"no replica of {replicas.name} can be reached", status=503)
-        async for replica in replicas.tries("", deadline):
+        tries = replicas.tries("", deadline)
+        while (replica := await tries.next()) is not None:
             try:
                 async with replicas.post(replica, path, orjson.dumps(asked), headers, deadline) as upstream:
                     body = await upstream.read()
             except Failed as error:
-                replicas.failed(replica, error)
-                last = error
+                tries.failed(error)
                 continue
-            replicas.succeeded(replica)
+            tries.succeeded()
             if (found := _json(body)) is None:
                 raise CallError(502, f"{replicas.name} answered {path} with something else than a JSON object")
             return upstream.status, found
-        raise CallError(last.status, str(last))
+        raise CallError(tries.last.status, str(tries.last))
 
     async def close(self) -> None:
         """Returns when what clients have left behind is recorded."""
@@ -201,20 +202,20 @@ class Calls:
         if key is not None and (found := self._cached(key)) is not None:
             return await self._repeated(call, found)
         headers = self._headers(call.request, replicas)
-        last = Failed(f"no replica of {replicas.name} can be reached", status=503)
-        async for replica in replicas.tries(call.attempt.rollout_id, call.deadline):
+        tries = replicas.tries(call.attempt.rollout_id, call.deadline)
+        while (replica := await tries.next()) is not None:
             call.again()
             try:
                 async with replicas.post(replica, call.plan.path, body, headers, call.deadline) as upstream:
                     response = await self._answered(call, upstream, key)
             except Failed as error:
-                replicas.failed(replica, error)
-                last = error
+                tries.failed(error)
                 if call.response is not None:
                     return await self._broken(call, str(error))
             else:
-                replicas.succeeded(replica)
+                tries.succeeded()
                 return response
+        last = tries.last
         return await self._refused(call, last.status, last.body, str(last), last.retry_after_s)
 
     @staticmethod
@@ -380,7 +381,8 @@ class Calls:
         headers = {KIND_HEADER: span.kind.encode()}
         sending = send_acknowledged(self._producer, self._topics.events, span, key=attempt.rollout_id, headers=headers)
         try:
-            await asyncio.wait_for(sending, RECORD_S)
+            async with asyncio.timeout(RECORD_S):
+                await sending
             self.recorded += 1
         except (LogError, TimeoutError) as error:
             self.unrecorded += 1

@@ -100,21 +100,14 @@ class Replicas:
         fitting = [replica for replica in usable if replica.in_flight < most] or usable
         return max(fitting, key=lambda replica: _affinity(rollout_id, replica.url))
 
-    async def tries(self, rollout_id: str, deadline: float) -> AsyncIterator[Replica]:
-        """Replicas to try in turn, with a pause between two. The caller ends with the first that answers, and says of
-        each other one `failed`. Ends when there have been enough tries, or no time is left."""
-        tried: list[Replica] = []
-        for number in range(TRIES):
-            replica = self.pick(rollout_id, tried[-1:])
-            if replica is not None:
-                self._asked_for_s = 0.0
-                yield replica
-                tried.append(replica)
-            pause = random.uniform(0, min(MAX_BACKOFF_S, BACKOFF_S * 2**number))  # noqa: S311 - a jitter
-            pause = max(pause, self._asked_for_s if replica is not None else self._rest_left())
-            if number == TRIES - 1 or self._clock() + pause > deadline:
-                return
-            await asyncio.sleep(pause)
+    def tries(self, rollout_id: str, deadline: float) -> "Tries":
+        return Tries(self, rollout_id, deadline, self._clock)
+
+    def rest_left_s(self) -> float:
+        """Until a replica may be tried again; all of them rest."""
+        if self.upstream.policy:  # its health is looked at
+            return REST_S
+        return max(0.0, min(replica.rests_until for replica in self.all) - self._clock())
 
     @asynccontextmanager
     async def post(
@@ -171,7 +164,6 @@ class Replicas:
         return {"x-api-key": key} if self.upstream.kind == "anthropic" else {"Authorization": f"Bearer {key}"}
 
     def failed(self, replica: Replica, error: Failed) -> None:
-        self._asked_for_s = error.retry_after_s
         if not error.broken:
             return
         replica.failures += 1
@@ -200,13 +192,46 @@ class Replicas:
             except (aiohttp.ClientError, ConnectionError, TimeoutError):
                 pass
 
-    def _rest_left(self) -> float:
-        """Until a replica may be tried again; all of them rest."""
-        if self.upstream.policy:  # its health is looked at
-            return REST_S
-        return max(0.0, min(replica.rests_until for replica in self.all) - self._clock())
 
-    _asked_for_s = 0.0  # by the Retry-After of the last try
+class Tries:
+    """One call's way through the replicas, with a pause between two tries. ``last`` is what went wrong last."""
+
+    def __init__(self, replicas: Replicas, rollout_id: str, deadline: float, clock: Callable[[], float]) -> None:
+        self.last = Failed(f"no replica of {replicas.name} can be reached", status=503)
+        self._replicas = replicas
+        self._rollout_id = rollout_id
+        self._deadline = deadline
+        self._clock = clock
+        self._number = 0
+        self._pause_s = 0.0  # before the next one, at least
+        self._replica: Replica | None = None
+
+    async def next(self) -> Replica | None:
+        """The replica to try now; None when there have been enough tries, or no time is left."""
+        while self._number < TRIES:
+            if self._number:
+                backoff = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (self._number - 1))
+                pause = max(self._pause_s, random.uniform(0, backoff))  # noqa: S311 - a jitter
+                if self._clock() + pause > self._deadline:
+                    return None
+                await asyncio.sleep(pause)
+            self._number += 1
+            avoid = () if self._replica is None else (self._replica,)
+            self._replica = self._replicas.pick(self._rollout_id, avoid)
+            if self._replica is not None:
+                return self._replica
+            self._pause_s = self._replicas.rest_left_s()
+        return None
+
+    def failed(self, error: Failed) -> None:
+        """The replica given last has failed."""
+        self.last, self._pause_s = error, error.retry_after_s
+        assert self._replica is not None
+        self._replicas.failed(self._replica, error)
+
+    def succeeded(self) -> None:
+        assert self._replica is not None
+        self._replicas.succeeded(self._replica)
 
 
 def retry_after_s(header: str) -> float:

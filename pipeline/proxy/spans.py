@@ -1,11 +1,12 @@
 """A model call as the proxy saw it, as a span. Pure."""
 
-import json
 import struct
 import time
 from dataclasses import dataclass
 from secrets import token_hex
 from typing import Any, Final
+
+import orjson
 
 from millstream.pipeline.proxy.answers import Answer, Json
 from millstream.schemas import semconv
@@ -144,4 +145,4 @@ def _float32(values: list[float] | None) -> bytes | None:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return orjson.dumps(value).decode()

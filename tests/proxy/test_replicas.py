@@ -155,7 +155,7 @@ async def test_models_go_where_the_routes_say_with_the_keys_of_the_proxy(monkeyp
                 await rig.client.chat.completions.create(**ASKED | {"model": "else"})
             spans = await rig.spans()
             assert [span.attributes[semconv.UPSTREAM] for span in spans] == ["openai", "anthropic", "model"]
-            assert spans[1].attributes[semconv.RESPONSE_MESSAGE] == '{"role": "assistant", "content": "hi"}'
+            assert spans[1].attributes[semconv.RESPONSE_MESSAGE] == '{"role":"assistant","content":"hi"}'
             assert "sk-secret" not in repr(spans)
     assert seen["openai"][0] == "Bearer sk-secret-1"
     assert seen["anthropic"][0] == "sk-secret-2"
