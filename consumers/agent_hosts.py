@@ -41,7 +41,6 @@ from millstream.producers.instrumentation import FRAMEWORKS
 from millstream.producers.tracer import ProcessTracer, adopt_global_provider
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, MillstreamError
-from millstream.schemas.identity import attempt_key
 from millstream.schemas.records import ErrorInfo
 from millstream.schemas.resources import Resources
 
@@ -90,8 +89,7 @@ class HostOptions:
     """What a host is told of its runner."""
 
     concurrency: int  # attempts at a time, in each process
-    proxy_url: str
-    proxy_secret: str
+    proxy_urls: Sequence[str]
     on_free: Callable[[], None]  # a slot may have become free, or the host may be lost
     on_late_span: Callable[[bytes], None]  # an encoded span of an attempt that has been finished
     on_late_content: Callable[[str, bytes], object]  # likewise, a content by its digest
@@ -99,11 +97,6 @@ class HostOptions:
     hooks: Sequence[Hook | str] = ()  # for agent processes: module:attribute
     instrument: Sequence[str] = tuple(FRAMEWORKS)  # their names
     monitor_url: str = ""
-
-    def key(self, writer: AttemptWriter) -> str:
-        if not self.proxy_url and not self.monitor_url:
-            return ""
-        return attempt_key(self.proxy_secret, writer.claim.task.rollout_id, writer.claim.attempt_id)
 
 
 class ThreadHost:
@@ -127,7 +120,7 @@ class ThreadHost:
         return self._options.concurrency - len(self._running)
 
     async def start(self) -> None:
-        tracer = ProcessTracer(agent_name(self._agent), self._options.proxy_url, self._options.instrument)
+        tracer = ProcessTracer(agent_name(self._agent), self._options.proxy_urls, self._options.instrument)
         function = load_agent(self._agent, self._folder) if isinstance(self._agent, str) else self._agent
         info = RunnerInfo(self._options.worker_id, agent_name(self._agent))
         hooks = Hooks(load_hooks(self._options.hooks, self._folder), info)
@@ -148,8 +141,8 @@ class ThreadHost:
             writer.save_state,
             resources={} if claim.resources is None else claim.resources.items,
             on_calling=writer.calling,
-            proxy_url=self._options.proxy_url,
-            proxy_key=self._options.key(writer),
+            proxy_url=writer.proxy_url,
+            proxy_key=writer.proxy_key,
             monitor_url=self._options.monitor_url,
         )
         self._running.add(writer)
@@ -285,7 +278,7 @@ class ProcessHost:
             self._metrics.cleanup()
 
     def _child(self) -> "_Child":
-        config = {"agent": self._agent, "folder": self._folder, "proxy_url": self._options.proxy_url}
+        config = {"agent": self._agent, "folder": self._folder, "proxy_urls": json.dumps(self._options.proxy_urls)}
         config["monitor_url"] = self._options.monitor_url
         config |= {"worker_id": self._options.worker_id, "hooks": json.dumps(self._options.hooks)}
         config["instrument"] = json.dumps(self._options.instrument)
@@ -396,7 +389,8 @@ class _Child(asyncio.Protocol):
         number = next(self._numbers)
         self._running[number] = self._known[number] = writer
         task = codec.encode(claim.task)
-        head = {"attempt_id": claim.attempt_id, "key": self._options.key(writer), "task_bytes": len(task)}
+        head = {"attempt_id": claim.attempt_id, "task_bytes": len(task)}
+        head |= {"proxy_url": writer.proxy_url, "proxy_key": writer.proxy_key}
         if claim.resources is not None and self._resources[0] is not claim.resources:
             self._resources = (claim.resources, codec.encode(claim.resources.to_control(0)))
         self._send(pack(Kind.TASK, number, json.dumps(head).encode(), task + self._resources[1]))

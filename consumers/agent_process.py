@@ -139,9 +139,8 @@ class _Agent:
 
     attempts: AttemptRunner  # as soon as the agent is imported, which is before any task comes
 
-    def __init__(self, channel: _Channel, proxy_url: str, monitor_url: str, folder: str) -> None:
+    def __init__(self, channel: _Channel, monitor_url: str, folder: str) -> None:
         self._channel = channel
-        self._proxy_url = proxy_url
         self._monitor_url = monitor_url
         self._folder = folder
         self._ids: dict[int, str] = {}
@@ -170,8 +169,8 @@ class _Agent:
             running.save,
             resources=_resources(frame.body[head["task_bytes"] :]).items,
             on_calling=running.calling,
-            proxy_url=self._proxy_url,
-            proxy_key=head["key"],
+            proxy_url=head["proxy_url"],
+            proxy_key=head["proxy_key"],
             monitor_url=self._monitor_url,
         )
         self._ids[frame.number] = attempt.attempt_id
@@ -222,7 +221,7 @@ def main() -> None:
     channel = _Channel(connection)
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
-        agent = _Agent(channel, config["proxy_url"], config["monitor_url"], config["folder"])
+        agent = _Agent(channel, config["monitor_url"], config["folder"])
 
         def listen() -> None:
             for frames in received:
@@ -233,7 +232,7 @@ def main() -> None:
         if config["hooks"] != "[]":
             _share_metrics(config["place"])
         try:
-            tracer = ProcessTracer(config["agent"], config["proxy_url"], json.loads(config["instrument"]))
+            tracer = ProcessTracer(config["agent"], json.loads(config["proxy_urls"]), json.loads(config["instrument"]))
             function = load_agent(config["agent"], config["folder"])
             info = RunnerInfo(config["worker_id"], config["agent"])
             hooks = Hooks(load_hooks(json.loads(config["hooks"]), config["folder"]), info)

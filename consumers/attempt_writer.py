@@ -45,6 +45,7 @@ class AttemptWriter:
     def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str, blobs: Blobs) -> None:
         self.claim = claim
         self.verdict: Outcome | None = None  # what the runner has decided; overrules what the agent's side says
+        self.proxy_url = self.proxy_key = ""  # where its model calls go
         self.last_acknowledged = time.monotonic()  # when the youngest acknowledged sign of life was sent
         self._last_sign = self.last_acknowledged
         self._calling = False

@@ -36,7 +36,7 @@ def selection(rules: TripletRules) -> list[Rule]:
 
 def validation(rules: TripletRules, own: Sequence[Rule]) -> list[Rule]:
     """What may be learnt from, in this order; ``own`` are the user's rules."""
-    found: list[Rule] = [failed, aborted]
+    found: list[Rule] = [failed, aborted, said_untrainable]
     found += [token_ids, empty, counts] if rules.require_tokens else [empty_text]
     if rules.max_tokens is not None:
         found.append(too_long(rules.max_tokens))
@@ -63,6 +63,13 @@ def aborted(call: Call) -> str | None:
     reasons = call.span.attributes.get(semconv.FINISH_REASONS, "")
     reason = next((reason for reason in ABORTED if f'"{reason}"' in reasons), None)
     return None if reason is None else f"the response was cut off: {reason}"
+
+
+def said_untrainable(call: Call) -> str | None:
+    """By the proxy, which saw more of it."""
+    if semconv.CACHED in call.span.attributes:
+        return "the answer was repeated from a cache"
+    return call.span.attributes.get(semconv.UNTRAINABLE)
 
 
 def token_ids(call: Call) -> str | None:

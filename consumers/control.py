@@ -10,6 +10,8 @@ from millstream.schemas.errors import CodecError, ConfigError, LogUnavailable
 from millstream.schemas.log import LogRecord, Partition
 from millstream.schemas.records import Control, RolloutTask
 from millstream.schemas.resources import Resources
+from millstream.schemas.routing import KIND as ROUTING
+from millstream.schemas.routing import RoutingTable
 from millstream.schemas.topics import Topics
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,7 @@ class ControlFollower:
         self._records: dict[tuple[str, str], Control] = {}
         self._resources: dict[str, Resources] = {}
         self._latest: dict[str, str] = {}  # experiment → resources version
+        self.routing = RoutingTable()  # in force: the latest
         self._waiters: list[asyncio.Future[None]] = []
         self._task: asyncio.Task[None] | None = None
 
@@ -124,6 +127,8 @@ class ControlFollower:
                 self._resources[resources.resources_id] = resources
                 known = self._latest.get(control.experiment_id, "")
                 self._latest[control.experiment_id] = max(known, resources.resources_id)
+            elif control.kind == ROUTING and control.name > self.routing.table_id:
+                self.routing = RoutingTable.from_control(control)
         except (CodecError, ConfigError) as error:
             logger.warning("%s is left out: %s", record.place, error)
             return

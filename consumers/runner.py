@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-import aiohttp
 from prometheus_client import Metric
 
 from millstream.consumers.agent_hosts import AgentHost, HostOptions, ProcessHost, ThreadHost
@@ -26,7 +25,7 @@ from millstream.consumers.claims import ROLE, Claim, Claims, Starvation
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
-from millstream.consumers.proxy_close import CLOSE_S, ProxyNotClosed, close_at_proxy
+from millstream.consumers.proxies import CLOSE_S, Proxies, ProxyNotClosed
 from millstream.producers.blob_store import Blobs
 from millstream.producers.instrumentation import chosen, report
 from millstream.producers.port import Producer
@@ -115,7 +114,7 @@ class Runner:
             raise ConfigError("--memory-limit needs Linux's /proc; leave it out, and limit the runner from outside")
         self._hooks = hooks
         self._instrument = chosen(instrument)
-        self._secret = settings.proxy_secret.get_secret_value()
+        self._proxies = Proxies(settings.proxy_urls, settings.proxy_secret.get_secret_value())
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
         self._finishing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
@@ -136,27 +135,27 @@ class Runner:
         control = ControlFollower(self._log, self._topics, lambda: self._end_cancelled(control))
         claims = Claims(self._log, self._topics, self._producer, control, self.worker_id)
         self._starvation = claims.starvation
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CLOSE_S)) as self._http:
+        try:
+            await self._host.start()
+            await control.start()
+            await claims.start()
+            logger.info("runner %s is ready: %d slots", self.worker_id, self._host.free)
+            stopping = asyncio.create_task(stop.wait())
+            stopping.add_done_callback(lambda _: self._changed.set())
             try:
-                await self._host.start()
-                await control.start()
-                await claims.start()
-                logger.info("runner %s is ready: %d slots", self.worker_id, self._host.free)
-                stopping = asyncio.create_task(stop.wait())
-                stopping.add_done_callback(lambda _: self._changed.set())
-                try:
-                    async with reporting(self._producer, self._topics, ROLE, self.worker_id, self.load):
-                        while not stop.is_set():
-                            await self._claim(claims, stopping)
-                        await self._until_idle(self._drain_s)
-                finally:
-                    stopping.cancel()
+                async with reporting(self._producer, self._topics, ROLE, self.worker_id, self.load):
+                    while not stop.is_set():
+                        await self._claim(claims, stopping)
+                    await self._until_idle(self._drain_s)
             finally:
-                await claims.close()
-                await self._end_all()
-                await control.close()
-                self._blobs.close()
-                await asyncio.to_thread(self._producer.close)
+                stopping.cancel()
+        finally:
+            await claims.close()
+            await self._end_all()
+            await self._proxies.close()
+            await control.close()
+            self._blobs.close()
+            await asyncio.to_thread(self._producer.close)
 
     @property
     def silent_s(self) -> float:
@@ -180,8 +179,7 @@ class Runner:
     def _make_host(self) -> AgentHost:
         options = HostOptions(
             self._concurrency,
-            self._settings.proxy_url,
-            self._secret,
+            self._settings.proxy_urls,
             self._changed.set,
             self._late_span,
             self._blobs.put,
@@ -240,6 +238,9 @@ class Runner:
             writer.verdict = stopped_by(status.LOST, "exit", "there is no agent process left to run it")
             writer.end(writer.verdict)
         else:
+            writer.proxy_url = self._proxies.choose(claim)
+            if writer.proxy_url or self._settings.monitor_url:
+                writer.proxy_key = self._proxies.key(claim)
             self._later(writer, "timeout", claim.task.timeout_s, self._time_out)
             self._later(writer, "beat", claim.task.lease_s / HEARTBEATS, self._beat)
             if claim.task.unresponsive_s is not None:
@@ -301,10 +302,9 @@ class Runner:
     async def _finish(self, writer: AttemptWriter, outcome: Outcome) -> None:
         proxy_spans: int | None = None
         try:
-            # One that never ran has no timers, and has called no model.
-            if self._settings.proxy_url and self._running[writer]:
+            if writer.proxy_url:
                 try:
-                    proxy_spans = await close_at_proxy(self._http, self._settings.proxy_url, self._secret, writer.claim)
+                    proxy_spans = await self._proxies.close_attempt(writer.claim, writer.proxy_url, writer.proxy_key)
                 except ProxyNotClosed as error:
                     outcome = stopped_by(status.LOST, "proxy", str(error))
             final = await writer.finish(outcome, proxy_spans)

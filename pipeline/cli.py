@@ -6,9 +6,11 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 import typer
 from rich.logging import RichHandler
@@ -239,23 +241,30 @@ def sink(
 
 
 @app.command(epilog="Example: MILLSTREAM_MODEL_URL=http://127.0.0.1:8500 millstream proxy")
-def proxy(health_port: HealthPort = 0) -> None:
-    """Stand between agents and the model server, and record every call."""
-    from millstream.pipeline.http_backend import HttpBackend
+def proxy(
+    listen: Annotated[str, typer.Option(help="Where to listen; else at the first of proxy_url.")] = "",
+    admin: Annotated[str, typer.Option(help="Where the admin surface listens, http://HOST:PORT.")] = "",
+    drain_s: Annotated[float, typer.Option(min=0, help="Seconds that calls under way get at the end.")] = 60.0,
+    health_port: HealthPort = 0,
+) -> None:
+    """Stand between agents and the model servers, and record every call."""
     from millstream.pipeline.proxy import Proxy
+    from millstream.pipeline.proxy.app import check_open
     from millstream.pipeline.serving import serve
 
     settings = load_settings()
 
+    url = listen or next(iter(settings.proxy_urls), "http://127.0.0.1:8400")
+    check_open(settings, urlsplit(url).hostname or "", urlsplit(admin).hostname or "")
+
     async def work(health: Health, stop: asyncio.Event) -> None:
-        backend, producer = HttpBackend(settings.model_url), health.log.producer()
-        try:
-            front = Proxy.of(settings, producer, backend, settings.proxy_secret.get_secret_value())
-            async with serve(front.app, settings.proxy_url):
-                await stop.wait()
-        finally:
-            await backend.close()
-            await asyncio.to_thread(producer.close)
+        front = Proxy(health.log, settings)
+        health.gauge(metrics.CALLS_IN_FLIGHT, lambda: front.in_flight)
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(serve(front.app, url, shutdown_s=drain_s, reuse_port=True))
+            if admin:
+                await stack.enter_async_context(serve(front.admin(), admin))
+            await stop.wait()
 
     _run_role(settings, "proxy", health_port, work)
 

@@ -135,7 +135,7 @@ class Engine:
         for key, value in request.items():
             if key not in READ | IGNORED and value not in NEUTRAL.get(key, ()):
                 raise BadRequest(f"this engine does not support {key}={value!r}", key)
-        prompt = self._render(request.get("messages"))
+        prompt = self.render(request.get("messages"))
         room = self._context - len(prompt)
         limit = _number(request, "max_completion_tokens", _number(request, "max_tokens", max(room, 1), int, 1), int, 1)
         if limit > room:
@@ -164,7 +164,8 @@ class Engine:
             return_token_ids=bool(request.get("return_token_ids")),
         )
 
-    def _render(self, messages: Any) -> list[int]:
+    def render(self, messages: Any) -> list[int]:
+        """The token ids of a prompt. Raises `BadRequest`."""
         if not isinstance(messages, list) or not messages:
             raise BadRequest("messages has to be a list of at least one message", "messages", "invalid_value")
         plain = []

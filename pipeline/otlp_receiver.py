@@ -29,7 +29,7 @@ from millstream.producers.otlp import Malformed, from_otlp, parse_json, parse_pr
 from millstream.producers.port import Producer
 from millstream.schemas import codec, semconv
 from millstream.schemas.errors import CodecError, LogError, TooLarge
-from millstream.schemas.identity import attempt_key
+from millstream.schemas.identity import BadKey, claims_of
 from millstream.schemas.log import KIND_HEADER
 from millstream.schemas.records import Span
 from millstream.schemas.settings import Settings
@@ -110,8 +110,10 @@ class OtlpReceiver:
 
     def _check(self, key: str, attempts: Iterable[tuple[str, str]]) -> None:
         for rollout_id, attempt_id in attempts:
-            if not hmac.compare_digest(key.encode(), attempt_key(self._secret, rollout_id, attempt_id).encode()):
-                raise _Refused(401, f"the key is not that of attempt {attempt_id} of rollout {rollout_id}")
+            try:
+                claims_of(self._secret, rollout_id, attempt_id, key)
+            except BadKey as error:
+                raise _Refused(401, f"{error} of rollout {rollout_id}") from error
 
     async def _store(self, spans: list[Span], rejected: list[str]) -> None:
         """Returns when the log has them; adds to ``rejected`` what it will never take."""

@@ -12,17 +12,20 @@ SHUTDOWN_S = 5.0  # how long requests under way may go on when the block ends
 
 
 @asynccontextmanager
-async def serve(app: web.Application, url: str) -> AsyncIterator[str]:
-    """Listens at ``url`` (port 0: any free one) and yields the URL it is reached at. Raises `ConfigError` if the
-    address can't be had."""
+async def serve(
+    app: web.Application, url: str, *, shutdown_s: float = SHUTDOWN_S, reuse_port: bool = False
+) -> AsyncIterator[str]:
+    """Listens at ``url`` (port 0: any free one) and yields the URL it is reached at. A handler is cancelled when its
+    client has gone. With ``reuse_port`` a successor may listen there already while this one lets its last requests
+    end, for ``shutdown_s``. Raises `ConfigError` if the address can't be had."""
     parts = urlsplit(url)
     if parts.scheme != "http" or parts.hostname is None or parts.port is None:
         raise ConfigError(f"{url!r} can't be served: an address is http://HOST:PORT")
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=SHUTDOWN_S)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=shutdown_s, handler_cancellation=True)
     await runner.setup()
     try:
         try:
-            await web.TCPSite(runner, parts.hostname, parts.port).start()
+            await web.TCPSite(runner, parts.hostname, parts.port, reuse_port=reuse_port).start()
         except OSError as error:
             raise ConfigError(f"can't listen at {url}: {error.strerror}; another process may have the port") from error
         host, port = runner.addresses[0][:2]

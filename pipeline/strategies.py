@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from secrets import token_hex
 from typing import TYPE_CHECKING, Any, Final
@@ -29,8 +29,11 @@ if TYPE_CHECKING:  # needs the `train` extra
     from millstream.pipeline.engine import Engine
 
 
+ANYWHERE: Final = "http://127.0.0.1:0"
+
+
 class MemoryStrategy:
-    """Everything in this process: in-memory log, embedded store in the run's folder, the engine called directly."""
+    """Everything in this process: in-memory log, embedded store in the run's folder, the engine served on loopback."""
 
     @asynccontextmanager
     async def running(
@@ -47,6 +50,9 @@ class MemoryStrategy:
         log = MemoryLog(settings.topics)
         async with AsyncExitStack() as stack:
             engine = await _engine(stack, model)
+            if engine is not None:
+                url = await stack.enter_async_context(_served(engine, ANYWHERE))
+                settings = settings.model_copy(update={"model_url": url, "upstreams": {}, "routes": {}})
             await stack.enter_async_context(_roles(log, settings, agent, engine, to_triplets, hooks))
             yield log, engine
 
@@ -71,9 +77,7 @@ class KafkaStrategy:
         async with AsyncExitStack() as stack:
             engine = await _engine(stack, model)
             if engine is not None:
-                from millstream.pipeline.engine_server import engine_app
-
-                await stack.enter_async_context(serve(engine_app(engine), settings.model_url))
+                await stack.enter_async_context(_served(engine, settings.model_url))
             if agent is not None:
                 await stack.enter_async_context(_roles(log, settings, agent, engine, to_triplets, hooks))
             yield log, engine
@@ -90,6 +94,12 @@ async def _engine(stack: AsyncExitStack, model: Path | None) -> "Engine | None":
     engine = await asyncio.to_thread(Engine, model)
     stack.push_async_callback(engine.close)
     return engine
+
+
+def _served(engine: "Engine", url: str) -> AbstractAsyncContextManager[str]:
+    from millstream.pipeline.engine_server import engine_app
+
+    return serve(engine_app(engine), url)
 
 
 @asynccontextmanager
@@ -109,13 +119,10 @@ async def _roles(
     async with AsyncExitStack() as stack:
         stack.callback(store.close)
         await asyncio.to_thread(store.migrate)
-        url = ""
+        settings = settings.model_copy(update={"proxy_url": "", "proxy_secret": SecretStr(secret)})
         if engine is not None:
-            producer = log.producer()
-            stack.push_async_callback(asyncio.to_thread, producer.close)
-            proxy = Proxy.of(settings, producer, engine, secret)
-            url = await stack.enter_async_context(serve(proxy.app, "http://127.0.0.1:0"))
-        settings = settings.model_copy(update={"proxy_url": url, "proxy_secret": SecretStr(secret)})
+            url = await stack.enter_async_context(serve(Proxy(log, settings).app, ANYWHERE))
+            settings = settings.model_copy(update={"proxy_url": url})
         adapter = Adapter(
             log, topics, transactional_id=f"{topics.prefix}.adapter.embedded-{os.getpid()}", to_triplets=to_triplets
         )

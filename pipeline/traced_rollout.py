@@ -8,13 +8,11 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
-import aiohttp
-
 from millstream.consumers.attempt import Outcome, raised, returned, stopped_by
 from millstream.consumers.attempt_writer import AttemptWriter
 from millstream.consumers.claims import Claim, preparing
 from millstream.consumers.port import Log
-from millstream.consumers.proxy_close import CLOSE_S, ProxyNotClosed, close_at_proxy
+from millstream.consumers.proxies import Proxies, ProxyNotClosed
 from millstream.consumers.rewards import Reward, rewards_of
 from millstream.consumers.triplets import Trace, TripletMaker
 from millstream.pipeline.blocking import run_blocking
@@ -25,7 +23,6 @@ from millstream.producers.tracer import ProcessTracer
 from millstream.producers.workers import new_worker_id
 from millstream.schemas import codec, status
 from millstream.schemas.errors import MillstreamError
-from millstream.schemas.identity import attempt_key
 from millstream.schemas.ids import new_id
 from millstream.schemas.log import KIND_HEADER, LogRecord, Partition
 from millstream.schemas.records import AttemptEvent, RolloutTask, Span, Triplet
@@ -62,7 +59,7 @@ class TracedRollout:
         self._process = process
         self._completions = completions
         self._proxy_url = proxy_url
-        self._secret = settings.proxy_secret.get_secret_value()
+        self._proxies = Proxies([proxy_url] if proxy_url else [], settings.proxy_secret.get_secret_value())
         self._claim = Claim(task, new_id(), Resources(resources_id="", experiment_id=task.experiment_id, items={}))
         self._producer = log.producer()
         self._worker_id = new_worker_id()
@@ -78,7 +75,7 @@ class TracedRollout:
             self._writer.save_state,
             on_calling=self._writer.calling,
             proxy_url=proxy_url,
-            proxy_key=attempt_key(self._secret, task.rollout_id, self._claim.attempt_id) if proxy_url else "",
+            proxy_key=self._proxies.key(self._claim) if proxy_url else "",
         )
         self._seen = completions.watch(self._attempt)
         self.spans: Sequence[Span] = self._seen.spans
@@ -193,8 +190,8 @@ class TracedRollout:
         outcome, proxy_spans = replace(self._outcome, spans=self._writer.spans), None
         if self._proxy_url:
             try:
-                async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CLOSE_S)) as http:
-                    proxy_spans = await close_at_proxy(http, self._proxy_url, self._secret, self._claim)
+                key = self._attempt.proxy_key
+                proxy_spans = await self._proxies.close_attempt(self._claim, self._proxy_url, key)
             except ProxyNotClosed as error:
                 outcome = stopped_by(status.LOST, "proxy", str(error))
         try:
@@ -203,6 +200,7 @@ class TracedRollout:
         finally:
             await asyncio.to_thread(self._producer.close)
             self._blobs.close()
+            await self._proxies.close()
         self.status = final.status
         if final.error is not None and final.status != self._outcome.status:  # else the caller has the exception
             logger.warning("%s: %s, %s: %s", self._writer.name, final.status, final.error.type, final.error.message)

@@ -101,7 +101,7 @@ class Tracer:
     @cached_property
     def _process(self) -> ProcessTracer:
         """Not before it is needed: in a runner there is one already."""
-        process = ProcessTracer(agent_name(self._agent), self._proxy_url, self._instrument)
+        process = ProcessTracer(agent_name(self._agent), [self._proxy_url] if self._proxy_url else [], self._instrument)
         adopt_global_provider()
         return process
 

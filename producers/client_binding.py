@@ -7,6 +7,7 @@ when the request is sent, from OpenTelemetry's context.
 import inspect
 import threading
 from collections.abc import Awaitable
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,15 +34,20 @@ class OutsideRollout(MillstreamError, RuntimeError):
 
 def bind_clients(proxy_url: str) -> None:
     """From now on, binds every request to this proxy. Raises `ConfigError` if it is not a URL."""
-    parts = urlsplit(proxy_url)
-    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
-        raise ConfigError(f"proxy_url {proxy_url!r} is not an address like http://host:8400")
-    origin = (parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS[parts.scheme])
-    _proxies[origin] = parts.path.rstrip("/").encode()
+    origin, base = _place(proxy_url)
+    _proxies[origin] = base
     for name in HTTP_CLIENTS:
         if name not in _wrapped:
             _wrapped.add(name)
             wrapt.register_post_import_hook(_wrap, name)
+
+
+@lru_cache(maxsize=64)
+def _place(proxy_url: str) -> tuple[_Origin, bytes]:
+    parts = urlsplit(proxy_url)
+    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
+        raise ConfigError(f"proxy_url {proxy_url!r} is not an address like http://host:8400")
+    return (parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS[parts.scheme]), parts.path.rstrip("/").encode()
 
 
 def _wrap(module: ModuleType) -> None:
@@ -69,7 +75,8 @@ async def _awaited(attempt: Attempt, answer: Awaitable[Any]) -> Any:
 def _bind(request: Any) -> Attempt | None:
     """Its attempt, if the request goes to the proxy."""
     url = request.url
-    base = _proxies.get((url.scheme, url.host, url.port or _DEFAULT_PORTS.get(url.scheme, 0)))
+    origin = url.scheme, url.host, url.port or _DEFAULT_PORTS.get(url.scheme, 0)
+    base = _proxies.get(origin)
     if base is None:
         return None
     attempt = current_attempt()
@@ -88,8 +95,10 @@ def _bind(request: Any) -> Attempt | None:
         )
     note_call(attempt)
     if not bound:
-        prefix = base + attempt.path.encode()
-        request.url = url.copy_with(raw_path=prefix + url.raw_path[len(base) :])
+        (scheme, host, port), own_base = _place(attempt.proxy_url)
+        path = own_base + attempt.path.encode() + url.raw_path[len(base) :]
+        request.url = url.copy_with(scheme=scheme, host=host, port=port, raw_path=path)
+        request.headers["Host"] = request.url.netloc.decode()
     request.headers["Authorization"] = f"Bearer {attempt.proxy_key}"
     request.headers["x-api-key"] = attempt.proxy_key
     _trace_context.inject(request.headers)  # the proxy's span becomes a child of the client's

@@ -3,7 +3,7 @@
 import concurrent.futures.thread  # noqa: F401 - see `_provider`
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -37,7 +37,9 @@ PLACEHOLDER_KEY = "millstream"  # the SDKs want a key; the attempt's own takes i
 class ProcessTracer:
     """Make it before the agent is imported, call `adopt_global_provider` after that."""
 
-    def __init__(self, agent_name: str, proxy_url: str = "", instrument: Iterable[str] = tuple(FRAMEWORKS)) -> None:
+    def __init__(
+        self, agent_name: str, proxy_urls: Sequence[str] = (), instrument: Iterable[str] = tuple(FRAMEWORKS)
+    ) -> None:
         """Prepares the environment for the agent's import, its SDKs and its HTTP clients. ``instrument``: names of
         `FRAMEWORKS`.
 
@@ -48,9 +50,13 @@ class ProcessTracer:
         self.agent_name = agent_name
         for name, value in SWITCHES.items():
             os.environ.setdefault(name, value)
-        if proxy_url:
-            os.environ["OPENAI_BASE_URL"] = proxy_url.rstrip("/") + "/v1"
+        if proxy_urls:
+            os.environ["OPENAI_BASE_URL"] = f"{proxy_urls[0]}/v1"
             os.environ["OPENAI_API_KEY"] = PLACEHOLDER_KEY
+            if "ANTHROPIC_BASE_URL" not in os.environ:
+                os.environ["ANTHROPIC_BASE_URL"] = proxy_urls[0]
+                os.environ["ANTHROPIC_API_KEY"] = PLACEHOLDER_KEY
+        for proxy_url in proxy_urls:
             bind_clients(proxy_url)
         self._tracer = _provider().get_tracer("millstream")
         self._root_name = f"invoke_agent {agent_name}"

@@ -2,6 +2,28 @@
 
 import hashlib
 import hmac
+import time
+from dataclasses import dataclass
+from typing import Final
+
+from millstream.schemas.errors import MillstreamError
+
+# After an attempt's time-out: its calls may still be under way, and it has to be closed. Clocks may differ by it.
+KEY_GRACE_S: Final = 300.0
+_MARK: Final = "ms1"
+
+
+class BadKey(MillstreamError, ValueError):
+    """A key that is none, has expired, or is another attempt's. Says which, and nothing of the key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claims:
+    """What a key says, signed by whoever issued it."""
+
+    issued: float  # s since the epoch
+    expires: float
+    resources_id: str  # the version that the attempt works with; empty if there is none
 
 
 def attempt_path(rollout_id: str, attempt_id: str) -> str:
@@ -9,6 +31,27 @@ def attempt_path(rollout_id: str, attempt_id: str) -> str:
     return f"/rollout/{rollout_id}/attempt/{attempt_id}"
 
 
-def attempt_key(secret: str, rollout_id: str, attempt_id: str) -> str:
-    """The API key of an attempt: HMAC-SHA-256 of its path under the deployment's proxy secret, in hex."""
-    return hmac.new(secret.encode(), attempt_path(rollout_id, attempt_id).encode(), hashlib.sha256).hexdigest()
+def attempt_key(
+    secret: str, rollout_id: str, attempt_id: str, *, valid_s: float, resources_id: str = "", now: float | None = None
+) -> str:
+    """The API key of an attempt: ``ms1.ISSUED.EXPIRES.RESOURCES.MAC``, where the MAC is HMAC-SHA-256 of the path and of
+    what stands before it, under the deployment's proxy secret. It is good for ``valid_s`` and `KEY_GRACE_S`."""
+    issued = time.time() if now is None else now
+    claims = f"{_MARK}.{issued:.0f}.{issued + valid_s + KEY_GRACE_S:.0f}.{resources_id}"
+    return f"{claims}.{_mac(secret, rollout_id, attempt_id, claims)}"
+
+
+def claims_of(secret: str, rollout_id: str, attempt_id: str, key: str, *, now: float | None = None) -> Claims:
+    """Raises `BadKey` unless ``key`` is one of this attempt's and still good."""
+    claims, _, mac = key.rpartition(".")
+    if not hmac.compare_digest(mac.encode(), _mac(secret, rollout_id, attempt_id, claims).encode()):
+        raise BadKey(f"the API key is not that of attempt {attempt_id}")
+    _, issued, expires, resources_id = claims.split(".")
+    if float(expires) < (time.time() if now is None else now):
+        raise BadKey(f"the API key of attempt {attempt_id} has expired")
+    return Claims(float(issued), float(expires), resources_id)
+
+
+def _mac(secret: str, rollout_id: str, attempt_id: str, claims: str) -> str:
+    message = f"{attempt_path(rollout_id, attempt_id)}\n{claims}"
+    return hmac.new(secret.encode(), message.encode(), hashlib.sha256).hexdigest()

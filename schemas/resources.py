@@ -1,7 +1,7 @@
 """What rollouts work with: a resources version names LLMs, prompt templates, and objects of the user's own."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ class LLM:
     model: str  # the name that agents ask for
     model_version: str  # run.epoch.step of its weights
     sampling: Mapping[str, Any] = field(default_factory=dict)  # request fields that hold unless the agent sets them
+    endpoints: Sequence[str] = ()  # the proxies to call it through; none: those of the runner's settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from pydantic_settings import (
 
 from millstream.schemas.blobs import DEFAULT_URL
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.routing import Limits, Upstream
 from millstream.schemas.topics import Topics
 from millstream.schemas.triplet_rules import TripletRules
 
@@ -86,14 +87,27 @@ class Settings(BaseSettings):
     triplets: TripletRules = Field(TripletRules(), description="Which calls train and what they earn.")
 
     # The model
-    proxy_url: str = Field("http://127.0.0.1:8400", description="Where runners reach the LLM proxy.")
+    proxy_url: str = Field(
+        "http://127.0.0.1:8400",
+        description="Where runners reach the LLM proxy; several, comma-separated, share the work.",
+    )
     proxy_secret: SecretStr = Field(SecretStr(""), description="Signs attempt keys; runners and proxies share it.")
-    model_url: str = Field("http://127.0.0.1:8500", description="The model server behind the proxy.")
+    model_url: str = Field("http://127.0.0.1:8500", description="The policy's server, unless `upstreams` are given.")
+    upstreams: dict[str, Upstream] = Field({}, description="Model servers by name: `[upstreams.NAME]`.")
+    routes: dict[str, str] = Field({}, description="Model name, or glob, → upstream; the first that fits counts.")
+    key_limits: Limits = Field(Limits(), description="What a proxy lets each attempt do.")
+    route_limits: dict[str, Limits] = Field({}, description="Model name, or glob of `routes` → what is let through.")
+    proxy_shared_key: SecretStr = Field(SecretStr(""), description="A key that fits every attempt, for laptops.")
+    proxy_admin_token: SecretStr = Field(SecretStr(""), description="Bearer token of the proxy's admin port.")
     cache_ttl: float = Field(0.0, ge=0, description="Seconds the proxy repeats answers of temperature 0; 0: never.")
 
     # The monitor
     monitor_token: SecretStr = Field(SecretStr(""), description="Bearer token that the monitor asks for.")
     monitor_url: str = Field("", description="Where agents' own processes send spans by OTLP; empty: nowhere.")
+
+    @property
+    def proxy_urls(self) -> tuple[str, ...]:
+        return tuple(url.strip().rstrip("/") for url in self.proxy_url.split(",") if url.strip())
 
     @property
     def topics(self) -> Topics:

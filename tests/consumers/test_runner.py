@@ -21,7 +21,7 @@ from millstream.producers.control import publish_resources
 from millstream.producers.port import OnAck
 from millstream.schemas import codec
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.identity import attempt_key
+from millstream.schemas.identity import claims_of
 from millstream.schemas.ids import new_id
 from millstream.schemas.records import AttemptEvent, DeadLetter, Span
 from millstream.schemas.resources import LLM, PromptTemplate, Resources
@@ -437,7 +437,10 @@ async def test_an_attempt_is_closed_at_its_proxy_and_both_counts_are_told() -> N
             await rig.publish([1])
             (one,) = (await rig.ends(1)).values()
     rollout_id, attempt_id = one.task.rollout_id, one.last.attempt_id
-    assert asked == [(rollout_id, attempt_id, f"Bearer {attempt_key('s', rollout_id, attempt_id)}")]
+    ((*ids, key),) = asked
+    assert ids == [rollout_id, attempt_id]
+    claims = claims_of("s", rollout_id, attempt_id, key.removeprefix("Bearer "))
+    assert claims.expires >= claims.issued + one.task.timeout_s
     assert one.last.span_counts == {"agent": 1, "proxy": 5}
 
 

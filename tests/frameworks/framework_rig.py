@@ -13,7 +13,6 @@ from typing import Any
 import model_server
 from runner_rig import Ended, running, settings_for_tests
 
-from millstream.pipeline.http_backend import HttpBackend
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.serving import serve
@@ -84,8 +83,7 @@ async def _run(agent: str, tasks: Sequence[Any], proxy: bool, options: dict[str,
         variables = {"ANTHROPIC_BASE_URL": model_url, "ANTHROPIC_API_KEY": "k"}
         if not proxy:
             variables |= {"OPENAI_BASE_URL": model_url + "/v1", "OPENAI_API_KEY": "k"}
-        backend, producer = HttpBackend(model_url), log.producer()
-        front = Proxy(producer, settings.topics, backend, "secret")
+        front = Proxy(log, settings.model_copy(update={"model_url": model_url}))
         async with serve(front.app, ANYWHERE) as proxy_url:
             settings = settings.model_copy(update={"proxy_url": proxy_url if proxy else ""})
             with _environment(variables):
@@ -94,8 +92,6 @@ async def _run(agent: str, tasks: Sequence[Any], proxy: bool, options: dict[str,
                 ) as rig:
                     await rig.publish(tasks)
                     ended = await rig.ends(len(tasks))
-        await backend.close()
-        producer.close()
     return [Trace(ended[json.dumps(task)]) for task in tasks]
 
 

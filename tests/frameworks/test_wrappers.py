@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 import model_server
@@ -12,7 +12,6 @@ from runner_rig import settings_for_tests
 
 import millstream as ms
 from examples.frameworks.weather import MODEL, weather
-from millstream.pipeline.http_backend import HttpBackend
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.serving import serve
@@ -27,7 +26,7 @@ ANYWHERE = "http://127.0.0.1:0"
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the tracer sets is undone after the test."""
-    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY"):
         monkeypatch.setenv(name, "")
 
 
@@ -40,11 +39,11 @@ async def traced() -> AsyncIterator[tuple[ms.Tracer, str]]:
     """A tracer, and the address of the proxy that its calls go through."""
     settings = settings_for_tests(proxy_secret="secret")
     log = MemoryLog(settings.topics)
-    async with serve(model_server.app(), ANYWHERE) as model_url:
-        backend = HttpBackend(model_url)
-        async with serve(Proxy(log.producer(), settings.topics, backend, "secret").app, ANYWHERE) as url:
-            yield ms.Tracer(agent, log=log, settings=settings, proxy_url=url), url
-        await backend.close()
+    async with AsyncExitStack() as stack:
+        model_url = await stack.enter_async_context(serve(model_server.app(), ANYWHERE))
+        proxy = Proxy(log, settings.model_copy(update={"model_url": model_url}))
+        url = await stack.enter_async_context(serve(proxy.app, ANYWHERE))
+        yield ms.Tracer(agent, log=log, settings=settings, proxy_url=url), url
 
 
 def of(spans: Any, kind: str, source: str) -> list[Span]:

@@ -22,7 +22,6 @@ from millstream.consumers.adapter import Adapter
 from millstream.consumers.reading import read_to_end
 from millstream.consumers.runner import Runner
 from millstream.pipeline import otlp_receiver
-from millstream.pipeline.http_backend import HttpBackend
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.serving import serve
 from millstream.producers.otlp import to_otlp
@@ -103,9 +102,8 @@ async def test_what_an_agents_own_process_exports_becomes_triplets_with_its_rewa
     served.add_routes([web.post("/v1/chat/completions", model)])
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(monitored(kafka_settings(proxy_secret="secret", monitor_token="t")))
-        backend = HttpBackend(await stack.enter_async_context(serve(served, ANYWHERE)))
-        stack.push_async_callback(backend.close)
-        proxy = Proxy.of(client.settings, client.producer, backend, "secret")
+        model_url = await stack.enter_async_context(serve(served, ANYWHERE))
+        proxy = Proxy(client.log, client.settings.model_copy(update={"model_url": model_url}))
         urls = {"monitor_url": client.url, "proxy_url": await stack.enter_async_context(serve(proxy.app, ANYWHERE))}
         settings = client.settings.model_copy(update=urls)
         topics, stop = settings.topics, asyncio.Event()
@@ -148,7 +146,7 @@ def a_request(**fields: Any) -> tuple[Span, ExportTraceServiceRequest]:
 
 
 def bearer(of: Span) -> str:
-    return f"Bearer {attempt_key('secret', of.rollout_id, of.attempt_id)}"
+    return f"Bearer {attempt_key('secret', of.rollout_id, of.attempt_id, valid_s=60.0)}"
 
 
 async def test_only_the_attempt_itself_or_who_has_the_token_may_send_spans(kafka_settings: MakeSettings) -> None:
@@ -172,7 +170,7 @@ async def test_only_the_attempt_itself_or_who_has_the_token_may_send_spans(kafka
 
 async def test_spans_of_no_attempt_and_too_large_ones_are_counted_with_the_reason(client: Client) -> None:
     one, request = a_request()
-    _, large = a_request(name="large", attributes={"text": "x" * (1 << 20)})
+    _, large = a_request(name="large", attributes={f"text{n}": "x" * (200 << 10) for n in range(6)})
     request.MergeFrom(large)
     stray = request.resource_spans.add().scope_spans.add().spans.add(name="stray", trace_id=b"1" * 16, span_id=b"1" * 8)
     assert stray.name == "stray"

@@ -1,4 +1,3 @@
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -6,16 +5,14 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 pytest.importorskip("torch")
 
 from examples.calculator import model
-from millstream.pipeline.backend import BackendUnavailable
+from millstream.pipeline.backend import MODEL_VERSION
 from millstream.pipeline.engine import Engine
 from millstream.pipeline.engine_server import engine_app
-from millstream.pipeline.http_backend import HttpBackend
 
 pytestmark = pytest.mark.torch
 
@@ -36,24 +33,12 @@ async def url(engine: Engine) -> AsyncIterator[str]:
         yield str(server.make_url("")).rstrip("/")
 
 
-async def served(handler: Any) -> TestServer:
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", handler)
-    server = TestServer(app)
-    await server.start_server()
-    return server
-
-
 async def test_over_http_as_in_process(engine: Engine, url: str) -> None:
     exact = REQUEST | {"seed": 3, "logprobs": True, "return_token_ids": True, "request_id": "r"}
-    backend = HttpBackend(url)
-    try:
-        there, here = await backend.chat(exact), await engine.chat(exact)
-    finally:
-        await backend.close()
-    assert there.model_version == "run.0.4"
-    there.body["created"] = here.body["created"]
-    assert there == here
+    here = await engine.chat(exact)
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/chat/completions", json=exact) as response:
+        assert response.headers[MODEL_VERSION] == "run.0.4"
+        assert await response.json() | {"created": 0} == here.body | {"created": 0}
 
 
 async def test_the_openai_client_is_served(url: str) -> None:
@@ -77,60 +62,31 @@ async def test_a_body_that_is_no_request(url: str) -> None:
             assert await response.json() == {"model_version": "run.0.4"}
 
 
+async def test_a_stream_says_the_same_as_a_whole_answer_and_at_its_end_by_which_weights(url: str) -> None:
+    exact = REQUEST | {"model": "calculator", "seed": 3, "logprobs": True, "extra_body": {"return_token_ids": True}}
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any") as client:
+        whole = (await client.chat.completions.create(**exact)).model_dump()
+        chunks = [chunk.model_dump() async for chunk in await client.chat.completions.create(**exact, stream=True)]
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    (expected,) = whole["choices"]
+    assert "".join(choice["delta"]["content"] or "" for choice in choices) == expected["message"]["content"]
+    assert [choice["token_ids"] for choice in choices if choice.get("token_ids")] == [expected["token_ids"]]
+    assert chunks[0]["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert choices[-1]["finish_reason"] == expected["finish_reason"]
+    body = REQUEST | {"stream": True, "stream_options": {"include_usage": True}}
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/chat/completions", json=body) as response:
+        *_, usage, version, done, _ = (await response.text()).split("\n\n")
+    assert (version, done) == (": x-model-version=run.0.4", "data: [DONE]")
+    assert '"completion_tokens":2' in usage
+
+
+async def test_tokens_are_counted(url: str) -> None:
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/tokenize", json=REQUEST) as response:
+        assert (await response.json())["count"] == 9
+
+
 async def test_a_closed_engine_answers_503(engine: Engine, url: str) -> None:
     await engine.close()
-    backend = HttpBackend(url)
-    answer = await backend.chat(REQUEST)
-    await backend.close()
-    assert answer.status == 503
-    assert "closed" in answer.body["error"]["message"]
-
-
-async def test_nobody_there(unused_tcp_port: int) -> None:
-    backend = HttpBackend(f"http://127.0.0.1:{unused_tcp_port}")
-    with pytest.raises(BackendUnavailable, match=str(unused_tcp_port)):
-        await backend.chat(REQUEST)
-    await backend.close()
-
-
-async def test_a_server_that_hangs_up_or_hangs() -> None:
-    async def hang_up(request: web.Request) -> web.Response:
-        assert request.transport is not None
-        request.transport.close()
-        return web.Response()
-
-    async def hang(request: web.Request) -> web.Response:
-        await asyncio.sleep(30)
-        return web.Response()
-
-    for handler in (hang_up, hang):
-        server = await served(handler)
-        backend = HttpBackend(str(server.make_url("")), timeout_s=0.2)
-        with pytest.raises(BackendUnavailable, match="/v1/chat/completions"):
-            await backend.chat(REQUEST)
-        await backend.close()
-        await server.close()
-
-
-async def test_something_else_than_json() -> None:
-    async def page(request: web.Request) -> web.Response:
-        return web.Response(status=502, text="<html>Bad gateway</html>")
-
-    server = await served(page)
-    backend = HttpBackend(str(server.make_url("")))
-    with pytest.raises(BackendUnavailable, match=r"502.*Bad gateway"):
-        await backend.chat(REQUEST)
-    await backend.close()
-    await server.close()
-
-
-async def test_errors_and_a_missing_version_pass_through() -> None:
-    async def overloaded(request: web.Request) -> web.Response:
-        return web.json_response({"error": {"message": "slow down"}}, status=429)
-
-    server = await served(overloaded)
-    backend = HttpBackend(str(server.make_url("")))
-    answer = await backend.chat(REQUEST)
-    assert (answer.status, answer.body, answer.model_version) == (429, {"error": {"message": "slow down"}}, None)
-    await backend.close()
-    await server.close()
+    async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/chat/completions", json=REQUEST) as response:
+        assert response.status == 503
+        assert "closed" in (await response.json())["error"]["message"]

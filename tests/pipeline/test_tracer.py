@@ -2,14 +2,16 @@
 
 import asyncio
 import logging
+import struct
 import threading
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 import openai
 import pytest
 from factories import task
-from test_proxy import Model
+from policy_server import PolicyServer, ids
 
 import millstream as ms
 from millstream.consumers.adapter import Adapter
@@ -20,6 +22,8 @@ from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.log import Partition
 from millstream.schemas.records import RolloutEnd, Span
 from millstream.schemas.settings import Settings, load_settings
+
+ANYWHERE = "http://127.0.0.1:0"
 
 
 def settings(**overrides: Any) -> Settings:
@@ -213,7 +217,7 @@ async def test_an_adapter_settles_what_was_traced(tracer: ms.Tracer) -> None:
 async def test_through_the_proxy_its_calls_become_triplets(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY"):
+    for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY"):
         monkeypatch.setenv(name, "")  # the tracer sets them
     configured = settings(proxy_secret="s")
 
@@ -224,14 +228,18 @@ async def test_through_the_proxy_its_calls_become_triplets(
         return answer.choices[0].message.content
 
     log = ms.Tracer(ask, settings=configured).log
-    async with serve(Proxy(log.producer(), configured.topics, Model(), "s").app, "http://127.0.0.1:0") as url:
+    async with AsyncExitStack() as stack:
+        model_url = await stack.enter_async_context(serve(PolicyServer().app, ANYWHERE))
+        proxy = Proxy(log, configured.model_copy(update={"model_url": model_url}))
+        url = await stack.enter_async_context(serve(proxy.app, ANYWHERE))
         tracer = ms.Tracer(ask, log=log, settings=configured, proxy_url=url)
-        tracer.on_completion(lambda result: {"right": float(result == "add")})
+        tracer.on_completion(lambda result: {"right": float(result == "hi")})
         async with tracer.trace("hi") as trace:
-            assert await tracer("hi") == "add"
+            assert await tracer("hi") == "hi"
     (triplet,) = trace.triplets
     assert (triplet.trainable, triplet.reason, triplet.reward) == (True, None, 1.0)
-    assert (triplet.prompt_token_ids, len(triplet.response_token_ids or b"")) == (b"\1\0\0\0\2\0\0\0\3\0\0\0", 4)
+    assert triplet.prompt_token_ids == struct.pack("<2i", *ids("user hi"))
+    assert triplet.response_token_ids == struct.pack("<i", *ids("hi"))
     assert {s.source for s in trace.spans} == {"agent", "proxy"}
     lost = tracer.trace("hi")
     async with lost:

@@ -98,7 +98,7 @@ def messages(text: str) -> list[Any]:
 
 
 async def test_fifty_attempts_share_one_client_and_each_call_and_span_has_its_own(server: Server) -> None:
-    tracer = ProcessTracer("m:agent", server.url)
+    tracer = ProcessTracer("m:agent", [server.url])
     sync_client, async_client = openai.OpenAI(), openai.AsyncOpenAI()
     assert sync_client.api_key == PLACEHOLDER_KEY
     pool = ThreadPoolExecutor(8)
@@ -160,7 +160,7 @@ async def test_fifty_attempts_share_one_client_and_each_call_and_span_has_its_ow
 
 
 async def test_outside_an_attempt_the_error_reaches_the_caller_as_it_is(server: Server) -> None:
-    ProcessTracer("m:agent", server.url)
+    ProcessTracer("m:agent", [server.url])
     with pytest.raises(MillstreamError, match="only within a rollout"):
         await openai.AsyncOpenAI().chat.completions.create(model="m", messages=messages("x"))
     with pytest.raises(RuntimeError, match="only within a rollout"):
@@ -172,8 +172,8 @@ async def test_outside_an_attempt_the_error_reaches_the_caller_as_it_is(server: 
 async def test_httpx_itself_is_bound_and_other_hosts_are_left_alone(
     server: Server, sends: Callable[[httpx.AsyncClient, httpx.Request], Any]
 ) -> None:
-    tracer = ProcessTracer("m:agent", server.url + "/base/")
-    attempt, _ = new_attempt(server.url)
+    tracer = ProcessTracer("m:agent", [server.url + "/base/"])
+    attempt, _ = new_attempt(server.url + "/base/")
     async with httpx.AsyncClient() as client:
         with tracer.attempt(attempt):
             body = {"messages": messages("q")}
@@ -190,7 +190,7 @@ async def test_httpx_itself_is_bound_and_other_hosts_are_left_alone(
 
 
 async def test_a_client_made_in_an_attempt_belongs_to_it_in_whoevers_thread(server: Server) -> None:
-    tracer = ProcessTracer("m:agent", server.url)
+    tracer = ProcessTracer("m:agent", [server.url])
     (first, _), (second, _) = new_attempt(server.url), new_attempt(server.url)
     with tracer.attempt(first):
         sync_client, async_client = ms.openai_client(max_retries=0), ms.async_openai_client(max_retries=0)

@@ -160,7 +160,7 @@ def names_by_rollout(attempt: Attempt, spans: list[Span]) -> list[str]:
 def test_a_thread_left_over_from_a_rollout_calls_no_model(monkeypatch: pytest.MonkeyPatch, worker: Worker) -> None:
     monkeypatch.setenv("OPENAI_BASE_URL", "")  # what the tracer sets is undone after the test
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    tracer = ProcessTracer("m:agent", "http://127.0.0.1:1")
+    tracer = ProcessTracer("m:agent", ["http://127.0.0.1:1"])
 
     def call() -> str:
         try:

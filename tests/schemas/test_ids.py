@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.schemas.identity import attempt_key, attempt_path
+from millstream.schemas.identity import KEY_GRACE_S, BadKey, Claims, attempt_key, attempt_path, claims_of
 from millstream.schemas.ids import derived_id, id_time_ms, new_id
 
 
@@ -67,8 +67,25 @@ def test_the_example_of_the_rfc() -> None:
 
 
 def test_an_attempts_key_fits_its_own_path_only() -> None:
-    key = attempt_key("secret", "r", "a")
+    key = attempt_key("secret", "r", "a", valid_s=60.0, resources_id="v1", now=1000.0)
     assert attempt_path("r", "a") == "/rollout/r/attempt/a"
-    others = [attempt_key("other", "r", "a"), attempt_key("secret", "r", "b"), attempt_key("secret", "s", "a")]
-    assert key not in others
-    assert attempt_key("secret", "r", "a") == key
+    assert claims_of("secret", "r", "a", key, now=1001.0) == Claims(1000.0, 1060.0 + KEY_GRACE_S, "v1")
+    for other in (("other", "r", "a"), ("secret", "r", "b"), ("secret", "s", "a")):
+        with pytest.raises(BadKey, match=f"not that of attempt {other[2]}"):
+            claims_of(*other, key, now=1001.0)
+    with pytest.raises(BadKey, match="expired"):
+        claims_of("secret", "r", "a", key, now=1061.0 + KEY_GRACE_S)
+
+
+@pytest.mark.parametrize("key", ["", "x", "ms1.1000.9999.", "ms1.1000.9999.v1." + "0" * 64, "é" * 9, "....", "a.b"])
+def test_what_is_no_key_is_refused(key: str) -> None:
+    with pytest.raises(BadKey):
+        claims_of("secret", "r", "a", key)
+
+
+def test_a_key_cant_be_given_more_time() -> None:
+    key = attempt_key("secret", "r", "a", valid_s=60.0, now=1000.0)
+    mark, issued, expires, resources, mac = key.split(".")
+    longer = ".".join([mark, issued, str(int(expires) + 1), resources, mac])
+    with pytest.raises(BadKey, match="not that of attempt"):
+        claims_of("secret", "r", "a", longer, now=1001.0)

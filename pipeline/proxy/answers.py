@@ -1,0 +1,312 @@
+"""What a model server answered, read whole or event by event, whichever protocol it speaks. Pure.
+
+Each reader gathers one answer. Tokens are as the engine gave them (vLLM's ``return_token_ids``): nothing is tokenised
+again.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+Json = dict[str, Any]
+ABORTED: Final = "abort"  # vLLM's finish reason of what a weight update has ended
+UPSTREAM_ENDED: Final = "the stream ended before the answer did"
+
+
+@dataclass(slots=True)
+class Answer:
+    """One answer; without a ``message`` if it has several choices, or none that is text."""
+
+    id: str = ""
+    model: str = ""
+    message: Json | None = None  # OpenAI's form
+    finish_reasons: list[str | None] = field(default_factory=list)
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    prompt_token_ids: list[int] | None = None
+    token_ids: list[int] | None = None
+    logprobs: list[float] | None = None
+    error: str = ""  # what the server said instead, or what broke off the stream
+
+    @property
+    def aborted(self) -> bool:
+        return ABORTED in self.finish_reasons
+
+    @property
+    def mismatch(self) -> str | None:
+        """Why the token ids can't be those of the answer; None if nothing speaks against them."""
+        if self.token_ids is None or self.completion_tokens is None:
+            return None
+        if len(self.token_ids) != self.completion_tokens:
+            return f"{len(self.token_ids)} token ids, but the server counted {self.completion_tokens} tokens"
+        return None
+
+
+class Reader(Protocol):
+    """Gathers one answer."""
+
+    answer: Answer
+
+    @property
+    def begun(self) -> bool:
+        """Something of the answer itself has come: from here on it can't be asked for again unseen."""
+
+    @property
+    def finished(self) -> bool:
+        """Nothing but the end of the stream follows."""
+
+    def whole(self, body: Json) -> Answer: ...
+
+    def event(self, data: Json) -> None:
+        """The JSON of one event of a stream."""
+
+
+class ChatReader:
+    """``/v1/chat/completions``; with ``text`` the older ``/v1/completions``."""
+
+    def __init__(self, choices: int = 1, *, text: bool = False) -> None:
+        self.answer = Answer()
+        self.begun = False
+        self._expected = choices
+        self._text = text
+        self._choices: dict[int, _Choice] = {}
+
+    @property
+    def finished(self) -> bool:
+        ended = sum(choice.finish_reason is not None for choice in self._choices.values())
+        return bool(self.answer.error) or ended >= self._expected
+
+    def whole(self, body: Json) -> Answer:
+        self.event(body)
+        return self.answer
+
+    def event(self, data: Json) -> None:
+        answer = self.answer
+        if error := data.get("error"):
+            answer.error = error_text(error)
+            return
+        answer.id = answer.id or str(data.get("id") or "")
+        answer.model = answer.model or str(data.get("model") or "")
+        if usage := data.get("usage"):
+            answer.prompt_tokens = usage.get("prompt_tokens")
+            answer.completion_tokens = usage.get("completion_tokens")
+        if data.get("prompt_token_ids") is not None:
+            answer.prompt_token_ids = data["prompt_token_ids"]
+        for given in data.get("choices") or ():
+            choice = self._choices.setdefault(given.get("index", 0), _Choice())
+            if given.get("prompt_token_ids") is not None:  # of completions
+                answer.prompt_token_ids = given["prompt_token_ids"]
+            choice.add(given)
+            self.begun = self.begun or choice.begun
+        if self._choices:
+            self._settle()
+
+    def _settle(self) -> None:
+        answer = self.answer
+        choices = [choice for _, choice in sorted(self._choices.items())]
+        answer.finish_reasons = [choice.finish_reason for choice in choices]
+        if len(choices) == 1 and self._expected == 1:
+            (one,) = choices
+            answer.message, answer.token_ids, answer.logprobs = one.message, one.token_ids, one.logprobs
+
+
+class _Choice:
+    def __init__(self) -> None:
+        self.message: Json = {"role": "assistant", "content": None}
+        self.finish_reason: str | None = None
+        self.token_ids: list[int] | None = None
+        self.logprobs: list[float] | None = None
+
+    @property
+    def begun(self) -> bool:
+        m = self.message
+        said = m["content"] or m.get("tool_calls") or m.get("refusal") or m.get("reasoning")
+        return bool(said or self.token_ids) or self.finish_reason not in (None, ABORTED)
+
+    def add(self, given: Json) -> None:
+        if "message" in given:
+            self.message = given["message"]
+        elif "text" in given:
+            self.message["content"] = (self.message["content"] or "") + given["text"]
+        else:
+            self._delta(given.get("delta") or {})
+        self.finish_reason = given.get("finish_reason") or self.finish_reason
+        if given.get("token_ids") is not None:
+            self.token_ids = (self.token_ids or []) + given["token_ids"]
+        if logprobs := given.get("logprobs"):
+            new = logprobs.get("token_logprobs")
+            if new is None:
+                new = [token["logprob"] for token in logprobs.get("content") or ()]
+            self.logprobs = (self.logprobs or []) + new
+
+    def _delta(self, delta: Json) -> None:
+        message = self.message
+        for name, value in delta.items():
+            if name == "tool_calls":
+                for call in value or ():
+                    self._tool_call(call)
+            elif isinstance(value, str) and name != "role":
+                message[name] = (message.get(name) or "") + value
+            elif value is not None:
+                message[name] = value
+
+    def _tool_call(self, delta: Json) -> None:
+        calls = self.message.setdefault("tool_calls", [])
+        at = delta.get("index", max(len(calls) - 1, 0))
+        while len(calls) <= at:
+            calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
+        call, function = calls[at], delta.get("function") or {}
+        call["id"] = delta.get("id") or call["id"]
+        call["function"]["name"] = function.get("name") or call["function"]["name"]
+        call["function"]["arguments"] += function.get("arguments") or ""
+
+
+class AnthropicReader:
+    """``/v1/messages``. ``answer.message`` is what `to_message` makes of the content blocks."""
+
+    def __init__(self) -> None:
+        self.answer = Answer()
+        self.begun = False
+        self._blocks: list[Json] = []
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.answer.error or self.answer.finish_reasons)
+
+    def whole(self, body: Json) -> Answer:
+        if body.get("type") == "error":
+            self.answer.error = error_text(body.get("error"))
+            return self.answer
+        self._head(body)
+        self._blocks = list(body.get("content") or ())
+        self.answer.finish_reasons = [body.get("stop_reason")]
+        self.answer.message = blocks_to_message(self._blocks)
+        return self.answer
+
+    def event(self, data: Json) -> None:
+        kind = data.get("type")
+        if kind == "error":
+            self.answer.error = error_text(data.get("error"))
+        elif kind == "message_start":
+            self._head(data["message"])
+        elif kind == "content_block_start":
+            self.begun = True
+            self._blocks.append(dict(data["content_block"]))
+        elif kind == "content_block_delta":
+            self._delta(self._blocks[data["index"]], data["delta"])
+        elif kind == "message_delta":
+            self._usage(data.get("usage") or {})
+            if reason := (data.get("delta") or {}).get("stop_reason"):
+                self.answer.finish_reasons = [reason]
+                self.answer.message = blocks_to_message(self._blocks)
+
+    def _head(self, message: Json) -> None:
+        self.answer.id, self.answer.model = str(message.get("id") or ""), str(message.get("model") or "")
+        self._usage(message.get("usage") or {})
+
+    def _usage(self, usage: Json) -> None:
+        self.answer.prompt_tokens = usage.get("input_tokens", self.answer.prompt_tokens)
+        self.answer.completion_tokens = usage.get("output_tokens", self.answer.completion_tokens)
+
+    @staticmethod
+    def _delta(block: Json, delta: Json) -> None:
+        if delta.get("type") == "input_json_delta":
+            block["partial_json"] = block.get("partial_json", "") + delta.get("partial_json", "")
+            return
+        for name in ("text", "thinking", "signature"):
+            if name in delta:
+                block[name] = block.get(name, "") + delta[name]
+
+
+class ResponsesReader:
+    """``/v1/responses``, of which the last event of a stream holds all."""
+
+    def __init__(self) -> None:
+        self.answer = Answer()
+        self.begun = False
+
+    @property
+    def finished(self) -> bool:
+        return bool(self.answer.error or self.answer.finish_reasons)
+
+    def whole(self, body: Json) -> Answer:
+        answer = self.answer
+        if body.get("error"):
+            answer.error = error_text(body["error"])
+        answer.id, answer.model = str(body.get("id") or ""), str(body.get("model") or "")
+        usage = body.get("usage") or {}
+        answer.prompt_tokens, answer.completion_tokens = usage.get("input_tokens"), usage.get("output_tokens")
+        answer.finish_reasons = [body.get("status")]
+        answer.message = items_to_message(body.get("output") or ())
+        return answer
+
+    def event(self, data: Json) -> None:
+        kind = str(data.get("type") or "")
+        if kind in ("response.completed", "response.incomplete", "response.failed"):
+            self.whole(data["response"])
+        elif kind == "error" or data.get("error"):
+            self.answer.error = error_text(data.get("error") or data.get("message"))
+        elif kind.endswith((".delta", ".added")):
+            self.begun = True
+
+
+class UsageReader:
+    """Whatever has a model and a usage and no text: embeddings."""
+
+    begun = finished = True
+
+    def __init__(self) -> None:
+        self.answer = Answer()
+
+    def whole(self, body: Json) -> Answer:
+        self.answer.model = str(body.get("model") or "")
+        self.answer.prompt_tokens = (body.get("usage") or {}).get("prompt_tokens")
+        return self.answer
+
+    def event(self, data: Json) -> None: ...
+
+
+def error_text(error: Any) -> str:
+    """What an error of OpenAI's, Anthropic's or vLLM's form says."""
+    if isinstance(error, dict):
+        return str(error.get("message") or error)
+    return str(error)
+
+
+def blocks_to_message(blocks: list[Json]) -> Json:
+    """Anthropic's content blocks as an OpenAI message."""
+    message: Json = {"role": "assistant", "content": None}
+    for block in blocks:
+        kind = block.get("type")
+        if kind == "text":
+            message["content"] = (message["content"] or "") + block.get("text", "")
+        elif kind == "thinking":
+            message["reasoning"] = message.get("reasoning", "") + block.get("thinking", "")
+        elif kind == "tool_use":
+            arguments = block.get("partial_json")
+            message.setdefault("tool_calls", []).append(tool_call(block, arguments))
+    return message
+
+
+def items_to_message(items: Any) -> Json:
+    """The output items of a response as an OpenAI message."""
+    message: Json = {"role": "assistant", "content": None}
+    for item in items:
+        kind = item.get("type")
+        if kind == "message":
+            texts = [part.get("text") or part.get("refusal") or "" for part in item.get("content") or ()]
+            message["content"] = (message["content"] or "") + "".join(texts)
+        elif kind == "reasoning":
+            texts = [part.get("text", "") for part in item.get("summary") or item.get("content") or ()]
+            message["reasoning"] = message.get("reasoning", "") + "".join(texts)
+        elif kind == "function_call":
+            function = {"name": item.get("name"), "arguments": item.get("arguments") or ""}
+            call = {"id": item.get("call_id"), "type": "function", "function": function}
+            message.setdefault("tool_calls", []).append(call)
+    return message
+
+
+def tool_call(block: Json, arguments: str | None = None) -> Json:
+    """Anthropic's ``tool_use`` as OpenAI's tool call."""
+    text = arguments if arguments is not None else json.dumps(block.get("input") or {}, ensure_ascii=False)
+    return {"id": block.get("id"), "type": "function", "function": {"name": block.get("name"), "arguments": text}}

@@ -1,0 +1,238 @@
+"""The LLM proxy's HTTP: what an agent asks a model, and the answer token by token, becomes a span before it ends.
+
+    /rollout/{id}/attempt/{id}/v1/…     POST chat/completions, completions, responses, embeddings, messages,
+                                        messages/count_tokens; GET models: bound to the attempt by path and key
+    /rollout/{id}/attempt/{id}/close    POST: no more calls; answers {"spans": how many there were}
+
+Nothing else is passed on: a model server's other endpoints can't be reached through here.
+"""
+
+import asyncio
+import hmac
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Final, cast
+
+import orjson
+from aiohttp import web
+
+from millstream.consumers.control import ControlFollower
+from millstream.consumers.port import Log
+from millstream.pipeline.asgi import is_loopback
+from millstream.pipeline.proxy import anthropic_chat, openai_chat
+from millstream.pipeline.proxy.answers import Json
+from millstream.pipeline.proxy.attempts import Attempt, Attempts
+from millstream.pipeline.proxy.calls import CallError, Calls
+from millstream.pipeline.proxy.openai_chat import BadRequest
+from millstream.pipeline.proxy.replicas import Failed
+from millstream.pipeline.proxy.surfaces import COUNT_TOKENS, SURFACES
+from millstream.pipeline.proxy.targets import Targets
+from millstream.producers.blob_store import Blobs
+from millstream.producers.port import Producer
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.identity import BadKey
+from millstream.schemas.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+BODY_S: Final = 30.0  # for a request's body to arrive
+MODELS_S: Final = 5.0  # for the list of an upstream's models
+ATTEMPT: Final = "/rollout/{rollout_id:[0-9A-Za-z_.-]{1,100}}/attempt/{attempt_id:[0-9A-Za-z_.-]{1,100}}"
+
+
+class Proxy:
+    """An aiohttp application (`app`), and another one for its operators (`admin`). Both live while `app` is served."""
+
+    def __init__(self, log: Log, settings: Settings) -> None:
+        """Raises `ConfigError` naming the setting that does not fit."""
+        self._log = log
+        self._settings = settings
+        self._control = ControlFollower(log, settings.topics)
+        self._targets = Targets(settings, self._control)
+        self._attempts = Attempts(
+            settings.proxy_secret.get_secret_value(),
+            shared_key=settings.proxy_shared_key.get_secret_value(),
+            limits=settings.key_limits,
+        )
+        self._calls: Calls
+        self._producer: Producer
+        self.app = web.Application(client_max_size=settings.max_record_bytes)
+        self.app.cleanup_ctx.append(self._lifespan)
+        self.app.add_routes(
+            [
+                web.route("*", ATTEMPT + "/{rest:.*}", self._handle),
+                web.get("/livez", _alive),
+                web.route("*", "/{rest:.*}", _outside),
+            ]
+        )
+
+    @property
+    def in_flight(self) -> int:
+        """Calls under way."""
+        return self._attempts.in_flight
+
+    async def _lifespan(self, _app: web.Application) -> AsyncIterator[None]:
+        self._producer = self._log.producer()
+        blobs = Blobs(self._settings.blob_url)
+        self._calls = Calls(self._producer, self._settings.topics, self._targets, blobs, self._settings.cache_ttl)
+        await self._control.start()
+        await self._targets.start()
+        yield
+        await self._calls.close()
+        blobs.close()
+        await self._targets.close()
+        await self._control.close()
+        await asyncio.to_thread(self._producer.close)
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        rest = "/" + request.match_info["rest"]
+        surface = SURFACES.get(rest)
+        error_body = anthropic_chat.error_body if rest.startswith("/v1/messages") else openai_chat.error_body
+        try:
+            attempt = self._authorised(request)
+            if request.method == "POST" and surface is not None:
+                self._refuse_closed(attempt)
+                return await self._calls.make(request, attempt, surface, await _body(request))
+            if request.method == "POST" and rest == "/close":
+                return await self._close(attempt)
+            if request.method == "POST" and rest == COUNT_TOKENS:
+                return await self._count_tokens(request, attempt, await _body(request))
+            if request.method == "GET" and rest.startswith("/v1/models"):
+                return await self._models(rest.removeprefix("/v1/models").strip("/"))
+            raise CallError(404, f"{request.method} {rest} is not to be had here; there are POST {', '.join(SURFACES)}")
+        except CallError as error:
+            return web.json_response(error_body(str(error), error.status), status=error.status, headers=error.headers)
+        except BadRequest as error:
+            return web.json_response(error_body(str(error), 400), status=400)
+
+    def _authorised(self, request: web.Request) -> Attempt:
+        given = request.headers.get("x-api-key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
+        try:
+            return self._attempts.authorised(request.match_info["rollout_id"], request.match_info["attempt_id"], given)
+        except BadKey as error:
+            raise CallError(401, str(error)) from error
+
+    @staticmethod
+    def _refuse_closed(attempt: Attempt) -> None:
+        if attempt.closed:  # 410: a status that no SDK retries
+            raise CallError(410, f"attempt {attempt.attempt_id} has ended; it can't call a model any more")
+
+    async def _close(self, attempt: Attempt) -> web.Response:
+        if self._attempts.may_have_lost_calls(attempt):
+            raise CallError(409, f"attempt {attempt.attempt_id} is older than this proxy, which can't count its calls")
+        attempt.closed = True
+        if attempt.in_flight:
+            await attempt.drained.wait()
+        return web.json_response({"spans": attempt.spans})
+
+    async def _count_tokens(self, request: web.Request, attempt: Attempt, asked: Json) -> web.StreamResponse:
+        target = self._targets.of(str(asked.get("model") or ""), attempt.rollout_id, attempt.resources_id)
+        path, body = COUNT_TOKENS, {**asked, "model": target.served_as}
+        if target.replicas.upstream.kind == "vllm":
+            chat = anthropic_chat.to_chat(body)
+            path = "/tokenize"
+            body = {name: chat[name] for name in ("model", "messages", "tools") if name in chat}
+        elif target.replicas.upstream.kind == "openai":
+            raise CallError(404, f"the server of model {asked.get('model')!r} does not count tokens")
+        status, answer = await self._calls.ask(target, path, body, request)
+        if status == 200 and "count" in answer:
+            answer = {"input_tokens": answer["count"]}
+        return web.json_response(answer, status=status)
+
+    async def _models(self, name: str) -> web.Response:
+        """In a form that the SDKs of OpenAI and of Anthropic both understand."""
+        listed = await asyncio.gather(*map(self._models_of, self._targets.upstreams))
+        names = list(dict.fromkeys([*self._targets.names(), *(model for models in listed for model in models)]))
+        models = {each: _model(each) for each in names}
+        if not name:
+            ends = {"first_id": names[0] if names else None, "last_id": names[-1] if names else None}
+            return web.json_response({"object": "list", "data": list(models.values()), "has_more": False, **ends})
+        if name not in models:
+            raise CallError(404, f"model {name!r} is unknown; known are {', '.join(names)}")
+        return web.json_response(models[name])
+
+    async def _models_of(self, upstream: str) -> list[str]:
+        try:
+            listed = await self._targets.upstreams[upstream].get("/v1/models", MODELS_S)
+            served = [str(model["id"]) for model in listed["data"]]
+        except (Failed, KeyError, TypeError) as error:
+            logger.warning("the models of upstream %s can't be listed: %s", upstream, error)
+            return []
+        return [name for model in served if (name := self._targets.routed_to(upstream, model)) is not None]
+
+    def admin(self) -> web.Application:
+        """``GET /routing``, ``/replicas`` and ``/attempts``, for whoever has ``proxy_admin_token``. No keys in them."""
+        token = self._settings.proxy_admin_token.get_secret_value()
+
+        @web.middleware
+        async def gate(request: web.Request, handler: Any) -> web.StreamResponse:
+            given = request.headers.get("Authorization", "")
+            if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+                raise web.HTTPUnauthorized(text="send Authorization: Bearer TOKEN, with this proxy's proxy_admin_token")
+            return cast("web.StreamResponse", await handler(request))
+
+        async def routing(_: web.Request) -> web.Response:
+            control = self._control.routing.to_control(0)
+            table = {"table_id": control.name, **orjson.loads(control.body)}
+            return web.json_response({"table": table, "routes": self._settings.routes})
+
+        async def replicas(_: web.Request) -> web.Response:
+            found = {
+                name: [
+                    {"url": each.url, "in_flight": each.in_flight, "failures": each.failures} for each in upstream.all
+                ]
+                for name, upstream in self._targets.upstreams.items()
+            }
+            return web.json_response(found)
+
+        async def attempts(_: web.Request) -> web.Response:
+            calls = {"recorded": self._calls.recorded, "unrecorded": self._calls.unrecorded}
+            return web.json_response({"known": len(self._attempts), "in_flight": self.in_flight, **calls})
+
+        app = web.Application(middlewares=[gate])
+        app.add_routes([web.get("/routing", routing), web.get("/replicas", replicas), web.get("/attempts", attempts)])
+        return app
+
+
+def check_open(settings: Settings, host: str, admin_host: str = "") -> None:
+    """Raises `ConfigError` if others than this machine could reach a proxy that asks nobody for a secret."""
+    if not is_loopback(host) and not settings.proxy_secret.get_secret_value():
+        raise ConfigError(
+            f"the proxy at {host} is open to others: set proxy_secret (MILLSTREAM_PROXY_SECRET), which runners share"
+        )
+    if admin_host and not is_loopback(admin_host) and not settings.proxy_admin_token.get_secret_value():
+        raise ConfigError(f"the proxy's admin port at {admin_host} is open to others: set proxy_admin_token")
+
+
+async def _body(request: web.Request) -> Json:
+    try:
+        async with asyncio.timeout(BODY_S):
+            text = await request.read()
+    except TimeoutError:
+        raise CallError(408, f"the request's body did not arrive within {BODY_S:.0f} s") from None
+    except web.HTTPRequestEntityTooLarge as error:
+        raise CallError(413, f"the request is larger than max_record_bytes: {error.text}") from error
+    try:
+        found = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise CallError(400, f"the body is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise CallError(400, "the body is not a JSON object")
+    return found
+
+
+def _model(name: str) -> Json:
+    shared = {"id": name, "object": "model", "created": 0, "owned_by": "millstream"}
+    return {**shared, "type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
+
+
+async def _alive(_request: web.Request) -> web.Response:
+    return web.json_response({"status": "ok"})
+
+
+async def _outside(request: web.Request) -> web.Response:
+    message = (
+        f"{request.path} names no attempt: call the model within a rollout, or use the base URL of your attempt, "
+        "/rollout/{rollout_id}/attempt/{attempt_id}/v1"
+    )
+    return web.json_response(openai_chat.error_body(message, 400), status=400)

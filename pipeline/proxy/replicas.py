@@ -1,0 +1,255 @@
+"""The replicas of a model server: which of them is asked, which is left alone for a while, and when to ask again.
+
+A replica that fails `FAILURES` times in a row is left alone (a circuit breaker), for longer each time. A policy's
+replica is back when its ``/health`` says so; any other when one call that tries it succeeds.
+"""
+
+import asyncio
+import hashlib
+import logging
+import math
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import Any, Final
+
+import aiohttp
+from pydantic import SecretStr
+
+from millstream.schemas.routing import Upstream
+
+logger = logging.getLogger(__name__)
+
+FAILURES: Final = 3
+REST_S: Final = 1.0  # of a replica that failed, doubled each time up to
+MAX_REST_S: Final = 30.0
+HEALTH_S: Final = 2.0  # for an answer of /health
+TRIES: Final = 6
+BACKOFF_S: Final = 0.25  # doubled with each try, and of that a random part ("full jitter")
+MAX_BACKOFF_S: Final = 8.0
+CONNECT_S: Final = 5.0
+RETRIED: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
+# A replica may have this much more than its share of the calls under way before another one takes a rollout's.
+BOUND: Final = 1.25
+
+
+class Failed(Exception):
+    """A try that another one may make good; ``status`` and ``body`` are the server's, if it answered."""
+
+    def __init__(
+        self, message: str, *, status: int = 502, body: bytes = b"", retry_after_s: float = 0.0, broken: bool = True
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = body
+        self.retry_after_s = retry_after_s
+        self.broken = broken  # it speaks against the replica
+
+
+@dataclass(eq=False)
+class Replica:
+    """One server."""
+
+    url: str
+    in_flight: int = 0
+    failures: int = 0  # in a row
+    rests_until: float = 0.0
+    trying: bool = False  # one call finds out whether it is back
+
+    def usable(self, now: float) -> bool:
+        return self.failures < FAILURES or (now >= self.rests_until and not self.trying)
+
+
+class Replicas:
+    """Of one upstream. ``clock`` is monotonic, in seconds."""
+
+    def __init__(
+        self, name: str, upstream: Upstream, key: SecretStr, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.name = name
+        self.upstream = upstream
+        self.all = [Replica(url) for url in upstream.urls]
+        self.key = key
+        self._clock = clock
+        self._session: aiohttp.ClientSession | None = None
+        self._checks: dict[Replica, asyncio.Task[None]] = {}
+
+    async def start(self) -> None:
+        connector = aiohttp.TCPConnector(limit=0, limit_per_host=self.upstream.max_connections)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)  # calls have deadlines of their own
+        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=True)
+
+    async def close(self) -> None:
+        for check in self._checks.values():
+            check.cancel()
+        if self._session is not None:
+            await self._session.close()
+
+    def pick(self, rollout_id: str, avoid: Sequence[Replica] = ()) -> Replica | None:
+        """A rollout's calls go to the same replica, whose prefix cache knows its prompts, unless that has more than its
+        share (consistent hashing with bounded loads: Mirrokni et al. 2018). None if all of them rest."""
+        now = self._clock()
+        usable = [replica for replica in self.all if replica.usable(now)]
+        usable = [replica for replica in usable if replica not in avoid] or usable
+        if len(usable) < 2:
+            return usable[0] if usable else None
+        most = math.ceil(BOUND * (sum(replica.in_flight for replica in usable) + 1) / len(usable))
+        fitting = [replica for replica in usable if replica.in_flight < most] or usable
+        return max(fitting, key=lambda replica: _affinity(rollout_id, replica.url))
+
+    def tries(self, rollout_id: str, deadline: float) -> "Tries":
+        return Tries(self, rollout_id, deadline, self._clock)
+
+    def rest_left_s(self) -> float:
+        """Until a replica may be tried again; all of them rest."""
+        if self.upstream.policy:  # its health is looked at
+            return REST_S
+        return max(0.0, min(replica.rests_until for replica in self.all) - self._clock())
+
+    @asynccontextmanager
+    async def post(
+        self, replica: Replica, path: str, body: bytes, headers: dict[str, str], deadline: float
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The body has the answer's head, of whatever status. Raises `Failed` if the server can't be reached, breaks
+        off, or answers with a status that is tried again."""
+        assert self._session is not None, "start() first"
+        replica.in_flight += 1
+        replica.trying = replica.failures >= FAILURES
+        try:
+            async with (
+                asyncio.timeout(max(0.0, deadline - self._clock())),
+                self._session.post(replica.url + path, data=body, headers=headers) as response,
+            ):
+                if response.status in RETRIED:
+                    text = (await response.read())[: 64 << 10]
+                    raise Failed(
+                        f"{self.name} answered {response.status}",
+                        status=response.status,
+                        body=text,
+                        retry_after_s=retry_after_s(response.headers.get("Retry-After", "")),
+                        broken=response.status >= 500,
+                    )
+                yield response
+        except (aiohttp.ClientError, ConnectionError) as error:
+            raise Failed(f"{self.name} can't be reached, or broke off: {_what(error)}") from error
+        except TimeoutError as error:
+            raise Failed(f"{self.name} did not answer in time", status=504, broken=False) from error
+        finally:
+            replica.in_flight -= 1
+            replica.trying = False
+
+    async def get(self, path: str, timeout_s: float) -> Any:
+        """JSON of the first replica that can be used. Raises `Failed`."""
+        assert self._session is not None, "start() first"
+        replica = self.pick("")
+        if replica is None:
+            raise Failed(f"{self.name} does not answer")
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._session.get(replica.url + path, headers=self.authorization()) as response,
+            ):
+                response.raise_for_status()
+                return await response.json(content_type=None)
+        except (aiohttp.ClientError, ConnectionError, TimeoutError, ValueError) as error:
+            raise Failed(f"{self.name} can't be asked for {path}: {_what(error)}") from error
+
+    def authorization(self) -> dict[str, str]:
+        key = self.key.get_secret_value()
+        if not key:
+            return {}
+        return {"x-api-key": key} if self.upstream.kind == "anthropic" else {"Authorization": f"Bearer {key}"}
+
+    def failed(self, replica: Replica, error: Failed) -> None:
+        if not error.broken:
+            return
+        replica.failures += 1
+        if replica.failures < FAILURES:
+            return
+        rest = min(MAX_REST_S, REST_S * 2 ** (replica.failures - FAILURES))
+        replica.rests_until = self._clock() + rest
+        logger.warning("replica %s of %s is left alone for %.0f s: %s", replica.url, self.name, rest, error)
+        if self.upstream.policy and replica not in self._checks:
+            check = asyncio.create_task(self._until_healthy(replica))
+            self._checks[replica] = check
+            check.add_done_callback(lambda _: self._checks.pop(replica, None))
+
+    def succeeded(self, replica: Replica) -> None:
+        replica.failures = 0
+
+    async def _until_healthy(self, replica: Replica) -> None:
+        assert self._session is not None
+        while replica.failures >= FAILURES:
+            await asyncio.sleep(REST_S)
+            try:
+                async with asyncio.timeout(HEALTH_S), self._session.get(replica.url + "/health") as response:
+                    if response.status == 200:
+                        self.succeeded(replica)
+                        logger.info("replica %s of %s is back", replica.url, self.name)
+            except (aiohttp.ClientError, ConnectionError, TimeoutError):
+                pass
+
+
+class Tries:
+    """One call's way through the replicas, with a pause between two tries. ``last`` is what went wrong last."""
+
+    def __init__(self, replicas: Replicas, rollout_id: str, deadline: float, clock: Callable[[], float]) -> None:
+        self.last = Failed(f"no replica of {replicas.name} can be reached", status=503)
+        self._replicas = replicas
+        self._rollout_id = rollout_id
+        self._deadline = deadline
+        self._clock = clock
+        self._number = 0
+        self._pause_s = 0.0  # before the next one, at least
+        self._replica: Replica | None = None
+
+    async def next(self) -> Replica | None:
+        """The replica to try now; None when there have been enough tries, or no time is left."""
+        while self._number < TRIES:
+            if self._number:
+                backoff = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (self._number - 1))
+                pause = max(self._pause_s, random.uniform(0, backoff))  # noqa: S311 - a jitter
+                if self._clock() + pause > self._deadline:
+                    return None
+                await asyncio.sleep(pause)
+            self._number += 1
+            avoid = () if self._replica is None else (self._replica,)
+            self._replica = self._replicas.pick(self._rollout_id, avoid)
+            if self._replica is not None:
+                return self._replica
+            self._pause_s = self._replicas.rest_left_s()
+        return None
+
+    def failed(self, error: Failed) -> None:
+        """The replica given last has failed."""
+        self.last, self._pause_s = error, error.retry_after_s
+        assert self._replica is not None
+        self._replicas.failed(self._replica, error)
+
+    def succeeded(self) -> None:
+        assert self._replica is not None
+        self._replicas.succeeded(self._replica)
+
+
+def retry_after_s(header: str) -> float:
+    """Seconds that a ``Retry-After`` asks for, given as a number or a date (RFC 9110, section 10.2.3); 0 if it is
+    neither."""
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return 0.0
+
+
+def _affinity(rollout_id: str, url: str) -> bytes:
+    return hashlib.blake2b(f"{rollout_id}\x1f{url}".encode(), digest_size=8).digest()
+
+
+def _what(error: BaseException) -> str:
+    return str(error) or type(error).__name__

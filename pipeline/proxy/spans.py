@@ -1,0 +1,148 @@
+"""A model call as the proxy saw it, as a span. Pure."""
+
+import struct
+import time
+from dataclasses import dataclass
+from secrets import token_hex
+from typing import Any, Final
+
+import orjson
+
+from millstream.pipeline.proxy.answers import Answer, Json
+from millstream.schemas import semconv
+from millstream.schemas.records import Span
+
+# Request fields that decide what is sampled, under OpenTelemetry's names and under our own.
+_SAMPLING: Final = {
+    "temperature": "gen_ai.request.temperature",
+    "top_p": "gen_ai.request.top_p",
+    "top_k": "gen_ai.request.top_k",
+    "seed": "gen_ai.request.seed",
+    "frequency_penalty": "gen_ai.request.frequency_penalty",
+    "presence_penalty": "gen_ai.request.presence_penalty",
+    "max_tokens": "gen_ai.request.max_tokens",
+    "max_completion_tokens": "gen_ai.request.max_tokens",
+    "max_output_tokens": "gen_ai.request.max_tokens",
+    "stop": "gen_ai.request.stop_sequences",
+    "stop_sequences": "gen_ai.request.stop_sequences",
+    "n": "gen_ai.request.choice.count",
+    **{
+        name: f"millstream.request.{name}"
+        for name in ("min_p", "repetition_penalty", "logit_bias", "response_format", "guided_json")
+    },
+}
+MIXED: Final = "mixed"
+
+
+@dataclass(frozen=True, slots=True)
+class CallFacts:
+    """What a span says of a call beside the answer."""
+
+    operation: str
+    asked: Json  # as the model was asked, without what the proxy added
+    messages: list[Any]
+    upstream: str
+    start: int  # ns since the epoch
+    first_token: int | None  # ns since the epoch
+    traceparent: str
+    model_version: str | None
+    resources_id: str = ""
+    stream: bool = False
+    cached: bool = False
+    untrainable: str | None = None
+
+
+def call_span(
+    rollout_id: str, attempt_id: str, sequence: int, facts: CallFacts, answer: Answer, response_id: str
+) -> Span:
+    """``response_id`` is the one that the client sees."""
+    asked = facts.asked
+    model = str(asked.get("model") or "")
+    attributes = {
+        semconv.OPERATION: facts.operation,
+        semconv.REQUEST_MODEL: model,
+        semconv.UPSTREAM: facts.upstream,
+        semconv.REQUEST_MESSAGES: _json(facts.messages),
+    }
+    if asked.get("tools"):
+        attributes[semconv.TOOL_DEFINITIONS] = _json(asked["tools"])
+    for name, attribute in _SAMPLING.items():
+        if asked.get(name) is not None:
+            value = asked[name]
+            attributes[attribute] = value if isinstance(value, str) else _json(value)
+    if facts.stream:
+        attributes["gen_ai.request.stream"] = "true"
+    if facts.cached:
+        attributes[semconv.CACHED] = "true"
+    if facts.resources_id:
+        attributes[semconv.RESOURCES_ID] = facts.resources_id
+    if facts.first_token is not None:
+        attributes["gen_ai.response.time_to_first_chunk"] = f"{(facts.first_token - facts.start) / 1e9:.6f}"
+    if response_id:
+        attributes[semconv.RESPONSE_ID] = response_id
+    if answer.model:
+        attributes[semconv.RESPONSE_MODEL] = answer.model
+    if answer.message is not None:
+        attributes[semconv.RESPONSE_MESSAGE] = _json(answer.message)
+    if answer.finish_reasons:
+        attributes[semconv.FINISH_REASONS] = _json(answer.finish_reasons)
+    if answer.prompt_tokens is not None:
+        attributes[semconv.INPUT_TOKENS] = str(answer.prompt_tokens)
+    if answer.completion_tokens is not None:
+        attributes[semconv.OUTPUT_TOKENS] = str(answer.completion_tokens)
+    if answer.error:
+        attributes[semconv.ERROR_TYPE] = "upstream"
+    if untrainable := facts.untrainable or answer.mismatch:
+        attributes[semconv.UNTRAINABLE] = untrainable
+    one = answer.message is not None
+    trace_id, parent_id = _trace_context(facts.traceparent, attempt_id)
+    return Span(
+        trace_id=trace_id,
+        span_id=token_hex(8),
+        parent_id=parent_id,
+        name=f"{facts.operation} {model}",
+        kind=semconv.KIND_OF_OPERATION.get(facts.operation, semconv.SPAN),
+        span_kind="Client",
+        start=facts.start,
+        end=time.time_ns(),
+        status="Error" if answer.error else "Ok",
+        status_message=answer.error,
+        attributes=attributes,
+        resource={"service.name": "millstream-proxy"},
+        scope_name="millstream.proxy",
+        rollout_id=rollout_id,
+        attempt_id=attempt_id,
+        source=semconv.SOURCE_PROXY,
+        sequence=sequence,
+        prompt_token_ids=_int32(answer.prompt_token_ids) if one else None,
+        response_token_ids=_int32(answer.token_ids),
+        response_logprobs=_float32(answer.logprobs),
+        model_version=facts.model_version,
+    )
+
+
+def version_of(start: str | None, end: str | None) -> str | None:
+    """Of an answer whose server told the versions at its start and at its end, or one of them."""
+    if start and end and start != end:
+        return MIXED
+    return start or end or None
+
+
+def _trace_context(traceparent: str, attempt_id: str) -> tuple[str, str]:
+    """Trace id and parent id of a W3C traceparent; without one, a trace of the attempt's own."""
+    parts = traceparent.split("-")
+    if len(parts) == 4 and len(parts[1]) == 32 and len(parts[2]) == 16:
+        return parts[1], parts[2]
+    return attempt_id.replace("-", ""), ""
+
+
+def _int32(ids: list[int] | None) -> bytes | None:
+    return None if ids is None else struct.pack(f"<{len(ids)}i", *ids)
+
+
+def _float32(values: list[float] | None) -> bytes | None:
+    return None if values is None else struct.pack(f"<{len(values)}f", *values)
+
+
+def _json(value: Any) -> str:
+    return orjson.dumps(value).decode()

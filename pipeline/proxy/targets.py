@@ -1,0 +1,104 @@
+"""Who answers a model's name: the routing table in force, then the patterns of the settings."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import SecretStr
+
+from millstream.consumers.control import ControlFollower
+from millstream.pipeline.proxy.limits import Limiter, limited
+from millstream.pipeline.proxy.openai_chat import BadRequest
+from millstream.pipeline.proxy.replicas import Replicas
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.resources import LLM
+from millstream.schemas.routing import Upstream, upstream_of
+from millstream.schemas.settings import Settings
+
+DEFAULT = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a call goes. ``version`` is that of the table, empty if it says nothing."""
+
+    replicas: Replicas
+    served_as: str
+    version: str
+    sampling: Mapping[str, object]  # request fields that hold unless the agent sets them
+    limiters: tuple[Limiter, ...]
+
+
+class Targets:
+    """All upstreams of this proxy, and the way to them."""
+
+    def __init__(self, settings: Settings, control: ControlFollower) -> None:
+        """Raises `ConfigError` naming the setting that does not fit."""
+        upstreams = settings.upstreams or {DEFAULT: Upstream(urls=(settings.model_url,))}
+        self._routes = settings.routes or ({"*": next(iter(upstreams))} if len(upstreams) == 1 else {})
+        if not self._routes:
+            raise ConfigError("routes: with several upstreams it has to be said which models each one answers")
+        for pattern, name in self._routes.items():
+            if name not in upstreams:
+                raise ConfigError(f"routes.{pattern}: there is no upstream {name!r}; known are {', '.join(upstreams)}")
+        self.upstreams = {name: Replicas(name, upstream, _key(name, upstream)) for name, upstream in upstreams.items()}
+        self._control = control
+        self._limiters = {
+            name: Limiter(f"upstream {name}", upstream.limits)
+            for name, upstream in upstreams.items()
+            if limited(upstream.limits)
+        }
+        self._route_limiters = {
+            pattern: Limiter(f"model {pattern}", limits) for pattern, limits in settings.route_limits.items()
+        }
+
+    async def start(self) -> None:
+        for replicas in self.upstreams.values():
+            await replicas.start()
+
+    async def close(self) -> None:
+        for replicas in self.upstreams.values():
+            await replicas.close()
+
+    def of(self, model: str, rollout_id: str, resources_id: str) -> Target:
+        """Raises `BadRequest` if nobody answers to that name."""
+        resources = self._control.pinned(resources_id) if resources_id else None
+        items = resources.items.values() if resources is not None else ()
+        llm = next((item for item in items if isinstance(item, LLM) and item.model == model), None)
+        arm = self._control.routing.choose(model, rollout_id, llm.model_version if llm is not None else "")
+        name = arm.upstream if arm is not None else upstream_of(model, self._routes)
+        replicas = self.upstreams.get(name or "")
+        if replicas is None:
+            known = ", ".join([*self._control.routing.models, *self._routes])
+            where = f"is at upstream {name!r}, which this proxy has not" if name else f"is unknown; known are {known}"
+            raise BadRequest(f"model {model!r} {where}")
+        limits = [self._limiters.get(replicas.name), self._route_limiters.get(upstream_of(model, self._patterns) or "")]
+        return Target(
+            replicas,
+            arm.served_as if arm is not None else model.removeprefix(replicas.upstream.strip_prefix),
+            arm.version if arm is not None else "",
+            llm.sampling if llm is not None else {},
+            tuple(limiter for limiter in limits if limiter is not None),
+        )
+
+    def names(self) -> list[str]:
+        """Models that are known by name."""
+        return list(
+            dict.fromkeys([*self._control.routing.models, *(r for r in self._routes if not set(r) & set("*?["))])
+        )
+
+    def routed_to(self, upstream: str, served: str) -> str | None:
+        """The name under which a model of an upstream is asked for; None if that name leads elsewhere."""
+        name = self.upstreams[upstream].upstream.strip_prefix + served
+        return name if upstream_of(name, self._routes) == upstream else None
+
+    @property
+    def _patterns(self) -> dict[str, str]:
+        return {pattern: pattern for pattern in self._route_limiters}
+
+
+def _key(name: str, upstream: Upstream) -> SecretStr:
+    try:
+        return upstream.key(os.environ)
+    except ConfigError as error:
+        raise ConfigError(f"upstreams.{name}: {error}") from error
