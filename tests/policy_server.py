@@ -81,7 +81,8 @@ class PolicyServer:
         except _Answer as answer:
             return answer.response()
         message, reason = self._message(body)
-        text = message.get("content") or json.dumps(message["tool_calls"][0]["function"])
+        calls = message.get("tool_calls")
+        text = json.dumps(calls[0]["function"]) if calls else message["content"]
         if body.get("stream"):
             return await self._stream(request, body, fault, text, reason)
         if fault.abort_after is not None:
