@@ -117,6 +117,8 @@ def kind_of(attributes: Mapping[str, str]) -> str:
     operation = attributes.get(semconv.OPERATION)
     if operation is not None and operation in semconv.KIND_OF_OPERATION:
         return semconv.KIND_OF_OPERATION[operation]
+    if (kind := attributes.get("openinference.span.kind", "").lower()) in semconv.KIND_OF_OPERATION.values():
+        return kind
     if semconv.EVALUATION_SCORE in attributes or semconv.AGL_REWARD_VALUE in attributes:
         return semconv.REWARD
     return semconv.ALERT if semconv.ALERT_NAME in attributes else semconv.SPAN
