@@ -3,9 +3,11 @@ PYTHON ?= python3.11
 RUN_DIR ?=
 BIN := .venv/bin
 STAMP := .venv/.ready
+CREWAI := .venv-crewai/bin
+CREWAI_STAMP := .venv-crewai/.ready
 UV := .venv-uv/bin/uv
 export UV_COMPILE_BYTECODE := 1
-.PHONY: setup demo demo-kafka test lint types bench chaos clean
+.PHONY: setup setup-crewai demo demo-kafka test test-all lint types bench chaos clean
 
 setup: $(STAMP)
 
@@ -19,6 +21,14 @@ $(STAMP): pyproject.toml constraints.txt | $(UV)
 	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev,frameworks,train]'
 	@touch $@
 
+# CrewAI wants another openai than the other frameworks do: an environment of its own.
+setup-crewai: $(CREWAI_STAMP)
+
+$(CREWAI_STAMP): pyproject.toml constraints-crewai.txt | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv-crewai
+	$(UV) pip install --quiet --python $(CREWAI)/python -c constraints-crewai.txt -e '.[dev,crewai]'
+	@touch $@
+
 demo: setup
 	@$(BIN)/python -m examples.calculator.demo --run-dir $(or $(RUN_DIR),runs/demo)
 
@@ -26,7 +36,11 @@ demo-kafka: setup
 	@$(BIN)/python -m examples.calculator.demo --kafka --run-dir $(or $(RUN_DIR),runs/demo-kafka)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: test setup-crewai
+	$(CREWAI)/python -m pytest tests/frameworks/test_crewai_crew.py
+	$(BIN)/python -m pytest -m slow
 
 lint: setup
 	$(BIN)/ruff check .
@@ -44,4 +58,4 @@ chaos: setup
 	$(BIN)/python tests/chaos/harness.py --kills $(or $(KILLS),200) --seed $(or $(SEED),1) --run-dir $(or $(RUN_DIR),runs/chaos)
 
 clean:
-	rm -rf .venv .venv-uv runs dist
+	rm -rf .venv .venv-uv .venv-crewai runs dist

@@ -183,10 +183,10 @@ def cpu_seconds() -> float:
     return total
 
 
-def span_cost(quick: bool) -> dict[str, float]:
-    """What `span_cost.py` measures, in a process of its own: nothing else runs there."""
+def tracing(quick: bool) -> dict[str, float]:
+    """What `tracing.py` measures, in a process of its own: nothing else runs there."""
     with tempfile.NamedTemporaryFile() as figures:
-        script = Path(__file__).with_name("span_cost.py")
+        script = Path(__file__).with_name("tracing.py")
         subprocess.run([sys.executable, script, "--json", figures.name, *["--quick"][: int(quick)]], check=True)
         found: dict[str, float] = json.loads(Path(figures.name).read_text())
     return found
@@ -238,7 +238,7 @@ def main() -> None:
     for name, figure in {**latency, **memory}.items():
         single.add_row(name, f"{figure:.1f}")
     console.print(single)
-    spans = span_cost(options.quick)
+    spans = tracing(options.quick)
     if options.json:
         options.json.write_text(
             json.dumps({"pipeline": rows, "start": latency, "memory": memory, "span": spans}, indent=2) + "\n"

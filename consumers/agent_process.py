@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 FLUSH_S = 0.02  # spans wait this long for others, unless their attempt ends
 FLUSH_BYTES = 64 << 10
 RECEIVE_BYTES = 256 << 10
+SPAN = Kind.SPAN  # looking up an Enum's member takes its time
 
 
 def _end() -> None:
@@ -50,14 +51,14 @@ class _Channel:
         self._buffer = bytearray()
         self._lock = threading.Lock()
         self._filled = threading.Event()
-        self._pid = os.getpid()
+        self._forked = False
         self._said_so = False
-        os.register_at_fork(after_in_child=connection.close)  # a process that the agent forks must not talk in between
+        os.register_at_fork(after_in_child=self._hush)
         threading.Thread(target=self._flush_regularly, name="millstream-flush", daemon=True).start()
 
     def send(self, frame: Callable[[], bytes], *, now: bool = False) -> None:
         """``frame`` is called when it is this frame's turn. Waits while the runner can't keep up."""
-        if os.getpid() != self._pid:
+        if self._forked:
             if not self._said_so:
                 logger.warning("what a process that the agent has forked emits or saves is not recorded")
                 self._said_so = True
@@ -69,6 +70,11 @@ class _Channel:
                 self._flush()
             elif was_empty:
                 self._filled.set()
+
+    def _hush(self) -> None:
+        """A process that the agent forks must not talk in between."""
+        self._forked = True
+        self._socket.close()
 
     def flush(self) -> None:
         with self._lock:
@@ -112,11 +118,13 @@ class _Running:
 
         def frame() -> bytes:
             self._spans += 1
+            if not contents:
+                return pack(SPAN, self._number, span.kind.encode(), data)
             head = " ".join([span.kind, *contents]).encode()
             new = [(digest, content) for digest, content in contents.items() if digest not in self._contents]
             self._contents.update(contents)
             before = b"".join([pack(Kind.BLOB, self._number, digest.encode(), content) for digest, content in new])
-            return before + pack(Kind.SPAN, self._number, head, data)
+            return before + pack(SPAN, self._number, head, data)
 
         self._channel.send(frame)
 

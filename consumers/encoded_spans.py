@@ -16,6 +16,7 @@ from millstream.schemas import codec
 from millstream.schemas.errors import CodecError
 from millstream.schemas.log import LogRecord, Partition
 from millstream.schemas.records import Record, Span
+from millstream.schemas.span_bytes import binary, long, text
 
 TABLE = "span_records"
 PREFIX = codec.CODECS[Span].prefix
@@ -55,10 +56,10 @@ class EncodedSpans:
     def file(self) -> bytes:
         parts = [HEADER]
         for record, body in self.records:
-            offset = _long(record.offset)
+            offset = long(record.offset)
             start = _place(record.partition)
             size = len(start) + 2 * len(offset) + len(body) - codec.HEADER_SIZE
-            parts += (ONE_ROW, _long(size), start, offset, body[codec.HEADER_SIZE :], offset, SYNC)
+            parts += (ONE_ROW, long(size), start, offset, body[codec.HEADER_SIZE :], offset, SYNC)
         return b"".join(parts)
 
     def sift(self) -> tuple["EncodedSpans", list[tuple[tuple[Any, ...], str]]]:
@@ -80,26 +81,9 @@ def span_body(value: bytes | Record) -> bytes:
     return codec.encode(value)
 
 
-def _long(value: int) -> bytes:
-    """Avro's long: zigzag, 7 bits a byte. For what is never negative."""
-    value <<= 1
-    if value < 0x80:
-        return bytes((value,))
-    parts = bytearray()
-    while value >= 0x80:
-        parts.append(value & 0x7F | 0x80)
-        value >>= 7
-    parts.append(value)
-    return bytes(parts)
-
-
-def _bytes(value: bytes) -> bytes:
-    return _long(len(value)) + value
-
-
 @lru_cache(maxsize=1 << 12)
 def _place(partition: Partition) -> bytes:
-    return _bytes(partition.topic.encode()) + _long(partition.number)
+    return text(partition.topic) + long(partition.number)
 
 
 def _header() -> bytes:
@@ -109,10 +93,10 @@ def _header() -> bytes:
         for name, t in [("topic", "string"), ("partition", "int"), ("offset", "long")]
     ]
     schema["fields"] = [*places, *schema["fields"], {"name": "log_end", "type": "long"}]
-    meta = _bytes(b"avro.schema") + _bytes(json.dumps(schema).encode()) + _bytes(b"avro.codec") + _bytes(b"null")
-    return b"Obj\x01" + _long(2) + meta + _long(0) + SYNC
+    meta = binary(b"avro.schema") + binary(json.dumps(schema).encode()) + binary(b"avro.codec") + binary(b"null")
+    return b"Obj\x01" + long(2) + meta + long(0) + SYNC
 
 
 HEADER = _header()
-ONE_ROW = _long(1)
+ONE_ROW = long(1)
 COLUMNS = ("log_topic", "log_partition", "log_offset", *codec.CODECS[Span].field_names, "log_end")

@@ -73,6 +73,12 @@ FRAMEWORKS = {
             "millstream.producers.autogen_spans:AutogenInstrumentor",
             "autogen-agentchat>=0.7.5,<0.8",
         ),
+        Framework(
+            "crewai",
+            "crewai",
+            "openinference.instrumentation.crewai:CrewAIInstrumentor",
+            "openinference-instrumentation-crewai==1.1.21",
+        ),
     )
 }
 

@@ -7,6 +7,7 @@ in its attempt's hands when the call that ended it returns.
 import base64
 import json
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from opentelemetry.context import Context
@@ -25,6 +26,16 @@ MAX_OPEN = 100_000  # spans that began and did not end; beyond it the oldest are
 
 _SPAN_KIND = {kind: kind.name.capitalize() for kind in SpanKind}
 _STATUS = {StatusCode.UNSET: "Unset", StatusCode.OK: "Ok", StatusCode.ERROR: "Error"}
+
+
+@lru_cache(maxsize=1 << 10)
+def _trace_id(trace_id: int) -> str:
+    return f"{trace_id:032x}"
+
+
+@lru_cache(maxsize=1 << 10)
+def _parent_id(span_id: int) -> str:
+    return f"{span_id:016x}"
 
 
 class AttemptSpanProcessor(SpanProcessor):
@@ -72,11 +83,13 @@ def to_record(span: ReadableSpan, attempt: Attempt, resource: Mapping[str, str])
         reward_name, reward = rewards[0]
         attempt.rewarded = True
     parent, status, scope = span.parent, span.status, span.instrumentation_scope
-    events, links = span.events, span.links
+    # Nearly always empty, and the SDK copies them twice under a lock. Should it hide them elsewhere, they are read.
+    events = span.events if getattr(span, "_events", True) else ()
+    links = span.links if getattr(span, "_links", True) else ()
     return Span(
-        trace_id=f"{context.trace_id:032x}",
+        trace_id=_trace_id(context.trace_id),
         span_id=f"{context.span_id:016x}",
-        parent_id=f"{parent.span_id:016x}" if parent is not None else "",
+        parent_id=_parent_id(parent.span_id) if parent is not None else "",
         trace_state=context.trace_state.to_header() if context.trace_state else "",
         name=utf8(span.name),
         kind=kind,
@@ -117,15 +130,17 @@ def texts(values: Mapping[str, Any] | None) -> dict[str, str]:
     """Attributes as records hold them: strings as they are, everything else as JSON text."""
     if not values:
         return {}
+    # The SDK's own mappings copy themselves fast, but are read slowly.
+    plain = values.copy() if hasattr(values, "copy") else dict(values)
     return {
         key: utf8(value) if type(value) is str else str(value) if type(value) is int else utf8(_json(value))
-        for key, value in dict(values).items()
+        for key, value in plain.items()
     }
 
 
 def as_text(value: Any) -> str:
     """A string as it is; anything else as JSON text (bytes in base64, what JSON does not know as ``str`` shows it)."""
-    return utf8(value if isinstance(value, str) else _json(value))
+    return utf8(value if isinstance(value, str) else str(value) if type(value) is int else _json(value))
 
 
 def utf8(text: str) -> str:

@@ -30,6 +30,10 @@ SWITCHES = {
     "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "100000",  # at 128, long conversations lose their oldest messages
     "ANTHROPIC_OPEN_TELEMETRY": "false",  # these two trace on their own: every span would come twice
     "AUTOGEN_DISABLE_RUNTIME_TRACING": "true",
+    # CrewAI tells its makers of each run, may ask at the terminal whether to send them more, and looks for updates.
+    "CREWAI_DISABLE_TELEMETRY": "true",
+    "CREWAI_TRACING_ENABLED": "false",
+    "CREWAI_DISABLE_VERSION_CHECK": "true",
 }
 PLACEHOLDER_KEY = "millstream"  # the SDKs want a key; the attempt's own takes its place in each request
 

@@ -20,7 +20,8 @@ from fastavro.validation import ValidationError, validate
 
 from millstream.schemas import records
 from millstream.schemas.errors import CodecError, TruncatedRecord, UnknownSchema, WrongType
-from millstream.schemas.records import RECORD_TYPES, Record
+from millstream.schemas.records import RECORD_TYPES, Record, Span
+from millstream.schemas.span_bytes import UNFIT, span_bytes
 
 MAGIC = b"\xc3\x01"
 HEADER_SIZE = 10  # magic and fingerprint
@@ -193,6 +194,7 @@ def fingerprint_of(schema: dict[str, Any]) -> bytes:
 
 
 CODECS: dict[type[Record], RecordCodec] = {t: RecordCodec(t, load_schema(t.__name__)) for t in RECORD_TYPES}
+_SPAN_PREFIX = CODECS[Span].prefix
 _BY_FINGERPRINT: dict[bytes, RecordCodec] = {c.fingerprint: c for c in CODECS.values()}
 
 
@@ -206,6 +208,11 @@ def _earlier() -> dict[bytes, RecordCodec]:
 
 def encode(record: Record) -> bytes:
     """Encodes a record. Raises `WrongType` naming record and field."""
+    if type(record) is Span:
+        try:
+            return _SPAN_PREFIX + span_bytes(record)
+        except UNFIT:
+            pass  # some field does not fit: the general writer names it
     return CODECS[type(record)].encode(record)
 
 

@@ -3,7 +3,7 @@
 import pytest
 from harness import KINDS, run
 
-pytestmark = [pytest.mark.kafka, pytest.mark.chaos]
+pytestmark = [pytest.mark.kafka, pytest.mark.chaos, pytest.mark.slow]
 
 
 def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path):

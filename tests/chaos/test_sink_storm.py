@@ -3,7 +3,7 @@
 import pytest
 from sink_storm import Storm
 
-pytestmark = [pytest.mark.kafka, pytest.mark.chaos]
+pytestmark = [pytest.mark.kafka, pytest.mark.chaos, pytest.mark.slow]
 
 
 def test_killed_sinks_and_stores_keep_every_span_once(tmp_path):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.torch, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.torch, pytest.mark.timeout(900)]
 BOTH = pytest.mark.parametrize("kafka", [False, pytest.param(True, marks=pytest.mark.kafka)], ids=["memory", "kafka"])
 
 
@@ -164,6 +164,7 @@ def test_the_agent_learns_in_one_process(tmp_path):
 
 @pytest.mark.kafka
 @pytest.mark.chaos
+@pytest.mark.slow
 def test_the_agent_learns_over_kafka_although_a_runner_and_the_store_are_killed(tmp_path):
     demo = Demo(tmp_path, "--kafka")
     pids = tmp_path / "run" / "log" / "processes.json"
@@ -188,6 +189,7 @@ def test_the_agent_learns_over_kafka_although_a_runner_and_the_store_are_killed(
     assert set(ends.values()) == {1}
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize(
     "control", [("--lr", "0"), ("--adapter", "examples.calculator.controls:zero_rewards")], ids=["lr=0", "zero rewards"]
@@ -214,6 +216,7 @@ def test_an_agent_of_another_framework_learns_and_not_without_a_learning_rate(tm
 
 
 @pytest.mark.kafka
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
     demo = Demo(tmp_path, "--kafka")
     pids = tmp_path / "run" / "log" / "processes.json"

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,18 +69,23 @@ class Trace:
         return "\n".join(lines)
 
 
-def run(agent: str, tasks: Sequence[Any], *, proxy: bool = True, **options: Any) -> list[Trace]:
+def run(
+    agent: str, tasks: Sequence[Any], *, proxy: bool = True, env: Mapping[str, str] | None = None, **options: Any
+) -> list[Trace]:
     """The agent (of ``examples/frameworks/``, unless it is module:attribute) on each task, all at once, in one agent
-    process. With a proxy every call has to go through it; without one the SDKs speak to the model server itself."""
+    process with ``env``. With a proxy every call has to go through it; without one the SDKs speak to the model server
+    itself."""
     path = agent if ":" in agent else f"examples.frameworks.{agent}:agent"
-    return asyncio.run(_run(path, tasks, proxy, options))
+    return asyncio.run(_run(path, tasks, proxy, env or {}, options))
 
 
-async def _run(agent: str, tasks: Sequence[Any], proxy: bool, options: dict[str, Any]) -> list[Trace]:
+async def _run(
+    agent: str, tasks: Sequence[Any], proxy: bool, env: Mapping[str, str], options: dict[str, Any]
+) -> list[Trace]:
     settings = settings_for_tests(proxy_secret="secret", timeout_seconds=60)
     log = MemoryLog(settings.topics)
     async with serve(model_server.app(), ANYWHERE) as model_url:
-        variables = {"ANTHROPIC_BASE_URL": model_url, "ANTHROPIC_API_KEY": "k"}
+        variables = {"ANTHROPIC_BASE_URL": model_url, "ANTHROPIC_API_KEY": "k", **env}
         if not proxy:
             variables |= {"OPENAI_BASE_URL": model_url + "/v1", "OPENAI_API_KEY": "k"}
         front = Proxy(log, settings.model_copy(update={"model_url": model_url}))

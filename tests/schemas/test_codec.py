@@ -4,9 +4,11 @@ import struct
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from io import BytesIO
 from typing import Any
 
 import pytest
+from fastavro import schemaless_writer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -14,6 +16,7 @@ from millstream.schemas import records
 from millstream.schemas.codec import CODECS, HEADER_SIZE, MAGIC, decode, decode_as, encode, load_schema, type_of
 from millstream.schemas.errors import CodecError, TruncatedRecord, UnknownSchema, WrongType
 from millstream.schemas.records import RECORD_TYPES, Control, ErrorInfo, Record, RolloutTask, Span, SpanEvent
+from millstream.schemas.span_bytes import long
 
 by_type = pytest.mark.parametrize("record_type", RECORD_TYPES, ids=lambda t: t.__name__)
 
@@ -72,6 +75,19 @@ def test_what_is_encoded_is_decoded(record_type: type[Record], data: st.DataObje
     assert decode(encoded) == record
     assert decode_as(record_type, encoded) == record
     assert type_of(encoded) is record_type
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@given(span=STRATEGIES[Span])
+def test_spans_are_encoded_as_fastavro_does(span: Span) -> None:
+    assert encode(span) == CODECS[Span].encode(span)
+
+
+@given(number=st.integers(-(2**63), 2**63 - 1) | st.integers(0, 63).map(lambda bit: (1 << bit) - 1))
+def test_numbers_are_encoded_as_fastavro_does(number: int) -> None:
+    expected = BytesIO()
+    schemaless_writer(expected, "long", number)
+    assert long(number) == expected.getvalue()
 
 
 @by_type
