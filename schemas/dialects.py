@@ -145,6 +145,8 @@ def kind_of(attributes: Attributes) -> str:
     operation = attributes.get(semconv.OPERATION)
     if operation is not None and operation in semconv.KIND_OF_OPERATION:
         return semconv.KIND_OF_OPERATION[operation]
+    if _TELLING.isdisjoint(attributes):  # nearly all spans: each one is asked, in the agent's time
+        return semconv.SPAN
     if semconv.EVALUATION_SCORE in attributes or semconv.AGL_REWARD_VALUE in attributes:
         return semconv.REWARD
     for name, kinds in _KINDS:
@@ -157,6 +159,9 @@ def kind_of(attributes: Attributes) -> str:
 
 
 _KINDS: Final = [(name, dialect.kinds) for dialect in DIALECTS.values() for name in dialect.says]
+_TELLING: Final = frozenset(
+    [semconv.EVALUATION_SCORE, semconv.AGL_REWARD_VALUE, semconv.ALERT_NAME, *(name for name, _ in _KINDS)]
+)
 
 
 def rewards_of(attributes: Attributes) -> list[tuple[str | None, float]]:
