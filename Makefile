@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 RUN_DIR ?=
 BIN := .venv/bin
 STAMP := .venv/.ready
+VLLM_STAMP := .venv-vllm/.ready
 UV := .venv-uv/bin/uv
 export UV_COMPILE_BYTECODE := 1
-.PHONY: setup demo demo-kafka test lint types bench chaos clean
+.PHONY: setup vllm demo demo-kafka test lint types bench chaos clean
 
 setup: $(STAMP)
 
@@ -17,6 +18,15 @@ $(UV):
 $(STAMP): pyproject.toml constraints.txt | $(UV)
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
 	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev,frameworks,train]'
+	@touch $@
+
+# vLLM on a CPU has an environment of its own: its transformers and verl's exclude each other. Without --no-deps it would ask for
+# torch==2.13.0+cpu and torchvision; the first is on no ordinary index, the second breaks its imports.
+vllm: $(VLLM_STAMP)
+
+$(VLLM_STAMP): constraints-vllm.txt | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv-vllm
+	$(UV) pip install --quiet --python .venv-vllm/bin/python --no-deps -r constraints-vllm.txt
 	@touch $@
 
 demo: setup
