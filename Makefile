@@ -6,7 +6,7 @@ STAMP := .venv/.ready
 VLLM_STAMP := .venv-vllm/.ready
 UV := .venv-uv/bin/uv
 export UV_COMPILE_BYTECODE := 1
-.PHONY: setup vllm demo demo-kafka test lint types bench chaos clean
+.PHONY: setup vllm demo demo-kafka demo-vllm test lint types bench chaos clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,9 @@ demo: setup
 
 demo-kafka: setup
 	@$(BIN)/python -m examples.calculator.demo --kafka --run-dir $(or $(RUN_DIR),runs/demo-kafka)
+
+demo-vllm: setup vllm
+	@$(BIN)/python -m examples.calculator.demo --vllm --run-dir $(or $(RUN_DIR),runs/demo-vllm)
 
 test: setup
 	$(BIN)/python -m pytest

@@ -6,7 +6,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
@@ -17,20 +18,25 @@ from millstream.consumers.port import Log
 from millstream.consumers.runner import Runner
 from millstream.consumers.sink import SinkRole
 from millstream.consumers.triplets import ToTriplets
+from millstream.pipeline.asgi import is_loopback
+from millstream.pipeline.backend import Backend
+from millstream.pipeline.http_backend import HttpBackend
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
+from millstream.pipeline.model_server import ModelServer
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.serving import serve
 from millstream.pipeline.store import ClickHouseStore
-from millstream.pipeline.trainer import ModelServer, Strategy
+from millstream.pipeline.trainer import Strategy
+from millstream.pipeline.vllm_process import HOST, VllmOptions
+from millstream.pipeline.vllm_server import VllmServer
+from millstream.schemas.errors import ConfigError
 from millstream.schemas.settings import Settings
-
-if TYPE_CHECKING:  # needs the `train` extra
-    from millstream.pipeline.engine import Engine
 
 
 class MemoryStrategy:
-    """Everything in this process: in-memory log, embedded store in the run's folder, the engine called directly."""
+    """Everything in this process but vLLM: in-memory log, embedded store in the run's folder, the engine called
+    directly."""
 
     @asynccontextmanager
     async def running(
@@ -42,13 +48,14 @@ class MemoryStrategy:
         run_dir: Path,
         to_triplets: ToTriplets,
         hooks: Sequence[Hook | str] = (),
+        vllm: VllmOptions | None = None,
     ) -> AsyncIterator[tuple[Log, ModelServer | None]]:
         settings = settings.model_copy(update={"clickhouse_dsn": f"chdb://{(run_dir / 'store').resolve()}"})
         log = MemoryLog(settings.topics)
         async with AsyncExitStack() as stack:
-            engine = await _engine(stack, model)
-            await stack.enter_async_context(_roles(log, settings, agent, engine, to_triplets, hooks))
-            yield log, engine
+            server, backend = await _model_server(stack, settings, model, run_dir, vllm)
+            await stack.enter_async_context(_roles(log, settings, agent, backend, to_triplets, hooks))
+            yield log, server
 
 
 class KafkaStrategy:
@@ -65,31 +72,51 @@ class KafkaStrategy:
         run_dir: Path,
         to_triplets: ToTriplets,
         hooks: Sequence[Hook | str] = (),
+        vllm: VllmOptions | None = None,
     ) -> AsyncIterator[tuple[Log, ModelServer | None]]:
         log = KafkaLog(settings)
         await log.create_topics()
         async with AsyncExitStack() as stack:
-            engine = await _engine(stack, model)
-            if engine is not None:
-                from millstream.pipeline.engine_server import engine_app
-
-                await stack.enter_async_context(serve(engine_app(engine), settings.model_url))
+            server, backend = await _model_server(stack, settings, model, run_dir, vllm, settings.model_url)
             if agent is not None:
-                await stack.enter_async_context(_roles(log, settings, agent, engine, to_triplets, hooks))
-            yield log, engine
+                await stack.enter_async_context(_roles(log, settings, agent, backend, to_triplets, hooks))
+            yield log, server
 
 
+BASE_VERSION: Final = "base.0.0"  # of a model that no trainer has touched yet
 STRATEGIES: Final[dict[str, Callable[[], Strategy]]] = {"memory": MemoryStrategy, "kafka": KafkaStrategy}
 
 
-async def _engine(stack: AsyncExitStack, model: Path | None) -> "Engine | None":
+async def _model_server(
+    stack: AsyncExitStack,
+    settings: Settings,
+    model: Path | None,
+    run_dir: Path,
+    vllm: VllmOptions | None,
+    url: str = "",
+) -> tuple[ModelServer | None, Backend | None]:
+    """Serves the model; the server, and how a proxy of this process reaches it. ``url``: where others do."""
     if model is None:
-        return None
+        return None, None
+    if vllm is not None:
+        parts = urlsplit(url or f"http://{HOST}:0")
+        if parts.hostname is None or not is_loopback(parts.hostname):
+            raise ConfigError(f"model_url {url}: vLLM serves this machine alone, at http://{HOST}:PORT")
+        folder = run_dir / "vllm"
+        server = VllmServer(model, vllm, settings, folder, version=BASE_VERSION, port=parts.port or 0)
+        stack.push_async_callback(server.close)
+        await server.start()
+        backend = HttpBackend(server.urls[0])
+        stack.push_async_callback(backend.close)
+        return server, backend
     from millstream.pipeline.engine import Engine
+    from millstream.pipeline.engine_server import engine_app
 
     engine = await asyncio.to_thread(Engine, model)
     stack.push_async_callback(engine.close)
-    return engine
+    if url:
+        await stack.enter_async_context(serve(engine_app(engine), url))
+    return engine, engine
 
 
 @asynccontextmanager
@@ -97,7 +124,7 @@ async def _roles(
     log: Log,
     settings: Settings,
     agent: Any,
-    engine: "Engine | None",
+    backend: Backend | None,
     to_triplets: ToTriplets,
     hooks: Sequence[Hook | str],
 ) -> AsyncIterator[None]:
@@ -110,10 +137,10 @@ async def _roles(
         stack.callback(store.close)
         await asyncio.to_thread(store.migrate)
         url = ""
-        if engine is not None:
+        if backend is not None:
             producer = log.producer()
             stack.push_async_callback(asyncio.to_thread, producer.close)
-            proxy = Proxy.of(settings, producer, engine, secret)
+            proxy = Proxy.of(settings, producer, backend, secret)
             url = await stack.enter_async_context(serve(proxy.app, "http://127.0.0.1:0"))
         settings = settings.model_copy(update={"proxy_url": url, "proxy_secret": SecretStr(secret)})
         adapter = Adapter(

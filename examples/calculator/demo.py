@@ -49,10 +49,21 @@ stop_reward = 0.97
 patience = 3
 seed = {seed}
 
+{model}
 [grpo]
 model = "{run_dir}/model"
 lr = {lr}
 seed = {seed}
+"""
+VLLM = """\
+[model]
+server = "vllm"
+names = ["calculator"]
+args = [
+    "--tokenizer", "{run_dir}/tokenizer",
+    "--dtype", "float32", "--max-model-len", "256", "--enforce-eager",
+    "--kv-cache-memory-bytes", "134217728", "--gpu-memory-utilization", "0.2",
+]
 """
 AGENT = "examples.calculator.agent:agent"
 
@@ -62,6 +73,7 @@ console = Console()
 def main(
     run_dir: Annotated[Path, typer.Option(help="Where the run goes; what an earlier run left there is removed.")],
     kafka: Annotated[bool, typer.Option(help="Over Kafka, every role its own process.")] = False,
+    vllm: Annotated[bool, typer.Option(help="The model is served by a real vLLM; `make vllm` sets it up.")] = False,
     max_steps: Annotated[int, typer.Option(min=1)] = 100,
     lr: Annotated[float, typer.Option(min=0, help="0 is the control: nothing may be learnt.")] = 5e-4,
     adapter: Annotated[str, typer.Option(help="module:attribute in the adapter's place, for another control.")] = "",
@@ -72,7 +84,7 @@ def main(
     began = time.monotonic()
     run_dir = run_dir.resolve()
     try:
-        prepare(run_dir, "kafka" if kafka else "memory", max_steps, lr, seed)
+        prepare(run_dir, "kafka" if kafka else "memory", vllm, max_steps, lr, seed)
         settings = (over_kafka if kafka else in_process)(run_dir, adapter)
         summary = close(run_dir, settings, time.monotonic() - began)
     except MillstreamError as error:
@@ -89,25 +101,37 @@ def main(
     raise typer.Exit(0 if learnt else 1)
 
 
-def prepare(run_dir: Path, strategy: str, max_steps: int, lr: float, seed: int) -> None:
+def prepare(run_dir: Path, strategy: str, vllm: bool, max_steps: int, lr: float, seed: int) -> None:
     """Model, tasks and ``train.toml``, in a folder without traces of an earlier run."""
     from transformers.utils.logging import disable_progress_bar  # torch takes its time
 
     from examples.calculator import model
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("store", "checkpoints", "model", "kafka", "log"):
+    for name in ("store", "checkpoints", "model", "tokenizer", "vllm", "kafka", "log"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in ("train.json", "summary.json"):
         (run_dir / name).unlink(missing_ok=True)
     disable_progress_bar()  # there is a live view
     model.create(run_dir / "model", seed)
+    if vllm:
+        model.create_tokenizer(run_dir / "tokenizer")
+        os.environ["MILLSTREAM_WEIGHTS_ROOT"] = str(run_dir)
+        os.environ.setdefault("MILLSTREAM_RUNNER_CONCURRENCY", "32")  # vLLM is fast when it is asked for much at once
     for mode, count in (("train", TRAIN_TASKS), ("val", VAL_TASKS)):
         lines = [json.dumps({"input": task}) for task in make_tasks(count, mode, seed)]  # type: ignore[arg-type]
         (run_dir / f"{mode}.jsonl").write_text("\n".join(lines) + "\n")
     agent = f'agent = "{AGENT}"' if strategy == "memory" else ""
     (run_dir / "train.toml").write_text(
-        CONFIG.format(run_dir=run_dir, strategy=strategy, agent=agent, max_steps=max_steps, lr=lr, seed=seed)
+        CONFIG.format(
+            run_dir=run_dir,
+            strategy=strategy,
+            agent=agent,
+            max_steps=max_steps,
+            seed=seed,
+            lr=lr,
+            model=VLLM.format(run_dir=run_dir) if vllm else "",
+        )
     )
 
 
