@@ -246,8 +246,12 @@ class VllmServer:
     def adapters(self) -> Mapping[str, Weights]:
         return self.replicas[0].adapters
 
-    async def start(self) -> None:
-        """Returns when all replicas serve. Raises `MillstreamError` if one can't; none is left running then."""
+    async def start(self, first: Weights | None = None, adapters: Mapping[str, Weights] | None = None) -> None:
+        """Returns when all replicas serve: ``first`` instead of what the model's folder holds, and LoRA ``adapters`` by
+        the names they are served as. Raises `MillstreamError` if one can't; none is left running then."""
+        for replica in self.replicas:
+            replica.good = first or self.base
+            replica.adapters = dict(adapters or {})
         try:
             async with asyncio.TaskGroup() as group:
                 for replica in self.replicas:
