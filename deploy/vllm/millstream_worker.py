@@ -18,6 +18,7 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
@@ -97,6 +98,12 @@ class FileEngine(_Files, WeightTransferEngine):  # type: ignore[misc]
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            # The output layer multiplies by a copy packed for its kernel. Where it shares the embedding's weights, none
+            # are loaded into it, and nobody packs them anew.
+            for layer in self.model.modules():
+                if isinstance(layer, ParallelLMHead):
+                    layer.quant_method.process_weights_after_loading(layer)
 
     def receive_weights(self, update_info: WeightTransferUpdateInfo) -> None:
         raise NotImplementedError("the update names neither files nor gloo")

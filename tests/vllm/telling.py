@@ -1,4 +1,9 @@
-"""A model whose every token tells which weights made it, and LoRA adapters that do so as well."""
+"""A model whose every token tells which weights made it, and LoRA adapters that do so as well.
+
+Each token is a row of signs, hardly like any other row. Attention adds twenty times the row `AIM` to the last hidden
+state (values come from the bias alone), so the answer is the token that has this row; each version gives the rows to
+other tokens. Embedding and output layer share the rows, so a version is only told if both have been updated.
+"""
 
 import json
 from pathlib import Path
@@ -11,7 +16,17 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from examples.calculator import model as calculator
 
 HIDDEN, INNER, VOCABULARY = 128, 256, len(calculator.vocabulary())
-FIRST, ADAPTERS = 10, 100  # token of version 0, and of adapter 0
+MOVED = 100  # rows that versions give to other tokens
+AIM = 40
+ROWS = torch.randint(0, 2, (VOCABULARY, HIDDEN), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
+
+
+def token(version: int) -> int:
+    return AIM - version
+
+
+def adapter_token(number: int) -> int:
+    return MOVED + number
 
 
 def create(folder: Path) -> None:
@@ -24,60 +39,49 @@ def create(folder: Path) -> None:
         num_hidden_layers=1,
         intermediate_size=INNER,
         max_position_embeddings=512,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=3,
     )
     model = Qwen2ForCausalLM(config)
-    model.load_state_dict(weights(0))
+    model.load_state_dict(weights(0), strict=False)
     model.save_pretrained(folder)
     calculator.create_tokenizer(folder.parent / "tokenizer")
 
 
 def weights(version: int) -> dict[str, Tensor]:
-    """Whatever is asked, each token is `FIRST` + version: nothing is added to the embeddings, which are all ones."""
-    tensors = {name: torch.zeros(p.shape) for name, p in _empty().named_parameters()}
-    for name in tensors:
-        if "norm" in name or "embed" in name:
-            tensors[name].fill_(1.0)
-        if "gate_proj" in name or "up_proj" in name:
-            tensors[name].fill_(1 / HIDDEN)  # so that an adapter of down_proj has something to work with
-    head = tensors["lm_head.weight"]
-    head[FIRST + version] = 1.0
-    for number in range(3):
-        head[ADAPTERS + number] = 10 * _direction(number)
-    return tensors
+    """By parameter. Whatever is asked, each token is `token` of the version."""
+    moved = ROWS[(torch.arange(MOVED) + version) % MOVED]
+    towards_aim = (ROWS[AIM] / HIDDEN).expand(INNER, HIDDEN).contiguous()  # gives an adapter something to work with
+    layer = {
+        "self_attn.q_proj.weight": torch.zeros(HIDDEN, HIDDEN),
+        "self_attn.q_proj.bias": torch.zeros(HIDDEN),
+        "self_attn.k_proj.weight": torch.zeros(HIDDEN, HIDDEN),
+        "self_attn.k_proj.bias": torch.zeros(HIDDEN),
+        "self_attn.v_proj.weight": torch.zeros(HIDDEN, HIDDEN),
+        "self_attn.v_proj.bias": 20 * ROWS[AIM],
+        "self_attn.o_proj.weight": torch.eye(HIDDEN),
+        "mlp.gate_proj.weight": towards_aim,
+        "mlp.up_proj.weight": towards_aim.clone(),
+        "mlp.down_proj.weight": torch.zeros(HIDDEN, INNER),
+        "input_layernorm.weight": torch.ones(HIDDEN),
+        "post_attention_layernorm.weight": torch.ones(HIDDEN),
+    }
+    return {
+        "model.embed_tokens.weight": torch.cat([moved, ROWS[MOVED:]]),
+        **{f"model.layers.0.{name}": tensor for name, tensor in layer.items()},
+        "model.norm.weight": torch.ones(HIDDEN),
+    }
 
 
 def create_adapter(folder: Path, number: int) -> None:
-    """With it each token is `ADAPTERS` + number: it turns the last hidden state into that token's direction."""
+    """With it each token is `adapter_token` of the number: it adds far more of that token's row."""
     folder.mkdir(parents=True)
     prefix = "base_model.model.model.layers.0.mlp.down_proj"
     tensors = {
         f"{prefix}.lora_A.weight": torch.full((1, INNER), 1 / INNER),
-        f"{prefix}.lora_B.weight": 100 * _direction(number)[:, None],
+        f"{prefix}.lora_B.weight": 400 * ROWS[MOVED + number][:, None],
     }
     save_file(tensors, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 1, "lora_alpha": 1, "target_modules": ["down_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def _direction(number: int) -> Tensor:
-    """Orthogonal to all ones, and to the others."""
-    block = 1 << number
-    return torch.tensor([1.0 if (i // block) % 2 else -1.0 for i in range(HIDDEN)])
-
-
-def _empty() -> Qwen2ForCausalLM:
-    with torch.device("meta"):
-        return Qwen2ForCausalLM(
-            Qwen2Config(
-                vocab_size=VOCABULARY,
-                hidden_size=HIDDEN,
-                num_attention_heads=4,
-                num_key_value_heads=4,
-                num_hidden_layers=1,
-                intermediate_size=INNER,
-                tie_word_embeddings=False,
-            )
-        )

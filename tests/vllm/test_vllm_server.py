@@ -9,10 +9,11 @@ import pytest
 
 pytest.importorskip("torch")
 
+import telling
+
 from millstream.pipeline.model_server import UpdateFailed
 from millstream.pipeline.weights import Weights
 from millstream.schemas.errors import ConfigError
-import telling
 
 pytestmark = [
     pytest.mark.vllm,
@@ -21,7 +22,7 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.asyncio(loop_scope="session"),
 ]
-FIRST = telling.FIRST
+token, adapter_token = telling.token, telling.adapter_token
 
 
 async def deploy(server, number):
@@ -32,11 +33,11 @@ async def deploy(server, number):
 async def test_whole_answers_and_streams_say_which_version_made_them(server, client):
     await deploy(server, 1)
     whole = await client.ask(3)
-    assert (whole.status, whole.start, whole.tokens) == (200, "tell.1.1", [FIRST + 1] * 3)
+    assert (whole.status, whole.start, whole.tokens) == (200, "tell.1.1", [token(1)] * 3)
     stream = await client.ask(3, stream=True)
-    assert (stream.start, stream.end, stream.tokens) == ("tell.1.1", "tell.1.1", [FIRST + 1] * 3)
+    assert (stream.start, stream.end, stream.tokens) == ("tell.1.1", "tell.1.1", [token(1)] * 3)
     await deploy(server, 2)
-    assert (await client.ask(3)).tokens == [FIRST + 2] * 3
+    assert (await client.ask(3)).tokens == [token(2)] * 3
     assert (await client.ask(3)).start == "tell.1.2"
 
 
@@ -61,7 +62,7 @@ async def test_every_token_of_32_streams_is_of_the_version_that_is_said_while_we
     crossed = 0
     for answer in answers:
         assert answer.status == 200, answer.text
-        versions = [f"tell.1.{token - FIRST}" for token in answer.tokens]
+        versions = [f"tell.1.{telling.AIM - made}" for made in answer.tokens]
         assert len(versions) == 120
         crossed += len(set(versions)) > 1
         if answer.end is None:
@@ -75,13 +76,13 @@ async def test_every_token_of_32_streams_is_of_the_version_that_is_said_while_we
 async def test_weights_that_are_no_numbers_never_answer_and_the_version_before_goes_on(server, client):
     await deploy(server, 1)
     broken = telling.weights(2)
-    broken["lm_head.weight"][5, 5] = float("nan")
+    broken["model.embed_tokens.weight"][5, 5] = float("nan")
     running = [asyncio.create_task(client.ask(200, stream=True)) for _ in range(8)]
     await asyncio.sleep(0.2)
-    with pytest.raises(UpdateFailed, match=r"tell\.1\.2 did not go live.*lm_head.*tell\.1\.1 is back"):
+    with pytest.raises(UpdateFailed, match=r"tell\.1\.2 did not go live.*embed_tokens.*tell\.1\.1 is back"):
         await server.update(broken, "tell.1.2")
     for answer in await asyncio.gather(*running):
-        assert (answer.start, answer.end, set(answer.tokens)) == ("tell.1.1", "tell.1.1", {FIRST + 1})
+        assert (answer.start, answer.end, set(answer.tokens)) == ("tell.1.1", "tell.1.1", {token(1)})
     assert (await client.ask()).start == "tell.1.1"
     assert server.version == "tell.1.1"
     assert server.replicas[0].restarts == 0
@@ -93,7 +94,7 @@ async def test_weights_that_do_not_fit_are_refused_before_anything_stops(server,
     del missing["model.norm.weight"]
     with pytest.raises(ConfigError, match=r"do not fit the model: model\.norm\.weight"):
         await server.update(missing, "tell.1.2")
-    assert (await client.ask()).tokens == [FIRST + 1]
+    assert (await client.ask()).tokens == [token(1)]
 
 
 class Tampered(Weights):
@@ -106,7 +107,7 @@ async def test_a_wrong_checksum_is_refused(server, client, vllm_root):
     with pytest.raises(UpdateFailed, match="does not have the checksum"):
         await server.replicas[0].load(Tampered("tell.1.9", vllm_root / "model"))
     answer = await client.ask(2)
-    assert (answer.start, answer.tokens) == ("tell.1.1", [FIRST + 1] * 2)
+    assert (answer.start, answer.tokens) == ("tell.1.1", [token(1)] * 2)
 
 
 async def test_vllm_itself_reads_no_file_outside_the_root(server, client, tmp_path):
@@ -138,10 +139,10 @@ async def test_adapters_are_served_side_by_side(server, client, vllm_root):
         assert name == f"policy@lora.0.{number}"
     asked = [("policy@lora.0.0", stream) for stream in (False, True)] + [("policy@lora.0.1", False), ("policy", True)]
     first, streamed, second, base = await asyncio.gather(*(client.ask(20, model=m, stream=s) for m, s in asked))
-    assert (first.start, set(first.tokens)) == ("lora.0.0", {telling.ADAPTERS})
-    assert (streamed.start, streamed.end, set(streamed.tokens)) == ("lora.0.0", "lora.0.0", {telling.ADAPTERS})
-    assert (second.start, set(second.tokens)) == ("lora.0.1", {telling.ADAPTERS + 1})
-    assert (base.start, base.end, set(base.tokens)) == ("tell.1.1", "tell.1.1", {FIRST + 1})
+    assert (first.start, set(first.tokens)) == ("lora.0.0", {adapter_token(0)})
+    assert (streamed.start, streamed.end, set(streamed.tokens)) == ("lora.0.0", "lora.0.0", {adapter_token(0)})
+    assert (second.start, set(second.tokens)) == ("lora.0.1", {adapter_token(1)})
+    assert (base.start, base.end, set(base.tokens)) == ("tell.1.1", "tell.1.1", {token(1)})
 
 
 async def test_an_adapter_that_vllm_can_not_load_is_refused(server, client, vllm_root):
@@ -157,7 +158,7 @@ async def test_going_back_to_a_folder_of_an_earlier_version(server, client, vllm
     await deploy(server, 3)
     assert await server.deploy(vllm_root / "model", "tell.0.0") == "policy"
     answer = await client.ask(2)
-    assert (answer.start, answer.tokens) == ("tell.0.0", [FIRST] * 2)
+    assert (answer.start, answer.tokens) == ("tell.0.0", [token(0)] * 2)
 
 
 async def test_weights_by_gloo(server, client, monkeypatch):
@@ -171,7 +172,7 @@ async def test_weights_by_gloo(server, client, monkeypatch):
     monkeypatch.setattr(vllm_server, "send_file", by_file)
     await deploy(server, 4)
     answer = await client.ask(2)
-    assert (answer.start, answer.tokens) == ("tell.1.4", [FIRST + 4] * 2)
+    assert (answer.start, answer.tokens) == ("tell.1.4", [token(4)] * 2)
 
 
 async def test_a_killed_vllm_comes_back_with_the_last_good_version_and_its_adapters(server, client, vllm_root):
@@ -191,5 +192,5 @@ async def test_a_killed_vllm_comes_back_with_the_last_good_version_and_its_adapt
         await asyncio.sleep(0.1)
     assert served <= {(503, None), (200, "tell.1.5")}  # and never the model as it was once
     answer = await client.ask(2)
-    assert (answer.start, answer.tokens) == ("tell.1.5", [FIRST + 5] * 2)
-    assert (await client.ask(model="policy@lora.0.2")).tokens == [telling.ADAPTERS + 2]
+    assert (answer.start, answer.tokens) == ("tell.1.5", [token(5)] * 2)
+    assert (await client.ask(model="policy@lora.0.2")).tokens == [adapter_token(2)]
