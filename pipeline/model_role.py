@@ -12,7 +12,6 @@ from millstream.consumers.control import ControlFollower
 from millstream.consumers.port import Log
 from millstream.pipeline.model_server import UpdateFailed
 from millstream.pipeline.vllm_server import VllmServer
-from millstream.pipeline.weights import Weights
 from millstream.producers.control import publish_control
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.model_commands import ANSWER, COMMAND, ModelAnswer, ModelCommand, ServerState
@@ -47,11 +46,14 @@ class ModelRole:
         try:
             await follower.start()
             used = self._used(self._table)
-            whole = [arm for arm in used if not self._is_adapter(arm)]
-            await self._server.start(
-                _weights(whole[0]) if whole else None,
-                {arm.served_as: _weights(arm) for arm in used if self._is_adapter(arm)},
-            )
+            adapters, whole = {}, None  # as it was when this ended
+            for arm in used:
+                weights = self._server.weights(arm.weights, arm.version, lora=self._is_adapter(arm))
+                if self._is_adapter(arm):
+                    adapters[arm.served_as] = weights
+                else:
+                    whole = weights
+            await self._server.start(whole, adapters)
             if not used:
                 base = self._server.base
                 await self._publish(self._table.deploy(self._model, self._arm(self._model, base.version, base.folder)))
@@ -152,7 +154,3 @@ class ModelRole:
 
     def _is_adapter(self, arm: Arm) -> bool:
         return arm.served_as != self._model
-
-
-def _weights(arm: Arm) -> Weights:
-    return Weights(arm.version, Path(arm.weights))

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Final, Literal
 import aiohttp
 
 import millstream.deploy.vllm as plugins
+from millstream.deploy.kafka.local import free_port
 from millstream.pipeline.processes import die_with_parent
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.settings import Settings
@@ -154,10 +154,3 @@ class VllmProcess:
 
     def _last_lines(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
-
-
-def free_port() -> int:
-    """One that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])

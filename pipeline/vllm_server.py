@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
 
+from millstream.deploy.kafka.local import free_port
 from millstream.pipeline.http_backend import MODEL_VERSION_HEADER
 from millstream.pipeline.model_server import UpdateFailed
 from millstream.pipeline.vllm_process import VllmOptions, VllmProcess
@@ -160,8 +161,7 @@ class Replica:
             await self.process.kill()  # `_keep` does the rest, when the lock is free
 
     async def _by_gpu(self, tensors: "Mapping[str, Tensor]", version: str) -> None:
-        from millstream.pipeline.vllm_gpu import GpuSender
-        from millstream.pipeline.vllm_process import free_port
+        from millstream.pipeline.vllm_gpu import GpuSender  # needs vLLM here
 
         if self._gpu is None:
             workers = await self._workers()
@@ -224,7 +224,7 @@ class VllmServer:
         self._folder = folder
         self._options = options
         self._root = settings.weights_root
-        self.base = allowed(model, self._root, check_version(version))
+        self.base = self.weights(model, version)
         self._shapes = self.base.shapes()
         processes = [
             VllmProcess(model, options, settings, folder / "log", f"vllm-{i}", port and port + i)
@@ -272,9 +272,13 @@ class VllmServer:
         await self._everywhere(lambda replica: replica.load(saved, weights), lambda replica: replica.load(before))
         await asyncio.to_thread(prune, self._folder / "versions", [before, saved])
 
+    def weights(self, folder: str | Path, version: str, *, lora: bool = False) -> Weights:
+        """Raises `ConfigError` if they are not to be loaded."""
+        return allowed(folder, self._root, check_version(version), lora=lora)
+
     async def deploy(self, folder: Path, version: str, *, lora: bool = False) -> str:
         """See `ModelServer.deploy`. An adapter is served as NAME@VERSION."""
-        found = allowed(folder, self._root, check_version(version), lora=lora)
+        found = self.weights(folder, version, lora=lora)
         name = self._options.names[0]
         if lora:
             if not self._options.adapters:
