@@ -4,7 +4,6 @@ routing table once the weights that it speaks of are served."""
 import asyncio
 import logging
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -14,6 +13,7 @@ from millstream.pipeline.model_server import UpdateFailed
 from millstream.pipeline.vllm_server import VllmServer
 from millstream.producers.control import publish_control
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.ids import new_id
 from millstream.schemas.model_commands import ANSWER, COMMAND, ModelAnswer, ModelCommand, ServerState
 from millstream.schemas.records import Control
 from millstream.schemas.routing import KIND as ROUTING
@@ -35,16 +35,16 @@ class ModelRole:
         self._model = model
         self._upstream = upstream
         self._producer = log.producer()
-        self._table = RoutingTable()
+        self._follower = ControlFollower(log, topics, on_control=self._hear)
+        self._table = RoutingTable()  # in force
         self._told: ServerState | None = None
         self._waiting: dict[str, Control] = {}  # commands without an answer, in the order of the log
         self._heard = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop``. Raises `MillstreamError` if the model can't be served."""
-        follower = ControlFollower(self._log, self._topics, on_control=self._hear)
         try:
-            await follower.start()
+            await self._follower.start()
             used = self._used(self._table)
             adapters, whole = {}, None  # as it was when this ended
             for arm in used:
@@ -56,7 +56,8 @@ class ModelRole:
             await self._server.start(whole, adapters)
             if not used:
                 base = self._server.base
-                await self._publish(self._table.deploy(self._model, self._arm(self._model, base.version, base.folder)))
+                arm = self._arm(self._model, base.version, base.folder)
+                await self._publish(self._table.deploy(self._model, arm), "")
             while not stop.is_set():
                 await self._tell()
                 while self._waiting:
@@ -67,7 +68,7 @@ class ModelRole:
                 for wait in waits:
                     wait.cancel()
         finally:
-            await follower.close()
+            await self._follower.close()
             await self._server.close()
             await asyncio.to_thread(self._producer.close)
 
@@ -87,11 +88,10 @@ class ModelRole:
             command = ModelCommand.from_control(record)
             if command.model != self._model:
                 return
-            mark = f"[{command.command_id}]"
+            mark = f" [{command.command_id}]"
             # The table may be out, and the answer not, when this process ended in between.
             if not self._table.reason.endswith(mark):
-                table = await self._do(command)
-                await self._publish(replace(table, reason=f"{table.reason} {mark}"))
+                await self._publish(await self._do(command), mark)
             answer = ModelAnswer(command_id=record.name, table_id=self._table.table_id)
         except (ConfigError, UpdateFailed) as error:
             answer = ModelAnswer(command_id=record.name, error=str(error))
@@ -103,6 +103,11 @@ class ModelRole:
         if command.action == "deploy":
             name = f"{self._model}@{command.version}" if command.lora else self._model
             arm = self._arm(name, command.version, Path(command.folder))
+            for known in self._table.models.get(self._model, ()):
+                if known.version == arm.version and (known.served_as, known.weights) != (name, arm.weights):
+                    raise ConfigError(
+                        f"{self._model} {arm.version} is that of {known.weights}: these need a version of their own"
+                    )
             table = self._table.deploy(self._model, arm)
         elif command.action == "rollback":
             table = self._table.rollback(self._model, command.version)
@@ -122,10 +127,13 @@ class ModelRole:
                 await self._server.deploy(Path(arm.weights), arm.version)
         return table
 
-    async def _publish(self, table: RoutingTable) -> None:
-        await publish_control(self._producer, self._topics, table.to_control(time.time_ns()))
-        self._table = table
-        kept = {arm.served_as for arm in table.models[self._model]}
+    async def _publish(self, table: RoutingTable, mark: str) -> None:
+        """This model's part of ``table``, beside what others have said meanwhile of theirs."""
+        await self._follower.wait_until_current()
+        models = {**self._table.models, self._model: table.models[self._model]}
+        self._table = RoutingTable(table_id=new_id(), models=models, reason=table.reason + mark)
+        await publish_control(self._producer, self._topics, self._table.to_control(time.time_ns()))
+        kept = {arm.served_as for arm in models[self._model]}
         for name in set(self._server.adapters) - kept:
             await self._server.remove_adapter(name)
 

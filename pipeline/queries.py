@@ -70,14 +70,14 @@ SELECT
     count() AS rollouts,
     countIf(status = 'failed') AS failures,
     round(avgIf(ifNull(reward, 0), status = 'succeeded'), 4) AS mean_reward,
-    round(1.96 * stddevSampIf(ifNull(reward, 0), status = 'succeeded') / sqrt(rollouts - failures), 4) AS half,
-    round(mean_reward - half, 4) AS ci95_low,
-    round(mean_reward + half, 4) AS ci95_high
+    round(1.96 * stddevSampIf(ifNull(reward, 0), status = 'succeeded') / sqrt(rollouts - failures), 4) AS plus_minus,
+    round(mean_reward - plus_minus, 4) AS ci95_low,
+    round(mean_reward + plus_minus, 4) AS ci95_high
 FROM arms
 INNER JOIN rollouts ON arms.rollout_id = rollouts.rollout_id
 WHERE status IN ('succeeded', 'failed')
 GROUP BY version
-ORDER BY version
+ORDER BY min(rollouts.created_at), version
 """
 
 _TIMES = ("created_at", "started_at", "ended_at", "last_seen", "time")

@@ -147,6 +147,8 @@ class VllmProcess:
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
+            # Longer than proxies keep an idle connection: after vLLM's 5 s, calls meet one that is just being closed.
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",
             **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if self._options.adapters else {}),
             # Over HTTP, handles of GPU memory travel pickled: only to who has the token.
             **({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if self._options.transfer == "ipc" else {}),

@@ -75,28 +75,30 @@ class Replica:
 
     async def load(self, new: Weights, tensors: "Mapping[str, Tensor] | None" = None) -> None:
         """Raises `UpdateFailed` when the version before answers again instead. ``tensors``: the same weights in memory,
-        for transfers other than by file. A replica that is down comes back with the new ones."""
+        for transfers other than by file."""
         async with self._lock:
-            if self.alive:
-                try:
-                    await self._swap(new, tensors)
-                except _FAILURES as error:
-                    await self._restore()
-                    raise UpdateFailed(
-                        f"{new.version} did not go live at {self.process.url}: {error}; {self.good.version} is back"
-                    ) from error
+            self._check_alive()
+            try:
+                await self._swap(new, tensors)
+            except _FAILURES as error:
+                await self._restore()
+                raise UpdateFailed(
+                    f"{new.version} did not go live at {self.process.url}: {error}; {self.good.version} is back"
+                ) from error
             self.good = new
 
     async def add_adapter(self, name: str, adapter: Weights) -> None:
         """Raises `UpdateFailed` if it does not answer; it is not served then."""
         async with self._lock:
-            if self.alive and name not in self.adapters:
-                try:
-                    await self._load_adapter(name, adapter)
-                except _FAILURES as error:
-                    with suppress(*_FAILURES):
-                        await self._post("/v1/unload_lora_adapter", {"lora_name": name})
-                    raise UpdateFailed(f"adapter {name} is not served at {self.process.url}: {error}") from error
+            self._check_alive()
+            if name in self.adapters:
+                return
+            try:
+                await self._load_adapter(name, adapter)
+            except _FAILURES as error:
+                with suppress(*_FAILURES):
+                    await self._post("/v1/unload_lora_adapter", {"lora_name": name})
+                raise UpdateFailed(f"adapter {name} is not served at {self.process.url}: {error}") from error
             self.adapters[name] = adapter
 
     async def remove_adapter(self, name: str) -> None:
@@ -105,17 +107,25 @@ class Replica:
                 with suppress(*_FAILURES):
                     await self._post("/v1/unload_lora_adapter", {"lora_name": name})
 
+    def _check_alive(self) -> None:
+        if not self.alive:
+            raise UpdateFailed(f"vLLM at {self.process.url} is down, and being started again; see {self.process.log}")
+
     async def _begin(self) -> None:
         """Until it has its weights, its middleware lets nobody in."""
         await self.process.start()
         self._gpu = None
         try:
             await self._swap(self.good)
-            for name, adapter in self.adapters.items():
-                await self._load_adapter(name, adapter)
         except _FAILURES as error:
             await self.process.kill()
             raise UpdateFailed(f"vLLM does not take {self.good.version}: {error}; see {self.process.log}") from error
+        for name, adapter in list(self.adapters.items()):
+            try:
+                await self._load_adapter(name, adapter)
+            except _FAILURES as error:
+                logger.error("adapter %s is served no more at %s: %s", name, self.process.url, error)
+                del self.adapters[name]
 
     async def _keep(self) -> None:
         """Starts it again whenever it has ended."""
