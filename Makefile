@@ -5,9 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/.ready
 CREWAI := .venv-crewai/bin
 CREWAI_STAMP := .venv-crewai/.ready
+VLLM_STAMP := .venv-vllm/.ready
 UV := .venv-uv/bin/uv
 export UV_COMPILE_BYTECODE := 1
-.PHONY: setup setup-crewai demo demo-kafka test test-all lint types bench chaos clean
+.PHONY: setup setup-crewai vllm demo demo-kafka demo-vllm test test-all lint types bench chaos clean
 
 setup: $(STAMP)
 
@@ -29,18 +30,30 @@ $(CREWAI_STAMP): pyproject.toml constraints-crewai.txt | $(UV)
 	$(UV) pip install --quiet --python $(CREWAI)/python -c constraints-crewai.txt -e '.[dev,crewai]'
 	@touch $@
 
+# vLLM on a CPU has an environment of its own: its transformers and verl's exclude each other. Without --no-deps it would ask for
+# torch==2.13.0+cpu and torchvision; the first is on no ordinary index, the second breaks its imports.
+vllm: $(VLLM_STAMP)
+
+$(VLLM_STAMP): constraints-vllm.txt | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv-vllm
+	$(UV) pip install --quiet --python .venv-vllm/bin/python --no-deps -r constraints-vllm.txt
+	@touch $@
+
 demo: setup
 	@$(BIN)/python -m examples.calculator.demo --run-dir $(or $(RUN_DIR),runs/demo)
 
 demo-kafka: setup
 	@$(BIN)/python -m examples.calculator.demo --kafka --run-dir $(or $(RUN_DIR),runs/demo-kafka)
 
-test: setup
-	$(BIN)/python -m pytest -m "not slow"
+demo-vllm: setup vllm
+	@$(BIN)/python -m examples.calculator.demo --vllm --run-dir $(or $(RUN_DIR),runs/demo-vllm)
 
-test-all: test setup-crewai
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not vllm"
+
+test-all: test setup-crewai vllm
 	$(CREWAI)/python -m pytest tests/frameworks/test_crewai_crew.py
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow or vllm"
 
 lint: setup
 	$(BIN)/ruff check .

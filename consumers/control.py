@@ -22,12 +22,20 @@ RETRY_S = 1.0  # while the log is away
 
 class ControlFollower:
     """Reads the topic from its beginning, then as it grows. Compaction keeps the active segment, so the last value of
-    each key is kept here. One event loop. ``on_cancel`` is called when something more has been cancelled."""
+    each key is kept here. One event loop. ``on_cancel`` is called when something more has been cancelled, and
+    ``on_control`` with each record; one for which it raises `ConfigError` is left out."""
 
-    def __init__(self, log: Log, topics: Topics, on_cancel: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        log: Log,
+        topics: Topics,
+        on_cancel: Callable[[], None] = lambda: None,
+        on_control: Callable[[Control], None] = lambda record: None,
+    ) -> None:
         self._log = log
         self._partition = Partition(topics.control, 0)
         self._on_cancel = on_cancel
+        self._on_control = on_control
         self.pauses = False  # whether anything is paused
         self._records: dict[tuple[str, str], Control] = {}
         self._resources: dict[str, Resources] = {}
@@ -129,6 +137,7 @@ class ControlFollower:
                 self._latest[control.experiment_id] = max(known, resources.resources_id)
             elif control.kind == ROUTING and control.name > self.routing.table_id:
                 self.routing = RoutingTable.from_control(control)
+            self._on_control(control)
         except (CodecError, ConfigError) as error:
             logger.warning("%s is left out: %s", record.place, error)
             return

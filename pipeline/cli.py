@@ -22,6 +22,7 @@ from millstream.pipeline.cli_control import app as control_app
 from millstream.pipeline.cli_dataset import app as dataset_app
 from millstream.pipeline.cli_dead import app as dead_app
 from millstream.pipeline.cli_explain import app as explain_app
+from millstream.pipeline.cli_model import app as model_app
 from millstream.pipeline.cli_monitor import app as monitor_app
 from millstream.pipeline.cli_output import Json, err, out, print_rows
 from millstream.pipeline.cli_replay import app as replay_app
@@ -42,6 +43,7 @@ app.add_typer(kafka_app, name="kafka")
 app.add_typer(dead_app, name="dead")
 app.add_typer(explain_app, name="explain")
 app.add_typer(dataset_app, name="dataset")
+app.add_typer(model_app, name="model")
 app.add_typer(schemas_app, name="schemas")
 app.add_typer(store_app, name="store")
 app.add_typer(ask_app)
@@ -267,6 +269,39 @@ def proxy(
             await stop.wait()
 
     _run_role(settings, "proxy", health_port, work)
+
+
+@model_app.command(
+    epilog="Example: millstream model serve runs/model --name policy --adapters 4 --arg=--dtype=bfloat16"
+)
+def serve(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder, below weights_root.")],
+    name: Annotated[str, typer.Option(help="The name that agents ask for.")] = "policy",
+    version: Annotated[str, typer.Option(help="run.epoch.step of what the folder holds.")] = "base.0.0",
+    upstream: Annotated[str, typer.Option(help="Its name in the proxies' settings: [upstreams.NAME].")] = "policy",
+    replicas: Annotated[int, typer.Option(min=1, help="vLLM processes; one at a time gets new weights.")] = 1,
+    port: Annotated[int, typer.Option(min=1, help="Of the first replica, on loopback; the others follow.")] = 8500,
+    adapters: Annotated[int, typer.Option(min=0, help="LoRA adapters of a batch, at most; 0: none.")] = 0,
+    arg: Annotated[
+        list[str] | None, typer.Option(help="A switch of vLLM, as --arg=--dtype=float32; repeat it.")
+    ] = None,
+    log_dir: Annotated[Path, typer.Option(help="Where vLLM's output goes.")] = Path("runs/vllm"),
+    health_port: HealthPort = 0,
+) -> None:
+    """Serve a model with vLLM, and do what `millstream model` asks. Needs `make vllm`, or vLLM on GPUs."""
+    from millstream.pipeline.model_role import ModelRole
+    from millstream.pipeline.vllm_process import VllmOptions
+    from millstream.pipeline.vllm_server import VllmServer
+
+    settings = load_settings()
+    options = VllmOptions(names=(name,), args=tuple(arg or ()), adapters=adapters)
+    server = VllmServer(folder, options, settings, log_dir, version=version, replicas=replicas, port=port)
+
+    async def work(health: Health, stop: asyncio.Event) -> None:
+        health.trouble = lambda: None if all(r.alive for r in server.replicas) else "a vLLM process is down"
+        await ModelRole(health.log, settings.topics, server, name, upstream).run(stop)
+
+    _run_role(settings, "model", health_port, work)
 
 
 @app.command(epilog="Example: millstream train examples/calculator/train.toml")

@@ -54,6 +54,32 @@ GROUP BY model_version
 ORDER BY min(ended_at), model_version
 """
 
+# The arms of a model side by side: rewards of the rollouts that succeeded (none given counts as 0), with the normal
+# approximation's 95 % confidence interval. A rollout that met two versions is no arm's: `mixed`.
+COMPARE_VERSIONS: Final = """
+WITH arms AS (
+    SELECT
+        RolloutId AS rollout_id,
+        if(uniqExact(ModelVersion) > 1, 'mixed', any(assumeNotNull(ModelVersion))) AS version
+    FROM spans
+    WHERE Source = 'proxy' AND SpanAttributes['gen_ai.request.model'] = {model:String} AND ModelVersion IS NOT NULL
+    GROUP BY RolloutId
+)
+SELECT
+    version AS model_version,
+    count() AS rollouts,
+    countIf(status = 'failed') AS failures,
+    round(avgIf(ifNull(reward, 0), status = 'succeeded'), 4) AS mean_reward,
+    round(1.96 * stddevSampIf(ifNull(reward, 0), status = 'succeeded') / sqrt(rollouts - failures), 4) AS plus_minus,
+    round(mean_reward - plus_minus, 4) AS ci95_low,
+    round(mean_reward + plus_minus, 4) AS ci95_high
+FROM arms
+INNER JOIN rollouts ON arms.rollout_id = rollouts.rollout_id
+WHERE status IN ('succeeded', 'failed')
+GROUP BY version
+ORDER BY min(rollouts.created_at), version
+"""
+
 _TIMES = ("created_at", "started_at", "ended_at", "last_seen", "time")
 
 

@@ -3,10 +3,11 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from secrets import token_hex
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
@@ -17,23 +18,24 @@ from millstream.consumers.port import Log
 from millstream.consumers.runner import Runner
 from millstream.consumers.sink import SinkRole
 from millstream.consumers.triplets import ToTriplets
+from millstream.pipeline.asgi import is_loopback
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
+from millstream.pipeline.model_server import ModelServer
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.serving import serve
 from millstream.pipeline.store import ClickHouseStore
-from millstream.pipeline.trainer import ModelServer, Strategy
+from millstream.pipeline.trainer import Strategy
+from millstream.pipeline.vllm_process import HOST, VllmOptions
+from millstream.pipeline.vllm_server import VllmServer
+from millstream.schemas.errors import ConfigError
 from millstream.schemas.settings import Settings
-
-if TYPE_CHECKING:  # needs the `train` extra
-    from millstream.pipeline.engine import Engine
-
 
 ANYWHERE: Final = "http://127.0.0.1:0"
 
 
 class MemoryStrategy:
-    """Everything in this process: in-memory log, embedded store in the run's folder, the engine served on loopback."""
+    """Everything here but vLLM: in-memory log, embedded store in the run's folder, the engine on loopback."""
 
     @asynccontextmanager
     async def running(
@@ -45,16 +47,15 @@ class MemoryStrategy:
         run_dir: Path,
         to_triplets: ToTriplets,
         hooks: Sequence[Hook | str] = (),
+        vllm: VllmOptions | None = None,
     ) -> AsyncIterator[tuple[Log, ModelServer | None]]:
         settings = settings.model_copy(update={"clickhouse_dsn": f"chdb://{(run_dir / 'store').resolve()}"})
         log = MemoryLog(settings.topics)
         async with AsyncExitStack() as stack:
-            engine = await _engine(stack, model)
-            if engine is not None:
-                url = await stack.enter_async_context(_served(engine, ANYWHERE))
-                settings = settings.model_copy(update={"model_url": url, "upstreams": {}, "routes": {}})
-            await stack.enter_async_context(_roles(log, settings, agent, engine, to_triplets, hooks))
-            yield log, engine
+            server, url = await _model_server(stack, settings, model, run_dir, vllm, ANYWHERE)
+            settings = settings.model_copy(update={"model_url": url, "upstreams": {}, "routes": {}})
+            await stack.enter_async_context(_roles(log, settings, agent, to_triplets, hooks))
+            yield log, server
 
 
 class KafkaStrategy:
@@ -71,35 +72,48 @@ class KafkaStrategy:
         run_dir: Path,
         to_triplets: ToTriplets,
         hooks: Sequence[Hook | str] = (),
+        vllm: VllmOptions | None = None,
     ) -> AsyncIterator[tuple[Log, ModelServer | None]]:
         log = KafkaLog(settings)
         await log.create_topics()
         async with AsyncExitStack() as stack:
-            engine = await _engine(stack, model)
-            if engine is not None:
-                await stack.enter_async_context(_served(engine, settings.model_url))
+            server, url = await _model_server(stack, settings, model, run_dir, vllm, settings.model_url)
+            settings = settings.model_copy(update={"model_url": url})
             if agent is not None:
-                await stack.enter_async_context(_roles(log, settings, agent, engine, to_triplets, hooks))
-            yield log, engine
+                await stack.enter_async_context(_roles(log, settings, agent, to_triplets, hooks))
+            yield log, server
 
 
+BASE_VERSION: Final = "base.0.0"  # of a model that no trainer has touched yet
 STRATEGIES: Final[dict[str, Callable[[], Strategy]]] = {"memory": MemoryStrategy, "kafka": KafkaStrategy}
 
 
-async def _engine(stack: AsyncExitStack, model: Path | None) -> "Engine | None":
+async def _model_server(
+    stack: AsyncExitStack,
+    settings: Settings,
+    model: Path | None,
+    run_dir: Path,
+    vllm: VllmOptions | None,
+    url: str,
+) -> tuple[ModelServer | None, str]:
+    """Serves the model at ``url`` (port 0: any free one); the server, and where it is. Without a model: nowhere."""
     if model is None:
-        return None
+        return None, ""
+    if vllm is not None:
+        parts = urlsplit(url)
+        if parts.hostname is None or not is_loopback(parts.hostname):
+            raise ConfigError(f"model_url {url}: vLLM serves this machine alone, at http://{HOST}:PORT")
+        folder = run_dir / "vllm"
+        server = VllmServer(model, vllm, settings, folder, version=BASE_VERSION, port=parts.port or 0)
+        stack.push_async_callback(server.close)
+        await server.start()
+        return server, server.urls[0]
     from millstream.pipeline.engine import Engine
+    from millstream.pipeline.engine_server import engine_app
 
     engine = await asyncio.to_thread(Engine, model)
     stack.push_async_callback(engine.close)
-    return engine
-
-
-def _served(engine: "Engine", url: str) -> AbstractAsyncContextManager[str]:
-    from millstream.pipeline.engine_server import engine_app
-
-    return serve(engine_app(engine), url)
+    return engine, await stack.enter_async_context(serve(engine_app(engine), url))
 
 
 @asynccontextmanager
@@ -107,7 +121,6 @@ async def _roles(
     log: Log,
     settings: Settings,
     agent: Any,
-    engine: "Engine | None",
     to_triplets: ToTriplets,
     hooks: Sequence[Hook | str],
 ) -> AsyncIterator[None]:
@@ -120,7 +133,7 @@ async def _roles(
         stack.callback(store.close)
         await asyncio.to_thread(store.migrate)
         settings = settings.model_copy(update={"proxy_url": "", "proxy_secret": SecretStr(secret)})
-        if engine is not None:
+        if settings.model_url:
             url = await stack.enter_async_context(serve(Proxy(log, settings).app, ANYWHERE))
             settings = settings.model_copy(update={"proxy_url": url})
         adapter = Adapter(

@@ -16,7 +16,9 @@ from millstream.consumers.objects import load_object
 from millstream.consumers.port import Log
 from millstream.pipeline.health import watched
 from millstream.pipeline.live import LiveView
-from millstream.pipeline.trainer import ModelServer, Strategy, Summary, Trainer, strategy_of
+from millstream.pipeline.model_server import ModelServer
+from millstream.pipeline.trainer import Strategy, Summary, Trainer, strategy_of
+from millstream.pipeline.vllm_process import Transfer, VllmOptions
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.settings import Settings, load_settings
 
@@ -37,6 +39,19 @@ class GrpoConfig(BaseModel):
     seed: int = 0
 
 
+class ModelConfig(BaseModel):
+    """What serves the policy: the demo engine, or a vLLM (`make vllm`) that the trainer starts on this machine."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    server: Literal["engine", "vllm"] = "engine"
+    names: tuple[str, ...] = Field(default=("policy",), min_length=1, description="That agents ask vLLM for.")
+    args: tuple[str, ...] = Field(default=(), description='Switches of vLLM, as "--dtype", "float32".')
+    transfer: Transfer = Field(
+        default="file", description="How new weights reach vLLM; nccl and ipc are untested on GPU."
+    )
+
+
 class TrainConfig(BaseModel):
     """The file."""
 
@@ -53,6 +68,7 @@ class TrainConfig(BaseModel):
     stop_reward: float | None = None
     patience: int = Field(3, ge=1)
     seed: int = 0
+    model: ModelConfig = ModelConfig()
     grpo: GrpoConfig
 
 
@@ -118,11 +134,18 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
             seed=config.seed,
             settings=settings,
             on_step=view.on_step,
+            vllm=vllm_options(config.model),
         )
         summary = trainer.fit(tasks, val_tasks)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "train.json").write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
     return summary
+
+
+def vllm_options(config: ModelConfig) -> VllmOptions | None:
+    if config.server == "engine":
+        return None
+    return VllmOptions(names=config.names, args=config.args, transfer=config.transfer)
 
 
 def make_grpo(config: GrpoConfig) -> Any:

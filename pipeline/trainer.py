@@ -21,6 +21,8 @@ from millstream.consumers.triplets import ToTriplets, TripletMaker
 from millstream.pipeline.batches import Algorithm, FinishedRollout, Group
 from millstream.pipeline.blocking import run_blocking
 from millstream.pipeline.collector import Collector
+from millstream.pipeline.model_server import ModelServer
+from millstream.pipeline.vllm_process import VllmOptions
 from millstream.producers.control import publish_control, publish_resources
 from millstream.producers.port import Producer
 from millstream.producers.tasks import TaskPublisher
@@ -36,13 +38,6 @@ logger = logging.getLogger(__name__)
 Task = Any  # what the agent is called with; JSON
 
 
-class ModelServer(Protocol):
-    """Where the policy is served from."""
-
-    async def update(self, weights: Mapping[str, Any], version: str) -> None:
-        """The new weights answer from now on; each answer is made by exactly one version."""
-
-
 class Strategy(Protocol):
     """How the roles run. Entered, it gives a log on which tasks are picked up and settled, and the model's server (None
     without an algorithm)."""
@@ -56,6 +51,7 @@ class Strategy(Protocol):
         run_dir: Path,
         to_triplets: ToTriplets,
         hooks: Sequence[Hook | str],
+        vllm: VllmOptions | None,
     ) -> AbstractAsyncContextManager[tuple[Log, ModelServer | None]]: ...
 
 
@@ -104,7 +100,7 @@ class Trainer:
     where the adapter runs in this process, ``hooks`` (objects or ``module:attribute``) surround each attempt of an
     agent given here. Training ends after ``max_steps``, or when each
     of ``patience`` steps in a row has a mean reward of at least ``stop_reward`` and so has a validation then; if that
-    falls short, it goes on.
+    falls short, it goes on. The policy is served by the demo engine or, as ``vllm`` says, by a vLLM of this process.
     """
 
     def __init__(
@@ -126,6 +122,7 @@ class Trainer:
         settings: Settings | None = None,
         on_step: Callable[[StepReport], None] = lambda report: None,
         hooks: Sequence[Hook | str] = (),
+        vllm: VllmOptions | None = None,
     ) -> None:
         if runner is not None and agent is not None:
             raise ConfigError("agent and runner are two ways to name what runs: give one of them")
@@ -133,6 +130,7 @@ class Trainer:
         if hooks and agent is None:
             raise ConfigError("hooks run where the agent does: give the runners --hook module:attribute")
         self._hooks = hooks
+        self._vllm = vllm
         self._algorithm = algorithm
         self._agent = agent
         self._strategy = strategy_of(strategy) if isinstance(strategy, str) else strategy
@@ -193,6 +191,7 @@ class Trainer:
             run_dir=self._run_dir,
             to_triplets=self._adapter,
             hooks=self._hooks,
+            vllm=self._vllm,
         )
 
 

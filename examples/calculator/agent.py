@@ -16,7 +16,7 @@ def agent(task: dict[str, Any], rollout: Any = None) -> int:
     messages: list[Any] = [{"role": "user", "content": f"{task['question']} ?"}]
     for step, operand in enumerate(operands):
         completion = client.chat.completions.create(model="calculator", messages=messages, max_tokens=1)
-        word = completion.choices[0].message.content or ""
+        word = (completion.choices[0].message.content or "").strip()
         tool_called(word, known=word in TOOLS)
         if word in TOOLS:
             result = TOOLS[word](result, operand)

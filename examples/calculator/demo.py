@@ -48,11 +48,22 @@ stop_reward = 0.97
 patience = 3
 seed = {seed}
 
+{model}
 [grpo]
 model = "{run_dir}/model"
 groups_per_step = {groups}
 lr = {lr}
 seed = {seed}
+"""
+VLLM = """\
+[model]
+server = "vllm"
+names = ["calculator"]
+args = [
+    "--tokenizer", "{run_dir}/tokenizer",
+    "--dtype", "float32", "--max-model-len", "256", "--enforce-eager",
+    "--kv-cache-memory-bytes", "134217728", "--gpu-memory-utilization", "0.2",
+]
 """
 AGENT = "examples.calculator.agent:agent"
 
@@ -62,6 +73,7 @@ console = Console()
 def main(
     run_dir: Annotated[Path, typer.Option(help="Where the run goes; what an earlier run left there is removed.")],
     kafka: Annotated[bool, typer.Option(help="Over Kafka, every role its own process.")] = False,
+    vllm: Annotated[bool, typer.Option(help="The model is served by a real vLLM; `make vllm` sets it up.")] = False,
     max_steps: Annotated[int, typer.Option(min=1)] = 100,
     groups: Annotated[int, typer.Option(min=1, help="Questions in a step, with eight rollouts each.")] = 16,
     lr: Annotated[float, typer.Option(min=0, help="0 is the control: nothing may be learnt.")] = 5e-4,
@@ -74,7 +86,7 @@ def main(
     began = time.monotonic()
     run_dir = run_dir.resolve()
     try:
-        prepare(run_dir, "" if kafka else agent, max_steps, groups, lr, seed)
+        prepare(run_dir, "" if kafka else agent, vllm, max_steps, groups, lr, seed)
         settings = over_kafka(run_dir, agent, adapter) if kafka else in_process(run_dir, adapter)
         summary = close(run_dir, settings, time.monotonic() - began)
     except MillstreamError as error:
@@ -91,7 +103,7 @@ def main(
     raise typer.Exit(0 if learnt else 1)
 
 
-def prepare(run_dir: Path, agent: str, max_steps: int, groups: int, lr: float, seed: int) -> None:
+def prepare(run_dir: Path, agent: str, vllm: bool, max_steps: int, groups: int, lr: float, seed: int) -> None:
     """Model, tasks and ``train.toml``, in a folder without traces of an earlier run. Without an agent, for Kafka.
     A validation is as large as a step."""
     from transformers.utils.logging import disable_progress_bar  # torch takes its time
@@ -99,18 +111,30 @@ def prepare(run_dir: Path, agent: str, max_steps: int, groups: int, lr: float, s
     from examples.calculator import model
 
     run_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("store", "checkpoints", "model", "kafka", "log"):
+    for name in ("store", "checkpoints", "model", "tokenizer", "vllm", "kafka", "log"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in ("train.json", "summary.json"):
         (run_dir / name).unlink(missing_ok=True)
     disable_progress_bar()  # there is a live view
     model.create(run_dir / "model", seed)
+    if vllm:
+        model.create_tokenizer(run_dir / "tokenizer")
+        os.environ["MILLSTREAM_WEIGHTS_ROOT"] = str(run_dir)
+        os.environ.setdefault("MILLSTREAM_RUNNER_CONCURRENCY", "32")  # vLLM is fast when it is asked for much at once
     for mode, count in (("train", TRAIN_TASKS), ("val", 8 * groups)):
         lines = [json.dumps({"input": task}) for task in make_tasks(count, mode, seed)]  # type: ignore[arg-type]
         (run_dir / f"{mode}.jsonl").write_text("\n".join(lines) + "\n")
     where = f'strategy = "memory"\nagent = "{agent}"' if agent else 'strategy = "kafka"'
     (run_dir / "train.toml").write_text(
-        CONFIG.format(run_dir=run_dir, where=where, max_steps=max_steps, groups=groups, lr=lr, seed=seed)
+        CONFIG.format(
+            run_dir=run_dir,
+            where=where,
+            max_steps=max_steps,
+            groups=groups,
+            lr=lr,
+            seed=seed,
+            model=VLLM.format(run_dir=run_dir) if vllm else "",
+        )
     )
 
 

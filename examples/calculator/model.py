@@ -1,5 +1,6 @@
 """The calculator's model before it has learnt anything: a tiny Qwen2 from random weights, as a Hugging Face folder."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -31,16 +32,7 @@ def vocabulary() -> list[str]:
 def create(folder: str | Path, seed: int = 0) -> None:
     """Writes model and tokenizer to ``folder``; the same seed gives the same weights."""
     words = vocabulary()
-    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
-    core.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token=UNKNOWN,
-        pad_token=PAD,
-        eos_token=END,
-        additional_special_tokens=[START],
-        chat_template=CHAT_TEMPLATE,
-    )
+    make_tokenizer(words).save_pretrained(folder)
     config = Qwen2Config(
         vocab_size=len(words),
         hidden_size=128,
@@ -59,4 +51,23 @@ def create(folder: str | Path, seed: int = 0) -> None:
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+
+
+def create_tokenizer(folder: str | Path) -> None:
+    """Writes a folder for vLLM's ``--tokenizer``. From the model's it would load Qwen's own kind of tokenizer, whatever
+    the folder says: so does transformers with every Qwen2. Beside another kind of model it reads what is there."""
+    make_tokenizer(vocabulary()).save_pretrained(folder)
+    (Path(folder) / "config.json").write_text(json.dumps({"model_type": "llama"}))
+
+
+def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
+    core.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        unk_token=UNKNOWN,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[START],
+        chat_template=CHAT_TEMPLATE,
+    )

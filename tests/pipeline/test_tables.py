@@ -12,7 +12,7 @@ from millstream.consumers.rows import to_rows
 from millstream.pipeline import migrations
 from millstream.pipeline.cli import app
 from millstream.pipeline.migrations import locked, packaged_migrations
-from millstream.pipeline.queries import granules_read
+from millstream.pipeline.queries import COMPARE_VERSIONS, granules_read
 from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, StoreError
@@ -121,6 +121,45 @@ def test_a_roll_up_of_some_minutes_leaves_the_rest_unread(store):
     for view in ROLL_UPS:
         read = granules_read(store, f"SELECT * FROM {view} WHERE minute >= {at}")
         assert [(row[3], "idx_time" in row[5]) for row in read.rows] == [(0, True)], view
+
+
+def test_versions_of_a_model_are_compared_by_the_rollouts_that_each_served(store):
+    values = []
+    for versions, rewards in ((["m.0.1"], [0, 1, 0, 1, None]), (["m.0.2"], [1, 1, 1]), (["m.0.1", "m.0.2"], [1, 0])):
+        for reward in rewards:
+            task = factories.task()
+            values += [factories.event(task, "a", status.PREPARING, time=factories.T0)]
+            for n, version in enumerate(versions):
+                said = {"gen_ai.request.model": "policy"}
+                values += [factories.call(task, "a", str(n), sequence=n, attributes=said, model_version=version)]
+            other = {"gen_ai.request.model": "gpt"}  # is no arm of the policy
+            values += [factories.call(task, "a", "x", sequence=7, attributes=other, model_version="gpt.0.0")]
+            values += [
+                RolloutEnd(
+                    rollout_id=task.rollout_id,
+                    group_id="g",
+                    group_size=1,
+                    status="failed" if reward is None else "succeeded",
+                    attempts=1,
+                    reward=reward,
+                    created_at=factories.T0,
+                    started_at=factories.T0,
+                    ended_at=factories.T0 + 1,
+                )
+            ]
+    insert(store, logged(*values))
+    compared = store.sql(COMPARE_VERSIONS, {"model": "policy"}).records()
+    assert [(row["model_version"], row["rollouts"], row["failures"]) for row in compared] == [
+        ("m.0.1", 5, 1),
+        ("m.0.2", 3, 0),
+        ("mixed", 2, 0),
+    ]
+    first, second, _ = compared
+    half = 1.96 * (1 / 3) ** 0.5 / 2  # of 0, 1, 0, 1
+    assert (first["mean_reward"], first["ci95_low"], first["ci95_high"]) == pytest.approx(
+        (0.5, 0.5 - half, 0.5 + half), abs=1e-4
+    )
+    assert (second["mean_reward"], second["ci95_low"], second["ci95_high"]) == (1, 1, 1)
 
 
 # --- what others rely on

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from millstream.pipeline.train_config import train_from
+from millstream.pipeline.train_config import load_config, train_from
 from millstream.schemas.errors import ConfigError
 
 CONFIG = """
@@ -35,6 +35,13 @@ def agent(input):
 
 
 @pytest.mark.torch
+def test_a_model_server_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "train.toml"
+    file.write_text(CONFIG.replace("AGENT", "") + '\n[model]\nserver = "vlm"\nport = 1\n')
+    with pytest.raises(ConfigError, match=r"model\.server: Input should be 'engine' or 'vllm'; model\.port: Extra"):
+        load_config(file)
+
+
 def test_hooks_of_the_file_surround_the_agent_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from examples.calculator import model
 

@@ -1,0 +1,136 @@
+"""Extension of vLLM's workers (``--worker-extension-cls millstream_worker.Worker``): weights as files, or by gloo.
+
+Importing it registers the weight-transfer engines ``millstream`` (for any device), ``millstream_nccl`` and
+``millstream_ipc``: vLLM's own, which take files as well. The last two are untested on GPU.
+
+It lives in vLLM's environment, where millstream is not installed: nothing of it is imported here.
+"""
+
+import hashlib
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
+
+dist: Any = torch.distributed
+ROOT_VARIABLE = "MILLSTREAM_WEIGHTS_ROOT"  # files lie below it
+CANARY_TOKENS = 8
+GLOO_S = 60.0
+
+
+class Worker:
+    """Methods for ``/collective_rpc``. vLLM mixes it into its worker class."""
+
+    def millstream_canary(self) -> str:
+        """Runs the model once, with attention, outside the scheduler: what is paused stays paused. What is wrong: a
+        parameter or a result that is not a number."""
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        for name, parameter in runner.model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                return f"{name} holds values that are not numbers"
+        hidden, _ = runner._dummy_run(CANARY_TOKENS, force_attention=True)
+        return "" if torch.isfinite(hidden).all() else "what the model computes is not a number"
+
+
+class _Files:
+    """An engine that also takes ``{"files": {path: sha256}}`` and ``{"gloo": {…}}``. Checked whole before anything of
+    the model is touched."""
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if "files" in update_info:
+            self._load([tensor for path, digest in update_info["files"].items() for tensor in _read(path, digest)])
+        elif "gloo" in update_info:
+            self._load(self._receive(**update_info["gloo"]))
+        else:
+            super().update_weights(update_info)  # type: ignore[misc]
+
+    def _load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        model: Any = self.model  # type: ignore[attr-defined]
+        try:
+            model.load_weights(weights)
+        except Exception:
+            for layer in model.modules():  # what has come so far must not count towards the next update
+                info = get_layerwise_info(layer)
+                if info.can_load():
+                    info.load_numel, info.loaded_weights = 0, []
+            raise
+
+    def _receive(self, host: str, port: int, tensors: list[Any], sha256: str) -> list[tuple[str, torch.Tensor]]:
+        """Broadcast by rank 0, one after another; ``tensors`` are name, dtype and shape of each."""
+        parallel = self.parallel_config  # type: ignore[attr-defined]
+        size, timeout = parallel.world_size_across_dp + 1, timedelta(seconds=GLOO_S)
+        rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        store = dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
+        group = dist.ProcessGroupGloo(store, rank, size, timeout)
+        digest, weights = hashlib.sha256(), []
+        for name, dtype, shape in tensors:
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            group.broadcast(tensor, 0).wait()
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+            weights.append((name, tensor))
+        if digest.hexdigest() != sha256:
+            raise ValueError("the weights that came do not have the checksum that was said")
+        return weights
+
+
+class FileEngine(_Files, WeightTransferEngine):  # type: ignore[misc]
+    """Nothing but files and gloo."""
+
+    init_info_cls = WeightTransferInitInfo
+    update_info_cls = WeightTransferUpdateInfo
+
+    def init_transfer_engine(self, init_info: WeightTransferInitInfo) -> None:
+        """Nothing to prepare."""
+
+    def start_weight_update(self) -> None:
+        # Without it, load_weights fails on a CPU: there the weights have been packed for its kernels.
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            # The output layer multiplies by a copy packed for its kernel. Where it shares the embedding's weights, none
+            # are loaded into it, and nobody packs them anew.
+            for layer in self.model.modules():
+                if isinstance(layer, ParallelLMHead):
+                    layer.quant_method.process_weights_after_loading(layer)
+
+    def receive_weights(self, update_info: WeightTransferUpdateInfo) -> None:
+        raise NotImplementedError("the update names neither files nor gloo")
+
+    def shutdown(self) -> None:
+        """Nothing is open."""
+
+
+class NcclEngine(_Files, NCCLWeightTransferEngine):  # type: ignore[misc]
+    """Untested on GPU."""
+
+
+class IpcEngine(_Files, IPCWeightTransferEngine):  # type: ignore[misc]
+    """Untested on GPU."""
+
+
+def _read(path: str, sha256: str) -> list[tuple[str, torch.Tensor]]:
+    root = Path(os.environ[ROOT_VARIABLE]).resolve()
+    file = Path(path).resolve()
+    if file.suffix != ".safetensors" or not file.is_relative_to(root):
+        raise ValueError(f"{path} is not a safetensors file below {root}")
+    with file.open("rb") as opened:
+        if hashlib.file_digest(opened, "sha256").hexdigest() != sha256:
+            raise ValueError(f"{path} does not have the checksum that was said")
+    return sorted(load_file(file).items())
+
+
+WeightTransferEngineFactory.register_engine("millstream", FileEngine)
+WeightTransferEngineFactory.register_engine("millstream_nccl", NcclEngine)
+WeightTransferEngineFactory.register_engine("millstream_ipc", IpcEngine)

@@ -1,0 +1,25 @@
+"""What a model is served by: vLLM (`vllm_server`) or the demo engine (`engine`)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from millstream.schemas.errors import MillstreamError
+
+if TYPE_CHECKING:  # needs the `train` extra
+    from torch import Tensor
+
+
+class UpdateFailed(MillstreamError):
+    """A version did not go live; whatever was served before it still is."""
+
+
+class ModelServer(Protocol):
+    """Answers with one version of a model; LoRA adapters are served beside it."""
+
+    async def update(self, weights: Mapping[str, "Tensor"], version: str) -> None:
+        """The new weights answer from now on. Raises `UpdateFailed`."""
+
+    async def deploy(self, folder: Path, version: str, *, lora: bool = False) -> str:
+        """The same with the safetensors of a folder; an adapter is added to what is served. Returns the name that the
+        server knows this version by. Raises `UpdateFailed`, or `ConfigError` if the folder is not to be loaded."""

@@ -1,0 +1,110 @@
+"""A model's weights on disk: safetensors alone, below one folder, with checksums."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from millstream.schemas.errors import ConfigError
+
+if TYPE_CHECKING:  # needs the `train` extra
+    from torch import Tensor
+
+ADAPTER: Final = "adapter_model.safetensors"
+PICKLED: Final = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}  # loading such a file runs whatever it says
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """One version of a model, as a folder of safetensors. ``version`` is ``run.epoch.step``."""
+
+    version: str
+    folder: Path
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(self.folder.glob("*.safetensors"))
+
+    def checksums(self) -> dict[str, str]:
+        """SHA-256 by path. Reads everything."""
+        found = {}
+        for file in self.files:
+            with file.open("rb") as opened:
+                found[str(file)] = hashlib.file_digest(opened, "sha256").hexdigest()
+        return found
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of each tensor, by name. Reads the headers alone."""
+        from safetensors import safe_open
+
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in self.files:
+            with safe_open(file, framework="np") as opened:
+                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+        return shapes
+
+
+def allowed(folder: str | Path, root: Path, version: str, *, lora: bool = False) -> Weights:
+    """The weights of a folder below ``root``. Raises `ConfigError` if it lies elsewhere (links are followed), or holds
+    no safetensors, or anything that is not safe to load."""
+    place = Path(folder).resolve()
+    if not place.is_relative_to(root.resolve()):
+        raise ConfigError(f"{folder} does not lie below {root} (setting weights_root), where weights may come from")
+    if not place.is_dir():
+        raise ConfigError(f"{folder} is not a folder")
+    for file in place.iterdir():
+        if file.suffix in PICKLED:
+            raise ConfigError(f"{folder} holds {file.name}: only safetensors are loaded; move it elsewhere")
+        if not file.resolve().is_relative_to(root.resolve()):
+            raise ConfigError(f"{folder}: {file.name} is a link to something that does not lie below {root}")
+    weights = Weights(version, place)
+    if lora and not (place / ADAPTER).is_file():
+        raise ConfigError(f"{folder} is not a LoRA adapter: it has no {ADAPTER}")
+    if not weights.files or (not lora and (place / ADAPTER).is_file()):
+        raise ConfigError(f"{folder} holds no safetensors of a whole model; an adapter is deployed with --lora")
+    return weights
+
+
+def check_fit(given: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `ConfigError` naming tensors that are missing, unknown, or of another shape: what is left out of an update
+    would silently stay as it was."""
+    wrong = sorted(given.keys() ^ own.keys()) or sorted(name for name in own if own[name] != given[name])
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ConfigError(f"the weights do not fit the model: {', '.join(wrong[:3])}{more}")
+
+
+def save(folder: Path, tensors: Mapping[str, "Tensor"], version: str) -> Weights:
+    """Writes them; a folder is whole or not there."""
+    from safetensors.torch import save_file
+
+    place, unfinished = folder / version, folder / f".{version}"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / "model.safetensors")
+    shutil.rmtree(place, ignore_errors=True)
+    unfinished.rename(place)
+    return Weights(version, place)
+
+
+def prune(folder: Path, keep: Iterable[Weights]) -> None:
+    """Removes all other versions that `save` wrote there."""
+    kept = {weights.folder for weights in keep}
+    for place in folder.iterdir():
+        if place not in kept:
+            shutil.rmtree(place)
+
+
+def check_version(version: str) -> str:
+    """Raises `ConfigError` unless it is ``run.epoch.step``."""
+    parts = version.split(".")
+    if (
+        len(parts) != 3
+        or not parts[0].replace("-", "").replace("_", "").isalnum()
+        or not all(map(str.isdecimal, parts[1:]))
+    ):
+        raise ConfigError(f"version {json.dumps(version)}: a version is run.epoch.step, as calculator.0.7")
+    return version

@@ -1,0 +1,52 @@
+"""How tests start vLLM, and ask it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+PYTHON = Path(__file__).parents[2] / ".venv-vllm/bin/python"
+ARGS = (
+    *("--dtype", "float32", "--max-model-len", "256", "--enforce-eager"),
+    *("--kv-cache-memory-bytes", "134217728", "--gpu-memory-utilization", "0.2"),
+)
+
+
+@dataclass
+class Served:
+    """What a client sees of one answer."""
+
+    status: int
+    start: str | None  # the version in the header
+    end: str | None  # that at a stream's end
+    tokens: list[int]
+    text: str
+
+
+class Client:
+    """Asks as the proxy does."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self.session, self.url = session, url
+
+    async def ask(self, n: int = 1, *, stream: bool = False, model: str = "policy") -> Served:
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": "add 3 to 8 ?"}],
+            "max_tokens": n,
+            "temperature": 0,
+            "stream": stream,
+            "return_token_ids": True,
+        }
+        async with self.session.post(f"{self.url}/v1/chat/completions", json=body) as response:
+            text = await response.text()
+        ids = re.findall(r'"token_ids": ?\[([0-9, ]+)\]', text.replace('"prompt_token_ids"', '"prompt"'))
+        end = re.search(r"^: x-model-version=(\S+)\n\ndata: \[DONE\]\n\n\Z", text, re.MULTILINE)
+        return Served(
+            response.status,
+            response.headers.get("x-model-version"),
+            end and end[1],
+            [int(number) for part in ids for number in part.split(",")],
+            text,
+        )
