@@ -145,7 +145,7 @@ class AnthropicWriter:
     """Chat completions as answers to ``/v1/messages``."""
 
     def __init__(self, asked: Json) -> None:
-        self._model = str(asked.get("model") or "")
+        self._model = asked.get("model")
         self._stops = asked.get("stop_sequences") or []
         self._started = False
         self._block: tuple[str, int] | None = None  # kind of the open block; which tool call it is
@@ -170,7 +170,7 @@ class AnthropicWriter:
                 {"type": "tool_use", "id": call["id"], "name": function["name"], "input": _arguments(function)}
             )
         return {
-            **self._message(str(body.get("id") or "")),
+            **self._message(str(body.get("id") or ""), body.get("model")),
             "content": content,
             **self._stopped(choice),
             "usage": {
@@ -217,10 +217,13 @@ class AnthropicWriter:
         answer = self._seen.answer
         usage = {"input_tokens": _prompt_tokens(answer), "output_tokens": 0}
         nothing: Json = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": usage}
-        return sse.event({"type": "message_start", "message": self._message(answer.id) | nothing}, "message_start")
+        return sse.event(
+            {"type": "message_start", "message": self._message(answer.id, answer.model) | nothing}, "message_start"
+        )
 
-    def _message(self, answer_id: str) -> Json:
-        return {"id": self.client_id(answer_id), "type": "message", "role": "assistant", "model": self._model}
+    def _message(self, answer_id: str, model: str | None) -> Json:
+        head = {"id": self.client_id(answer_id), "type": "message", "role": "assistant"}
+        return head | {"model": model or self._model}
 
     def _stopped(self, choice: Json) -> Json:
         reason = _STOP_REASON.get(choice.get("finish_reason") or "stop", "end_turn")

@@ -129,7 +129,11 @@ class ResponsesWriter:
         for number, call in enumerate(message.get("tool_calls") or ()):
             items.append(_function_call(f"fc_{tail}_{number}", call["id"], call["function"], "completed"))
         return self._response(
-            str(body.get("id") or ""), items, body.get("usage") or {}, _status(choice.get("finish_reason"))
+            str(body.get("id") or ""),
+            body.get("model"),
+            items,
+            body.get("usage") or {},
+            _status(choice.get("finish_reason")),
         )
 
     def event(self, data: Json) -> bytes:
@@ -151,7 +155,7 @@ class ResponsesWriter:
         answer = self._seen.answer
         usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
         status = _status(next(iter(answer.finish_reasons), None))
-        response = self._response(answer.id, self._items, usage, status)
+        response = self._response(answer.id, answer.model, self._items, usage, status)
         return out + self._event(f"response.{status}", response=response)
 
     def error(self, message: str) -> bytes:
@@ -161,7 +165,8 @@ class ResponsesWriter:
 
     def _start(self) -> bytes:
         self._started = True
-        response = self._response(self._seen.answer.id, [], None, "in_progress")
+        answer = self._seen.answer
+        response = self._response(answer.id, answer.model, [], None, "in_progress")
         return self._event("response.created", response=response) + self._event(
             "response.in_progress", response=response
         )
@@ -237,7 +242,7 @@ class ResponsesWriter:
         self._number += 1
         return sse.event({"type": name, "sequence_number": self._number, **values}, name)
 
-    def _response(self, answer_id: str, items: list[Json], usage: Json | None, status: str) -> Json:
+    def _response(self, answer_id: str, model: str | None, items: list[Json], usage: Json | None, status: str) -> Json:
         asked = self._asked
         response = {
             "id": self.client_id(answer_id),
@@ -246,7 +251,7 @@ class ResponsesWriter:
             "status": status,
             "error": None,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
-            "model": asked.get("model"),
+            "model": model or asked.get("model"),
             "output": items,
             "parallel_tool_calls": True,
             "tool_choice": "auto",

@@ -85,9 +85,10 @@ async def _run(
     settings = settings_for_tests(proxy_secret="secret", timeout_seconds=60)
     log = MemoryLog(settings.topics)
     async with serve(model_server.app(), ANYWHERE) as model_url:
-        variables = {"ANTHROPIC_BASE_URL": model_url, "ANTHROPIC_API_KEY": "k", **env}
+        variables = dict(env)
         if not proxy:
             variables |= {"OPENAI_BASE_URL": model_url + "/v1", "OPENAI_API_KEY": "k"}
+            variables |= {"ANTHROPIC_BASE_URL": model_url, "ANTHROPIC_API_KEY": "k"}
         front = Proxy(log, settings.model_copy(update={"model_url": model_url}))
         async with serve(front.app, ANYWHERE) as proxy_url:
             settings = settings.model_copy(update={"proxy_url": proxy_url if proxy else ""})
@@ -131,7 +132,7 @@ def assert_call(span: Span, city: str, *, model: str = "gpt-4o-mini") -> None:
     assert attributes[semconv.OPERATION] == "chat"
     assert attributes[semconv.REQUEST_MODEL] == model
     assert attributes[semconv.RESPONSE_MODEL] == f"{model}-served"
-    assert re.fullmatch(r"(chatcmpl|resp|msg)-\d+", attributes[semconv.RESPONSE_ID])
+    assert re.fullmatch(r"(chatcmpl|resp|msg)[-_]\d+", attributes[semconv.RESPONSE_ID])
     assert len(json.loads(attributes[semconv.FINISH_REASONS])) == 1
     assert (attributes[semconv.INPUT_TOKENS], attributes[semconv.OUTPUT_TOKENS]) == ("11", "3")
     assert f"weather in {city}" in json.dumps(json.loads(attributes[semconv.INPUT_MESSAGES]))

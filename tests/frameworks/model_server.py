@@ -78,10 +78,15 @@ async def chat(request: web.Request) -> web.StreamResponse:
     deltas += [{"content": word + " "} for word in answer.text.split()]
     deltas += [{"tool_calls": [{"index": 0} | call]} for call in message.get("tool_calls", [])]
     chunks = [base | {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+    if asked.get("return_token_ids"):
+        chunks[0]["prompt_token_ids"] = list(range(11))
+        tokens = {"token_ids": [1, 2, 3], "logprobs": {"content": [{"token": t, "logprob": -0.5} for t in "abc"]}}
+        chunks[1]["choices"][0] |= tokens
     chunks.append(base | {"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
     if asked.get("stream_options", {}).get("include_usage"):
         chunks.append(base | {"choices": [], "usage": usage})
-    return await _events(request, [("", json.dumps(chunk)) for chunk in chunks] + [("", "[DONE]")])
+    events = [("", json.dumps(chunk)) for chunk in chunks] + [("", "[DONE]")]
+    return await _events(request, events, {"x-model-version": "run.0.1"})
 
 
 async def responses(request: web.Request) -> web.StreamResponse:
@@ -152,8 +157,10 @@ def _refused(why: str) -> web.HTTPBadRequest:
     return web.HTTPBadRequest(text=json.dumps({"error": error}), content_type="application/json")
 
 
-async def _events(request: web.Request, events: list[tuple[str, str]]) -> web.StreamResponse:
-    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+async def _events(
+    request: web.Request, events: list[tuple[str, str]], headers: dict[str, str] | None = None
+) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream", **(headers or {})})
     await response.prepare(request)
     for name, data in events:
         await response.write((f"event: {name}\n" if name else "").encode() + f"data: {data}\n\n".encode())

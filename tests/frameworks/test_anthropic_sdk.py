@@ -1,4 +1,4 @@
-"""The Anthropic SDK, which speaks to its server itself: the proxy does not serve /v1/messages."""
+"""The Anthropic SDK in all its ways; the proxy asks the policy for chat completions, so that no token ids are lost."""
 
 import pytest
 from framework_rig import (
@@ -6,6 +6,7 @@ from framework_rig import (
     assert_asked_for_tool,
     assert_call,
     assert_call_failed,
+    assert_proxied,
     assert_told,
     assert_tree,
     run,
@@ -14,12 +15,12 @@ from framework_rig import (
 from millstream.schemas import semconv
 
 MODEL = "claude-haiku-4-5"
+WAYS = ("chat", "chat_async", "stream", "stream_async", "tools")
 
 
 @pytest.fixture(scope="module")
 def traces() -> dict[str, Trace]:
-    ways = ("chat", "chat_async", "stream", "stream_async", "tools")
-    tasks = [{"way": way, "city": f"{way}-ville"} for way in ways] + [{"way": "chat", "city": "Nowhere"}]
+    tasks = [{"way": way, "city": f"{way}-ville"} for way in WAYS] + [{"way": "chat", "city": "Nowhere"}]
     return {task["city"]: trace for task, trace in zip(tasks, run("anthropic_sdk", tasks), strict=True)}
 
 
@@ -60,3 +61,9 @@ def test_error(traces: dict[str, Trace]) -> None:
     assert_tree(trace)
     (call,) = trace.of(semconv.LLM)
     assert_call_failed(call)
+
+
+@pytest.mark.feature("proxy")
+def test_proxy(traces: dict[str, Trace]) -> None:
+    for way in WAYS:
+        assert_proxied(traces[f"{way}-ville"])

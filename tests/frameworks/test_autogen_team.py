@@ -61,9 +61,10 @@ def test_structure(traces: dict[str, Trace]) -> None:
 
 @pytest.mark.feature("stream")
 def test_stream() -> None:
-    (trace,) = run("autogen_team", [{"city": "Paris", "stream": True}], proxy=False)
+    (trace,) = run("autogen_team", [{"city": "Paris", "stream": True}])
     assert trace.status == "succeeded", trace.ended.last.error
     assert_tree(trace)
+    assert_proxied(trace)
     calls = trace.of(semconv.LLM)
     assert len(calls) == 3
     for call in calls:

@@ -73,9 +73,10 @@ def test_structure(traces: dict[str, Trace]) -> None:
 
 @pytest.mark.feature("stream")
 def test_stream(tmp_path: Path) -> None:
-    (trace,) = run("crewai_crew", [{"city": "Paris", "stream": True}], proxy=False, env=at_home_in(tmp_path))
+    (trace,) = run("crewai_crew", [{"city": "Paris", "stream": True}], env=at_home_in(tmp_path))
     assert trace.status == "succeeded", trace.ended.last.error
     assert_tree(trace)
+    assert_proxied(trace)
     calls = trace.of(semconv.LLM)
     assert len(calls) == 3
     for call in calls:

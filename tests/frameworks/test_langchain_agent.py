@@ -55,9 +55,10 @@ def test_structure(traces: dict[str, Trace]) -> None:
 
 @pytest.mark.feature("stream")
 def test_stream() -> None:
-    (trace,) = run("langchain_agent", [{"city": "Paris", "stream": True}], proxy=False)
+    (trace,) = run("langchain_agent", [{"city": "Paris", "stream": True}])
     assert trace.status == "succeeded", trace.ended.last.error
     assert_tree(trace)
+    assert_proxied(trace)
     calls = trace.of(semconv.LLM)
     assert len(calls) == 2
     for call in calls:

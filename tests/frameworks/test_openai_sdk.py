@@ -14,16 +14,13 @@ from framework_rig import (
 
 from millstream.schemas import semconv
 
-PROXIED = ("chat", "chat_async", "parse", "tools")
-DIRECT = ("stream", "stream_async", "responses", "responses_async")
+WAYS = ("chat", "chat_async", "parse", "tools", "stream", "stream_async", "responses", "responses_async")
 
 
 @pytest.fixture(scope="module")
 def traces() -> dict[str, Trace]:
-    proxied = [{"way": way, "city": f"{way}-ville"} for way in PROXIED] + [{"way": "chat", "city": "Nowhere"}]
-    direct = [{"way": way, "city": f"{way}-ville"} for way in DIRECT]
-    found = zip(proxied + direct, run("openai_sdk", proxied) + run("openai_sdk", direct, proxy=False), strict=True)
-    return {task["city"]: trace for task, trace in found}
+    tasks = [{"way": way, "city": f"{way}-ville"} for way in WAYS] + [{"way": "chat", "city": "Nowhere"}]
+    return {task["city"]: trace for task, trace in zip(tasks, run("openai_sdk", tasks), strict=True)}
 
 
 @pytest.mark.parametrize(
@@ -70,5 +67,5 @@ def test_error(traces: dict[str, Trace]) -> None:
 
 @pytest.mark.feature("proxy")
 def test_proxy(traces: dict[str, Trace]) -> None:
-    for way in PROXIED:
+    for way in WAYS:
         assert_proxied(traces[f"{way}-ville"])
