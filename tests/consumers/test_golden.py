@@ -32,6 +32,23 @@ AUTOGEN = (
 )
 
 
+def crewai(role, backstory, goal, asked, expected, told=""):
+    """What CrewAI makes of an agent and its task."""
+    given = f"This is the context you're working with:\n{told}\n\nProvide your complete response:" if told else ""
+    task = (
+        f"user: \nCurrent Task: {asked}\n\nThis is the expected criteria for your final answer: {expected}\n"
+        "you MUST return the actual complete content as the final answer, not a summary."
+    )
+    return [f"system: You are {role}. {backstory}\nYour personal goal is: {goal}", task + f"\n\n{given}" * bool(given)]
+
+
+FORECASTER = crewai("forecaster", "You look.", "Know the weather", "How is the weather in Paris?", "degrees")
+EDITOR = crewai(
+    *("editor", "You are brief.", "Write reports", "Report: How is the weather in Paris?", "a sentence"),
+    told="Tool: 21 degrees in Paris",
+)
+
+
 @dataclass
 class Turn:
     agent: str | None
@@ -79,6 +96,11 @@ GOLDEN = {
             reward=1.0,
             tools=(),
         ),
+    ],
+    "crewai": [
+        Turn("forecaster", FORECASTER, CALLS),
+        Turn("forecaster", [*FORECASTER, CALLS, TOLD], ANSWER),
+        Turn("editor", EDITOR, "assistant: You asked about Paris", reward=1.0, tools=()),
     ],
     "plain_http": tool_use("tests.frameworks.recorded:plain_http"),
     "openinference_openai": [*map(alone, tool_use("tests.frameworks.dialects.openinference:openai_agent"))],

@@ -10,6 +10,7 @@ know comes from libraries that clash with each other; each in an environment of 
     openinference     openinference-instrumentation-openai==0.1.66 openinference-instrumentation-langchain==0.1.80
     openllmetry       opentelemetry-instrumentation-openai==0.62.4 opentelemetry-instrumentation-langchain==0.62.4
     agent_lightning   agentlightning==0.3.0
+    crewai            .venv-crewai (make setup-crewai)
 """
 
 import json
@@ -61,6 +62,7 @@ RECORDINGS = {
     "langgraph": _example("langgraph_agent", "langgraph"),
     "openai_agents": _example("openai_agents", "agents.tracing"),
     "autogen": _example("autogen_team", "autogen_agentchat"),
+    "crewai": _example("crewai_crew", "crewai"),
     "plain_http": _example("plain_http", "aiohttp"),
     "openinference_openai": _dialect(
         "openinference", "openai_agent", "openinference.instrumentation.openai", proxy=False
