@@ -1,7 +1,7 @@
 """What rollouts work with: a resources version names LLMs, prompt templates, and objects of the user's own."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ class LLM:
     model: str  # the name that agents ask for
     model_version: str  # run.epoch.step of its weights
     sampling: Mapping[str, Any] = field(default_factory=dict)  # request fields that hold unless the agent sets them
-    endpoints: Sequence[str] = ()  # the proxies to call it through; none: those of the runner's settings
+    endpoints: tuple[str, ...] = ()  # the proxies to call it through; none: those of the runner's settings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +63,8 @@ class Resources:
         try:
             for name, value in json.loads(record.body).items():
                 kind = value.pop("type")
+                if kind == "llm":
+                    value["endpoints"] = tuple(value.get("endpoints", ()))
                 items[name] = value["value"] if kind == "object" else _TYPES[kind](**value)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"resources {record.name}: {type(error).__name__}: {error}") from error

@@ -6,6 +6,10 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import pytest
+from hypothesis import settings as hypothesis_settings
+
+hypothesis_settings.register_profile("noisy", deadline=None)  # machines are: how long an example takes says nothing
+hypothesis_settings.load_profile("noisy")
 
 if TYPE_CHECKING:
     from millstream.deploy.kafka.local import LocalKafka
