@@ -27,6 +27,7 @@ PUBLIC: Final = {
     ("POST", "/v1/embeddings"),
     ("POST", "/v1/messages"),
     ("POST", "/v1/messages/count_tokens"),
+    ("POST", "/tokenize"),  # by which proxies count tokens
     ("GET", "/v1/models"),
     ("GET", "/health"),
     ("GET", "/metrics"),

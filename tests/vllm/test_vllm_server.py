@@ -131,6 +131,15 @@ async def test_development_endpoints_are_shut_to_all_but_the_supervisor(client, 
             assert response.status == 404
 
 
+async def test_what_proxies_ask_for_is_open(client):
+    asked = {"model": "policy", "messages": [{"role": "user", "content": "add 3 to 8 ?"}]}
+    async with client.session.post(f"{client.url}/tokenize", json=asked) as response:
+        assert (response.status, (await response.json())["count"]) == (200, 10)
+    for path in ("/health", "/v1/models", "/metrics"):
+        async with client.session.get(f"{client.url}{path}") as response:
+            assert response.status == 200
+
+
 async def test_adapters_are_served_side_by_side(server, client, vllm_root):
     await deploy(server, 1)
     for number in (0, 1):
