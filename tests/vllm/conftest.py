@@ -41,7 +41,14 @@ async def server(vllm_root: Path, vllm_settings: Settings) -> AsyncIterator:
     if not PYTHON.exists():
         pytest.skip("there is no .venv-vllm; `make vllm` sets it up")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # a test machine's cores are others', too
-    args = (*ARGS, "--tokenizer", str(vllm_root / "tokenizer"))
+    args = (
+        *ARGS,
+        "--tokenizer",
+        str(vllm_root / "tokenizer"),
+        "--enable-auto-tool-choice",
+        "--tool-call-parser",
+        "hermes",
+    )
     options = VllmOptions(args=args, adapters=3)
     server = VllmServer(vllm_root / "model", options, vllm_settings, vllm_root / "run", version="tell.0.0")
     await server.start()
