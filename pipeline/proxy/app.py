@@ -71,7 +71,7 @@ class Proxy:
         return self._attempts.in_flight
 
     async def _lifespan(self, _app: web.Application) -> AsyncIterator[None]:
-        self._producer = self._log.producer()
+        self._producer = self._log.producer(linger_ms=0)
         self._calls = Calls(self._producer, self._settings.topics, self._targets, self._settings.cache_ttl)
         await self._control.start()
         await self._targets.start()
@@ -203,8 +203,11 @@ def check_open(settings: Settings, host: str, admin_host: str = "") -> None:
 
 async def _body(request: web.Request) -> Json:
     try:
-        async with asyncio.timeout(BODY_S):
+        if request.content.is_eof():  # it has come with its head, as nearly all do
             text = await request.read()
+        else:
+            async with asyncio.timeout(BODY_S):
+                text = await request.read()
     except TimeoutError:
         raise CallError(408, f"the request's body did not arrive within {BODY_S:.0f} s") from None
     except web.HTTPRequestEntityTooLarge as error:

@@ -12,7 +12,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any, Final
 
@@ -30,7 +30,8 @@ from millstream.pipeline.proxy.replicas import Failed, Replicas
 from millstream.pipeline.proxy.spans import CallFacts, call_span, version_of
 from millstream.pipeline.proxy.surfaces import Plan, Surface, Writer, plan
 from millstream.pipeline.proxy.targets import Target, Targets
-from millstream.producers.port import Producer, send_acknowledged
+from millstream.producers.acknowledged import AcknowledgedSends
+from millstream.producers.port import Producer
 from millstream.schemas.errors import LogError, TooLarge
 from millstream.schemas.log import KIND_HEADER
 from millstream.schemas.topics import Topics
@@ -76,7 +77,6 @@ class _Call:
     recorded: bool = False
     version: str | None = None
     end_version: str | None = None
-    first_token: int | None = None
     response: web.StreamResponse | None = None  # once something has been sent
     held: list[bytes] = field(default_factory=list)  # the end of a stream, until the span is stored
 
@@ -91,7 +91,7 @@ class _Call:
         """A try begins, and nothing of the last one counts."""
         self.reader = self.plan.reader()
         self.writer = self.plan.writer() if self.plan.writer is not None else None
-        self.version = self.end_version = self.first_token = None
+        self.version = self.end_version = self.facts.first_token = None
         self.held = []
 
     def client_id(self) -> str:
@@ -105,7 +105,7 @@ class Calls:
     def __init__(self, producer: Producer, topics: Topics, targets: Targets, cache_ttl: float = 0.0) -> None:
         """For ``cache_ttl`` seconds a request of temperature 0 to a model that is nobody's policy is answered again
         without it."""
-        self._producer = producer
+        self._sends = AcknowledgedSends(producer, RECORD_S)
         self._topics = topics
         self._targets = targets
         self._cache_ttl = cache_ttl
@@ -187,9 +187,7 @@ class Calls:
             messages=made.messages,
             upstream=target.replicas.name,
             start=start,
-            first_token=None,
             traceparent=request.headers.get("traceparent", ""),
-            model_version=None,
             resources_id=attempt.resources_id,
             stream=bool(asked.get("stream")),
         )
@@ -275,8 +273,8 @@ class Calls:
             if not call.reader.begun:
                 early += out
                 continue
-            if call.first_token is None:
-                call.first_token = time.time_ns()
+            if call.facts.first_token is None:
+                call.facts.first_token = time.time_ns()
             if out and not call.answer.aborted:
                 await self._send(call, early + out, told)
                 early = b""
@@ -376,13 +374,12 @@ class Calls:
         attempt, call.recorded = call.attempt, True
         attempt.spans += 1
         version = version_of(call.version, call.end_version)
-        facts = replace(call.facts, first_token=call.first_token, model_version=version or call.target.version or None)
+        facts = call.facts
+        facts.model_version = version or call.target.version or None
         span = call_span(attempt.rollout_id, attempt.attempt_id, attempt.spans, facts, call.answer, call.client_id())
         headers = {KIND_HEADER: span.kind.encode()}
-        sending = send_acknowledged(self._producer, self._topics.events, span, key=attempt.rollout_id, headers=headers)
         try:
-            async with asyncio.timeout(RECORD_S):
-                await sending
+            await self._sends.send(self._topics.events, span, key=attempt.rollout_id, headers=headers)
             self.recorded += 1
         except (LogError, TimeoutError) as error:
             self.unrecorded += 1
@@ -422,7 +419,7 @@ class Calls:
         if "id" in data:
             data["id"] = f"{str(data['id']).partition('-')[0]}-{token_hex(16)}"
         call.reader.whole(data)
-        call.facts = replace(call.facts, cached=True)
+        call.facts.cached = True
         await self._record(call)
         writer = call.writer
         return web.Response(
