@@ -104,6 +104,8 @@ class Proxy:
 
     def _authorised(self, request: web.Request) -> Attempt:
         given = request.headers.get("x-api-key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not given.isascii():
+            raise CallError(401, "the API key is none of this proxy's: it holds something else than ASCII")
         try:
             return self._attempts.authorised(request.match_info["rollout_id"], request.match_info["attempt_id"], given)
         except BadKey as error:
@@ -164,7 +166,7 @@ class Proxy:
         @web.middleware
         async def gate(request: web.Request, handler: Any) -> web.StreamResponse:
             given = request.headers.get("Authorization", "")
-            if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            if token and not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), f"Bearer {token}".encode()):
                 raise web.HTTPUnauthorized(text="send Authorization: Bearer TOKEN, with this proxy's proxy_admin_token")
             return cast("web.StreamResponse", await handler(request))
 

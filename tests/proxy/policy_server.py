@@ -43,7 +43,7 @@ class PolicyServer:
         self.token_gate.set()
         self.gone = asyncio.Event()  # a client has left
         self.lost_ids = 0  # token ids that a stream leaves out
-        self.app = web.Application()
+        self.app = web.Application(client_max_size=64 << 20)
         self.app.add_routes(
             [
                 web.post("/v1/chat/completions", self.chat),
