@@ -1,4 +1,4 @@
-"""What an agent, or somebody who has found the proxy's port, might try. Sent over raw sockets: no client tidies it up."""
+"""What an agent, or whoever has found the proxy's port, might try. Over raw sockets: no client tidies it up."""
 
 import asyncio
 import gzip
