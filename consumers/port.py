@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from millstream.producers.port import Producer, TransactionalProducer
+from millstream.producers.port import LINGER_MS, Producer, TransactionalProducer
 from millstream.schemas.log import EndOfPartition, LogRecord, Partition
 from millstream.schemas.topics import Topic
 
@@ -72,7 +72,8 @@ class Consumer(Protocol):
 class Log(Protocol):
     """One log: the maker of its producers and consumers."""
 
-    def producer(self) -> Producer: ...
+    def producer(self, *, linger_ms: float = LINGER_MS) -> Producer:
+        """``linger_ms``: how long a record may wait for others to share a request with."""
 
     def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
         """``transactional_id`` is stable per replica: a restarted process fences its own predecessor."""

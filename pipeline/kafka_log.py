@@ -22,7 +22,7 @@ from millstream.consumers.port import Consumer
 from millstream.consumers.watermarks import Watermarks
 from millstream.producers.kafka import KafkaProducer, KafkaTransactionalProducer
 from millstream.producers.kafka_client import BATCH_OVERHEAD, librdkafka_config, raised
-from millstream.producers.port import Producer, TransactionalProducer
+from millstream.producers.port import LINGER_MS, Producer, TransactionalProducer
 from millstream.schemas.errors import ConfigError, LogUnavailable, MillstreamError
 from millstream.schemas.log import Partition
 from millstream.schemas.settings import Settings
@@ -41,8 +41,8 @@ class KafkaLog:
         self._settings = settings
         self._watermarks = Watermarks(settings)
 
-    def producer(self) -> Producer:
-        return KafkaProducer(self._settings)
+    def producer(self, *, linger_ms: float = LINGER_MS) -> Producer:
+        return KafkaProducer(self._settings, linger_ms=linger_ms)
 
     def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
         return KafkaTransactionalProducer(self._settings, transactional_id)

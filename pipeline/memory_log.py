@@ -16,7 +16,7 @@ from typing import Any
 from millstream.consumers.port import Consumer
 from millstream.pipeline.memory_consumer import GroupMetadata, MemoryConsumer, Waiter
 from millstream.pipeline.memory_group import Group
-from millstream.producers.port import OnAck, Producer, TransactionalProducer
+from millstream.producers.port import LINGER_MS, OnAck, Producer, TransactionalProducer
 from millstream.schemas.codec import encode as encode_record
 from millstream.schemas.errors import ConfigError, Fenced, LogError, TooLarge, TransactionAborted
 from millstream.schemas.log import Headers, LogRecord, Partition
@@ -53,7 +53,7 @@ class MemoryLog:
         self.groups: dict[str, Group[MemoryConsumer]] = {}
         self.transactional: dict[str, _MemoryTransactionalProducer] = {}
 
-    def producer(self) -> Producer:
+    def producer(self, *, linger_ms: float = LINGER_MS) -> Producer:
         return _MemoryProducer(self)
 
     def transactional_producer(self, transactional_id: str) -> TransactionalProducer:

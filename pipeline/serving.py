@@ -9,11 +9,17 @@ from aiohttp import web
 from millstream.schemas.errors import ConfigError
 
 SHUTDOWN_S = 5.0  # how long requests under way may go on when the block ends
+HEAD_S = 75.0  # how long a connection may lie idle, or take over a request's head
 
 
 @asynccontextmanager
 async def serve(
-    app: web.Application, url: str, *, shutdown_s: float = SHUTDOWN_S, reuse_port: bool = False
+    app: web.Application,
+    url: str,
+    *,
+    shutdown_s: float = SHUTDOWN_S,
+    reuse_port: bool = False,
+    head_s: float = HEAD_S,
 ) -> AsyncIterator[str]:
     """Listens at ``url`` (port 0: any free one) and yields the URL it is reached at. A handler is cancelled when its
     client has gone. With ``reuse_port`` a successor may listen there already while this one lets its last requests
@@ -21,7 +27,9 @@ async def serve(
     parts = urlsplit(url)
     if parts.scheme != "http" or parts.hostname is None or parts.port is None:
         raise ConfigError(f"{url!r} can't be served: an address is http://HOST:PORT")
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=shutdown_s, handler_cancellation=True)
+    runner = web.AppRunner(
+        app, access_log=None, shutdown_timeout=shutdown_s, handler_cancellation=True, keepalive_timeout=head_s
+    )
     await runner.setup()
     try:
         try:

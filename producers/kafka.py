@@ -12,7 +12,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka import Producer as Client
 
 from millstream.producers.kafka_client import BATCH_OVERHEAD, librdkafka_config, log_error, raised
-from millstream.producers.port import OnAck
+from millstream.producers.port import LINGER_MS, OnAck
 from millstream.schemas.codec import encode
 from millstream.schemas.errors import BufferFull, LogError, LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.log import Headers, Partition
@@ -34,9 +34,7 @@ TRANSACTION_TIMEOUT_MS: Final = 10_000
 class KafkaProducer:
     """An idempotent producer, acknowledged by all replicas."""
 
-    _linger_ms = 2.0
-
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, linger_ms: float = LINGER_MS) -> None:
         """Connects in the background: a broker that is away shows when records are not acknowledged."""
         self._limit = settings.max_record_bytes
         # Without a key and a partition records go round: librdkafka itself would keep a burst on one partition.
@@ -49,7 +47,7 @@ class KafkaProducer:
                 enable_idempotence=True,
                 partitioner=LIBRDKAFKA_PARTITIONER,
                 compression_type=settings.compression,
-                linger_ms=self._linger_ms,
+                linger_ms=linger_ms,
                 message_max_bytes=self._limit + BATCH_OVERHEAD,
                 queue_buffering_max_messages=BUFFER_RECORDS,
                 queue_buffering_max_kbytes=max(BUFFER_KB, 2 * self._limit >> 10),
@@ -179,12 +177,10 @@ class KafkaProducer:
 class KafkaTransactionalProducer(KafkaProducer):
     """One transaction at a time, by one thread. ``transactional_id`` is stable per replica."""
 
-    _linger_ms = 0.0
-
     def __init__(self, settings: Settings, transactional_id: str) -> None:
         self._id = transactional_id
         self._open = False
-        super().__init__(settings)
+        super().__init__(settings, linger_ms=0.0)
 
     def _config(self) -> dict[str, Any]:
         return {

@@ -6,10 +6,12 @@ tests (`tests/contract/`) runs against both.
 
 import asyncio
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from millstream.schemas.log import Headers, Partition
 from millstream.schemas.records import Record
+
+LINGER_MS: Final = 2.0  # for throughput; who awaits each acknowledgement wants none
 
 # Called once per record, from any thread, with (None, offset) or (error, -1). Must not block and must not raise.
 OnAck = Callable[[Exception | None, int], None]

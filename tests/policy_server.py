@@ -3,12 +3,15 @@ is offered if told to ``call``, and can be made to fail, to wait, or to break of
 
 import asyncio
 import json
+import sys
 import zlib
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
+
+from millstream.pipeline.serving import serve
 
 LOGPROB = -0.25
 
@@ -31,8 +34,12 @@ class Fault:
 
 
 class PolicyServer:
-    def __init__(self, version: str = "run.0.3") -> None:
+    def __init__(self, version: str = "run.0.3", *, tell_version: bool = False, token_s: float = 0.0) -> None:
+        """``tell_version``: each word is followed by ``@`` and the version that made it; ``token_s``: how long one
+        takes in a stream."""
         self.version = version
+        self.tell_version = tell_version
+        self.token_s = token_s
         self.requests: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.faults: deque[Fault] = deque()
@@ -43,7 +50,7 @@ class PolicyServer:
         self.token_gate.set()
         self.gone = asyncio.Event()  # a client has left
         self.lost_ids = 0  # token ids that a stream leaves out
-        self.app = web.Application(client_max_size=16 << 20)
+        self.app = web.Application(client_max_size=64 << 20)
         self.app.add_routes(
             [
                 web.post("/v1/chat/completions", self.chat),
@@ -53,6 +60,7 @@ class PolicyServer:
                 web.get("/v1/models", self.models),
                 web.get("/health", self.health),
                 web.post("/pause", self.pause),
+                web.post("/version/{version}", self.update),
             ]
         )
 
@@ -126,6 +134,10 @@ class PolicyServer:
             for number, word in enumerate(words):
                 if number == 1:
                     await self.token_gate.wait()
+                if self.token_s:
+                    await asyncio.sleep(self.token_s)
+                if self.tell_version:
+                    word = f"{word}@{self.version}"
                 if fault.break_after == number:
                     assert request.transport is not None
                     request.transport.close()
@@ -190,6 +202,11 @@ class PolicyServer:
         self.paths.append(request.path)
         return web.Response()
 
+    async def update(self, request: web.Request) -> web.Response:
+        """New weights, under running requests: what is made from now on is theirs."""
+        self.version = request.match_info["version"]
+        return web.Response()
+
     def _head(self, body: dict[str, Any], kind: str) -> dict[str, Any]:
         return {"id": f"chatcmpl-{len(self.requests)}", "object": kind, "created": 1, "model": body["model"]}
 
@@ -228,3 +245,13 @@ def _logprobs(text: str) -> dict[str, Any]:
     return {
         "content": [{"token": word, "logprob": LOGPROB, "bytes": None, "top_logprobs": []} for word in text.split()]
     }
+
+
+async def main(port: str, version: str) -> None:
+    server = PolicyServer(version, tell_version=True, token_s=0.01)
+    async with serve(server.app, f"http://127.0.0.1:{port}"):
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))

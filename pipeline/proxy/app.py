@@ -72,7 +72,7 @@ class Proxy:
         return self._attempts.in_flight
 
     async def _lifespan(self, _app: web.Application) -> AsyncIterator[None]:
-        self._producer = self._log.producer()
+        self._producer = self._log.producer(linger_ms=0)
         blobs = Blobs(self._settings.blob_url)
         self._calls = Calls(self._producer, self._settings.topics, self._targets, blobs, self._settings.cache_ttl)
         await self._control.start()
@@ -107,6 +107,8 @@ class Proxy:
 
     def _authorised(self, request: web.Request) -> Attempt:
         given = request.headers.get("x-api-key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not given.isascii():
+            raise CallError(401, "the API key is none of this proxy's: it holds something else than ASCII")
         try:
             return self._attempts.authorised(request.match_info["rollout_id"], request.match_info["attempt_id"], given)
         except BadKey as error:
@@ -167,7 +169,7 @@ class Proxy:
         @web.middleware
         async def gate(request: web.Request, handler: Any) -> web.StreamResponse:
             given = request.headers.get("Authorization", "")
-            if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
+            if token and not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), f"Bearer {token}".encode()):
                 raise web.HTTPUnauthorized(text="send Authorization: Bearer TOKEN, with this proxy's proxy_admin_token")
             return cast("web.StreamResponse", await handler(request))
 
@@ -206,8 +208,11 @@ def check_open(settings: Settings, host: str, admin_host: str = "") -> None:
 
 async def _body(request: web.Request) -> Json:
     try:
-        async with asyncio.timeout(BODY_S):
+        if request.content.is_eof():  # it has come with its head, as nearly all do
             text = await request.read()
+        else:
+            async with asyncio.timeout(BODY_S):
+                text = await request.read()
     except TimeoutError:
         raise CallError(408, f"the request's body did not arrive within {BODY_S:.0f} s") from None
     except web.HTTPRequestEntityTooLarge as error:

@@ -12,7 +12,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Coroutine
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any, Final
 
@@ -30,8 +30,9 @@ from millstream.pipeline.proxy.replicas import Failed, Replicas
 from millstream.pipeline.proxy.spans import CallFacts, call_span, version_of
 from millstream.pipeline.proxy.surfaces import Plan, Surface, Writer, plan
 from millstream.pipeline.proxy.targets import Target, Targets
+from millstream.producers.acknowledged import AcknowledgedSends
 from millstream.producers.blob_store import BlobError, Blobs
-from millstream.producers.port import Producer, send_acknowledged
+from millstream.producers.port import Producer
 from millstream.schemas.errors import LogError, TooLarge
 from millstream.schemas.log import KIND_HEADER
 from millstream.schemas.topics import Topics
@@ -39,6 +40,7 @@ from millstream.schemas.topics import Topics
 logger = logging.getLogger(__name__)
 
 RECORD_S: Final = 30.0  # how long a span may take to be acknowledged before its call fails
+GOODBYE_S: Final = 5.0  # for a client to take the error that ends its stream
 CACHED_ANSWERS: Final = 10_000  # at most; the oldest go first
 ANTHROPIC_VERSION: Final = "2023-06-01"
 CLIENT_GONE: Final = "the client has gone"
@@ -77,7 +79,6 @@ class _Call:
     recorded: bool = False
     version: str | None = None
     end_version: str | None = None
-    first_token: int | None = None
     response: web.StreamResponse | None = None  # once something has been sent
     held: list[bytes] = field(default_factory=list)  # the end of a stream, until the span is stored
 
@@ -92,7 +93,7 @@ class _Call:
         """A try begins, and nothing of the last one counts."""
         self.reader = self.plan.reader()
         self.writer = self.plan.writer() if self.plan.writer is not None else None
-        self.version = self.end_version = self.first_token = None
+        self.version = self.end_version = self.facts.first_token = None
         self.held = []
 
     def client_id(self) -> str:
@@ -108,7 +109,7 @@ class Calls:
     ) -> None:
         """For ``cache_ttl`` seconds a request of temperature 0 to a model that is nobody's policy is answered again
         without it."""
-        self._producer = producer
+        self._sends = AcknowledgedSends(producer, RECORD_S)
         self._topics = topics
         self._targets = targets
         self._blobs = blobs
@@ -191,9 +192,7 @@ class Calls:
             messages=made.messages,
             upstream=target.replicas.name,
             start=start,
-            first_token=None,
             traceparent=request.headers.get("traceparent", ""),
-            model_version=None,
             resources_id=attempt.resources_id,
             stream=bool(asked.get("stream")),
         )
@@ -279,8 +278,8 @@ class Calls:
             if not call.reader.begun:
                 early += out
                 continue
-            if call.first_token is None:
-                call.first_token = time.time_ns()
+            if call.facts.first_token is None:
+                call.facts.first_token = time.time_ns()
             if out and not call.answer.aborted:
                 await self._send(call, early + out, told)
                 early = b""
@@ -339,7 +338,7 @@ class Calls:
     ) -> web.StreamResponse:
         """The client has part of the answer: it gets an error as the rest."""
         call.answer.error = message
-        if record:
+        if record and not call.recorded:
             call.answer.finish_reasons = ["error"]
             await self._record(call, quietly=True)
         writer = call.writer
@@ -347,8 +346,14 @@ class Calls:
             error = writer.error(message)
         else:
             error = sse.event(call.surface.error_body(message, 502), "error")
-        await self._send(call, early + error, told or {})
-        return await self._ended(call)
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await self._send(call, early + error, told or {})
+                return await self._ended(call)
+        except TimeoutError:  # it does not read: nothing that is left would ever reach it
+            if call.request.transport is not None:
+                call.request.transport.abort()
+            raise _ClientGone from None
 
     async def _refused(
         self, call: _Call, status: int, body: bytes, message: str, retry_after_s: float = 0.0
@@ -380,15 +385,13 @@ class Calls:
         attempt, call.recorded = call.attempt, True
         attempt.spans += 1
         version = version_of(call.version, call.end_version)
-        facts = replace(call.facts, first_token=call.first_token, model_version=version or call.target.version or None)
+        facts = call.facts
+        facts.model_version = version or call.target.version or None
         span = call_span(attempt.rollout_id, attempt.attempt_id, attempt.spans, facts, call.answer, call.client_id())
         headers = {KIND_HEADER: span.kind.encode()}
         try:
-            async with asyncio.timeout(RECORD_S):
-                span = await self._blobs.keep(span)
-                await send_acknowledged(
-                    self._producer, self._topics.events, span, key=attempt.rollout_id, headers=headers
-                )
+            span = await self._blobs.keep(span)
+            await self._sends.send(self._topics.events, span, key=attempt.rollout_id, headers=headers)
             self.recorded += 1
         except (BlobError, LogError, TimeoutError) as error:
             self.unrecorded += 1
@@ -428,7 +431,7 @@ class Calls:
         if "id" in data:
             data["id"] = f"{str(data['id']).partition('-')[0]}-{token_hex(16)}"
         call.reader.whole(data)
-        call.facts = replace(call.facts, cached=True)
+        call.facts.cached = True
         await self._record(call)
         writer = call.writer
         return web.Response(

@@ -34,7 +34,7 @@ _SAMPLING: Final = {
 MIXED: Final = "mixed"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class CallFacts:
     """What a span says of a call beside the answer."""
 
@@ -43,9 +43,9 @@ class CallFacts:
     messages: list[Any]
     upstream: str
     start: int  # ns since the epoch
-    first_token: int | None  # ns since the epoch
     traceparent: str
-    model_version: str | None
+    first_token: int | None = None  # ns since the epoch
+    model_version: str | None = None
     resources_id: str = ""
     stream: bool = False
     cached: bool = False

@@ -194,8 +194,8 @@ async def test_the_models_own_refusal_reaches_the_client(rig):
 
 async def test_a_call_that_cannot_be_recorded_fails():
     class DownLog(MemoryLog):
-        def producer(self):
-            inner = super().producer()
+        def producer(self, **options):
+            inner = super().producer(**options)
 
             class Down:
                 def send(self, *args, on_ack=None, **kwargs):
