@@ -262,6 +262,7 @@ def proxy(
     async def work(health: Health, stop: asyncio.Event) -> None:
         front = Proxy(health.log, settings)
         health.gauge(metrics.CALLS_IN_FLIGHT, lambda: front.in_flight)
+        health.gauge(metrics.CALLS_UNRECORDED, lambda: front.unrecorded)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(serve(front.app, url, shutdown_s=drain_s, reuse_port=True))
             if admin:

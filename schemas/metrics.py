@@ -23,6 +23,9 @@ STARVING: Final = Metric(
 SLOTS: Final = Metric("millstream_slots", "Attempts that this runner can run at once")
 RUNNING: Final = Metric("millstream_running", "Attempts that this runner has claimed and not ended")
 CALLS_IN_FLIGHT: Final = Metric("millstream_calls_in_flight", "Model calls that this proxy is making")
+CALLS_UNRECORDED: Final = Metric(
+    "millstream_calls_unrecorded", "Model calls whose span the log did not take, since the start"
+)
 SINK_OUTAGE: Final = Metric("millstream_sink_outage_seconds", "Since the store began to fail; 0 while it takes records")
 SINK_WAITING: Final = Metric("millstream_sink_waiting_records", "Read and not yet stored")
 SINK_STORED: Final = Metric("millstream_sink_stored_records", "Stored since the start")

@@ -35,8 +35,8 @@ class Fault:
 
 class PolicyServer:
     def __init__(self, version: str = "run.0.3", *, tell_version: bool = False, token_s: float = 0.0) -> None:
-        """``tell_version``: each word is followed by ``@`` and the version that made it; ``token_s``: how long one
-        takes in a stream."""
+        """In a stream, ``tell_version``: each word is followed by ``@`` and the version that made it; ``token_s``:
+        seconds that a word takes."""
         self.version = version
         self.tell_version = tell_version
         self.token_s = token_s

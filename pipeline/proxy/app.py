@@ -71,6 +71,11 @@ class Proxy:
         """Calls under way."""
         return self._attempts.in_flight
 
+    @property
+    def unrecorded(self) -> int:
+        """Calls whose span the log did not take."""
+        return self._calls.unrecorded
+
     async def _lifespan(self, _app: web.Application) -> AsyncIterator[None]:
         self._producer = self._log.producer(linger_ms=0)
         blobs = Blobs(self._settings.blob_url)
@@ -188,7 +193,7 @@ class Proxy:
             return web.json_response(found)
 
         async def attempts(_: web.Request) -> web.Response:
-            calls = {"recorded": self._calls.recorded, "unrecorded": self._calls.unrecorded}
+            calls = {"recorded": self._calls.recorded, "unrecorded": self.unrecorded}
             return web.json_response({"known": len(self._attempts), "in_flight": self.in_flight, **calls})
 
         app = web.Application(middlewares=[gate])
