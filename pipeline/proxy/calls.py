@@ -40,7 +40,6 @@ from millstream.schemas.topics import Topics
 logger = logging.getLogger(__name__)
 
 RECORD_S: Final = 30.0  # how long a span may take to be acknowledged before its call fails
-GOODBYE_S: Final = 5.0  # for a client to take the error that ends its stream
 CACHED_ANSWERS: Final = 10_000  # at most; the oldest go first
 ANTHROPIC_VERSION: Final = "2023-06-01"
 CLIENT_GONE: Final = "the client has gone"
@@ -346,14 +345,8 @@ class Calls:
             error = writer.error(message)
         else:
             error = sse.event(call.surface.error_body(message, 502), "error")
-        try:
-            async with asyncio.timeout(GOODBYE_S):
-                await self._send(call, early + error, told or {})
-                return await self._ended(call)
-        except TimeoutError:  # it does not read: nothing that is left would ever reach it
-            if call.request.transport is not None:
-                call.request.transport.abort()
-            raise _ClientGone from None
+        await self._send(call, early + error, told or {})
+        return await self._ended(call)
 
     async def _refused(
         self, call: _Call, status: int, body: bytes, message: str, retry_after_s: float = 0.0
