@@ -25,7 +25,7 @@ from millstream.pipeline.proxy.attempts import Attempt, Attempts
 from millstream.pipeline.proxy.calls import CallError, Calls
 from millstream.pipeline.proxy.openai_chat import BadRequest
 from millstream.pipeline.proxy.replicas import Failed
-from millstream.pipeline.proxy.surfaces import COUNT_TOKENS, SURFACES
+from millstream.pipeline.proxy.surfaces import COUNT_TOKENS, MALFORMED, SURFACES
 from millstream.pipeline.proxy.targets import Targets
 from millstream.producers.blob_store import Blobs
 from millstream.producers.port import Producer
@@ -136,7 +136,10 @@ class Proxy:
         target = self._targets.of(str(asked.get("model") or ""), attempt.rollout_id, attempt.resources_id)
         path, body = COUNT_TOKENS, {**asked, "model": target.served_as}
         if target.replicas.upstream.kind == "vllm":
-            chat = anthropic_chat.to_chat(body)
+            try:
+                chat = anthropic_chat.to_chat(body)
+            except MALFORMED as error:
+                raise BadRequest(f"the request has not the form of {COUNT_TOKENS}: {error!r}") from error
             path = "/tokenize"
             body = {name: chat[name] for name in ("model", "messages", "tools") if name in chat}
         elif target.replicas.upstream.kind == "openai":

@@ -28,7 +28,7 @@ from millstream.pipeline.proxy.limits import Busy, all_of
 from millstream.pipeline.proxy.openai_chat import BadRequest, chunks_of
 from millstream.pipeline.proxy.replicas import Failed, Replicas
 from millstream.pipeline.proxy.spans import CallFacts, call_span, version_of
-from millstream.pipeline.proxy.surfaces import Plan, Surface, Writer, plan
+from millstream.pipeline.proxy.surfaces import MALFORMED, Plan, Surface, Writer, plan
 from millstream.pipeline.proxy.targets import Target, Targets
 from millstream.producers.acknowledged import AcknowledgedSends
 from millstream.producers.blob_store import BlobError, Blobs
@@ -149,6 +149,16 @@ class Calls:
             if isinstance(error, _ClientGone) and call.response is not None:
                 return call.response
             raise
+        except CallError:
+            raise
+        except Exception as error:  # a fault of ours: the attempt must not be trained on as if the call had not been
+            logger.exception("a call of attempt %s failed", attempt.attempt_id)
+            call.answer.error = f"the proxy failed: {error!r}"
+            if not call.recorded:
+                await self._record(call, quietly=True)
+            if call.response is not None:
+                return await self._broken(call, call.answer.error)
+            raise CallError(500, call.answer.error) from error
         finally:
             attempt.leave()
 
@@ -240,7 +250,7 @@ class Calls:
         data = _json(body)
         if data is None:
             raise Failed(f"{call.target.replicas.name} answered with something else than a JSON object: {body[:200]!r}")
-        call.reader.whole(data)
+        self._understand(call, data, whole=True)
         if call.answer.aborted:
             raise Failed("a weight update has ended the call", broken=False)
         writer = call.writer
@@ -268,7 +278,11 @@ class Calls:
         events, early = sse.Events(), b""
         async for piece in upstream.content.iter_any():
             out = b""
-            for event in events.feed(piece):
+            try:
+                completed = events.feed(piece)
+            except sse.EventTooLarge as error:
+                raise Failed(str(error)) from error
+            for event in completed:
                 told_now = self._read(call, event)
                 if call.reader.finished:
                     call.held.append(told_now)
@@ -308,10 +322,21 @@ class Calls:
         data = _json(payload)
         if data is None:
             raise Failed(f"{call.target.replicas.name} streamed something else than JSON: {payload[:200]!r}")
-        call.reader.event(data)
+        self._understand(call, data, whole=False)
         if writer is None:
             return event
         return b"" if call.answer.error else writer.event(data)
+
+    @staticmethod
+    def _understand(call: _Call, data: Json, *, whole: bool) -> None:
+        try:
+            if whole:
+                call.reader.whole(data)
+            else:
+                call.reader.event(data)
+        except MALFORMED as error:
+            name = call.target.replicas.name
+            raise Failed(f"{name} answered in a form that {call.plan.path} does not have: {error!r}") from error
 
     async def _send(self, call: _Call, data: bytes, told: dict[str, str]) -> None:
         try:

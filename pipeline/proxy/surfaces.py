@@ -85,6 +85,7 @@ EMBEDDINGS: Final = Surface(
     "/v1/embeddings", "embeddings", frozenset({"vllm", "openai"}), lambda _asked: UsageReader(), lambda _asked: []
 )
 SURFACES: Final = {surface.path: surface for surface in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS)}
+MALFORMED: Final = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 COUNT_TOKENS: Final = "/v1/messages/count_tokens"
 
 
@@ -103,6 +104,13 @@ class Plan:
 
 def plan(surface: Surface, asked: Json, kind: str) -> Plan:
     """Raises `BadRequest`."""
+    try:
+        return _plan(surface, asked, kind)
+    except MALFORMED as error:  # a list where an object belongs, and the like
+        raise BadRequest(f"the request has not the form of {surface.path}: {error!r}") from error
+
+
+def _plan(surface: Surface, asked: Json, kind: str) -> Plan:
     translated = kind not in surface.native
     if translated and surface.to_chat is None:
         raise BadRequest(f"the server of model {asked.get('model')!r} has no {surface.path}")
@@ -135,7 +143,7 @@ def plan(surface: Surface, asked: Json, kind: str) -> Plan:
 
 def _messages(surface: Surface, asked: Json) -> list[Any]:
     try:
-        return surface.messages(asked)
-    except BadRequest:  # what only its own server understands is recorded as it is
-        found = asked.get("messages") or asked.get("input")
-        return found if isinstance(found, list) else [found]
+        found = surface.messages(asked)
+    except (BadRequest, *MALFORMED):  # what only its own server understands, if anybody, is recorded as it is
+        found = asked.get("messages") or asked.get("input") or []
+    return found if isinstance(found, list) else [found]
