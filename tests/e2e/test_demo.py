@@ -201,6 +201,7 @@ def test_controls_stay_flat(tmp_path, kafka, control):
     assert all(step["reward"] < 0.1 for step in demo.trained["steps"])
 
 
+@pytest.mark.slow
 @pytest.mark.frameworks
 @pytest.mark.parametrize("agent", ["langgraph_agent", "autogen_team"])
 @pytest.mark.parametrize("lr", [1e-3, 0], ids=["learns", "lr=0"])
