@@ -5,6 +5,7 @@ again.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -273,7 +274,7 @@ def error_text(error: Any) -> str:
     return str(error)
 
 
-def blocks_to_message(blocks: list[Json]) -> Json:
+def blocks_to_message(blocks: Sequence[Json]) -> Json:
     """Anthropic's content blocks as an OpenAI message."""
     message: Json = {"role": "assistant", "content": None}
     for block in blocks:
@@ -283,8 +284,7 @@ def blocks_to_message(blocks: list[Json]) -> Json:
         elif kind == "thinking":
             message["reasoning"] = message.get("reasoning", "") + block.get("thinking", "")
         elif kind == "tool_use":
-            arguments = block.get("partial_json")
-            message.setdefault("tool_calls", []).append(tool_call(block, arguments))
+            message.setdefault("tool_calls", []).append(_tool_call(block))
     return message
 
 
@@ -306,7 +306,9 @@ def items_to_message(items: Any) -> Json:
     return message
 
 
-def tool_call(block: Json, arguments: str | None = None) -> Json:
-    """Anthropic's ``tool_use`` as OpenAI's tool call."""
-    text = arguments if arguments is not None else json.dumps(block.get("input") or {}, ensure_ascii=False)
+def _tool_call(block: Json) -> Json:
+    """Anthropic's ``tool_use``, whole or as a stream has told it, as OpenAI's tool call."""
+    text = block.get("partial_json")
+    if text is None:
+        text = json.dumps(block.get("input") or {}, ensure_ascii=False)
     return {"id": block.get("id"), "type": "function", "function": {"name": block.get("name"), "arguments": text}}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from millstream.pipeline.proxy import sse
-from millstream.pipeline.proxy.answers import Answer, ChatReader, Json
+from millstream.pipeline.proxy.answers import Answer, ChatReader, Json, blocks_to_message
 from millstream.pipeline.proxy.openai_chat import BadRequest
 
 # Fields that mean the same in both; whatever else we do not know goes along as it is, for the server to judge.
@@ -89,22 +89,10 @@ def _user(blocks: Sequence[Json], where: str) -> list[Json]:
 
 
 def _assistant(blocks: Sequence[Json], where: str) -> list[Json]:
-    message: Json = {"role": "assistant", "content": None}
     for block in blocks:
-        kind = block.get("type")
-        if kind == "text":
-            message["content"] = (message["content"] or "") + block.get("text", "")
-        elif kind == "thinking":
-            message["reasoning"] = message.get("reasoning", "") + block.get("thinking", "")
-        elif kind == "tool_use":
-            arguments = json.dumps(block.get("input") or {}, ensure_ascii=False)
-            call = {"id": block.get("id"), "type": "function"}
-            message.setdefault("tool_calls", []).append(
-                {**call, "function": {"name": block.get("name"), "arguments": arguments}}
-            )
-        elif kind != "redacted_thinking":  # nobody but its maker can read that
-            raise BadRequest(f"{where}: blocks of type {kind!r} can't be given to this model")
-    return [message]
+        if block.get("type") not in ("text", "thinking", "tool_use", "redacted_thinking"):  # nobody can read the last
+            raise BadRequest(f"{where}: blocks of type {block.get('type')!r} can't be given to this model")
+    return [blocks_to_message(blocks)]
 
 
 def _joined(content: Any) -> str:
