@@ -1,6 +1,7 @@
 """Fixtures that several packages' tests share. Heavy imports stay inside: most tests need no broker."""
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("kafka"):
         _require_kafka()
+
+
+@pytest.fixture(autouse=True)
+def clients_unbound() -> Iterator[None]:
+    """A later test's server may get the port at which an earlier test's proxy was."""
+    yield
+    if (client_binding := sys.modules.get("millstream.producers.client_binding")) is not None:
+        client_binding._proxies.clear()
 
 
 def _require_kafka() -> None:

@@ -293,7 +293,11 @@ async def test_on_kafka_and_from_the_store_where_retention_has_taken_the_beginni
     assert (summary.rollouts, summary.from_store, summary.open) == (rollouts, 0, 1)
 
     admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap_servers})
-    taken = [TopicPartition(settings.topics.events, n, 20) for n in range(2)]
+    events = [Partition(settings.topics.events, n) for n in range(2)]
+    consumer = log.consumer()
+    ends = await consumer.end_offsets(events)
+    await consumer.close()
+    taken = [TopicPartition(p.topic, p.number, min(20, ends[p] // 2)) for p in events]
     for deleted in admin.delete_records(taken).values():
         deleted.result(10)
     variables = ("kafka_bootstrap_servers", "kafka_partitions", "topic_prefix", "clickhouse_dsn")
