@@ -1,6 +1,5 @@
 """A runner's side of the LLM proxies: which one an attempt calls, with which key, and that it is closed there."""
 
-import hashlib
 import time
 from collections.abc import Sequence
 from typing import Final
@@ -10,6 +9,7 @@ import aiohttp
 from millstream.consumers.claims import Claim
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.identity import attempt_key, attempt_path
+from millstream.schemas.ids import rank
 from millstream.schemas.resources import LLM
 
 CLOSE_S: Final = 30.0  # to let an attempt's last calls end
@@ -36,7 +36,7 @@ class Proxies:
         urls = next((item.endpoints for item in items if isinstance(item, LLM) and item.endpoints), self._urls)
         now = time.monotonic()
         urls = [url for url in urls if self._avoided.get(url, 0.0) < now] or urls
-        return max(urls, key=lambda url: _score(claim.attempt_id, url), default="")
+        return max(urls, key=lambda url: rank(claim.attempt_id, url), default="")
 
     def key(self, claim: Claim) -> str:
         """What the attempt shows there; good for as long as it may run."""
@@ -68,7 +68,3 @@ class Proxies:
     async def close(self) -> None:
         if self._http is not None:
             await self._http.close()
-
-
-def _score(attempt_id: str, url: str) -> bytes:
-    return hashlib.blake2b(f"{attempt_id}\x1f{url}".encode(), digest_size=8).digest()

@@ -24,6 +24,13 @@ def derived_id(time_ns: int, *parts: object) -> str:
     return _uuid7(time_ns // 1_000_000, int.from_bytes(digest, "big"))
 
 
+def rank(*parts: str) -> int:
+    """64 bits that the same parts always give, as if drawn: for shares, and for choosing whoever has most (rendezvous
+    hashing)."""
+    digest = hashlib.blake2b("\x1f".join(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
 def id_time_ms(value: str) -> int:
     """The time within a UUIDv7, ms since the epoch. Raises ValueError for any other id."""
     parsed = uuid.UUID(value)

@@ -4,7 +4,6 @@ Model servers and name patterns are settings. Versions of a model are a `Routing
 control topic, which every proxy swaps in whole. Everything here is pure.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,7 @@ from typing import Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.ids import new_id
+from millstream.schemas.ids import new_id, rank
 from millstream.schemas.records import Control
 
 KIND: Final = "routing"  # of the control records
@@ -188,5 +187,4 @@ class RoutingTable:
 
 def _share(model: str, rollout_id: str) -> float:
     """A number in [0, 1) that a rollout always has for a model."""
-    digest = hashlib.blake2b(f"{model}\x1f{rollout_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / (1 << 64)
+    return rank(model, rollout_id) / (1 << 64)

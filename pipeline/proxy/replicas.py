@@ -5,7 +5,6 @@ replica is back when its ``/health`` says so; any other when one call that tries
 """
 
 import asyncio
-import hashlib
 import logging
 import math
 import random
@@ -19,6 +18,7 @@ from typing import Any, Final
 import aiohttp
 from pydantic import SecretStr
 
+from millstream.schemas.ids import rank
 from millstream.schemas.routing import Upstream
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class Replicas:
             return usable[0] if usable else None
         most = math.ceil(BOUND * (sum(replica.in_flight for replica in usable) + 1) / len(usable))
         fitting = [replica for replica in usable if replica.in_flight < most] or usable
-        return max(fitting, key=lambda replica: _affinity(rollout_id, replica.url))
+        return max(fitting, key=lambda replica: rank(rollout_id, replica.url))
 
     def tries(self, rollout_id: str, deadline: float) -> "Tries":
         return Tries(self, rollout_id, deadline, self._clock)
@@ -245,10 +245,6 @@ def retry_after_s(header: str) -> float:
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     except (TypeError, ValueError):
         return 0.0
-
-
-def _affinity(rollout_id: str, url: str) -> bytes:
-    return hashlib.blake2b(f"{rollout_id}\x1f{url}".encode(), digest_size=8).digest()
 
 
 def _what(error: BaseException) -> str:

@@ -48,6 +48,7 @@ class Targets:
             for name, upstream in upstreams.items()
             if limited(upstream.limits)
         }
+        self._limited = {pattern: pattern for pattern in settings.route_limits}
         self._route_limiters = {
             pattern: Limiter(f"model {pattern}", limits) for pattern, limits in settings.route_limits.items()
         }
@@ -72,7 +73,7 @@ class Targets:
             known = ", ".join([*self._control.routing.models, *self._routes])
             where = f"is at upstream {name!r}, which this proxy has not" if name else f"is unknown; known are {known}"
             raise BadRequest(f"model {model!r} {where}")
-        limits = [self._limiters.get(replicas.name), self._route_limiters.get(upstream_of(model, self._patterns) or "")]
+        limits = [self._limiters.get(replicas.name), self._route_limiters.get(upstream_of(model, self._limited) or "")]
         return Target(
             replicas,
             arm.served_as if arm is not None else model.removeprefix(replicas.upstream.strip_prefix),
@@ -91,10 +92,6 @@ class Targets:
         """The name under which a model of an upstream is asked for; None if that name leads elsewhere."""
         name = self.upstreams[upstream].upstream.strip_prefix + served
         return name if upstream_of(name, self._routes) == upstream else None
-
-    @property
-    def _patterns(self) -> dict[str, str]:
-        return {pattern: pattern for pattern in self._route_limiters}
 
 
 def _key(name: str, upstream: Upstream) -> SecretStr:
