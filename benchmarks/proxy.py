@@ -32,7 +32,8 @@ from millstream.schemas.ids import new_id
 
 SECRET = "benchmark"
 TOKENS = 16
-AT_ONCE = 8
+AT_ONCE = (8, 32, 128)  # clients
+USUAL = 32  # of them, for the figures without a number
 STREAMS = 500
 TICKS = os.sysconf("SC_CLK_TCK")
 BODY = {"model": "policy", "messages": [{"role": "user", "content": "question " * 20}], "temperature": 1.0}
@@ -99,10 +100,10 @@ JSON = {"Content-Type": "application/json"}
 
 
 class Front:
-    """What clients call, and the process that answers."""
+    """What clients call, each at a URL of its own, and the process that answers."""
 
-    def __init__(self, url: str, process: subprocess.Popen[bytes], headers: dict[str, str]) -> None:
-        self.url, self.process, self.headers = url, process, headers
+    def __init__(self, process: subprocess.Popen[bytes], *clients: tuple[str, dict[str, str]]) -> None:
+        self.process, self.clients = process, clients
 
     def cpu_s(self) -> float:
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -118,15 +119,16 @@ async def ask(front: Front, count: int, at_once: int) -> list[float]:
     body, took = json.dumps(BODY).encode(), []
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def one_after_another(calls: int) -> None:
-            for _ in range(calls):
+        async def one_after_another(client: int) -> None:
+            url, headers = front.clients[client % len(front.clients)]
+            for _ in range(count // at_once):
                 began = time.perf_counter()
-                async with session.post(front.url, data=body, headers=front.headers) as answer:
+                async with session.post(url, data=body, headers=headers) as answer:
                     await answer.read()
                     assert answer.status == 200, await answer.text()
                 took.append((time.perf_counter() - began) * 1000)
 
-        await asyncio.gather(*(one_after_another(count // at_once) for _ in range(at_once)))
+        await asyncio.gather(*(one_after_another(client) for client in range(at_once)))
     return took
 
 
@@ -135,14 +137,15 @@ async def stream(front: Front, count: int) -> tuple[float, float]:
     body = json.dumps(BODY | {"stream": True}).encode()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
-        async def one() -> None:
-            async with session.post(front.url, data=body, headers=front.headers) as answer:
+        async def one(client: int) -> None:
+            url, headers = front.clients[client % len(front.clients)]
+            async with session.post(url, data=body, headers=headers) as answer:
                 text = await answer.read()
                 assert text.endswith(b"data: [DONE]\n\n"), text[-200:]
                 assert text.count(b" word") == TOKENS
 
         began, cpu = time.perf_counter(), front.cpu_s()
-        await asyncio.gather(*(one() for _ in range(count)))
+        await asyncio.gather(*map(one, range(count)))
         return time.perf_counter() - began, (front.cpu_s() - cpu) / count * 1000
 
 
@@ -175,14 +178,18 @@ def fronts(folder: Path) -> Iterator[dict[str, Front]]:
             stack.callback(process.terminate)
             _wait(port)
             processes.append(process)
-        rollout, attempt = new_id(), new_id()
-        key = attempt_key(SECRET, rollout, attempt, valid_s=3600)
-        ours = f"{urls[2]}{attempt_path(rollout, attempt)}/v1/chat/completions"
         yield {
-            "direct": Front(target, processes[0], JSON),
-            "passthrough": Front(urls[1] + "/v1/chat/completions", processes[1], JSON),
-            "millstream": Front(ours, processes[2], JSON | {"Authorization": f"Bearer {key}"}),
+            "direct": Front(processes[0], (target, JSON)),
+            "passthrough": Front(processes[1], (urls[1] + "/v1/chat/completions", JSON)),
+            "millstream": Front(processes[2], *(_attempt(urls[2]) for _ in range(max(AT_ONCE)))),
         }
+
+
+def _attempt(proxy: str) -> tuple[str, dict[str, str]]:
+    rollout, attempt = new_id(), new_id()
+    key = attempt_key(SECRET, rollout, attempt, valid_s=3600)
+    url = f"{proxy}{attempt_path(rollout, attempt)}/v1/chat/completions"
+    return url, JSON | {"Authorization": f"Bearer {key}"}
 
 
 def _free_port() -> int:
@@ -204,30 +211,35 @@ def _wait(port: int) -> None:
 
 
 def measure(quick: bool) -> dict[str, float]:
-    rounds, count = (3, 800) if quick else (7, 2000)
+    rounds, count = (3, 1024) if quick else (7, 2048)
     with tempfile.TemporaryDirectory() as folder, fronts(Path(folder)) as found:
-        cpu: dict[str, list[float]] = {name: [] for name in found}
+        cpu: dict[tuple[str, int], list[float]] = {(name, at): [] for name in found for at in AT_ONCE}
         took: dict[str, list[float]] = {name: [] for name in found}
         for number in range(rounds + 1):
+            for at_once in AT_ONCE:
+                for name, front in found.items():
+                    before = front.cpu_s()
+                    asyncio.run(ask(front, count, at_once))
+                    if number:  # the first one warms up
+                        cpu[name, at_once].append((front.cpu_s() - before) / count * 1000)
             for name, front in found.items():
-                before = front.cpu_s()
-                asyncio.run(ask(front, count, AT_ONCE))
-                used = (front.cpu_s() - before) / count * 1000
                 single = asyncio.run(ask(front, count // 8, 1))
-                if number:  # the first one warms up
-                    cpu[name].append(used)
+                if number:
                     took[name].append(statistics.median(single))
         ours = found["millstream"]
         idle = ours.rss_mb()
         seconds, per_stream = asyncio.run(stream(ours, 100 if quick else STREAMS))
         full = ours.rss_mb()
     p50 = {name: statistics.median(values) for name, values in took.items()}
+    ratios = {
+        at: statistics.median(a / b for a, b in zip(cpu["millstream", at], cpu["passthrough", at], strict=True))
+        for at in AT_ONCE
+    }
     return {
-        "cpu_ms_per_request": round(statistics.median(cpu["millstream"]), 3),
-        "passthrough_cpu_ms_per_request": round(statistics.median(cpu["passthrough"]), 3),
-        "cpu_ratio": round(
-            statistics.median(a / b for a, b in zip(cpu["millstream"], cpu["passthrough"], strict=True)), 2
-        ),
+        "cpu_ms_per_request": round(statistics.median(cpu["millstream", USUAL]), 3),
+        "passthrough_cpu_ms_per_request": round(statistics.median(cpu["passthrough", USUAL]), 3),
+        "cpu_ratio": round(ratios[USUAL], 2),
+        **{f"cpu_ratio_at_{at}": round(ratio, 2) for at, ratio in ratios.items()},
         "direct_p50_ms": round(p50["direct"], 2),
         "passthrough_added_p50_ms": round(p50["passthrough"] - p50["direct"], 2),
         "added_p50_ms": round(p50["millstream"] - p50["direct"], 2),

@@ -2,7 +2,8 @@
 
 A record that is alone goes out at once. Those that come while others are under way go out together, as soon as these
 are acknowledged (as in Nagle's algorithm, RFC 896). That takes the place of the producer's own lingering, for which a
-record waits even if no other comes. Acknowledgements that come together wake the loop once.
+record waits even if no other comes: a request to the brokers costs more than the records that are in it.
+Acknowledgements that come together wake the loop once.
 """
 
 import asyncio
@@ -14,9 +15,11 @@ from millstream.producers.port import Producer
 from millstream.schemas.log import Headers
 from millstream.schemas.records import Record
 
-PAUSE_S: Final = 0.002  # between two batches, at least
-# At most: a partition whose leader is away must not hold up the others. Long enough that less than librdkafka's limit
-# of five requests are under way even at a slow broker: at that limit its thread does not wait but spins.
+PAUSE_S: Final = 0.005  # between two batches of more than one record, at least
+# The producer's own lingering: so that a batch, handed over record by record, is one request. With 0 librdkafka sends
+# its first record alone, the next ones after it, and spins as soon as five requests are under way.
+BURST_MS: Final = 0.5
+# At most: a partition whose leader is away must not hold up the others. Long enough for that limit at a slow broker.
 STALLED_S: Final = 0.05
 
 
@@ -24,13 +27,13 @@ class AcknowledgedSends:
     """Belongs to the running event loop."""
 
     def __init__(self, producer: Producer, timeout_s: float) -> None:
-        """``producer`` should not linger."""
+        """``producer`` should linger for `BURST_MS`."""
         self._producer = producer
         self._timeout_s = timeout_s
         self._loop = asyncio.get_running_loop()
         self._held: list[tuple[asyncio.Future[int], str, Record | bytes, str, Headers]] = []
         self._under_way = 0
-        self._handed_over = 0.0  # when the last batch was, by the loop's clock
+        self._due = 0.0  # when the next batch may go, by the loop's clock, unless one is under way
         self._next: asyncio.TimerHandle | None = None
         self._waiting: dict[asyncio.Future[int], float] = {}  # with their deadlines; the oldest first
         self._expiring: asyncio.TimerHandle | None = None
@@ -58,12 +61,12 @@ class AcknowledgedSends:
         if not self._held:
             return
         now = self._loop.time()
-        due = self._handed_over + (STALLED_S if self._under_way else PAUSE_S)
+        due = self._due + (STALLED_S if self._under_way else 0.0)
         if now < due:
             self._next = self._loop.call_at(due, self._hand_over)
             return
-        self._handed_over = now
         held, self._held = self._held, []
+        self._due = now + (PAUSE_S if len(held) > 1 else 0.0)
         for done, topic, value, key, headers in held:
             self._under_way += 1
             try:

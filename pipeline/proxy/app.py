@@ -27,6 +27,7 @@ from millstream.pipeline.proxy.openai_chat import BadRequest
 from millstream.pipeline.proxy.replicas import Failed
 from millstream.pipeline.proxy.surfaces import COUNT_TOKENS, MALFORMED, SURFACES
 from millstream.pipeline.proxy.targets import Targets
+from millstream.producers.acknowledged import BURST_MS
 from millstream.producers.blob_store import Blobs
 from millstream.producers.port import Producer
 from millstream.schemas.errors import ConfigError
@@ -77,15 +78,14 @@ class Proxy:
         return self._calls.unrecorded
 
     async def _lifespan(self, _app: web.Application) -> AsyncIterator[None]:
-        self._producer = self._log.producer(linger_ms=0)
+        self._producer = self._log.producer(linger_ms=BURST_MS)
         blobs = Blobs(self._settings.blob_url)
         self._calls = Calls(self._producer, self._settings.topics, self._targets, blobs, self._settings.cache_ttl)
         await self._control.start()
-        await self._targets.start()
         yield
         await self._calls.close()
         blobs.close()
-        await self._targets.close()
+        self._targets.close()
         await self._control.close()
         await asyncio.to_thread(self._producer.close)
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any, Final
 
-import aiohttp
 import orjson
 from aiohttp import web
 
@@ -24,6 +23,7 @@ from millstream.pipeline.backend import MODEL_VERSION
 from millstream.pipeline.proxy import sse
 from millstream.pipeline.proxy.answers import UPSTREAM_ENDED, Answer, Json, Reader, error_text
 from millstream.pipeline.proxy.attempts import Attempt
+from millstream.pipeline.proxy.http_client import Exchange
 from millstream.pipeline.proxy.limits import Busy, all_of
 from millstream.pipeline.proxy.openai_chat import BadRequest, chunks_of
 from millstream.pipeline.proxy.replicas import Failed, Replicas
@@ -238,9 +238,9 @@ class Calls:
             headers.setdefault("anthropic-version", ANTHROPIC_VERSION)
         return headers
 
-    async def _answered(self, call: _Call, upstream: aiohttp.ClientResponse, key: bytes | None) -> web.StreamResponse:
+    async def _answered(self, call: _Call, upstream: Exchange, key: bytes | None) -> web.StreamResponse:
         call.version = upstream.headers.get(MODEL_VERSION)
-        told = {n: v for n, v in upstream.headers.items() if n.lower().startswith(_TOLD)}
+        told = {n: v for n, v in upstream.headers.items() if n.startswith(_TOLD)}
         if upstream.status != 200:
             body = await upstream.read()
             return await self._refused(call, upstream.status, body, f"the model server answered {upstream.status}")
@@ -270,13 +270,11 @@ class Calls:
             headers=told,
         )
 
-    async def _streamed(
-        self, call: _Call, upstream: aiohttp.ClientResponse, told: dict[str, str]
-    ) -> web.StreamResponse:
+    async def _streamed(self, call: _Call, upstream: Exchange, told: dict[str, str]) -> web.StreamResponse:
         """Forwards what comes as it comes, but for the beginning (before the first token, so that the call can still be
         made again) and the end (after which nothing but that is left)."""
         events, early = sse.Events(), b""
-        async for piece in upstream.content.iter_any():
+        async for piece in upstream.pieces():
             out = b""
             try:
                 completed = events.feed(piece)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import Any, Final
 
-import aiohttp
+import orjson
 from pydantic import SecretStr
 
+from millstream.pipeline.proxy.http_client import Exchange, HttpError, Server
 from millstream.schemas.ids import rank
 from millstream.schemas.routing import Upstream
 
@@ -30,7 +31,6 @@ HEALTH_S: Final = 2.0  # for an answer of /health
 TRIES: Final = 6
 BACKOFF_S: Final = 0.25  # doubled with each try, and of that a random part ("full jitter")
 MAX_BACKOFF_S: Final = 8.0
-CONNECT_S: Final = 5.0
 RETRIED: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
 # A replica may have this much more than its share of the calls under way before another one takes a rollout's.
 BOUND: Final = 1.25
@@ -54,6 +54,7 @@ class Replica:
     """One server."""
 
     url: str
+    server: Server
     in_flight: int = 0
     failures: int = 0  # in a row
     rests_until: float = 0.0
@@ -71,22 +72,16 @@ class Replicas:
     ) -> None:
         self.name = name
         self.upstream = upstream
-        self.all = [Replica(url) for url in upstream.urls]
+        self.all = [Replica(url, Server(url, upstream.max_connections)) for url in upstream.urls]
         self.key = key
         self._clock = clock
-        self._session: aiohttp.ClientSession | None = None
         self._checks: dict[Replica, asyncio.Task[None]] = {}
 
-    async def start(self) -> None:
-        connector = aiohttp.TCPConnector(limit=0, limit_per_host=self.upstream.max_connections)
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_S)  # calls have deadlines of their own
-        self._session = aiohttp.ClientSession(connector=connector, timeout=timeout, auto_decompress=True)
-
-    async def close(self) -> None:
+    def close(self) -> None:
         for check in self._checks.values():
             check.cancel()
-        if self._session is not None:
-            await self._session.close()
+        for replica in self.all:
+            replica.server.close()
 
     def pick(self, rollout_id: str, avoid: Sequence[Replica] = ()) -> Replica | None:
         """A rollout's calls go to the same replica, whose prefix cache knows its prompts, unless that has more than its
@@ -112,29 +107,28 @@ class Replicas:
     @asynccontextmanager
     async def post(
         self, replica: Replica, path: str, body: bytes, headers: dict[str, str], deadline: float
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    ) -> AsyncIterator[Exchange]:
         """The body has the answer's head, of whatever status. Raises `Failed` if the server can't be reached, breaks
         off, or answers with a status that is tried again."""
-        assert self._session is not None, "start() first"
         replica.in_flight += 1
         replica.trying = replica.failures >= FAILURES
         try:
             async with (
                 asyncio.timeout(max(0.0, deadline - self._clock())),
-                self._session.post(replica.url + path, data=body, headers=headers) as response,
+                replica.server.request("POST", path, headers, body) as answer,
             ):
-                if response.status in RETRIED:
-                    text = (await response.read())[: 64 << 10]
+                if answer.status in RETRIED:
+                    text = (await answer.read())[: 64 << 10]
                     raise Failed(
-                        f"{self.name} answered {response.status}",
-                        status=response.status,
+                        f"{self.name} answered {answer.status}",
+                        status=answer.status,
                         body=text,
-                        retry_after_s=retry_after_s(response.headers.get("Retry-After", "")),
-                        broken=response.status >= 500,
+                        retry_after_s=retry_after_s(answer.headers.get("retry-after", "")),
+                        broken=answer.status >= 500,
                     )
-                yield response
-        except (aiohttp.ClientError, ConnectionError) as error:
-            raise Failed(f"{self.name} can't be reached, or broke off: {_what(error)}") from error
+                yield answer
+        except HttpError as error:
+            raise Failed(f"{self.name} can't be reached, or broke off: {error}") from error
         except TimeoutError as error:
             raise Failed(f"{self.name} did not answer in time", status=504, broken=False) from error
         finally:
@@ -143,19 +137,21 @@ class Replicas:
 
     async def get(self, path: str, timeout_s: float) -> Any:
         """JSON of the first replica that can be used. Raises `Failed`."""
-        assert self._session is not None, "start() first"
         replica = self.pick("")
         if replica is None:
             raise Failed(f"{self.name} does not answer")
         try:
             async with (
                 asyncio.timeout(timeout_s),
-                self._session.get(replica.url + path, headers=self.authorization()) as response,
+                replica.server.request("GET", path, self.authorization()) as answer,
             ):
-                response.raise_for_status()
-                return await response.json(content_type=None)
-        except (aiohttp.ClientError, ConnectionError, TimeoutError, ValueError) as error:
-            raise Failed(f"{self.name} can't be asked for {path}: {_what(error)}") from error
+                text = await answer.read()
+                if answer.status != 200:
+                    raise Failed(f"{self.name} answered {answer.status} to {path}")
+                return orjson.loads(text)
+        except (HttpError, TimeoutError, orjson.JSONDecodeError) as error:
+            what = str(error) or type(error).__name__
+            raise Failed(f"{self.name} can't be asked for {path}: {what}") from error
 
     def authorization(self) -> dict[str, str]:
         key = self.key.get_secret_value()
@@ -181,15 +177,14 @@ class Replicas:
         replica.failures = 0
 
     async def _until_healthy(self, replica: Replica) -> None:
-        assert self._session is not None
         while replica.failures >= FAILURES:
             await asyncio.sleep(REST_S)
             try:
-                async with asyncio.timeout(HEALTH_S), self._session.get(replica.url + "/health") as response:
-                    if response.status == 200:
+                async with asyncio.timeout(HEALTH_S), replica.server.request("GET", "/health", {}) as answer:
+                    if answer.status == 200:
                         self.succeeded(replica)
                         logger.info("replica %s of %s is back", replica.url, self.name)
-            except (aiohttp.ClientError, ConnectionError, TimeoutError):
+            except (HttpError, TimeoutError):
                 pass
 
 
@@ -245,7 +240,3 @@ def retry_after_s(header: str) -> float:
         return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
     except (TypeError, ValueError):
         return 0.0
-
-
-def _what(error: BaseException) -> str:
-    return str(error) or type(error).__name__

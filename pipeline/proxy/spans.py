@@ -3,7 +3,7 @@
 import struct
 import time
 from dataclasses import dataclass
-from secrets import token_hex
+from random import getrandbits
 from typing import Any, Final
 
 import orjson
@@ -98,7 +98,7 @@ def call_span(
     trace_id, parent_id = _trace_context(facts.traceparent, attempt_id)
     return Span(
         trace_id=trace_id,
-        span_id=token_hex(8),
+        span_id=f"{getrandbits(64):016x}",
         parent_id=parent_id,
         name=f"{facts.operation} {model}",
         kind=semconv.KIND_OF_OPERATION.get(facts.operation, semconv.SPAN),

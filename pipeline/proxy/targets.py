@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache, partial
 
 from pydantic import SecretStr
 
@@ -43,23 +44,21 @@ class Targets:
                 raise ConfigError(f"routes.{pattern}: there is no upstream {name!r}; known are {', '.join(upstreams)}")
         self.upstreams = {name: Replicas(name, upstream, _key(name, upstream)) for name, upstream in upstreams.items()}
         self._control = control
+        self._routed = lru_cache(1024)(partial(upstream_of, routes=self._routes))  # clients choose the names
         self._limiters = {
             name: Limiter(f"upstream {name}", upstream.limits)
             for name, upstream in upstreams.items()
             if limited(upstream.limits)
         }
-        self._limited = {pattern: pattern for pattern in settings.route_limits}
+        limited_routes = {pattern: pattern for pattern in settings.route_limits}
+        self._limited = lru_cache(1024)(partial(upstream_of, routes=limited_routes))
         self._route_limiters = {
             pattern: Limiter(f"model {pattern}", limits) for pattern, limits in settings.route_limits.items()
         }
 
-    async def start(self) -> None:
+    def close(self) -> None:
         for replicas in self.upstreams.values():
-            await replicas.start()
-
-    async def close(self) -> None:
-        for replicas in self.upstreams.values():
-            await replicas.close()
+            replicas.close()
 
     def of(self, model: str, rollout_id: str, resources_id: str) -> Target:
         """Raises `BadRequest` if nobody answers to that name."""
@@ -67,13 +66,13 @@ class Targets:
         items = resources.items.values() if resources is not None else ()
         llm = next((item for item in items if isinstance(item, LLM) and item.model == model), None)
         arm = self._control.routing.choose(model, rollout_id, llm.model_version if llm is not None else "")
-        name = arm.upstream if arm is not None else upstream_of(model, self._routes)
+        name = arm.upstream if arm is not None else self._routed(model)
         replicas = self.upstreams.get(name or "")
         if replicas is None:
             known = ", ".join([*self._control.routing.models, *self._routes])
             where = f"is at upstream {name!r}, which this proxy has not" if name else f"is unknown; known are {known}"
             raise BadRequest(f"model {model!r} {where}")
-        limits = [self._limiters.get(replicas.name), self._route_limiters.get(upstream_of(model, self._limited) or "")]
+        limits = [self._limiters.get(replicas.name), self._route_limiters.get(self._limited(model) or "")]
         return Target(
             replicas,
             arm.served_as if arm is not None else model.removeprefix(replicas.upstream.strip_prefix),
@@ -91,7 +90,7 @@ class Targets:
     def routed_to(self, upstream: str, served: str) -> str | None:
         """The name under which a model of an upstream is asked for; None if that name leads elsewhere."""
         name = self.upstreams[upstream].upstream.strip_prefix + served
-        return name if upstream_of(name, self._routes) == upstream else None
+        return name if self._routed(name) == upstream else None
 
 
 def _key(name: str, upstream: Upstream) -> SecretStr:

@@ -1,0 +1,262 @@
+"""HTTP/1.1 to a model server, over connections that are kept open.
+
+A general client takes five times the CPU of this (benchmarks/README.md), and a call's way through the proxy is hardly
+more than that. The parser is llhttp, that of Node.js, by httptools. Protocol: RFC 9112. No redirects, cookies or
+compression.
+"""
+
+import asyncio
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from types import TracebackType
+from typing import Final, Self, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+CONNECT_S: Final = 5.0
+IDLE_S: Final = 60.0  # a connection that has not been used for so long is not used again
+UNREAD: Final = 256 << 10  # bytes of an answer that are held for a slow reader; then the server has to wait
+
+
+class HttpError(Exception):
+    """The server can't be reached, broke off, or does not speak HTTP. ``unseen``: a server may close an idle connection
+    just as it is used; the request has not been seen then."""
+
+    def __init__(self, message: str, *, unseen: bool = False) -> None:
+        super().__init__(message)
+        self.unseen = unseen
+
+
+class Server:
+    """The connections to one server; ``url`` may have a path, which all paths go below. Belongs to one event loop."""
+
+    def __init__(self, url: str, max_connections: int = 512) -> None:
+        parts = urlsplit(url)
+        self._host = parts.hostname or ""
+        self._tls = ssl.create_default_context() if parts.scheme == "https" else None
+        self._port = parts.port or (443 if self._tls else 80)
+        self._base = parts.path.rstrip("/")
+        self._shared = f"Host: {parts.netloc.rpartition('@')[2]}\r\nAccept-Encoding: identity\r\n"
+        self._places = asyncio.Semaphore(max_connections)
+        self._idle: list[_Connection] = []  # the one used last is used next
+        self._all: set[_Connection] = set()
+
+    def request(self, method: str, path: str, headers: Mapping[str, str], body: bytes = b"") -> "Exchange":
+        """To be entered: ``async with server.request(…) as answer``."""
+        lines = "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
+        if lines.count("\n") != len(headers) or lines.count("\r") != len(headers):
+            raise ValueError("a header holds a line break")
+        head = f"{method} {self._base}{path} HTTP/1.1\r\n{self._shared}{lines}Content-Length: {len(body)}\r\n\r\n"
+        return Exchange(self, head.encode("utf-8", "surrogateescape") + body)
+
+    def close(self) -> None:
+        for connection in list(self._all):
+            connection.transport.abort()
+
+    async def connection(self, *, new: bool) -> "_Connection":
+        """For one exchange, then `done`. Raises `HttpError`."""
+        await self._places.acquire()
+        try:
+            horizon = time.monotonic() - IDLE_S
+            while self._idle:
+                connection = self._idle.pop()
+                if not new and connection.used > horizon and not connection.transport.is_closing():
+                    return connection
+                connection.transport.abort()
+            return await self._connected()
+        except BaseException:
+            self._places.release()
+            raise
+
+    async def _connected(self) -> "_Connection":
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                _, connection = await loop.create_connection(
+                    lambda: _Connection(self._gone), self._host, self._port, ssl=self._tls, happy_eyeballs_delay=0.25
+                )
+        except TimeoutError as error:
+            raise HttpError(f"no connection within {CONNECT_S:.0f} s") from error
+        except OSError as error:  # ssl.SSLError, too
+            raise HttpError(error.strerror or str(error)) from error
+        self._all.add(connection)
+        return connection
+
+    def done(self, connection: "_Connection") -> None:
+        """The exchange is over, or given up."""
+        if connection.reusable:
+            connection.used = time.monotonic()
+            self._idle.append(connection)
+        else:
+            connection.transport.abort()
+        self._places.release()
+
+    def _gone(self, connection: "_Connection") -> None:
+        self._all.discard(connection)
+        if connection in self._idle:
+            self._idle.remove(connection)
+
+
+class Exchange:
+    """A request and its answer. The server hears that nobody waits any more when this is left before the end."""
+
+    status: int
+    headers: Mapping[str, str]  # names in lower case
+
+    def __init__(self, server: Server, request: bytes) -> None:
+        self._server = server
+        self._request = request
+        self._connection: _Connection
+
+    async def __aenter__(self) -> Self:
+        """Returns when the answer's head is there. Raises `HttpError`."""
+        try:
+            await self._begin(new=False)
+        except HttpError as error:
+            if not error.unseen:
+                raise
+            await self._begin(new=True)
+        return self
+
+    async def _begin(self, *, new: bool) -> None:
+        connection = await self._server.connection(new=new)
+        try:
+            await connection.ask(self._request)
+        except BaseException:
+            self._server.done(connection)
+            raise
+        self._connection = connection
+        self.status, self.headers = connection.status, connection.headers
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._server.done(self._connection)
+
+    @property
+    def content_type(self) -> str:
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    async def read(self) -> bytes:
+        """What is left of the body. Raises `HttpError`."""
+        return b"".join([piece async for piece in self.pieces()])
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """The body as it comes. Raises `HttpError`."""
+        while piece := await self._connection.next():
+            yield piece
+
+
+class _Connection(asyncio.Protocol):
+    """One exchange at a time. The methods named ``on_…`` are the parser's to call."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, gone: "Callable[[_Connection], None]") -> None:
+        self._gone = gone
+        self._parser = httptools.HttpResponseParser(self)
+        self._loop = asyncio.get_running_loop()
+        self.used = 0.0  # last, monotonic
+        self.status = 0
+        self.headers: dict[str, str] = {}
+        self.reusable = False
+        self._served = 0
+        self._open = False  # an answer is awaited, or comes
+        self._begun = False
+        self._head_complete = False
+        self._pieces: list[bytes] = []
+        self._unread = 0
+        self._error: HttpError | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    async def ask(self, request: bytes) -> None:
+        """Returns when the head of the answer is there. Raises `HttpError`."""
+        self.headers, self._pieces, self._unread = {}, [], 0
+        self._open, self.reusable, self._begun, self._head_complete = True, False, False, False
+        self.transport.resume_reading()
+        self.transport.write(request)
+        while not self._head_complete:
+            await self._more()
+
+    async def next(self) -> bytes:
+        """Of the body; empty at its end. Raises `HttpError`."""
+        while not self._pieces:
+            if not self._open and self._error is None:
+                return b""
+            await self._more()
+        found, self._pieces = b"".join(self._pieces), []
+        if self._unread > UNREAD:
+            self.transport.resume_reading()
+        self._unread = 0
+        return found
+
+    async def _more(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiter = self._loop.create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _fail(self, message: str) -> None:
+        self._error = self._error or HttpError(message, unseen=not self._begun and self._served > 0)
+        self._open = self.reusable = False
+        self.transport.abort()
+
+    # --- asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._open:
+            self._fail("it sent something that nobody had asked for")
+            return
+        self._begun = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(f"it does not speak HTTP: {error}")
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        if self._open:
+            ends_here = "content-length" not in self.headers and "transfer-encoding" not in self.headers
+            if self._head_complete and ends_here and error is None:
+                self._open = False
+            else:
+                self._fail(f"the connection broke off: {error}" if error else "it hung up")
+        self.reusable = False
+        self._gone(self)
+        self._wake()
+
+    # --- The parser
+
+    def on_message_begin(self) -> None:
+        if not self._open:
+            self._fail("it sent more than one answer")
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+
+    def on_headers_complete(self) -> None:
+        self.status = self._parser.get_status_code()
+        self._head_complete = self.status >= 200
+
+    def on_body(self, body: bytes) -> None:
+        self._pieces.append(body)
+        self._unread += len(body)
+        if self._unread > UNREAD:
+            self.transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        if not self._head_complete:  # an interim answer, as 100 Continue
+            self.headers = {}
+            return
+        self._open = False
+        self._served += 1
+        self.reusable = self._parser.should_keep_alive()
