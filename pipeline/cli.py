@@ -6,11 +6,11 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
@@ -251,6 +251,8 @@ def proxy(
     health_port: HealthPort = 0,
 ) -> None:
     """Stand between agents and the model servers, and record every call."""
+    import uvloop
+
     from millstream.pipeline.proxy import Proxy
     from millstream.pipeline.proxy.app import check_open
     from millstream.pipeline.serving import serve
@@ -270,7 +272,7 @@ def proxy(
                 await stack.enter_async_context(serve(front.admin(), admin))
             await stop.wait()
 
-    _run_role(settings, "proxy", health_port, work)
+    _run_role(settings, "proxy", health_port, work, uvloop.run)
 
 
 @model_app.command(
@@ -360,7 +362,11 @@ def _print_status(kafka: LocalKafka, as_json: bool) -> None:
 
 
 def _run_role(
-    settings: Settings, role: str, health_port: int, work: Callable[[Health, asyncio.Event], Awaitable[None]]
+    settings: Settings,
+    role: str,
+    health_port: int,
+    work: Callable[[Health, asyncio.Event], Awaitable[None]],
+    run_loop: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run,
 ) -> None:
     """Runs until SIGTERM or SIGINT, then lets the role end in good order. A second SIGINT ends it at once, which does
     no harm: whoever takes over finds everything in the log."""
@@ -383,4 +389,4 @@ def _run_role(
     # What is loaded by now stays: the collector, which takes up to a tenth of a busy role's time, need not look at it.
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-    asyncio.run(run())
+    run_loop(run())

@@ -1,15 +1,31 @@
 """Serves an aiohttp application for as long as a block runs."""
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from millstream.schemas.errors import ConfigError
 
 SHUTDOWN_S = 5.0  # how long requests under way may go on when the block ends
 HEAD_S = 75.0  # how long a connection may lie idle, or take over a request's head
+logger = logging.getLogger(__name__)
+
+
+def _without_content(record: logging.LogRecord) -> bool:
+    """aiohttp logs of a malformed request the line that is wrong. That may be the one with the key."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        record.exc_info = record.exc_text = None
+        record.levelno, record.levelname = logging.WARNING, "WARNING"
+        record.msg = f"a malformed request from %s: {type(error).__name__}"
+    return True
+
+
+logger.addFilter(_without_content)
 
 
 @asynccontextmanager
@@ -28,7 +44,12 @@ async def serve(
     if parts.scheme != "http" or parts.hostname is None or parts.port is None:
         raise ConfigError(f"{url!r} can't be served: an address is http://HOST:PORT")
     runner = web.AppRunner(
-        app, access_log=None, shutdown_timeout=shutdown_s, handler_cancellation=True, keepalive_timeout=head_s
+        app,
+        access_log=None,
+        logger=logger,
+        shutdown_timeout=shutdown_s,
+        handler_cancellation=True,
+        keepalive_timeout=head_s,
     )
     await runner.setup()
     try:

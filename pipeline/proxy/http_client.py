@@ -9,11 +9,13 @@ import asyncio
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from socket import SOCK_STREAM
 from types import TracebackType
 from typing import Final, Self, cast
 from urllib.parse import urlsplit
 
 import httptools
+from aiohappyeyeballs import start_connection
 
 CONNECT_S: Final = 5.0
 IDLE_S: Final = 60.0  # a connection that has not been used for so long is not used again
@@ -74,8 +76,13 @@ class Server:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_S):
+                found = await loop.getaddrinfo(self._host, self._port, type=SOCK_STREAM)
+                socket = await start_connection(found, happy_eyeballs_delay=0.25)  # RFC 8305; uvloop does not have it
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self._gone), self._host, self._port, ssl=self._tls, happy_eyeballs_delay=0.25
+                    lambda: _Connection(self._gone),
+                    sock=socket,
+                    ssl=self._tls,
+                    server_hostname=self._host if self._tls else None,
                 )
         except TimeoutError as error:
             raise HttpError(f"no connection within {CONNECT_S:.0f} s") from error
@@ -203,7 +210,9 @@ class _Connection(asyncio.Protocol):
             self._waiter.set_result(None)
 
     def _fail(self, message: str) -> None:
-        self._error = self._error or HttpError(message, unseen=not self._begun and self._served > 0)
+        """Nothing more is believed of what the server says; an answer that was whole by then stays one."""
+        if self._open:
+            self._error = HttpError(message, unseen=not self._begun and self._served > 0)
         self._open = self.reusable = False
         self.transport.abort()
 
@@ -213,9 +222,6 @@ class _Connection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        if not self._open:
-            self._fail("it sent something that nobody had asked for")
-            return
         self._begun = True
         try:
             self._parser.feed_data(data)
@@ -237,8 +243,8 @@ class _Connection(asyncio.Protocol):
     # --- The parser
 
     def on_message_begin(self) -> None:
-        if not self._open:
-            self._fail("it sent more than one answer")
+        if not self._open:  # ends the parsing
+            raise ValueError("the server answers without being asked")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")

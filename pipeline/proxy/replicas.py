@@ -189,17 +189,22 @@ class Replicas:
 
 
 class Tries:
-    """One call's way through the replicas, with a pause between two tries. ``last`` is what went wrong last."""
+    """One call's way through the replicas, with a pause between two tries."""
 
     def __init__(self, replicas: Replicas, rollout_id: str, deadline: float, clock: Callable[[], float]) -> None:
-        self.last = Failed(f"no replica of {replicas.name} can be reached", status=503)
         self._replicas = replicas
+        self._last: Failed | None = None
         self._rollout_id = rollout_id
         self._deadline = deadline
         self._clock = clock
         self._number = 0
         self._pause_s = 0.0  # before the next one, at least
         self._replica: Replica | None = None
+
+    @property
+    def last(self) -> Failed:
+        """What went wrong last."""
+        return self._last or Failed(f"no replica of {self._replicas.name} can be reached", status=503)
 
     async def next(self) -> Replica | None:
         """The replica to try now; None when there have been enough tries, or no time is left."""
@@ -220,7 +225,7 @@ class Tries:
 
     def failed(self, error: Failed) -> None:
         """The replica given last has failed."""
-        self.last, self._pause_s = error, error.retry_after_s
+        self._last, self._pause_s = error, error.retry_after_s
         assert self._replica is not None
         self._replicas.failed(self._replica, error)
 

@@ -127,6 +127,14 @@ async def test_ambiguous_requests_are_refused(rig, lines):
     assert rig.model.requests == []
 
 
+async def test_a_malformed_request_is_logged_without_its_key(rig, caplog):
+    target = rig.base.removeprefix(rig.url) + CHAT
+    status, _ = await raw(rig, head(rig, target, f"x-api-key: {rig.key}\x00", "Content-Length: 0"))
+    assert status == 400
+    assert "malformed request from 127.0.0.1" in caplog.text
+    assert rig.key not in caplog.text
+
+
 async def test_what_is_forwarded_of_a_client_adds_no_header(rig):
     """Values that are handed on can't hold a line's end, and the client's key and headers stay here."""
     lines = ("anthropic-beta: a%0d%0ax-smuggled: 1", "x-smuggled: 1", "traceparent: 00-\u00e9-1-1")
@@ -274,6 +282,7 @@ async def test_no_secret_is_in_any_span_log_line_answer_or_admin_page(monkeypatc
     """A full run through all surfaces, with servers that tell the key they were given."""
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("UPSTREAM_KEY", UPSTREAM_KEY)
+    monkeypatch.setattr("millstream.pipeline.proxy.replicas.BACKOFF_S", 0.01)
     told: list[str] = []
     kinds = {kind: {"urls": ["{url}"], "kind": kind, "key_env": "UPSTREAM_KEY"} for kind in ("vllm", "openai")}
     routes = {"policy": "vllm", "*": "openai"}
