@@ -41,6 +41,7 @@ class VllmOptions:
     args: tuple[str, ...] = ()  # further switches of vLLM, as --dtype float32
     transfer: Transfer = "file"  # how new weights of a trainer reach it
     adapters: int = 0  # LoRA adapters served at a time, at most
+    replicas: int = 1  # processes; one at a time gets new weights
 
 
 class VllmProcess:

@@ -254,7 +254,6 @@ class VllmServer:
         folder: Path,
         *,
         version: str,
-        replicas: int = 1,
         port: int = 0,
     ) -> None:
         """``version`` names the weights of the model's folder. ``port`` is that of the first replica (0: any free one),
@@ -267,7 +266,7 @@ class VllmServer:
         self._shapes = self.base.shapes()
         processes = [
             VllmProcess(model, options, settings, folder / "log", f"vllm-{i}", port and port + i)
-            for i in range(replicas)
+            for i in range(options.replicas)
         ]
         self.replicas = [Replica(process, options, self.base) for process in processes]
         self._lock = asyncio.Lock()

@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("torch")
 
 import telling
+from vllm_rig import ENGINE, processes_of
 
 from millstream.pipeline import vllm_process, vllm_server
 from millstream.pipeline.model_server import UpdateFailed
@@ -213,20 +214,12 @@ async def test_a_killed_vllm_comes_back_with_the_last_good_version_and_its_adapt
     assert (await client.ask(model="policy@lora.0.2")).tokens == [adapter_token(2)]
 
 
-def processes_of(pid):
-    """It, and all that it has started, by name."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    children = [processes_of(int(child)) for task in tasks for child in task.read_text().split()]
-    name = Path(f"/proc/{pid}/comm").read_text().strip()
-    return [(name, pid), *(found for more in children for found in more)]
-
-
 def lives(pid):
     stat = Path(f"/proc/{pid}/stat")
     return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
-@pytest.mark.parametrize("frozen", ["the API server", "VLLM::EngineCor"])
+@pytest.mark.parametrize("frozen", ["the API server", ENGINE])
 async def test_a_vllm_that_hangs_is_ended_and_comes_back(server, client, monkeypatch, frozen):
     await deploy(server, 6)
     monkeypatch.setattr(vllm_process, "PROBE_S", 2.0)
