@@ -14,6 +14,7 @@ from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
 from millstream.schemas.model_commands import ANSWER, SERVER, ModelAnswer, ModelCommand, ServerState
 from millstream.schemas.records import Control
+from millstream.schemas.routing import KIND as ROUTING
 from millstream.schemas.routing import RoutingTable
 from millstream.schemas.settings import load_settings
 
@@ -24,15 +25,18 @@ WaitS = Annotated[float, typer.Option(min=0, help="Seconds to wait for the serve
 
 
 class _Told:
-    """What the control topic says of model servers."""
+    """What the control topic says of models."""
 
     def __init__(self) -> None:
+        self.table = RoutingTable()
         self.servers: dict[str, ServerState] = {}
         self.answers: dict[str, ModelAnswer] = {}
         self.more = asyncio.Event()
 
     def hear(self, record: Control) -> None:
-        if record.kind == SERVER:
+        if record.kind == ROUTING and record.name > self.table.table_id:
+            self.table = RoutingTable.from_control(record)
+        elif record.kind == SERVER:
             self.servers[record.name] = ServerState.from_control(record)
         elif record.kind == ANSWER:
             self.answers[record.name] = ModelAnswer.from_control(record)
@@ -84,18 +88,18 @@ def split(
 @app.command(epilog="Example: millstream model status --json")
 def status(as_json: Json = False) -> None:
     """Show each model's versions with their shares, and who serves them."""
-    table, servers = asyncio.run(_read())
+    told = asyncio.run(_read())
     rows = []
-    for model, arms in table.models.items():
+    for model, arms in told.table.models.items():
         for arm in arms:
-            state = servers.get(arm.upstream)
+            state = told.servers.get(arm.upstream)
             served = state is not None and (arm.version == state.version or arm.served_as in state.adapters)
             alive = [] if state is None else [replica["url"] for replica in state.replicas if replica["alive"]]
             count = 0 if state is None else len(state.replicas)
             loaded = "" if not served else f"{len(alive)} of {count}"
             rows.append([model, arm.version, arm.weight, arm.upstream, arm.served_as, loaded, arm.weights])
-    if not as_json and table.table_id:
-        out.print(f"table {table.table_id}: {table.reason}", highlight=False, markup=False)
+    if not as_json and told.table.table_id:
+        out.print(f"table {told.table.table_id}: {told.table.reason}", highlight=False, markup=False)
     print_rows(["model", "version", "share", "upstream", "served_as", "loaded_at", "weights"], rows, as_json)
 
 
@@ -147,7 +151,7 @@ async def _answered(command: ModelCommand, wait_s: float) -> ModelAnswer:
     return told.answers[command.command_id]
 
 
-async def _read() -> tuple[RoutingTable, dict[str, ServerState]]:
+async def _read() -> _Told:
     settings = load_settings()
     log = KafkaLog(settings)
     await log.check()
@@ -157,4 +161,4 @@ async def _read() -> tuple[RoutingTable, dict[str, ServerState]]:
         await follower.start()
     finally:
         await follower.close()
-    return follower.routing, told.servers
+    return told
