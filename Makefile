@@ -18,6 +18,7 @@ $(UV):
 	@.venv-uv/bin/pip install --quiet --disable-pip-version-check uv
 
 $(STAMP): pyproject.toml constraints.txt | $(UV)
+	@echo "setting up .venv: some GB, which may take minutes without a word"
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
 	$(UV) pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev,frameworks,train]'
 	@touch $@
@@ -35,6 +36,7 @@ $(CREWAI_STAMP): pyproject.toml constraints-crewai.txt | $(UV)
 vllm: $(VLLM_STAMP)
 
 $(VLLM_STAMP): constraints-vllm.txt | $(UV)
+	@echo "setting up .venv-vllm: some more GB, which may take minutes without a word"
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv-vllm
 	$(UV) pip install --quiet --python .venv-vllm/bin/python --no-deps -r constraints-vllm.txt
 	@touch $@

@@ -298,8 +298,8 @@ def serve(
     from millstream.pipeline.vllm_server import VllmServer
 
     settings = load_settings()
-    options = VllmOptions(names=(name,), args=tuple(arg or ()), adapters=adapters)
-    server = VllmServer(folder, options, settings, log_dir, version=version, replicas=replicas, port=port)
+    options = VllmOptions(names=(name,), args=tuple(arg or ()), adapters=adapters, replicas=replicas)
+    server = VllmServer(folder, options, settings, log_dir, version=version, port=port)
 
     async def work(health: Health, stop: asyncio.Event) -> None:
         health.trouble = lambda: None if all(r.alive for r in server.replicas) else "a vLLM process is down"

@@ -11,7 +11,7 @@ from rich.text import Text
 from millstream.pipeline.trainer import StepReport
 
 SHOWN_STEPS = 12
-BAR_WIDTH = 20
+BAR_WIDTH = 12  # the table fits 80 columns
 
 
 class LiveView:

@@ -16,7 +16,6 @@ from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
 from millstream.schemas.model_commands import ANSWER, COMMAND, ModelAnswer, ModelCommand, ServerState
 from millstream.schemas.records import Control
-from millstream.schemas.routing import KIND as ROUTING
 from millstream.schemas.routing import Arm, RoutingTable
 from millstream.schemas.topics import Topics
 
@@ -36,7 +35,6 @@ class ModelRole:
         self._upstream = upstream
         self._producer = log.producer()
         self._follower = ControlFollower(log, topics, on_control=self._hear)
-        self._table = RoutingTable()  # in force
         self._told: ServerState | None = None
         self._waiting: dict[str, Control] = {}  # commands without an answer, in the order of the log
         self._heard = asyncio.Event()
@@ -45,7 +43,7 @@ class ModelRole:
         """Until ``stop``. Raises `MillstreamError` if the model can't be served."""
         try:
             await self._follower.start()
-            used = self._used(self._table)
+            used = self._used(self._follower.routing)
             adapters, whole = {}, None  # as it was when this ended
             for arm in used:
                 weights = self._server.weights(arm.weights, arm.version, lora=self._is_adapter(arm))
@@ -57,7 +55,7 @@ class ModelRole:
             if not used:
                 base = self._server.base
                 arm = self._arm(self._model, base.version, base.folder)
-                await self._publish(self._table.deploy(self._model, arm), "")
+                await self._publish(self._follower.routing.deploy(self._model, arm), "")
             while not stop.is_set():
                 await self._tell()
                 while self._waiting:
@@ -73,9 +71,7 @@ class ModelRole:
             await asyncio.to_thread(self._producer.close)
 
     def _hear(self, record: Control) -> None:
-        if record.kind == ROUTING and record.name > self._table.table_id:
-            self._table = RoutingTable.from_control(record)
-        elif record.kind == COMMAND:
+        if record.kind == COMMAND:
             self._waiting[record.name] = record
             self._heard.set()
         elif record.kind == ANSWER:
@@ -90,9 +86,9 @@ class ModelRole:
                 return
             mark = f" [{command.command_id}]"
             # The table may be out, and the answer not, when this process ended in between.
-            if not self._table.reason.endswith(mark):
+            if not self._follower.routing.reason.endswith(mark):
                 await self._publish(await self._do(command), mark)
-            answer = ModelAnswer(command_id=record.name, table_id=self._table.table_id)
+            answer = ModelAnswer(command_id=record.name, table_id=self._follower.routing.table_id)
         except (ConfigError, UpdateFailed) as error:
             answer = ModelAnswer(command_id=record.name, error=str(error))
         await self._tell()
@@ -100,19 +96,20 @@ class ModelRole:
 
     async def _do(self, command: ModelCommand) -> RoutingTable:
         """The next table; what it needs is served when this returns."""
+        known = self._follower.routing
         if command.action == "deploy":
             name = f"{self._model}@{command.version}" if command.lora else self._model
             arm = self._arm(name, command.version, Path(command.folder))
-            for known in self._table.models.get(self._model, ()):
-                if known.version == arm.version and (known.served_as, known.weights) != (name, arm.weights):
+            for other in known.models.get(self._model, ()):
+                if other.version == arm.version and (other.served_as, other.weights) != (name, arm.weights):
                     raise ConfigError(
-                        f"{self._model} {arm.version} is that of {known.weights}: these need a version of their own"
+                        f"{self._model} {arm.version} is that of {other.weights}: these need a version of their own"
                     )
-            table = self._table.deploy(self._model, arm)
+            table = known.deploy(self._model, arm)
         elif command.action == "rollback":
-            table = self._table.rollback(self._model, command.version)
+            table = known.rollback(self._model, command.version)
         else:
-            table = self._table.split(self._model, command.shares)
+            table = known.split(self._model, command.shares)
         used = self._used(table)
         whole = [arm.version for arm in used if not self._is_adapter(arm)]
         if len(whole) > 1:
@@ -130,9 +127,10 @@ class ModelRole:
     async def _publish(self, table: RoutingTable, mark: str) -> None:
         """This model's part of ``table``, beside what others have said meanwhile of theirs."""
         await self._follower.wait_until_current()
-        models = {**self._table.models, self._model: table.models[self._model]}
-        self._table = RoutingTable(table_id=new_id(), models=models, reason=table.reason + mark)
-        await publish_control(self._producer, self._topics, self._table.to_control(time.time_ns()))
+        models = {**self._follower.routing.models, self._model: table.models[self._model]}
+        whole = RoutingTable(table_id=new_id(), models=models, reason=table.reason + mark)
+        await publish_control(self._producer, self._topics, whole.to_control(time.time_ns()))
+        await self._follower.wait_until_current()  # the next command builds on it
         kept = {arm.served_as for arm in models[self._model]}
         for name in set(self._server.adapters) - kept:
             await self._server.remove_adapter(name)

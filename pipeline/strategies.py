@@ -23,12 +23,14 @@ from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.pipeline.model_server import ModelServer
 from millstream.pipeline.proxy import Proxy
+from millstream.pipeline.proxy.targets import DEFAULT
 from millstream.pipeline.serving import serve
 from millstream.pipeline.store import ClickHouseStore
 from millstream.pipeline.trainer import Strategy
 from millstream.pipeline.vllm_process import HOST, VllmOptions
 from millstream.pipeline.vllm_server import VllmServer
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.routing import Upstream
 from millstream.schemas.settings import Settings
 
 ANYWHERE: Final = "http://127.0.0.1:0"
@@ -52,8 +54,8 @@ class MemoryStrategy:
         settings = settings.model_copy(update={"clickhouse_dsn": f"chdb://{(run_dir / 'store').resolve()}"})
         log = MemoryLog(settings.topics)
         async with AsyncExitStack() as stack:
-            server, url = await _model_server(stack, settings, model, run_dir, vllm, ANYWHERE)
-            settings = settings.model_copy(update={"model_url": url, "upstreams": {}, "routes": {}})
+            server, urls = await _model_server(stack, settings, model, run_dir, vllm, ANYWHERE)
+            settings = settings.model_copy(update={"upstreams": _upstreams(urls), "routes": {}})
             await stack.enter_async_context(_roles(log, settings, agent, to_triplets, hooks))
             yield log, server
 
@@ -77,8 +79,8 @@ class KafkaStrategy:
         log = KafkaLog(settings)
         await log.create_topics()
         async with AsyncExitStack() as stack:
-            server, url = await _model_server(stack, settings, model, run_dir, vllm, settings.model_url)
-            settings = settings.model_copy(update={"model_url": url})
+            server, urls = await _model_server(stack, settings, model, run_dir, vllm, settings.model_url)
+            settings = settings.model_copy(update={"upstreams": settings.upstreams or _upstreams(urls)})
             if agent is not None:
                 await stack.enter_async_context(_roles(log, settings, agent, to_triplets, hooks))
             yield log, server
@@ -95,10 +97,11 @@ async def _model_server(
     run_dir: Path,
     vllm: VllmOptions | None,
     url: str,
-) -> tuple[ModelServer | None, str]:
-    """Serves the model at ``url`` (port 0: any free one); the server, and where it is. Without a model: nowhere."""
+) -> tuple[ModelServer | None, list[str]]:
+    """Serves the model at ``url`` (port 0: any free one); the server, and where its replicas are. Without a model:
+    nowhere."""
     if model is None:
-        return None, ""
+        return None, []
     if vllm is not None:
         parts = urlsplit(url)
         if parts.hostname is None or not is_loopback(parts.hostname):
@@ -107,13 +110,17 @@ async def _model_server(
         server = VllmServer(model, vllm, settings, folder, version=BASE_VERSION, port=parts.port or 0)
         stack.push_async_callback(server.close)
         await server.start()
-        return server, server.urls[0]
+        return server, server.urls
     from millstream.pipeline.engine import Engine
     from millstream.pipeline.engine_server import engine_app
 
     engine = await asyncio.to_thread(Engine, model)
     stack.push_async_callback(engine.close)
-    return engine, await stack.enter_async_context(serve(engine_app(engine), url))
+    return engine, [await stack.enter_async_context(serve(engine_app(engine), url))]
+
+
+def _upstreams(urls: list[str]) -> dict[str, Upstream]:
+    return {DEFAULT: Upstream(urls=tuple(urls))} if urls else {}
 
 
 @asynccontextmanager
@@ -133,7 +140,7 @@ async def _roles(
         stack.callback(store.close)
         await asyncio.to_thread(store.migrate)
         settings = settings.model_copy(update={"proxy_url": "", "proxy_secret": SecretStr(secret)})
-        if settings.model_url:
+        if settings.upstreams:
             url = await stack.enter_async_context(serve(Proxy(log, settings).app, ANYWHERE))
             settings = settings.model_copy(update={"proxy_url": url})
         adapter = Adapter(

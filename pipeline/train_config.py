@@ -47,6 +47,11 @@ class ModelConfig(BaseModel):
     server: Literal["engine", "vllm"] = "engine"
     names: tuple[str, ...] = Field(default=("policy",), min_length=1, description="That agents ask vLLM for.")
     args: tuple[str, ...] = Field(default=(), description='Switches of vLLM, as "--dtype", "float32".')
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        description="vLLM processes, at model_url and the ports after it; [upstreams] names them all.",
+    )
     transfer: Transfer = Field(
         default="file", description="How new weights reach vLLM; nccl and ipc are untested on GPU."
     )
@@ -145,7 +150,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
 def vllm_options(config: ModelConfig) -> VllmOptions | None:
     if config.server == "engine":
         return None
-    return VllmOptions(names=config.names, args=config.args, transfer=config.transfer)
+    return VllmOptions(names=config.names, args=config.args, transfer=config.transfer, replicas=config.replicas)
 
 
 def make_grpo(config: GrpoConfig) -> Any:

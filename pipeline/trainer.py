@@ -141,6 +141,9 @@ class Trainer:
         self._run_dir = Path(run_dir)
         self._seed = seed
         self._settings = settings or load_settings()
+        # A proxy_url that nobody has set says nothing about the machines that the runners are on.
+        known = agent is None and "proxy_url" in self._settings.model_fields_set
+        self._endpoints = self._settings.proxy_urls if known else ()
         self._adapter = adapter or TripletMaker(self._settings.triplets)
         self._on_step = on_step
 
@@ -161,7 +164,7 @@ class Trainer:
         if not tasks:
             raise ConfigError("training needs tasks: none were given")
         async with self._running() as (log, server):
-            run = _Run(self._settings, log, self._run, self._algorithm, server, self._run_dir, self._on_step)
+            run = self._new_run(log, server)
             try:
                 await run.start(self._seed)
                 stop = self._stop_reward, self._patience
@@ -174,12 +177,17 @@ class Trainer:
 
     async def _dev(self, tasks: Sequence[Task]) -> list[FinishedRollout]:
         async with self._running() as (log, server):
-            run = _Run(self._settings, log, self._run, self._algorithm, server, self._run_dir, self._on_step)
+            run = self._new_run(log, server)
             try:
                 await run.start(self._seed)
                 return await run.evaluate(tasks, "test")
             finally:
                 await run.close()
+
+    def _new_run(self, log: Log, server: ModelServer | None) -> "_Run":
+        return _Run(
+            self._settings, log, self._run, self._algorithm, server, self._run_dir, self._on_step, self._endpoints
+        )
 
     def _running(self) -> AbstractAsyncContextManager[tuple[Log, ModelServer | None]]:
         self._run_dir.mkdir(parents=True, exist_ok=True)
@@ -216,7 +224,9 @@ class _Run:
         server: ModelServer | None,
         run_dir: Path,
         on_step: Callable[[StepReport], None],
+        endpoints: tuple[str, ...],
     ) -> None:
+        self._endpoints = endpoints
         self._settings = settings
         self._topics = settings.topics
         self._name = name
@@ -379,7 +389,7 @@ class _Run:
             Resources(
                 resources_id=self._resources_id,
                 experiment_id=self.summary.experiment_id,
-                items={"policy": LLM(model="policy", model_version=self._version)},
+                items={"policy": LLM(model="policy", model_version=self._version, endpoints=self._endpoints)},
             ),
         )
 

@@ -22,6 +22,7 @@ from millstream.schemas.settings import Settings
 
 START_S: Final = 600.0  # large models take minutes to load
 STOP_S: Final = 10.0
+PROBE_S: Final = 10.0  # for an answer that takes milliseconds
 HOST: Final = "127.0.0.1"  # nobody else reaches its development endpoints
 Transfer = Literal["file", "gloo", "nccl", "ipc"]
 ENGINES: Final[Mapping[str, str]] = {
@@ -40,6 +41,7 @@ class VllmOptions:
     args: tuple[str, ...] = ()  # further switches of vLLM, as --dtype float32
     transfer: Transfer = "file"  # how new weights of a trainer reach it
     adapters: int = 0  # LoRA adapters served at a time, at most
+    replicas: int = 1  # processes; one at a time gets new weights
 
 
 class VllmProcess:
@@ -82,7 +84,7 @@ class VllmProcess:
             )
         deadline = time.monotonic() + START_S
         async with aiohttp.ClientSession() as session:
-            while not await self._healthy(session):
+            while not await self.answers(session):
                 if self.pid is None:
                     raise MillstreamError(f"vLLM ended as it started ({self.log}):\n{self._last_lines()}")
                 if time.monotonic() > deadline:
@@ -111,11 +113,14 @@ class VllmProcess:
                 os.killpg(self._process.pid, signal.SIGKILL)
             await self._process.wait()
 
-    async def _healthy(self, session: aiohttp.ClientSession) -> bool:
+    async def answers(self, session: aiohttp.ClientSession) -> bool:
+        """Whether the engine does, within `PROBE_S`. (vLLM's ``/health`` asks the API server alone.)"""
+        timeout = aiohttp.ClientTimeout(total=PROBE_S)
+        headers = {"x-millstream-admin": self.token}
         try:
-            async with session.get(f"{self.url}/health", headers={"x-millstream-admin": self.token}) as answer:
+            async with session.get(f"{self.url}/weight_info", headers=headers, timeout=timeout) as answer:
                 return answer.status == 200
-        except aiohttp.ClientError:
+        except (aiohttp.ClientError, TimeoutError):
             return False
 
     def _arguments(self) -> list[str]:

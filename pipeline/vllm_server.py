@@ -18,7 +18,7 @@ import aiohttp
 from millstream.deploy.kafka.local import free_port
 from millstream.pipeline.backend import MODEL_VERSION
 from millstream.pipeline.model_server import UpdateFailed
-from millstream.pipeline.vllm_process import VllmOptions, VllmProcess
+from millstream.pipeline.vllm_process import PROBE_S, VllmOptions, VllmProcess
 from millstream.pipeline.vllm_transfer import send_file, send_gloo
 from millstream.pipeline.weights import Weights, allowed, check_fit, check_version, prune, save
 from millstream.schemas.errors import ConfigError, MillstreamError
@@ -30,10 +30,13 @@ if TYPE_CHECKING:  # needs the `train` extra
 logger = logging.getLogger(__name__)
 
 CALL_S: Final = 300.0  # for one call of the protocol
+# A vLLM hangs that has left so many probes in a row unanswered, 20 s each. It answers between two steps. A step takes
+# seconds at most, because long prompts are cut into pieces; a change of weights takes longer, and is not probed.
+HUNG_PROBES: Final = 6
 RESTART_S: Final = (1.0, 2.0, 5.0, 15.0, 60.0)  # between attempts to start a process that has ended
 CANARY_PROMPT: Final = [1, 1]  # token ids; whatever they mean
 
-_FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError, RuntimeError)
+_FAILURES = (aiohttp.ClientError, TimeoutError, OSError, ValueError, RuntimeError, ConfigError)
 
 
 class Replica:
@@ -46,6 +49,7 @@ class Replica:
         self.adapters: dict[str, Weights] = {}
         self.restarts = 0
         self._options = options
+        self._shapes = base.shapes()
         self._session: aiohttp.ClientSession | None = None
         self._lock = asyncio.Lock()  # one change at a time
         self._keeper: asyncio.Task[None] | None = None
@@ -74,16 +78,15 @@ class Replica:
             await self._session.close()
 
     async def load(self, new: Weights, tensors: "Mapping[str, Tensor] | None" = None) -> None:
-        """Raises `UpdateFailed` when the version before answers again instead. ``tensors``: the same weights in memory,
-        for transfers other than by file."""
+        """Raises `UpdateFailed` when the version before answers again instead, or vLLM is being started anew with it.
+        ``tensors``: the same weights in memory, for transfers other than by file."""
         async with self._lock:
             self._check_alive()
             try:
                 await self._swap(new, tensors)
             except _FAILURES as error:
-                await self._restore()
                 raise UpdateFailed(
-                    f"{new.version} did not go live at {self.process.url}: {error}; {self.good.version} is back"
+                    f"{new.version} did not go live at {self.process.url}: {_said(error)}; {await self._restore(error)}"
                 ) from error
             self.good = new
 
@@ -98,7 +101,7 @@ class Replica:
             except _FAILURES as error:
                 with suppress(*_FAILURES):
                     await self._post("/v1/unload_lora_adapter", {"lora_name": name})
-                raise UpdateFailed(f"adapter {name} is not served at {self.process.url}: {error}") from error
+                raise UpdateFailed(f"adapter {name} is not served at {self.process.url}: {_said(error)}") from error
             self.adapters[name] = adapter
 
     async def remove_adapter(self, name: str) -> None:
@@ -119,7 +122,9 @@ class Replica:
             await self._swap(self.good)
         except _FAILURES as error:
             await self.process.kill()
-            raise UpdateFailed(f"vLLM does not take {self.good.version}: {error}; see {self.process.log}") from error
+            raise UpdateFailed(
+                f"vLLM does not take {self.good.version}: {_said(error)}; see {self.process.log}"
+            ) from error
         for name, adapter in list(self.adapters.items()):
             try:
                 await self._load_adapter(name, adapter)
@@ -128,24 +133,41 @@ class Replica:
                 del self.adapters[name]
 
     async def _keep(self) -> None:
-        """Starts it again whenever it has ended."""
+        """Starts it again whenever it has ended, or hangs."""
         tries = 0
         while True:
             if self.alive:
-                code = await self.process.ended()
-                logger.warning("vLLM at %s ended with code %s; it is started again", self.process.url, code)
+                logger.warning("vLLM at %s %s; it is started again", self.process.url, await self._down())
             async with self._lock:
                 await self.process.kill()  # what it may have left behind
                 try:
                     await self._begin()
                     self.restarts, tries = self.restarts + 1, 0
                     continue
-                except MillstreamError as error:
+                except (MillstreamError, OSError) as error:
                     logger.error("%s", error)
             await asyncio.sleep(RESTART_S[min(tries, len(RESTART_S) - 1)])
             tries += 1
 
+    async def _down(self) -> str:
+        """Returns when it has ended or hangs, and says which."""
+        assert self._session is not None
+        ended = asyncio.ensure_future(self.process.ended())
+        missed = 0
+        try:
+            while missed < HUNG_PROBES:
+                await asyncio.wait([ended], timeout=PROBE_S)
+                if ended.done():
+                    return f"ended with code {ended.result()}"
+                async with self._lock:  # not while it is changed
+                    missed = 0 if await self.process.answers(self._session) else missed + 1
+            return f"has left {missed} probes without an answer"
+        finally:
+            ended.cancel()
+
     async def _swap(self, weights: Weights, tensors: "Mapping[str, Tensor] | None" = None) -> None:
+        if tensors is None:  # files may have gone since they were written; vLLM would keep what it has in their place
+            check_fit(await asyncio.to_thread(weights.shapes), self._shapes)
         await self._post("/pause", params={"mode": "keep"})
         if tensors is None or self._options.transfer not in ("nccl", "ipc"):
             await self._post("/start_weight_update")
@@ -162,13 +184,16 @@ class Replica:
         await self._post("/resume")
         await self._canary(self._options.names[0], weights.version)
 
-    async def _restore(self) -> None:
-        """The version before, whatever state the engine is in."""
+    async def _restore(self, cause: BaseException) -> str:
+        """The version before, whatever state the engine is in; says how."""
         try:
+            if isinstance(cause, TimeoutError):  # whatever did not return in time may still be at work
+                raise cause
             await self._swap(self.good)
         except _FAILURES as error:
-            logger.warning("%s can't be brought back: %s; vLLM is started anew with it", self.good.version, error)
             await self.process.kill()  # `_keep` does the rest, when the lock is free
+            return f"{self.good.version} can't be brought back ({_said(error)}), and vLLM is started anew with it"
+        return f"{self.good.version} is back"
 
     async def _by_gpu(self, tensors: "Mapping[str, Tensor]", version: str) -> None:
         from millstream.pipeline.vllm_gpu import GpuSender  # needs vLLM here
@@ -214,6 +239,10 @@ class Replica:
             return (await response.json() if json else await response.text()), served
 
 
+def _said(error: BaseException) -> str:
+    return str(error) or type(error).__name__  # a time-out says nothing
+
+
 class VllmServer:
     """The `ModelServer`. ``folder`` gets logs, and the versions of a trainer: the last two of them, to go back to."""
 
@@ -225,7 +254,6 @@ class VllmServer:
         folder: Path,
         *,
         version: str,
-        replicas: int = 1,
         port: int = 0,
     ) -> None:
         """``version`` names the weights of the model's folder. ``port`` is that of the first replica (0: any free one),
@@ -238,7 +266,7 @@ class VllmServer:
         self._shapes = self.base.shapes()
         processes = [
             VllmProcess(model, options, settings, folder / "log", f"vllm-{i}", port and port + i)
-            for i in range(replicas)
+            for i in range(options.replicas)
         ]
         self.replicas = [Replica(process, options, self.base) for process in processes]
         self._lock = asyncio.Lock()

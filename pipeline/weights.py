@@ -37,13 +37,16 @@ class Weights:
         return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each tensor, by name. Reads the headers alone."""
-        from safetensors import safe_open
+        """Of each tensor, by name. Reads the headers alone. Raises `ConfigError` if a file can't be read."""
+        from safetensors import SafetensorError, safe_open
 
         shapes: dict[str, tuple[int, ...]] = {}
         for file in self.files:
-            with safe_open(file, framework="np") as opened:
-                shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            try:
+                with safe_open(file, framework="np") as opened:
+                    shapes |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{file} can't be read: {error}") from error
         return shapes
 
 

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -85,6 +86,8 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end everything cleanly
     began = time.monotonic()
     run_dir = run_dir.resolve()
+    wait = f"; vLLM takes most of a minute to start, and logs in {run_dir}/vllm/log" if vllm else ""
+    console.print(f"the run goes to {run_dir}{wait}", highlight=False, soft_wrap=True)
     try:
         prepare(run_dir, "" if kafka else agent, vllm, max_steps, groups, lr, seed)
         settings = over_kafka(run_dir, agent, adapter) if kafka else in_process(run_dir, adapter)
@@ -95,6 +98,7 @@ def main(
     except KeyboardInterrupt:
         console.print("interrupted")
         raise typer.Exit(130) from None
+    console.print(f"ask more: {_question(settings)}", highlight=False, soft_wrap=True)
     learnt = summary["first_reward"] < FIRST_REWARD_BELOW and summary["validation_reward"] > VALIDATION_ABOVE
     console.print(
         f"first step {summary['first_reward']:.2f} → held-out validation {summary['validation_reward']:.2f}: "
@@ -168,11 +172,7 @@ def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
             processes.start("store", "store", "serve", str(folder), "--port", str(store))
             asyncio.run(KafkaLog(settings).create_topics())
             _wait_until_up(f"http://127.0.0.1:{store}/ping", processes)
-            console.print(
-                f'ask meanwhile: MILLSTREAM_CLICKHOUSE_DSN={settings.clickhouse_dsn} millstream sql "SELECT …"',
-                highlight=False,
-                soft_wrap=True,
-            )
+            console.print(f"ask meanwhile: {_question(settings)}", highlight=False, soft_wrap=True)
             processes.start("sink", "sink")
             processes.start("adapter", "adapter", *(["--adapter", adapter] if adapter else []))
             processes.start("proxy", "proxy")
@@ -231,6 +231,11 @@ def _broker(folder: Path) -> Iterator[str]:
         yield broker.bootstrap_servers
     finally:
         broker.down()
+
+
+def _question(settings: Settings) -> str:
+    millstream = Path(sys.executable).with_name("millstream")
+    return f'MILLSTREAM_CLICKHOUSE_DSN={settings.clickhouse_dsn} {millstream} sql "SELECT …"'
 
 
 def _free_port() -> int:

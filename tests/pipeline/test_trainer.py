@@ -2,12 +2,22 @@
 
 import asyncio
 import json
+from contextlib import asynccontextmanager
 
+import openai
 import pytest
+from policy_server import PolicyServer
 
 import millstream as ms
+from millstream.consumers.adapter import Adapter
+from millstream.consumers.runner import Runner
+from millstream.pipeline.memory_log import MemoryLog
+from millstream.pipeline.proxy import Proxy
+from millstream.pipeline.serving import serve
+from millstream.pipeline.strategies import ANYWHERE
 from millstream.pipeline.trainer import Trainer, mean_reward
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.settings import load_settings
 
 TASKS = [{"number": n} for n in range(10)]
 
@@ -39,6 +49,37 @@ async def test_train_can_be_awaited_and_says_what_it_lacks(tmp_path):
 def test_an_agent_that_cannot_be_imported_ends_the_run_with_its_name(tmp_path):
     with pytest.raises(ConfigError, match="nowhere:agent"):
         Trainer(agent="nowhere:agent", run_dir=tmp_path).dev(TASKS)
+
+
+async def test_runners_that_know_no_proxy_go_to_those_that_the_trainer_names(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_BASE_URL", "")  # what the runner sets is undone after the test
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    monkeypatch.setenv("MILLSTREAM_PROXY_SECRET", "secret")
+    settings, model = load_settings(), PolicyServer()
+    log = MemoryLog(settings.topics)
+
+    def asking(task):
+        message = {"role": "user", "content": "say three words more"}
+        return float(len(openai.OpenAI().chat.completions.create(model="m", messages=[message]).choices))
+
+    class Elsewhere:
+        """Roles that others have started."""
+
+        @asynccontextmanager
+        async def running(self, settings, **options):
+            stop = asyncio.Event()
+            adapter = Adapter(log, settings.topics, transactional_id="adapter")
+            async with asyncio.TaskGroup() as roles:
+                roles.create_task(adapter.run(stop))
+                roles.create_task(Runner(log, load_settings(), asking, processes=0).run(stop))
+                yield log, None
+                stop.set()
+
+    async with serve(model.app, ANYWHERE) as url, serve(Proxy(log, load_settings(model_url=url)).app, ANYWHERE) as url:
+        trainer = Trainer(strategy=Elsewhere(), settings=load_settings(proxy_url=url), run_dir=tmp_path)
+        finished = await trainer._dev(TASKS[:2])
+    assert [(f.end.status, f.end.reward, f.end.turns) for f in finished] == [("succeeded", 1.0, 1)] * 2
+    assert [len(f.triplets) for f in finished] == [1, 1]
 
 
 @pytest.mark.torch

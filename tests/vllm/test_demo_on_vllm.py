@@ -35,14 +35,28 @@ def run_demo(folder, *options):
     return ended.returncode, json.loads((folder / "summary.json").read_text()), calls
 
 
-def test_the_agent_learns_with_new_weights_after_each_step(tmp_path):
-    code, summary, calls = run_demo(tmp_path)
-    assert code == 0, summary
+def assert_new_weights_after_each_step(summary, calls):
     steps = len(summary["by_version"])
     assert [row["model_version"] for row in summary["by_version"]] == [f"calculator.0.{n}" for n in range(steps)]
     for step in range(steps):  # two calls of each of 16 × 8 rollouts, and each says who made its token
         answered, failed = calls[f"calculator.0.{step}"]
         assert (answered >= 256, failed) == (True, 0)
+
+
+def test_the_agent_learns_with_new_weights_after_each_step(tmp_path):
+    code, summary, calls = run_demo(tmp_path)
+    assert code == 0, summary
+    assert_new_weights_after_each_step(summary, calls)
+
+
+@pytest.mark.kafka
+def test_over_kafka_it_begins_to_learn_as_well(tmp_path):
+    _, summary, calls = run_demo(tmp_path, "--kafka", "--max-steps", "16")
+    assert_new_weights_after_each_step(summary, calls)
+    rewards = [row["mean_reward"] for row in summary["by_version"]]
+    assert len(rewards) == 16
+    assert max(rewards[:2]) < 0.1
+    assert min(rewards[-3:]) > 0.2  # without a learning rate it stays below 0.1: see the next test
 
 
 def test_without_a_learning_rate_nothing_is_learnt(tmp_path):

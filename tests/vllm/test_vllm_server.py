@@ -3,14 +3,19 @@ compared with what made it."""
 
 import asyncio
 import os
+import shutil
 import signal
+from pathlib import Path
 
+import aiohttp
 import pytest
 
 pytest.importorskip("torch")
 
 import telling
+from vllm_rig import ENGINE, processes_of
 
+from millstream.pipeline import vllm_process, vllm_server
 from millstream.pipeline.model_server import UpdateFailed
 from millstream.pipeline.weights import Weights
 from millstream.schemas.errors import ConfigError
@@ -171,8 +176,6 @@ async def test_going_back_to_a_folder_of_an_earlier_version(server, client, vllm
 
 
 async def test_weights_by_gloo(server, client, monkeypatch):
-    from millstream.pipeline import vllm_server
-
     async def by_file(*args):
         raise AssertionError("it was to come by gloo")
 
@@ -184,22 +187,67 @@ async def test_weights_by_gloo(server, client, monkeypatch):
     assert (answer.start, answer.tokens) == ("tell.1.4", [token(4)] * 2)
 
 
+async def served_until_restarted(server, client):
+    """Status and version of each answer that somebody gets until then."""
+    before, served = server.replicas[0].restarts, set()
+    while server.replicas[0].restarts == before:
+        try:
+            async with asyncio.timeout(1):
+                answer = await client.ask()
+            served.add((answer.status, answer.start))
+        except (aiohttp.ClientError, TimeoutError):  # while it is away
+            pass
+        await asyncio.sleep(0.1)
+    return served
+
+
 async def test_a_killed_vllm_comes_back_with_the_last_good_version_and_its_adapters(server, client, vllm_root):
     await deploy(server, 5)
     if not (vllm_root / "adapter-2").exists():
         telling.create_adapter(vllm_root / "adapter-2", 2)
     await server.deploy(vllm_root / "adapter-2", "lora.0.2", lora=True)
-    replica = server.replicas[0]
-    os.kill(replica.process.pid, signal.SIGKILL)
-    served = set()
-    while replica.restarts == 0:
-        try:
-            answer = await client.ask()
-            served.add((answer.status, answer.start))
-        except OSError:  # while it is away
-            pass
-        await asyncio.sleep(0.1)
+    os.kill(server.replicas[0].process.pid, signal.SIGKILL)
+    served = await served_until_restarted(server, client)
     assert served <= {(503, None), (200, "tell.1.5")}  # and never the model as it was once
     answer = await client.ask(2)
     assert (answer.start, answer.tokens) == ("tell.1.5", [token(5)] * 2)
     assert (await client.ask(model="policy@lora.0.2")).tokens == [adapter_token(2)]
+
+
+def lives(pid):
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.parametrize("frozen", ["the API server", ENGINE])
+async def test_a_vllm_that_hangs_is_ended_and_comes_back(server, client, monkeypatch, frozen):
+    await deploy(server, 6)
+    monkeypatch.setattr(vllm_process, "PROBE_S", 2.0)
+    monkeypatch.setattr(vllm_server, "PROBE_S", 2.0)
+    replica = server.replicas[0]
+    found = dict(processes_of(replica.process.pid)) | {"the API server": replica.process.pid}
+    stream = asyncio.create_task(client.ask(200, stream=True))
+    os.kill(found[frozen], signal.SIGSTOP)
+    assert await served_until_restarted(server, client) <= {(503, None), (200, "tell.1.6")}
+    assert not [name for name, pid in found.items() if lives(pid)]
+    with pytest.raises(aiohttp.ClientError):
+        await stream
+    answer = await client.ask(2)
+    assert (answer.start, answer.tokens) == ("tell.1.6", [token(6)] * 2)
+
+
+async def test_when_the_version_before_can_not_be_brought_back_vllm_starts_anew_with_it(server, client, tmp_path):
+    await deploy(server, 7)
+    (good,) = server.replicas[0].good.files
+    broken = telling.weights(8)
+    broken["model.norm.weight"][0] = float("nan")
+    good.rename(tmp_path / "away")  # a disk that has gone for a moment
+    running = [asyncio.create_task(client.ask(200, stream=True)) for _ in range(4)]
+    with pytest.raises(UpdateFailed, match=r"tell\.1\.8 did not go live.*tell\.1\.7 can't be brought back.*anew"):
+        await server.update(broken, "tell.1.8")
+    shutil.move(tmp_path / "away", good)
+    assert await served_until_restarted(server, client) <= {(503, None), (200, "tell.1.7")}
+    for answer in await asyncio.gather(*running, return_exceptions=True):  # broken off, and by no token of the new one
+        assert isinstance(answer, aiohttp.ClientError) or set(answer.tokens) == {token(7)}
+    answer = await client.ask(2)
+    assert (answer.start, answer.tokens, server.version) == ("tell.1.7", [token(7)] * 2, "tell.1.7")

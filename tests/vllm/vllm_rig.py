@@ -6,6 +6,7 @@ from pathlib import Path
 
 import aiohttp
 
+ENGINE = "VLLM::EngineCor"  # what the kernel keeps of the name of the engine's process
 PYTHON = Path(__file__).parents[2] / ".venv-vllm/bin/python"
 ARGS = (
     *("--dtype", "float32", "--max-model-len", "256", "--enforce-eager"),
@@ -50,3 +51,11 @@ class Client:
             [int(number) for part in ids for number in part.split(",")],
             text,
         )
+
+
+def processes_of(pid: int) -> list[tuple[str, int]]:
+    """It, and all that it has started: name and pid of each."""
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [processes_of(int(child)) for task in tasks for child in task.read_text().split()]
+    name = Path(f"/proc/{pid}/comm").read_text().strip()
+    return [(name, pid), *(found for more in children for found in more)]

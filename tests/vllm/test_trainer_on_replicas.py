@@ -1,0 +1,101 @@
+"""A trainer with two replicas of a real vLLM: each step's weights reach both, one after the other."""
+
+import asyncio
+import os
+import signal
+import struct
+from contextlib import asynccontextmanager
+
+import pytest
+
+pytest.importorskip("torch")
+
+import aiohttp
+import openai
+import telling
+from vllm_rig import ARGS, ENGINE, Client, processes_of
+
+from millstream.pipeline.strategies import MemoryStrategy
+from millstream.pipeline.trainer import Trainer
+from millstream.pipeline.vllm_process import VllmOptions
+
+pytestmark = [pytest.mark.vllm, pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]
+TOKENS = 3
+
+
+class Counting:
+    """Learns nothing; the tokens of each version tell its number."""
+
+    groups_per_step, group_size = 2, 8
+
+    def __init__(self, model):
+        self.model = model
+        self.version = 0
+        self.made = []  # of each step: versions, and tokens
+
+    def update(self, groups):
+        triplets = [triplet for group in groups for member in group.members for triplet in member.triplets]
+        tokens = [struct.unpack(f"<{TOKENS}i", triplet.response_token_ids) for triplet in triplets]
+        self.made.append(({triplet.model_version for triplet in triplets}, set(sum(tokens, ())), len(triplets)))
+        self.version += 1
+        return {}
+
+    def weights(self):
+        return telling.weights(self.version)
+
+    def state(self):
+        return {"weights": self.weights()}
+
+
+def agent(task):
+    message = {"role": "user", "content": "add 3 to 8 ?"}
+    openai.OpenAI().chat.completions.create(model="policy", messages=[message], max_tokens=TOKENS)
+    return 1.0
+
+
+async def update_while_one_is_frozen(server):
+    """The one whose turn it has not been goes on answering, by the version before."""
+    first, second = server.replicas
+    engine = dict(processes_of(first.process.pid))[ENGINE]
+    async with aiohttp.ClientSession() as session:
+        clients = [Client(session, replica.process.url) for replica in (first, second)]
+        os.kill(engine, signal.SIGSTOP)
+        updating = asyncio.create_task(server.update(telling.weights(9), "tell.0.9"))
+        answers = [await clients[1].ask(2) for _ in range(20)]
+        assert not updating.done()
+        os.kill(engine, signal.SIGCONT)
+        await updating
+        assert {(a.start, *a.tokens) for a in answers} == {("base.0.0", telling.token(0), telling.token(0))}
+        answers = [await client.ask(2) for client in clients]
+        assert [(a.start, *a.tokens) for a in answers] == [("tell.0.9", telling.token(9), telling.token(9))] * 2
+
+
+class TwoReplicas(MemoryStrategy):
+    @asynccontextmanager
+    async def running(self, settings, **options):
+        async with super().running(settings, **options) as (log, server):
+            await update_while_one_is_frozen(server)
+            yield log, server
+
+
+async def test_both_get_the_weights_of_each_step_one_at_a_time(vllm_root, vllm_settings, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    monkeypatch.setenv("OPENAI_BASE_URL", "")  # what the runner sets is undone after the test
+    monkeypatch.setenv("OPENAI_API_KEY", "")
+    algorithm, run_dir = Counting(vllm_root / "model"), vllm_root / "trained"
+    options = VllmOptions(args=(*ARGS, "--tokenizer", str(vllm_root / "tokenizer")), replicas=2)
+    trainer = Trainer(
+        algorithm=algorithm,
+        agent=agent,
+        strategy=TwoReplicas(),
+        run_dir=run_dir,
+        max_steps=3,
+        settings=vllm_settings,
+        vllm=options,
+    )
+    summary = await trainer.train(["any"] * 4)
+    assert [report.failed for report in summary.steps] == [0, 0, 0]
+    assert algorithm.made == [({f"run.0.{n}"}, {telling.token(n)}, 16) for n in range(3)]
+    for replica in range(2):
+        log = (run_dir / "vllm" / "log" / f"vllm-{replica}.log").read_text()
+        assert log.count('"POST /v1/chat/completions HTTP/1.1" 200') > 5, f"replica {replica} has had nothing to do"
