@@ -11,7 +11,12 @@ if TYPE_CHECKING:  # needs the `train` extra
 
 
 class UpdateFailed(MillstreamError):
-    """A version did not go live; whatever was served before it still is."""
+    """A version did not go live; whatever was served before it still is. ``passing``: the server is just being started
+    again, and may take it then."""
+
+    def __init__(self, message: str, *, passing: bool = False) -> None:
+        super().__init__(message)
+        self.passing = passing
 
 
 class ModelServer(Protocol):

@@ -15,13 +15,15 @@ from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import Any, Protocol
 
+from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception, stop_after_delay, wait_fixed
+
 from millstream.consumers.hooks import Hook
 from millstream.consumers.port import Log
 from millstream.consumers.triplets import ToTriplets, TripletMaker
 from millstream.pipeline.batches import Algorithm, FinishedRollout, Group
 from millstream.pipeline.blocking import run_blocking
 from millstream.pipeline.collector import Collector
-from millstream.pipeline.model_server import ModelServer
+from millstream.pipeline.model_server import ModelServer, UpdateFailed
 from millstream.pipeline.vllm_process import VllmOptions
 from millstream.producers.control import publish_control, publish_resources
 from millstream.producers.port import Producer
@@ -34,6 +36,9 @@ from millstream.schemas.resources import LLM, Resources
 from millstream.schemas.settings import Settings, load_settings
 
 logger = logging.getLogger(__name__)
+
+UPDATE_S = 1800.0  # how long a step waits for a model server that is down; a large model takes minutes to load
+UPDATE_AGAIN_S = 5.0
 
 Task = Any  # what the agent is called with; JSON
 
@@ -380,8 +385,7 @@ class _Run:
     async def _publish_policy(self, step: int) -> None:
         """New weights first, then the resources that name them: who reads the announcement finds them served."""
         self._version = f"{self._name}.{self._epoch}.{step}"
-        if self._algorithm is not None and self._server is not None:
-            await self._server.update(self._algorithm.weights(), self._version)
+        await self._update_server()
         self._resources_id = new_id()
         await publish_resources(
             self._producer,
@@ -392,6 +396,20 @@ class _Run:
                 items={"policy": LLM(model="policy", model_version=self._version, endpoints=self._endpoints)},
             ),
         )
+
+    async def _update_server(self) -> None:
+        """A run of days waits for a server that is just being started again. Raises `UpdateFailed`."""
+        if self._algorithm is None or self._server is None:
+            return
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception(lambda error: isinstance(error, UpdateFailed) and error.passing),
+            wait=wait_fixed(UPDATE_AGAIN_S),
+            stop=stop_after_delay(UPDATE_S),
+            before_sleep=before_sleep_log(logger, logging.WARNING),
+            reraise=True,
+        ):
+            with attempt:
+                await self._server.update(self._algorithm.weights(), self._version)
 
     async def _save(self, step: int, seed: int) -> None:
         """The checkpoint comes before the announcement: what others build on can be gone back to."""

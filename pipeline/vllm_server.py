@@ -85,8 +85,10 @@ class Replica:
             try:
                 await self._swap(new, tensors)
             except _FAILURES as error:
+                now = await self._restore(error)
                 raise UpdateFailed(
-                    f"{new.version} did not go live at {self.process.url}: {_said(error)}; {await self._restore(error)}"
+                    f"{new.version} did not go live at {self.process.url}: {_said(error)}; {now}",
+                    passing=not self.alive,
                 ) from error
             self.good = new
 
@@ -112,7 +114,9 @@ class Replica:
 
     def _check_alive(self) -> None:
         if not self.alive:
-            raise UpdateFailed(f"vLLM at {self.process.url} is down, and being started again; see {self.process.log}")
+            raise UpdateFailed(
+                f"vLLM at {self.process.url} is down, and being started again; see {self.process.log}", passing=True
+            )
 
     async def _begin(self) -> None:
         """Until it has its weights, its middleware lets nobody in."""

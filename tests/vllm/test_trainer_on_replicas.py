@@ -32,12 +32,14 @@ class Counting:
         self.model = model
         self.version = 0
         self.made = []  # of each step: versions, and tokens
+        self.at_version = {}  # what happens before that one goes to the servers
 
     def update(self, groups):
         triplets = [triplet for group in groups for member in group.members for triplet in member.triplets]
         tokens = [struct.unpack(f"<{TOKENS}i", triplet.response_token_ids) for triplet in triplets]
         self.made.append(({triplet.model_version for triplet in triplets}, set(sum(tokens, ())), len(triplets)))
         self.version += 1
+        self.at_version.get(self.version, lambda: None)()
         return {}
 
     def weights(self):
@@ -71,14 +73,21 @@ async def update_while_one_is_frozen(server):
 
 
 class TwoReplicas(MemoryStrategy):
+    def __init__(self, algorithm):
+        self.algorithm = algorithm
+
     @asynccontextmanager
     async def running(self, settings, **options):
         async with super().running(settings, **options) as (log, server):
             await update_while_one_is_frozen(server)
+            self.algorithm.at_version[2] = lambda: os.killpg(server.replicas[0].process.pid, signal.SIGKILL)
             yield log, server
+            assert server.replicas[0].restarts == 1
 
 
-async def test_both_get_the_weights_of_each_step_one_at_a_time(vllm_root, vllm_settings, monkeypatch):
+async def test_both_get_each_steps_weights_one_at_a_time_and_a_killed_one_is_waited_for(
+    vllm_root, vllm_settings, monkeypatch
+):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
     monkeypatch.setenv("OPENAI_BASE_URL", "")  # what the runner sets is undone after the test
     monkeypatch.setenv("OPENAI_API_KEY", "")
@@ -87,7 +96,7 @@ async def test_both_get_the_weights_of_each_step_one_at_a_time(vllm_root, vllm_s
     trainer = Trainer(
         algorithm=algorithm,
         agent=agent,
-        strategy=TwoReplicas(),
+        strategy=TwoReplicas(algorithm),
         run_dir=run_dir,
         max_steps=3,
         settings=vllm_settings,
