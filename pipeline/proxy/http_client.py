@@ -194,7 +194,7 @@ class _Connection(asyncio.Protocol):
                 return b""
             await self._more()
         found, self._pieces = b"".join(self._pieces), []
-        if self._unread > UNREAD:
+        if self._unread > UNREAD and not self.transport.is_closing():
             self.transport.resume_reading()
         self._unread = 0
         return found

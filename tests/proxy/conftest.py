@@ -1,6 +1,8 @@
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
+import uvloop
 from proxy_rig import Rig, rig_of
 
 
@@ -8,3 +10,11 @@ from proxy_rig import Rig, rig_of
 async def rig() -> AsyncIterator[Rig]:
     async with rig_of() as found:
         yield found
+
+
+def pytest_asyncio_loop_factories(config, item):
+    """The proxy's process runs on uvloop. A trainer that has the proxy within runs on asyncio's own loop."""
+    loops = {"uvloop": uvloop.new_event_loop}
+    if item.path.name == "test_http_client.py":
+        loops["asyncio"] = asyncio.new_event_loop
+    return loops

@@ -129,12 +129,21 @@ async def test_an_answer_that_nobody_reads_to_its_end_is_given_up():
         assert len(connections) == 2
 
 
+async def test_what_has_come_is_read_after_the_server_has_gone():
+    body = b"x" * (UNREAD + 1000)
+    whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    async with serving(whole) as (client, _), client.request("POST", "/x", {}) as answer:
+        await asyncio.sleep(0.2)  # nothing tells the reader of it
+        assert await answer.read() == body
+
+
 async def test_a_server_waits_for_a_slow_reader():
     written = 0
     gone = asyncio.Event()
 
-    async def flood(_reader, writer):
+    async def flood(reader, writer):
         nonlocal written
+        await reader.readuntil(b"\r\n\r\n")
         writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
         try:
             while written < 64 << 20:
