@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from millstream.consumers.control import ControlFollower
-from millstream.consumers.dead import dead_letter
+from millstream.consumers.dead import dead_letter, send_dead_letter
 from millstream.consumers.port import Consumer, Log
 from millstream.producers.acknowledgements import Acknowledgements
 from millstream.producers.port import Producer
@@ -24,7 +24,7 @@ from millstream.schemas import codec, status
 from millstream.schemas.errors import CodecError, LogError, LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.ids import new_id
 from millstream.schemas.log import KIND_HEADER, LogRecord, Partition
-from millstream.schemas.records import AttemptEvent, DeadLetter, RolloutTask
+from millstream.schemas.records import AttemptEvent, RolloutTask
 from millstream.schemas.resources import Resources
 from millstream.schemas.topics import PRIORITIES, PRIORITY_WEIGHTS, Topics
 
@@ -227,7 +227,7 @@ class Claims:
                 except (CodecError, TooLarge) as error:
                     reason = "too_large" if isinstance(error, TooLarge) else "undecodable"
                     logger.error("%s is no task, it goes to %s: %s", record.place, self._topics.dead, error)
-                    self._refuse(dead_letter(record, ROLE, reason, str(error)), record.key, sending)
+                    send_dead_letter(sending.send, self._topics, dead_letter(record, ROLE, reason, str(error)))
                 else:
                     claims.append(claim)
             await sending.wait()
@@ -246,13 +246,6 @@ class Claims:
             logger.warning("%d claims are given up, their commit failed: %s", len(claims), error)
             return []
         return claims
-
-    def _refuse(self, letter: DeadLetter, key: str | None, sending: Acknowledgements) -> None:
-        headers = {KIND_HEADER: letter.reason.encode()}
-        try:
-            sending.send(self._topics.dead, letter, key=key, headers=headers)
-        except TooLarge:  # the record itself is near the limit
-            sending.send(self._topics.dead, replace(letter, value=None), key=key, headers=headers)
 
     async def _prepare(self, task: RolloutTask, sending: Acknowledgements) -> Claim:
         if task.resources_id is None:

@@ -74,7 +74,7 @@ class Collector:
             value = codec.decode(record.value)
         except CodecError as error:
             letter = dead_letter(record, "trainer", "undecodable", str(error))
-            send_dead_letter(self._producer, self._topics, letter)
+            send_dead_letter(self._producer.send, self._topics, letter)
             return
         if isinstance(value, Triplet) and value.rollout_id in self._outstanding:
             self._triplets.setdefault(value.rollout_id, []).append(value)

@@ -3,7 +3,6 @@
 import json
 import time
 from collections.abc import Iterable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +135,15 @@ def _explain(error: ValidationError) -> str:
 
 
 class TaskPublisher:
-    """Sends tasks. The partition is set here, in turns: with a null key a burst would stick to one partition."""
+    """Sends tasks; without a key, so they go round the partitions."""
 
     def __init__(self, producer: Producer, topics: Topics) -> None:
         self._producer = producer
         self._topics = topics
-        self._turns = {priority: count() for priority in PRIORITIES}
 
     async def publish(self, tasks: Iterable[RolloutTask]) -> None:
         """Returns when the log has acknowledged all of them. Raises what `Producer.send` does, and `LogError`."""
         acknowledgements = Acknowledgements(self._producer)
         for task in tasks:
-            partition = next(self._turns[task.priority]) % self._topics.partitions
-            acknowledgements.send(self._topics.tasks(task.priority), task, partition=partition)
+            acknowledgements.send(self._topics.tasks(task.priority), task)
         await acknowledgements.wait()
