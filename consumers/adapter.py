@@ -112,7 +112,7 @@ class Adapter:
         self._topics = topics
         self._to_triplets = to_triplets
         self._clock = clock
-        self._consumer = log.consumer(f"{topics.prefix}.adapter", eof=True, transactions=True)
+        self._consumer = log.transactional_consumer(f"{topics.prefix}.adapter")
         self._producer = log.transactional_producer(transactional_id)
         self._parts: dict[Partition, _Part] = {}
         self._group: object = None

@@ -169,7 +169,7 @@ class Claims:
         records = await self._poll_now(slots)
         if not records:
             # One record at most: what has come with it is then shared out by weight again.
-            records = _records(await self._consumer.poll(1, timeout_s))
+            records = await self._consumer.poll(1, timeout_s)
             if records and slots > 1:
                 records += await self._poll_now(slots - 1)
         return records
@@ -180,13 +180,13 @@ class Claims:
         backlog: list[str] = []  # topics that gave all they were asked for
         for priority, share in self._turns.take(slots).items():
             topic = self._topics.tasks(priority)
-            got = _records(await self._consumer.poll(share, 0, [topic])) if share else []
+            got = await self._consumer.poll(share, 0, [topic]) if share else []
             found += got
             if len(got) == share:
                 backlog.append(topic)
         for topic in backlog:
             if len(found) < slots:
-                found += _records(await self._consumer.poll(slots - len(found), 0, [topic]))
+                found += await self._consumer.poll(slots - len(found), 0, [topic])
         return found
 
     async def _hold_back(self, records: Sequence[LogRecord]) -> list[LogRecord]:
@@ -265,7 +265,3 @@ class Claims:
         headers = {KIND_HEADER: status.PREPARING.encode()}
         sending.send(self._topics.events, event, key=task.rollout_id, headers=headers)
         return Claim(task, attempt_id, resources, self._control.cancelled(task))
-
-
-def _records(polled: Sequence[object]) -> list[LogRecord]:
-    return [record for record in polled if isinstance(record, LogRecord)]

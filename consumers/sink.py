@@ -210,9 +210,8 @@ class SinkRole:
             return
         if not self._gathered.records:
             self._gathered.since = self._clock()
-        for item in batch:
-            if isinstance(item, LogRecord):
-                self._gathered.add(item)
+        for record in batch:
+            self._gathered.add(record)
 
     def _deliver(self) -> None:
         """Begins to store what is gathered."""

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
@@ -21,10 +21,9 @@ from typing import Any, cast
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from millstream.consumers.claims import ROLE as RUNNER
-from millstream.consumers.port import Consumer, Log
+from millstream.consumers.port import Consumer, Log, TransactionalConsumer
 from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas.errors import ConfigError, LogUnavailable
-from millstream.schemas.log import EndOfPartition, LogRecord
 from millstream.schemas.metrics import POLL_AGE, Metric
 from millstream.schemas.topics import Topics
 
@@ -169,12 +168,15 @@ class _WatchedLog:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def consumer(self, *args: Any, **kwargs: Any) -> "_WatchedConsumer":
-        return _WatchedConsumer(self._inner.consumer(*args, **kwargs), self._health)
+    def consumer(self, group: str | None = None) -> "_WatchedConsumer":
+        return _WatchedConsumer(self._inner.consumer(group), self._health)
+
+    def transactional_consumer(self, group: str) -> "_WatchedConsumer":
+        return _WatchedConsumer(self._inner.transactional_consumer(group), self._health)
 
 
 class _WatchedConsumer:
-    def __init__(self, inner: Consumer, health: Health) -> None:
+    def __init__(self, inner: Consumer | TransactionalConsumer, health: Health) -> None:
         self._inner = inner
         self._health = health
         health.opened(self)
@@ -182,12 +184,10 @@ class _WatchedConsumer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    async def poll(
-        self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None
-    ) -> list[LogRecord | EndOfPartition]:
+    async def poll(self, *args: Any) -> Any:
         self._health.polling(self)
         try:
-            return await self._inner.poll(max_records, timeout_s, topics)
+            return await self._inner.poll(*args)
         finally:  # a log that is away is no fault of ours
             self._health.polled(self)
 
