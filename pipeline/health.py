@@ -97,9 +97,9 @@ class Health:
         if path == "/metrics":
             return 200, generate_latest(self.registry)
         if path == "/livez":
-            ages = [(metric.name, value(), limit_s or STUCK_S) for metric, (value, limit_s) in self._ages.items()]
+            ages = self._measured()
             body = "".join(f"{name} {age:.1f}\n" for name, age, _ in ages)
-            return (503 if any(age > limit_s for _, age, limit_s in ages) else 200), body.encode()
+            return (503 if any(stuck for _, _, stuck in ages) else 200), body.encode()
         if path == "/readyz":
             trouble = self.trouble() if self.ready else "not ready"
             return (200, b"ready\n") if trouble is None else (503, f"{trouble}\n".encode(errors="replace"))
@@ -107,10 +107,15 @@ class Health:
 
     def _watch(self) -> None:
         while not self._closed.wait(CHECK_S):
-            for metric, (value, limit_s) in list(self._ages.items()):
-                if (age := value()) > (limit_s or STUCK_S):
-                    logger.critical("%s is %.0f: this process is stuck, and ends", metric.name, age)
+            for name, age, stuck in self._measured():
+                if stuck:
+                    logger.critical("%s is %.0f: this process is stuck, and ends", name, age)
                     os._exit(EXIT_STUCK)
+
+    def _measured(self) -> list[tuple[str, float, bool]]:
+        """Each age by its name, and whether it is above its limit."""
+        measured = [(metric.name, value(), limit_s) for metric, (value, limit_s) in list(self._ages.items())]
+        return [(name, age, age > (limit_s or STUCK_S)) for name, age, limit_s in measured]
 
     def opened(self, consumer: object) -> None:
         self._polls[consumer] = None

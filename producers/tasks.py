@@ -14,7 +14,7 @@ from millstream.schemas import status
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
 from millstream.schemas.records import RolloutTask
-from millstream.schemas.settings import Settings
+from millstream.schemas.settings import Settings, problems_of
 from millstream.schemas.topics import PRIORITIES, Topics
 
 MODES = ("train", "val", "test")
@@ -117,7 +117,7 @@ def read_tasks(
         try:
             line = TaskLine.model_validate_json(text)
         except ValidationError as error:
-            bad.append(f"{path}:{number}: {_explain(error)}")
+            bad.append(f"{path}:{number}: {problems_of(error)}")
             continue
         tasks += group_of(line, settings, size=group_size, priority=priority, experiment_id=experiment_id)
     if bad and not skip_bad:
@@ -125,13 +125,6 @@ def read_tasks(
         shown = "\n".join(bad[:MAX_PROBLEMS])
         raise ConfigError(f"{shown}{more}\nNothing was published. Mend the file, or skip such lines with --skip-bad.")
     return tasks, bad
-
-
-def _explain(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"]
-        for e in error.errors(include_url=False, include_input=False)
-    )
 
 
 class TaskPublisher:
