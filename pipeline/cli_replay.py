@@ -13,8 +13,6 @@ from millstream.consumers.replay import Replay, ToReward
 from millstream.consumers.triplets import TripletMaker
 from millstream.pipeline.cli_open import open_store, with_log
 from millstream.pipeline.cli_output import Json, print_rows
-from millstream.pipeline.replay import ReplaySummary, Start, run_replay
-from millstream.pipeline.replay_output import open_output
 from millstream.schemas.log import LogRecord
 from millstream.schemas.settings import load_settings
 
@@ -35,6 +33,10 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Make triplets anew from what was recorded, with another adapter or reward function. Changes nothing else."""
+    # pyarrow takes as long to import as all else that commands need.
+    from millstream.pipeline.replay import ReplaySummary, Start, run_replay
+    from millstream.pipeline.replay_output import open_output
+
     settings = load_settings()
     folder = str(Path.cwd())
     chosen = load_object("adapter", function, folder) if function else TripletMaker(settings.triplets)
