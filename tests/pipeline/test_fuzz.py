@@ -33,7 +33,7 @@ from millstream.schemas.records import (
 )
 from millstream.schemas.settings import load_settings
 
-RECORDS = int(os.environ.get("FUZZ_RECORDS", "20000"))
+RECORDS = int(os.environ.get("FUZZ_RECORDS", "10000"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 IDENTITY = {  # what makes a record the same one in the store
     "tasks_raw": (RolloutTask, lambda r: (r.rollout_id, r.attempt)),
