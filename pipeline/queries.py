@@ -14,30 +14,6 @@ from millstream.schemas.resources import Resources
 Ask = Callable[[str, Mapping[str, Any]], Result]
 R = TypeVar("R", bound=Record)
 
-# What a training run shows at its end, by title; a user can paste each into `millstream sql`.
-CLOSING_QUERIES: Final = {
-    "Reward by policy version": """
-SELECT model_version, count() AS rollouts, round(avg(reward), 3) AS mean_reward, sum(turns) AS turns
-FROM rollouts
-WHERE mode = 'train' AND status = 'succeeded'
-GROUP BY model_version
-ORDER BY min(created_at)
-""",
-    "Slowest rollouts": """
-SELECT rollout_id, mode, status, round(queued_s, 3) AS queued_s, round(duration_s, 3) AS duration_s, turns, reward
-FROM rollouts
-ORDER BY duration_s DESC NULLS LAST
-LIMIT 5
-""",
-    "Tool calls by name and success": """
-SELECT name, succeeded, count() AS calls, round(quantile(0.5)(duration_s) * 1000, 2) AS median_ms
-FROM tool_calls
-GROUP BY name, succeeded
-ORDER BY calls DESC
-LIMIT 8
-""",
-}
-
 # How the reward went from version to version.
 REWARDS_BY_VERSION: Final = """
 SELECT

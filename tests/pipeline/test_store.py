@@ -9,12 +9,12 @@ from uuid import uuid4
 import factories
 import pytest
 
+from examples.calculator.demo import CLOSING_QUERIES
 from millstream.consumers.clickhouse_sink import RowsRefused
 from millstream.consumers.rows import TABLES, to_rows
 from millstream.consumers.sink_port import Batch
 from millstream.pipeline.memory_store import MemoryStore
 from millstream.pipeline.migrations import Migration, packaged_migrations
-from millstream.pipeline.queries import CLOSING_QUERIES
 from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, StoreError
