@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Final, Literal
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
@@ -99,7 +100,8 @@ class AioConsumer:
             else:
                 records = []
                 self._changed.clear()
-                await _wait(self._changed, rest)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), rest)
             if self._failure is not None:
                 raise self._failure
             if records or time.monotonic() >= deadline:
@@ -264,11 +266,3 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka is 
 
     def on_partitions_revoked(self, revoked: Iterable[AioPartition]) -> None:
         self._revoke()
-
-
-async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        pass
