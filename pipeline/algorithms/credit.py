@@ -31,7 +31,7 @@ def turn_rewards(given: Sequence[tuple[int, float | None]]) -> Turns:
     return rewards
 
 
-def advantages(groups: Sequence[Sequence[Turns]]) -> list[list[Turns]]:
+def advantages(groups: Sequence[Sequence[Turns]], min_deviation: float = MIN_DEVIATION) -> list[list[Turns]]:
     """Reward − mean of the group's same turn, over the deviation of these differences in the whole batch.
 
     ``groups[g][m]`` are the rewards of member m of group g by turn; the result has the same shape.
@@ -47,5 +47,5 @@ def advantages(groups: Sequence[Sequence[Turns]]) -> list[list[Turns]]:
     differences = [value for members in centred for turns in members for value in turns.values()]
     if not differences:
         return centred
-    deviation = max(math.sqrt(math.fsum(d * d for d in differences) / len(differences)), MIN_DEVIATION)
+    deviation = max(math.sqrt(math.fsum(d * d for d in differences) / len(differences)), min_deviation)
     return [[{turn: value / deviation for turn, value in turns.items()} for turns in members] for members in centred]
