@@ -27,26 +27,9 @@ from millstream.schemas.settings import load_settings
 EVENTS = "millstream.events"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of the one embedded engine that a process can have."""
-    folder = tmp_path_factory.mktemp("runs") / "a b" / "store"
-    held = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{folder}"))
-    yield folder
-    held.close()
-
-
 @pytest.fixture
 def settings(folder):
     return load_settings(clickhouse_dsn=f"chdb://{folder}", clickhouse_database=f"d{uuid4().hex}")
-
-
-@pytest.fixture
-def store(settings):
-    opened = ClickHouseStore(settings)
-    opened.migrate()
-    yield opened
-    opened.close()
 
 
 class Writer:

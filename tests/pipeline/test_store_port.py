@@ -24,15 +24,6 @@ TOPICS = Topics(partitions=2)
 T0 = factories.T0
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of the one embedded engine that a process can have."""
-    folder = tmp_path_factory.mktemp("ways")
-    held = ms.ClickHouseStore(ms.load_settings(clickhouse_dsn=f"chdb://{folder}"))
-    yield folder
-    held.close()
-
-
 @pytest.fixture
 def log():
     return MemoryLog(TOPICS)
