@@ -17,11 +17,6 @@ from millstream.schemas.settings import load_settings
 app = typer.Typer(no_args_is_help=True, help="What was made of a rollout, and why.")
 
 
-@app.callback()
-def explain() -> None:
-    """What was made of a rollout, and why."""
-
-
 @app.command("rollout", epilog="Example: millstream explain rollout 0199a3c4-…")
 def explain_rollout(
     rollout_id: Annotated[str, typer.Argument(help="As `millstream rollouts` prints it.")],
