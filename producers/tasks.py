@@ -4,9 +4,9 @@ import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from millstream.producers.acknowledgements import Acknowledgements
 from millstream.producers.port import Producer
@@ -17,8 +17,16 @@ from millstream.schemas.records import RolloutTask
 from millstream.schemas.settings import Settings, problems_of
 from millstream.schemas.topics import PRIORITIES, Topics
 
-MODES = ("train", "val", "test")
 MAX_PROBLEMS = 20  # that one error message lists
+
+
+def _one_of(*allowed: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
+        return value
+
+    return AfterValidator(check)
 
 
 class TaskLine(BaseModel):
@@ -28,38 +36,17 @@ class TaskLine(BaseModel):
 
     input: Any
     group_id: str | None = Field(None, min_length=1)
-    mode: str = "train"
-    priority: str | None = None
+    mode: Annotated[str, _one_of("train", "val", "test")] = "train"
+    priority: Annotated[str, _one_of(*PRIORITIES)] | None = None
     resources_id: str | None = None
     max_attempts: int | None = Field(None, ge=1)
     max_losses: int | None = Field(None, ge=0)
-    retry_on: list[str] = []
+    retry_on: list[Annotated[str, _one_of(*sorted(status.RETRIED))]] = []
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     lease_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     unresponsive_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     seed: int | None = None
     metadata: dict[str, str] = {}
-
-    @field_validator("mode")
-    @classmethod
-    def _known_mode(cls, value: str) -> str:
-        return _one_of(value, MODES)
-
-    @field_validator("priority")
-    @classmethod
-    def _known_priority(cls, value: str) -> str:
-        return _one_of(value, PRIORITIES)
-
-    @field_validator("retry_on")
-    @classmethod
-    def _known_statuses(cls, values: list[str]) -> list[str]:
-        return [_one_of(value, sorted(status.RETRIED)) for value in values]
-
-
-def _one_of(value: str, allowed: Iterable[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
-    return value
 
 
 def group_of(
