@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from functools import partial
 from itertools import islice
 from typing import TypeVar
 
@@ -20,12 +21,11 @@ from millstream.consumers.dead import dead_letter, letter_key, send_dead_letter
 from millstream.consumers.port import Log
 from millstream.consumers.settle import ROLE, Decision, PartitionFold
 from millstream.consumers.triplets import ToTriplets, to_triplets
-from millstream.producers.port import OnAck
 from millstream.schemas import status
 from millstream.schemas.errors import CodecError, LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.log import KIND_HEADER, EndOfPartition, LogRecord, Partition
 from millstream.schemas.records import DeadLetter, Record
-from millstream.schemas.topics import Topics, partition_of
+from millstream.schemas.topics import Topics
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,7 @@ PROCESS_BYTES = 1 << 30  # of open rollouts; beyond it the largest fails
 HORIZON_S = 300.0  # the committed offset stays this far behind, so that late claims of ended rollouts are recognised
 
 T = TypeVar("T")
+Send = Callable[..., None]  # `Producer.send`, with an ``on_ack``
 
 
 class _Phase(Enum):
@@ -63,6 +64,15 @@ class _Part:
     committed: int = -1
     horizon: deque[tuple[float, int]] = field(default_factory=deque)  # (time folded, offset), one a second
     dead: dict[int, DeadLetter] = field(default_factory=dict)  # by offset, not yet written
+
+
+@dataclass(frozen=True, slots=True)
+class _Transaction:
+    """What is written at once."""
+
+    decisions: list[tuple[Partition, str, Decision]] = field(default_factory=list)  # with their rollouts
+    dead: list[tuple[Partition, int, DeadLetter]] = field(default_factory=list)  # with their records' offsets
+    offsets: dict[Partition, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -102,7 +112,7 @@ class Adapter:
         self._topics = topics
         self._to_triplets = to_triplets
         self._clock = clock
-        self._consumer = log.consumer(f"{topics.prefix}.adapter", eof=True, transactions=True)
+        self._consumer = log.transactional_consumer(f"{topics.prefix}.adapter")
         self._producer = log.transactional_producer(transactional_id)
         self._parts: dict[Partition, _Part] = {}
         self._group: object = None
@@ -262,9 +272,7 @@ class Adapter:
     async def _write(self, now: float) -> bool:
         """One transaction: up to `TRANSACTION_ROLLOUTS` decisions, the dead letters, the offsets. False if there was
         nothing to write."""
-        box: list[tuple[Partition, str, Decision]] = []
-        dead: list[tuple[Partition, int, DeadLetter]] = []
-        offsets: dict[Partition, int] = {}
+        work = _Transaction()
         for partition, part in self._parts.items():
             if part.phase is not _Phase.FOLD:
                 continue
@@ -272,19 +280,18 @@ class Adapter:
                 if record.offset not in part.fold.refused:
                     part.dead[record.offset] = dead_letter(record, ROLE, reason, error)
             part.fold.unreadable.clear()
-            room = TRANSACTION_ROLLOUTS - len(box)
-            chosen = list(islice(part.fold.ready(now), room))
-            box += [(partition, rollout_id, decision) for rollout_id, decision in chosen]
-            dead += [(partition, offset, letter) for offset, letter in part.dead.items()]
+            chosen = list(islice(part.fold.ready(now), TRANSACTION_ROLLOUTS - len(work.decisions)))
+            work.decisions.extend((partition, rollout_id, decision) for rollout_id, decision in chosen)
+            work.dead.extend((partition, offset, letter) for offset, letter in part.dead.items())
             offset = self._committable(part, {rollout_id for rollout_id, _ in chosen}, now)
             # Also where it stands still: the offset is what fences us where the partition is another member's by now,
             # and what makes that member wait for the end of this transaction.
             if offset > part.committed or chosen or part.dead:
-                offsets[partition] = offset
-        if not box and not dead and not offsets:
+                work.offsets[partition] = offset
+        if not work.decisions and not work.dead and not work.offsets:
             return False
         try:
-            await asyncio.to_thread(self._transaction, box, dead, offsets)
+            await asyncio.to_thread(self._commit, work)
         except _Oversized as error:
             await self._call(lambda: self._producer.abort_transaction(CALL_S))
             self._parts[error.partition].fold.oversized(error.rollout_id, str(error))
@@ -296,18 +303,13 @@ class Adapter:
             await self._read()  # serves the callbacks: what is lost is dropped before the metadata are taken anew
             self._group = self._consumer.group_metadata()
         else:
-            self._written(box, dead, offsets)
+            self._written(work)
         return True
 
-    def _written(
-        self,
-        box: list[tuple[Partition, str, Decision]],
-        dead: list[tuple[Partition, int, DeadLetter]],
-        offsets: dict[Partition, int],
-    ) -> None:
+    def _written(self, work: _Transaction) -> None:
         self.stats.transactions += 1
-        self.stats.dead_letters += len(dead)
-        for partition, rollout_id, decision in box:
+        self.stats.dead_letters += len(work.dead)
+        for partition, rollout_id, decision in work.decisions:
             if decision.retry is None:
                 self.stats.ended += 1
                 self.stats.dead_letters += len(decision.dead)
@@ -316,10 +318,10 @@ class Adapter:
             self.stats.losses += decision.how == status.LOST
             if part := self._parts.get(partition):
                 part.fold.written(rollout_id, part.position)
-        for partition, at, _ in dead:
+        for partition, at, _ in work.dead:
             if part := self._parts.get(partition):
                 part.dead.pop(at, None)
-        for partition, offset in offsets.items():
+        for partition, offset in work.offsets.items():
             if part := self._parts.get(partition):
                 part.committed = offset
                 part.fold.prune(offset)
@@ -335,12 +337,7 @@ class Adapter:
             held.append(oldest)
         return min(held)
 
-    def _transaction(
-        self,
-        box: list[tuple[Partition, str, Decision]],
-        dead: list[tuple[Partition, int, DeadLetter]],
-        offsets: dict[Partition, int],
-    ) -> None:
+    def _commit(self, work: _Transaction) -> None:
         """Runs in a thread; polls nothing meanwhile. Raises `TransactionAborted` and `_Oversized`; any other outcome is
         a commit, or the end of this process."""
         failed: list[Exception] = []
@@ -349,41 +346,40 @@ class Adapter:
             if error is not None:
                 failed.append(error)
 
+        send = partial(self._producer.send, on_ack=on_ack)
         self._repeat(self._producer.begin_transaction)
-        for partition, rollout_id, decision in box:
+        for partition, rollout_id, decision in work.decisions:
             try:
-                self._send_decision(partition.number, rollout_id, decision, on_ack)
+                self._send_decision(send, partition.number, rollout_id, decision)
             except TooLarge as error:
                 raise _Oversized(partition, rollout_id, error) from error
-        for partition, _, letter in dead:
-            send_dead_letter(self._producer, self._topics, letter, on_ack)
-            mark = replace(letter, value=None, headers={})
-            self._send(self._topics.events, mark, letter_key(letter), partition.number, b"dead", on_ack)
+        for partition, _, letter in work.dead:
+            send_dead_letter(send, self._topics, letter)
+            mark, headers = replace(letter, value=None, headers={}), {KIND_HEADER: b"dead"}
+            send(self._topics.events, mark, key=letter_key(letter), partition=partition.number, headers=headers)
         # Flushed before the offsets: else outputs could land behind the watermark that a successor reads up to.
         self._repeat(lambda: self._producer.flush(CALL_S))
         if failed:
             raise TransactionAborted(f"{len(failed)} records of it were refused, the first: {failed[0]}")
-        if offsets:
-            self._repeat(lambda: self._producer.send_offsets(offsets, self._group, CALL_S))
+        if work.offsets:
+            self._repeat(lambda: self._producer.send_offsets(work.offsets, self._group, CALL_S))
         self._repeat(lambda: self._producer.commit_transaction(CALL_S))
 
-    def _send_decision(self, number: int, rollout_id: str, decision: Decision, on_ack: OnAck) -> None:
-        if (retry := decision.retry) is not None:
-            tasks, to = self._topics.tasks(retry.task.priority), f"{rollout_id}/{retry.task.attempt}"
-            # Tasks have no key. Without a partition said outright a burst of them would stick to one.
-            self._send(tasks, retry.task, None, partition_of(to, self._topics.partitions), b"task", on_ack)
-            self._send(self._topics.events, retry.mark, rollout_id, number, status.RETRY.encode(), on_ack)
-            return
-        # The partition is that of the events, said outright: triplets lie beside what they were made from.
-        for triplet in decision.triplets:
-            self._send(self._topics.triplets, triplet, rollout_id, number, b"triplet", on_ack)
-        self._send(self._topics.triplets, decision.end, rollout_id, number, b"end", on_ack)
-        self._send(self._topics.events, decision.end, rollout_id, number, b"end", on_ack)
-        for record, reason, error in decision.dead:
-            send_dead_letter(self._producer, self._topics, dead_letter(record, ROLE, reason, error), on_ack)
+    def _send_decision(self, send: Send, number: int, rollout_id: str, decision: Decision) -> None:
+        def place(topic: str, value: Record, kind: str) -> None:
+            """The partition is that of the events, said outright: triplets lie beside what they were made from."""
+            send(topic, value, key=rollout_id, partition=number, headers={KIND_HEADER: kind.encode()})
 
-    def _send(self, topic: str, value: Record, key: str | None, number: int, kind: bytes, on_ack: OnAck) -> None:
-        self._producer.send(topic, value, key=key, partition=number, headers={KIND_HEADER: kind}, on_ack=on_ack)
+        if (retry := decision.retry) is not None:
+            send(self._topics.tasks(retry.task.priority), retry.task, headers={KIND_HEADER: b"task"})
+            place(self._topics.events, retry.mark, status.RETRY)
+            return
+        for triplet in decision.triplets:
+            place(self._topics.triplets, triplet, "triplet")
+        place(self._topics.triplets, decision.end, "end")
+        place(self._topics.events, decision.end, "end")
+        for record, reason, error in decision.dead:
+            send_dead_letter(send, self._topics, dead_letter(record, ROLE, reason, error))
 
     def _repeat(self, call: Callable[[], T]) -> T:
         """The same call again while its outcome is unknown: after a commit that timed out nothing else may follow."""

@@ -12,9 +12,9 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,21 +24,10 @@ from weakref import WeakValueDictionary
 from prometheus_client import REGISTRY, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from millstream.consumers.attempt import (
-    AgentFunction,
-    AttemptRunner,
-    Outcome,
-    agent_name,
-    load_agent,
-    load_hooks,
-    stopped_by,
-)
+from millstream.consumers.attempt import AgentConfig, AttemptRunner, Outcome, open_agent, stopped_by
 from millstream.consumers.attempt_writer import AttemptWriter
 from millstream.consumers.frames import Frame, FrameReader, Kind, pack
-from millstream.consumers.hooks import Hook, Hooks, RunnerInfo
 from millstream.producers.attempt_context import Attempt
-from millstream.producers.instrumentation import FRAMEWORKS
-from millstream.producers.tracer import ProcessTracer, adopt_global_provider
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.records import ErrorInfo
@@ -89,14 +78,9 @@ class HostOptions:
     """What a host is told of its runner."""
 
     concurrency: int  # attempts at a time, in each process
-    proxy_urls: Sequence[str]
     on_free: Callable[[], None]  # a slot may have become free, or the host may be lost
     on_late_span: Callable[[bytes], None]  # an encoded span of an attempt that has been finished
     on_late_content: Callable[[str, bytes], object]  # likewise, a content by its digest
-    worker_id: str
-    hooks: Sequence[Hook | str] = ()  # for agent processes: module:attribute
-    instrument: Sequence[str] = tuple(FRAMEWORKS)  # their names
-    monitor_url: str = ""
 
 
 class ThreadHost:
@@ -105,9 +89,8 @@ class ThreadHost:
 
     lost: Exception | None = None
 
-    def __init__(self, agent: str | AgentFunction, options: HostOptions, *, folder: str) -> None:
-        self._agent = agent
-        self._folder = folder
+    def __init__(self, config: AgentConfig, options: HostOptions) -> None:
+        self._config = config
         self._options = options
         self._running: set[AttemptWriter] = set()
         self._loop = asyncio.new_event_loop()
@@ -120,12 +103,7 @@ class ThreadHost:
         return self._options.concurrency - len(self._running)
 
     async def start(self) -> None:
-        tracer = ProcessTracer(agent_name(self._agent), self._options.proxy_urls, self._options.instrument)
-        function = load_agent(self._agent, self._folder) if isinstance(self._agent, str) else self._agent
-        info = RunnerInfo(self._options.worker_id, agent_name(self._agent))
-        hooks = Hooks(load_hooks(self._options.hooks, self._folder), info)
-        adopt_global_provider()
-        self._attempts = AttemptRunner(function, tracer, self._loop, hooks)
+        self._attempts = open_agent(self._config, self._loop)
         self._thread.start()
 
     def collect(self) -> Iterable[Metric]:
@@ -143,7 +121,7 @@ class ThreadHost:
             on_calling=writer.calling,
             proxy_url=writer.proxy_url,
             proxy_key=writer.proxy_key,
-            monitor_url=self._options.monitor_url,
+            monitor_url=self._config.monitor_url,
         )
         self._running.add(writer)
         self._loop.call_soon_threadsafe(self._begin, self._attempts, attempt, writer)
@@ -205,23 +183,21 @@ class ProcessHost:
 
     def __init__(
         self,
-        agent: str,
+        config: AgentConfig,
         options: HostOptions,
         *,
         processes: int,
         environment: Mapping[str, str],
-        folder: str,
         memory_limit: int | None = None,
         max_attempts: int | None = None,
     ) -> None:
         self.lost: Exception | None = None
-        self._agent = agent
+        self._config = config
         self._options = options
         self._processes = processes
         self._environment = dict(environment)
-        self._folder = folder
         self._metrics: TemporaryDirectory[str] | None = None
-        if options.hooks:
+        if config.hooks:
             self._metrics = TemporaryDirectory(prefix="millstream-metrics-")
             self._environment["PROMETHEUS_MULTIPROC_DIR"] = self._metrics.name
         self._memory_limit = memory_limit
@@ -278,13 +254,9 @@ class ProcessHost:
             self._metrics.cleanup()
 
     def _child(self) -> "_Child":
-        config = {"agent": self._agent, "folder": self._folder, "proxy_urls": json.dumps(self._options.proxy_urls)}
-        config["monitor_url"] = self._options.monitor_url
-        config |= {"worker_id": self._options.worker_id, "hooks": json.dumps(self._options.hooks)}
-        config["instrument"] = json.dumps(self._options.instrument)
         # A place of its own among those that live; its successor goes on counting there.
-        config["place"] = next(p for p in map(str, count()) if all(p != child.place for child in self._children))
-        return _Child(config, self._environment, self._options, self._max_attempts, self._replace)
+        place = next(p for p in map(str, count()) if all(p != child.place for child in self._children))
+        return _Child(place, self._config, self._environment, self._options, self._max_attempts, self._replace)
 
     def _replace(self, dead: "_Child") -> None:
         if self._closing or dead not in self._children:
@@ -321,13 +293,14 @@ class _Child(asyncio.Protocol):
 
     def __init__(
         self,
-        config: Mapping[str, str],
+        place: str,
+        config: AgentConfig,
         environment: Mapping[str, str],
         options: HostOptions,
         max_attempts: int | None,
         on_death: Callable[["_Child"], None],
     ) -> None:
-        self.place = config["place"]
+        self.place = place
         self._config = config
         self._environment = environment
         self._options = options
@@ -374,12 +347,12 @@ class _Child(asyncio.Protocol):
                 str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=dict(self._environment),
-                cwd=self._config["folder"],
+                env=self._environment,
+                cwd=self._config.folder,
                 start_new_session=True,
             )
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
-        self._send(pack(Kind.CONFIG, head=json.dumps(self._config).encode()))
+        self._send(pack(Kind.CONFIG, head=self.place.encode(), body=json.dumps(asdict(self._config)).encode()))
         self._dead = asyncio.get_running_loop().create_task(self._watch(self._process))
         await self._ready
 
@@ -514,7 +487,7 @@ class _Child(asyncio.Protocol):
         if not self._ready.done():
             because = "" if self._cause is None or self._cause.error is None else f": {self._cause.error.message}"
             self._ready.set_exception(
-                MillstreamError(f"the process of agent {self._config['agent']} {how} at its start{because}")
+                MillstreamError(f"the process of agent {self._config.name} {how} at its start{because}")
             )
         if self._cause is not None:
             outcome = self._cause

@@ -18,11 +18,9 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
 
-from millstream.consumers.attempt import AttemptRunner, Outcome, load_agent, load_hooks
+from millstream.consumers.attempt import AgentConfig, AttemptRunner, Outcome, open_agent
 from millstream.consumers.frames import Frame, FrameReader, Kind, pack
-from millstream.consumers.hooks import Hooks, RunnerInfo
 from millstream.producers.attempt_context import Attempt
-from millstream.producers.tracer import ProcessTracer, adopt_global_provider
 from millstream.schemas import blobs, codec
 from millstream.schemas.errors import CodecError, ConfigError
 from millstream.schemas.records import Control, RolloutTask, Span
@@ -147,10 +145,9 @@ class _Agent:
 
     attempts: AttemptRunner  # as soon as the agent is imported, which is before any task comes
 
-    def __init__(self, channel: _Channel, monitor_url: str, folder: str) -> None:
+    def __init__(self, channel: _Channel, config: AgentConfig) -> None:
         self._channel = channel
-        self._monitor_url = monitor_url
-        self._folder = folder
+        self._config = config
         self._ids: dict[int, str] = {}
         self._stop = asyncio.Event()
 
@@ -179,14 +176,14 @@ class _Agent:
             on_calling=running.calling,
             proxy_url=head["proxy_url"],
             proxy_key=head["proxy_key"],
-            monitor_url=self._monitor_url,
+            monitor_url=self._config.monitor_url,
         )
         self._ids[frame.number] = attempt.attempt_id
 
         def on_end(outcome: Outcome) -> None:
             self._ids.pop(frame.number, None)
             with suppress(OSError):
-                os.chdir(self._folder)  # the agent may have gone elsewhere; the next one begins at home
+                os.chdir(self._config.folder)  # the agent may have gone elsewhere; the next one begins at home
             running.end(outcome)
 
         self._channel.send(lambda: pack(Kind.STARTED, frame.number))
@@ -225,11 +222,12 @@ def main() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
     received = _receive(connection, FrameReader())
-    config = json.loads(next(received)[0].head)
+    first = next(received)[0]
+    place, config = first.head.decode(), AgentConfig(**json.loads(first.body))
     channel = _Channel(connection)
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
-        agent = _Agent(channel, config["monitor_url"], config["folder"])
+        agent = _Agent(channel, config)
 
         def listen() -> None:
             for frames in received:
@@ -237,19 +235,14 @@ def main() -> None:
             _end()
 
         threading.Thread(target=listen, name="millstream-receive", daemon=True).start()
-        if config["hooks"] != "[]":
-            _share_metrics(config["place"])
+        if config.hooks:
+            _share_metrics(place)
         try:
-            tracer = ProcessTracer(config["agent"], json.loads(config["proxy_urls"]), json.loads(config["instrument"]))
-            function = load_agent(config["agent"], config["folder"])
-            info = RunnerInfo(config["worker_id"], config["agent"])
-            hooks = Hooks(load_hooks(json.loads(config["hooks"]), config["folder"]), info)
-            agent.attempts = AttemptRunner(function, tracer, loop, hooks)
+            agent.attempts = open_agent(config, loop)
         except ConfigError as error:
             reason = str(error).encode("utf-8", "backslashreplace")
             channel.send(lambda: pack(Kind.REFUSED, head=reason), now=True)
             return
-        adopt_global_provider()
         channel.send(lambda: pack(Kind.READY), now=True)
         pid = os.getpid()
         os.register_at_fork(after_in_child=loop.stop)  # a fork's loop would take wake-ups from this one

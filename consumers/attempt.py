@@ -16,12 +16,13 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from functools import partial
 from typing import Any
 
-from millstream.consumers.hooks import IGNORE, RETRY, Hook, HookedAttempt, Hooks
+from millstream.consumers.hooks import IGNORE, RETRY, Hook, HookedAttempt, Hooks, RunnerInfo
 from millstream.consumers.objects import error_message, load_object
 from millstream.producers.attempt_context import Attempt
 from millstream.producers.emit import emit_reward
+from millstream.producers.instrumentation import FRAMEWORKS
 from millstream.producers.span_processor import utf8
-from millstream.producers.tracer import ProcessTracer
+from millstream.producers.tracer import ProcessTracer, adopt_global_provider
 from millstream.schemas import status
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.records import ErrorInfo
@@ -30,6 +31,23 @@ logger = logging.getLogger(__name__)
 
 AgentFunction = Callable[..., Any]
 AGENT_PARAMETERS = ("resources", "rollout")  # that an agent may have behind its input
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """What whoever runs an agent has to know of it; JSON, unless the agent or a hook is an object."""
+
+    agent: str | AgentFunction  # module:attribute, or the callable
+    folder: str  # where modules are looked for first
+    worker_id: str
+    proxy_urls: Sequence[str] = ()
+    monitor_url: str = ""
+    hooks: Sequence[Hook | str] = ()
+    instrument: Sequence[str] = tuple(FRAMEWORKS)  # their names
+
+    @property
+    def name(self) -> str:
+        return agent_name(self.agent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +108,15 @@ def agent_name(agent: str | AgentFunction) -> str:
     agent = inspect.unwrap(agent)
     named = agent if hasattr(agent, "__qualname__") else type(agent)
     return f"{named.__module__}:{named.__qualname__}"
+
+
+def open_agent(config: AgentConfig, loop: asyncio.AbstractEventLoop) -> "AttemptRunner":
+    """Imports the agent into this process, traced, with its hooks. Raises `ConfigError` if that can't be done."""
+    tracer = ProcessTracer(config.name, config.proxy_urls, config.instrument)
+    agent = load_agent(config.agent, config.folder) if isinstance(config.agent, str) else config.agent
+    hooks = Hooks(load_hooks(config.hooks, config.folder), RunnerInfo(config.worker_id, config.name))
+    adopt_global_provider()
+    return AttemptRunner(agent, tracer, loop, hooks)
 
 
 class AttemptRunner:

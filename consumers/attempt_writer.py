@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from millstream.consumers.attempt import Outcome, stopped_by
 from millstream.consumers.claims import ROLE, Claim
+from millstream.consumers.dead import send_dead_letter
 from millstream.producers.acknowledgements import Acknowledgements
 from millstream.producers.blob_store import STORE_S, BlobError, Blobs
 from millstream.producers.port import Producer
@@ -281,6 +282,6 @@ class AttemptWriter:
             time=time.time_ns(),
         )
         try:
-            self._producer.send(self._topics.dead, letter, key=key, headers={KIND_HEADER: b"too_large"})
+            send_dead_letter(self._producer.send, self._topics, letter)
         except LogError as failure:
             logger.error("%s: no dead letter could be written: %s", self.name, failure)

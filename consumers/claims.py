@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from millstream.consumers.control import ControlFollower
-from millstream.consumers.dead import dead_letter
+from millstream.consumers.dead import dead_letter, send_dead_letter
 from millstream.consumers.port import Consumer, Log
 from millstream.producers.acknowledgements import Acknowledgements
 from millstream.producers.port import Producer
@@ -24,7 +24,7 @@ from millstream.schemas import codec, status
 from millstream.schemas.errors import CodecError, LogError, LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.ids import new_id
 from millstream.schemas.log import KIND_HEADER, LogRecord, Partition
-from millstream.schemas.records import AttemptEvent, DeadLetter, RolloutTask
+from millstream.schemas.records import AttemptEvent, RolloutTask
 from millstream.schemas.resources import Resources
 from millstream.schemas.topics import PRIORITIES, PRIORITY_WEIGHTS, Topics
 
@@ -169,7 +169,7 @@ class Claims:
         records = await self._poll_now(slots)
         if not records:
             # One record at most: what has come with it is then shared out by weight again.
-            records = _records(await self._consumer.poll(1, timeout_s))
+            records = await self._consumer.poll(1, timeout_s)
             if records and slots > 1:
                 records += await self._poll_now(slots - 1)
         return records
@@ -180,13 +180,13 @@ class Claims:
         backlog: list[str] = []  # topics that gave all they were asked for
         for priority, share in self._turns.take(slots).items():
             topic = self._topics.tasks(priority)
-            got = _records(await self._consumer.poll(share, 0, [topic])) if share else []
+            got = await self._consumer.poll(share, 0, [topic]) if share else []
             found += got
             if len(got) == share:
                 backlog.append(topic)
         for topic in backlog:
             if len(found) < slots:
-                found += _records(await self._consumer.poll(slots - len(found), 0, [topic]))
+                found += await self._consumer.poll(slots - len(found), 0, [topic])
         return found
 
     async def _hold_back(self, records: Sequence[LogRecord]) -> list[LogRecord]:
@@ -227,7 +227,7 @@ class Claims:
                 except (CodecError, TooLarge) as error:
                     reason = "too_large" if isinstance(error, TooLarge) else "undecodable"
                     logger.error("%s is no task, it goes to %s: %s", record.place, self._topics.dead, error)
-                    self._refuse(dead_letter(record, ROLE, reason, str(error)), record.key, sending)
+                    send_dead_letter(sending.send, self._topics, dead_letter(record, ROLE, reason, str(error)))
                 else:
                     claims.append(claim)
             await sending.wait()
@@ -247,13 +247,6 @@ class Claims:
             return []
         return claims
 
-    def _refuse(self, letter: DeadLetter, key: str | None, sending: Acknowledgements) -> None:
-        headers = {KIND_HEADER: letter.reason.encode()}
-        try:
-            sending.send(self._topics.dead, letter, key=key, headers=headers)
-        except TooLarge:  # the record itself is near the limit
-            sending.send(self._topics.dead, replace(letter, value=None), key=key, headers=headers)
-
     async def _prepare(self, task: RolloutTask, sending: Acknowledgements) -> Claim:
         if task.resources_id is None:
             resources = self._control.latest(task.experiment_id)
@@ -272,7 +265,3 @@ class Claims:
         headers = {KIND_HEADER: status.PREPARING.encode()}
         sending.send(self._topics.events, event, key=task.rollout_id, headers=headers)
         return Claim(task, attempt_id, resources, self._control.cancelled(task))
-
-
-def _records(polled: Sequence[object]) -> list[LogRecord]:
-    return [record for record in polled if isinstance(record, LogRecord)]

@@ -124,8 +124,7 @@ class ControlFollower:
 
     async def _poll(self, consumer: Consumer) -> None:
         for record in await consumer.poll(500, POLL_S):
-            if isinstance(record, LogRecord):
-                self._apply(record)
+            self._apply(record)
 
     def _apply(self, record: LogRecord) -> None:
         try:

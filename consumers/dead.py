@@ -2,13 +2,13 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 
 from millstream.consumers.port import Log
 from millstream.consumers.reading import read_to_end
-from millstream.producers.port import OnAck, Producer, send_acknowledged
+from millstream.producers.port import Producer, send_acknowledged
 from millstream.producers.tasks import TaskPublisher
 from millstream.schemas import codec
 from millstream.schemas.errors import CodecError, ConfigError, TooLarge
@@ -37,14 +37,14 @@ def dead_letter(record: LogRecord, role: str, reason: str, error: str) -> DeadLe
     )
 
 
-def send_dead_letter(producer: Producer, topics: Topics, letter: DeadLetter, on_ack: OnAck | None = None) -> None:
-    """Sends it to the dead-letter topic under its original key; without its body if there is no room for both."""
+def send_dead_letter(send: Callable[..., None], topics: Topics, letter: DeadLetter) -> None:
+    """Sends it (by `Producer.send` or `Acknowledgements.send`) to the dead-letter topic under its original key; without
+    its body if there is no room for both: the original stays where it is, and the letter says where."""
     headers = {KIND_HEADER: letter.reason.encode()}
     try:
-        producer.send(topics.dead, letter, key=letter_key(letter), headers=headers, on_ack=on_ack)
+        send(topics.dead, letter, key=letter_key(letter), headers=headers)
     except TooLarge:
-        bare = replace(letter, value=None, headers={})
-        producer.send(topics.dead, bare, key=letter_key(letter), headers=headers, on_ack=on_ack)
+        send(topics.dead, replace(letter, value=None, headers={}), key=letter_key(letter), headers=headers)
 
 
 def letter_key(letter: DeadLetter) -> str | None:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 class Kind(IntEnum):
     """Of a frame; what its ``head`` and ``body`` hold."""
 
-    CONFIG = 1  # → process: JSON
+    CONFIG = 1  # → process: its place among those of the runner; `AgentConfig` as JSON
     TASK = 2  # → process: JSON; encoded RolloutTask, then the encoded Control of its resources
     CANCEL = 3  # → process
     STOP = 4  # → process: end in good order

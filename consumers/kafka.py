@@ -1,6 +1,6 @@
 """The consumer port on Kafka for roles that live in an event loop, by aiokafka.
 
-Where a transactional producer commits the offsets it is `kafka_transactional.TransactionalConsumer`.
+Where a transactional producer commits the offsets it is `kafka_transactional.KafkaTransactionalConsumer`.
 """
 
 import asyncio
@@ -8,7 +8,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Final, Literal
+from contextlib import suppress
+from typing import Final, Literal
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka import TopicPartition as AioPartition
@@ -19,7 +20,7 @@ from millstream.consumers.port import RebalanceListener
 from millstream.consumers.watermarks import CALL_TIMEOUT_S, Watermarks
 from millstream.producers.kafka_client import BATCH_OVERHEAD, aiokafka_config, limit_aiokafka_logs
 from millstream.schemas.errors import LogError, LogUnavailable, TransactionAborted
-from millstream.schemas.log import EndOfPartition, LogRecord, Partition
+from millstream.schemas.log import LogRecord, Partition
 from millstream.schemas.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -77,9 +78,7 @@ class AioConsumer:
             client.seek(AioPartition(*partition), offset)
             self._positions[partition] = offset
 
-    async def poll(
-        self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None
-    ) -> list[LogRecord | EndOfPartition]:
+    async def poll(self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None) -> list[LogRecord]:
         client = self._joined()
         wanted = None if topics is None else frozenset(topics)
         deadline = time.monotonic() + timeout_s
@@ -101,16 +100,15 @@ class AioConsumer:
             else:
                 records = []
                 self._changed.clear()
-                await _wait(self._changed, rest)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), rest)
             if self._failure is not None:
                 raise self._failure
             if records or time.monotonic() >= deadline:
                 return records
 
-    def _hand_out(
-        self, client: AIOKafkaConsumer, got: Mapping[AioPartition, list[ConsumerRecord]]
-    ) -> list[LogRecord | EndOfPartition]:
-        records: list[LogRecord | EndOfPartition] = []
+    def _hand_out(self, client: AIOKafkaConsumer, got: Mapping[AioPartition, list[ConsumerRecord]]) -> list[LogRecord]:
+        records: list[LogRecord] = []
         for tp, batch in got.items():
             partition = Partition(tp.topic, tp.partition)
             if partition not in self._positions:
@@ -208,9 +206,6 @@ class AioConsumer:
     async def beginning_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         return await self._watermarks.beginning(partitions)
 
-    def group_metadata(self) -> Any:
-        raise LogError("only a consumer made with transactions=True has group metadata")
-
     async def close(self) -> None:
         client, self._client = self._client, None
         if client is None:
@@ -271,11 +266,3 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka is 
 
     def on_partitions_revoked(self, revoked: Iterable[AioPartition]) -> None:
         self._revoke()
-
-
-async def _wait(event: asyncio.Event, timeout_s: float) -> None:
-    try:
-        async with asyncio.timeout(timeout_s):
-            await event.wait()
-    except TimeoutError:
-        pass

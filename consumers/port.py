@@ -31,12 +31,9 @@ class Consumer(Protocol):
     async def assign(self, partitions: Sequence[Partition], start: Literal["beginning", "end"] = "beginning") -> None:
         """Reads these partitions, without a group. Use ``seek`` for other positions."""
 
-    async def poll(
-        self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None
-    ) -> list[LogRecord | EndOfPartition]:
+    async def poll(self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None) -> list[LogRecord]:
         """Up to ``max_records``; returns as soon as there are any, or empty at the deadline. ``topics`` restricts the
-        call to some of the topics. `EndOfPartition` comes only from consumers made with ``eof=True``: each time that
-        the end is reached. A rebalance may make the call last longer than its deadline."""
+        call to some of the topics. A rebalance may make the call last longer than its deadline."""
 
     def assignment(self) -> frozenset[Partition]: ...
 
@@ -62,11 +59,26 @@ class Consumer(Protocol):
 
     async def beginning_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]: ...
 
+    async def close(self) -> None:
+        """Leaves the group in good order (``on_revoke`` is called); commits nothing."""
+
+
+class TransactionalConsumer(Protocol):
+    """A group's member whose offsets a transactional producer commits; what it shares with `Consumer` is the same."""
+
+    async def subscribe(self, topics: Sequence[str], listener: RebalanceListener | None = None) -> None: ...
+
+    async def poll(self, max_records: int, timeout_s: float) -> list[LogRecord | EndOfPartition]:
+        """`EndOfPartition` comes each time that the end is reached."""
+
+    async def seek(self, partition: Partition, offset: int) -> None: ...
+
+    async def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]: ...
+
     def group_metadata(self) -> Any:
         """What ``send_offsets`` needs; take it in ``on_assign``."""
 
-    async def close(self) -> None:
-        """Leaves the group in good order (``on_revoke`` is called); commits nothing."""
+    async def close(self) -> None: ...
 
 
 class Log(Protocol):
@@ -78,8 +90,9 @@ class Log(Protocol):
     def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
         """``transactional_id`` is stable per replica: a restarted process fences its own predecessor."""
 
-    def consumer(self, group: str | None = None, *, eof: bool = False, transactions: bool = False) -> Consumer:
-        """``transactions``: a transactional producer commits the group's offsets (needs ``group_metadata``)."""
+    def consumer(self, group: str | None = None) -> Consumer: ...
+
+    def transactional_consumer(self, group: str) -> TransactionalConsumer: ...
 
     async def create_topics(self, more: Sequence[Topic] = ()) -> None:
         """Creates what is missing of the deployment's topics, and of ``more``. Raises `ConfigError` if one whose

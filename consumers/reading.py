@@ -27,7 +27,7 @@ async def read_to_end(
         while any((consumer.position(partition) or 0) < end for partition, end in ends.items()):
             for record in await consumer.poll(POLL_RECORDS, POLL_S):
                 deadline = time.monotonic() + SILENT_S
-                if isinstance(record, LogRecord) and record.offset < ends[record.partition]:
+                if record.offset < ends[record.partition]:
                     yield record
             if time.monotonic() > deadline:
                 raise LogUnavailable(f"{partitions[0].topic} could not be read to its end; try again")

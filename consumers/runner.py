@@ -19,7 +19,7 @@ from pathlib import Path
 from prometheus_client import Metric
 
 from millstream.consumers.agent_hosts import AgentHost, HostOptions, ProcessHost, ThreadHost
-from millstream.consumers.attempt import AgentFunction, Outcome, stopped_by
+from millstream.consumers.attempt import AgentConfig, AgentFunction, Outcome, stopped_by
 from millstream.consumers.attempt_writer import AttemptWriter
 from millstream.consumers.claims import ROLE, Claim, Claims, Starvation
 from millstream.consumers.control import ControlFollower
@@ -102,18 +102,25 @@ class Runner:
         self._log = log
         self._settings = settings
         self._topics = settings.topics
-        self._agent = agent
         self._processes = settings.runner_processes if processes is None else processes
+        if not isinstance(agent, str):
+            self._processes = 0
         self._concurrency = concurrency or settings.runner_concurrency
         self._environment = agent_environment(env)
-        self._folder = str(folder or Path.cwd())
         self._drain_s = drain_s
         self._memory_limit = memory_limit
         self._max_attempts = max_attempts_per_process
         if memory_limit is not None and not Path("/proc/self/statm").exists():
             raise ConfigError("--memory-limit needs Linux's /proc; leave it out, and limit the runner from outside")
-        self._hooks = hooks
-        self._instrument = chosen(instrument)
+        self._config = AgentConfig(
+            agent,
+            str(folder or Path.cwd()),
+            self.worker_id,
+            settings.proxy_urls,
+            settings.monitor_url,
+            hooks,
+            chosen(instrument),
+        )
         self._proxies = Proxies(settings.proxy_urls, settings.proxy_secret.get_secret_value())
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
         self._finishing: set[asyncio.Task[None]] = set()
@@ -127,7 +134,7 @@ class Runner:
         Raises `ConfigError` if the agent can't be imported, `MillstreamError` if its processes no longer start.
         """
         self._loop = asyncio.get_running_loop()
-        report(self._instrument)
+        report(self._config.instrument)
         self._producer: Producer = self._log.producer()
         self._blobs = Blobs(self._settings.blob_url)
         self._host = self._make_host()
@@ -173,35 +180,23 @@ class Runner:
 
     def load(self) -> tuple[int, int]:
         """Slots, and attempts that run."""
-        in_threads = self._processes == 0 or not isinstance(self._agent, str)
-        return self._concurrency * (1 if in_threads else self._processes), len(self._running)
+        return self._concurrency * (self._processes or 1), len(self._running)
 
     def _make_host(self) -> AgentHost:
-        options = HostOptions(
-            self._concurrency,
-            self._settings.proxy_urls,
-            self._changed.set,
-            self._late_span,
-            self._blobs.put,
-            self.worker_id,
-            self._hooks,
-            self._instrument,
-            self._settings.monitor_url,
-        )
-        if self._processes == 0 or not isinstance(self._agent, str):
+        options = HostOptions(self._concurrency, self._changed.set, self._late_span, self._blobs.put)
+        if self._processes == 0:
             if self._memory_limit or self._max_attempts:
                 raise ConfigError("--memory-limit and --max-attempts-per-process need agent processes (--processes)")
-            return ThreadHost(self._agent, options, folder=self._folder)
-        for hook in self._hooks:
+            return ThreadHost(self._config, options)
+        for hook in self._config.hooks:
             if not isinstance(hook, str):
                 name = type(hook).__name__
                 raise ConfigError(f"hook {name}(…) can't go to agent processes: name it module:attribute")
         return ProcessHost(
-            self._agent,
+            self._config,
             options,
             processes=self._processes,
             environment=self._environment,
-            folder=self._folder,
             memory_limit=self._memory_limit,
             max_attempts=self._max_attempts,
         )

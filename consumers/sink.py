@@ -15,12 +15,13 @@ from dataclasses import dataclass, field, replace
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from millstream.consumers.dead import dead_letter, letter_key
+from millstream.consumers.dead import dead_letter, send_dead_letter
 from millstream.consumers.port import Log
 from millstream.consumers.sink_port import Batch, Sink, Unusable
-from millstream.producers.port import Producer, send_acknowledged
-from millstream.schemas.errors import CodecError, LogError, LogUnavailable, StoreError, TooLarge, TransactionAborted
-from millstream.schemas.log import KIND_HEADER, LogRecord, Partition
+from millstream.producers.acknowledgements import Acknowledgements
+from millstream.producers.port import Producer
+from millstream.schemas.errors import CodecError, LogError, LogUnavailable, StoreError, TransactionAborted
+from millstream.schemas.log import LogRecord, Partition
 from millstream.schemas.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -92,16 +93,12 @@ class SinkRole:
         flush: FlushPolicy | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        topics = settings.topics
+        self._topics = settings.topics
         self._log = log
         self._sink = sink
         self._policy = flush or FlushPolicy(settings.span_batch_size)
         self._clock = clock
-        self._events = topics.events
-        self._dead = topics.dead
-        # An alert is a copy of a span on events.
-        self._topics = [topic.name for topic in topics.all if topic.name != topics.alerts]
-        self._consumer = log.consumer(".".join(filter(None, (topics.prefix, "sink", name))))
+        self._consumer = log.consumer(".".join(filter(None, (self._topics.prefix, "sink", name))))
         self._producer: Producer | None = None  # made for the first dead letter
         self._gathered = _Gathered()
         self._delivery: asyncio.Task[None] | None = None
@@ -155,7 +152,9 @@ class SinkRole:
     async def run(self, stop: asyncio.Event) -> None:
         """Runs until ``stop``; then stores and commits what the log holds by that time, and leaves."""
         try:
-            await self._consumer.subscribe(self._topics, self)
+            # An alert is a copy of a span on events.
+            names = [topic.name for topic in self._topics.all if topic.name != self._topics.alerts]
+            await self._consumer.subscribe(names, self)
             while not stop.is_set():
                 await self._step()
             await self._drain()
@@ -211,9 +210,8 @@ class SinkRole:
             return
         if not self._gathered.records:
             self._gathered.since = self._clock()
-        for item in batch:
-            if isinstance(item, LogRecord):
-                self._gathered.add(item)
+        for record in batch:
+            self._gathered.add(record)
 
     def _deliver(self) -> None:
         """Begins to store what is gathered."""
@@ -268,7 +266,7 @@ class SinkRole:
 
     async def _bury(self, item: Unusable) -> None:
         """Raises `LogError` unless the dead letter is acknowledged."""
-        if item.reason == "undecodable" and item.record.partition.topic == self._events:
+        if item.reason == "undecodable" and item.record.partition.topic == self._topics.events:
             return  # the adapter's to put away: it reads that too
         if self._producer is None:
             self._producer = self._log.producer()
@@ -276,12 +274,9 @@ class SinkRole:
             letter = dead_letter(item.record, "sink", item.reason, item.error)
         except CodecError:  # a live record that has no encoding either
             letter = dead_letter(replace(item.record, value=b""), "sink", item.reason, item.error)
-        headers = {KIND_HEADER: letter.reason.encode()}
-        try:
-            await send_acknowledged(self._producer, self._dead, letter, key=letter_key(letter), headers=headers)
-        except TooLarge:  # with its wrapping; the original stays where it is, and the letter says where
-            letter = replace(letter, value=None, headers={})
-            await send_acknowledged(self._producer, self._dead, letter, key=letter_key(letter), headers=headers)
+        sending = Acknowledgements(self._producer)
+        send_dead_letter(sending.send, self._topics, letter)
+        await sending.wait()
         self.stats.dead_letters += 1
 
     async def _commit(self) -> None:

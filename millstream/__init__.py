@@ -11,143 +11,82 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from millstream import integrations
-    from millstream.consumers.hooks import Hook
-    from millstream.consumers.sink_port import Batch, Sink
-    from millstream.consumers.triplets import Trace, TripletMaker, to_triplets
-    from millstream.pipeline.algorithms.grpo import GRPO
-    from millstream.pipeline.batches import Algorithm
-    from millstream.pipeline.broker import broker
-    from millstream.pipeline.hooks import ErrorHandler, PerformanceMonitor, StateBackup, WarmUp
-    from millstream.pipeline.memory_store import MemoryStore
-    from millstream.pipeline.store import ClickHouseStore
-    from millstream.pipeline.store_port import AsyncStore, Attempt, Reward, Rollout, Store
-    from millstream.pipeline.traced_rollout import TracedRollout
-    from millstream.pipeline.tracer import Tracer
-    from millstream.pipeline.trainer import Trainer
-    from millstream.producers.agent_environment import attempt_environment
-    from millstream.producers.blob_store import Blobs
-    from millstream.producers.clients import (
-        anthropic_client,
-        async_anthropic_client,
-        async_openai_client,
-        openai_client,
-    )
-    from millstream.producers.emit import (
-        emit_annotation,
-        emit_exception,
-        emit_message,
-        emit_object,
-        emit_otel_span,
-        emit_reward,
-        emit_span,
-    )
-    from millstream.producers.operation import operation
-    from millstream.producers.state import load_state, save_state
-    from millstream.schemas.records import Triplet
-    from millstream.schemas.resources import LLM, PromptTemplate, Resources
-    from millstream.schemas.settings import Settings, load_settings
-    from millstream.schemas.triplet_rules import TripletRules
-
-__all__ = [
-    "GRPO",
-    "LLM",
-    "Algorithm",
-    "AsyncStore",
-    "Attempt",
-    "Batch",
-    "Blobs",
-    "ClickHouseStore",
-    "ErrorHandler",
-    "Hook",
-    "MemoryStore",
-    "PerformanceMonitor",
-    "PromptTemplate",
-    "Resources",
-    "Reward",
-    "Rollout",
-    "Settings",
-    "Sink",
-    "StateBackup",
-    "Store",
-    "Trace",
-    "TracedRollout",
-    "Tracer",
-    "Trainer",
-    "Triplet",
-    "TripletMaker",
-    "TripletRules",
-    "WarmUp",
-    "anthropic_client",
-    "async_anthropic_client",
-    "async_openai_client",
-    "attempt_environment",
-    "broker",
-    "emit_annotation",
-    "emit_exception",
-    "emit_message",
-    "emit_object",
-    "emit_otel_span",
-    "emit_reward",
-    "emit_span",
-    "integrations",
-    "load_settings",
-    "load_state",
-    "openai_client",
-    "operation",
-    "save_state",
-    "to_triplets",
-]
+    from millstream import integrations as integrations
+    from millstream.consumers.hooks import Hook as Hook
+    from millstream.consumers.sink_port import Batch as Batch
+    from millstream.consumers.sink_port import Sink as Sink
+    from millstream.consumers.triplets import Trace as Trace
+    from millstream.consumers.triplets import TripletMaker as TripletMaker
+    from millstream.consumers.triplets import to_triplets as to_triplets
+    from millstream.pipeline.algorithms.grpo import GRPO as GRPO
+    from millstream.pipeline.batches import Algorithm as Algorithm
+    from millstream.pipeline.broker import broker as broker
+    from millstream.pipeline.hooks import ErrorHandler as ErrorHandler
+    from millstream.pipeline.hooks import PerformanceMonitor as PerformanceMonitor
+    from millstream.pipeline.hooks import StateBackup as StateBackup
+    from millstream.pipeline.hooks import WarmUp as WarmUp
+    from millstream.pipeline.memory_store import MemoryStore as MemoryStore
+    from millstream.pipeline.store import ClickHouseStore as ClickHouseStore
+    from millstream.pipeline.store_port import AsyncStore as AsyncStore
+    from millstream.pipeline.store_port import Attempt as Attempt
+    from millstream.pipeline.store_port import Reward as Reward
+    from millstream.pipeline.store_port import Rollout as Rollout
+    from millstream.pipeline.store_port import Store as Store
+    from millstream.pipeline.traced_rollout import TracedRollout as TracedRollout
+    from millstream.pipeline.tracer import Tracer as Tracer
+    from millstream.pipeline.trainer import Trainer as Trainer
+    from millstream.producers.agent_environment import attempt_environment as attempt_environment
+    from millstream.producers.blob_store import Blobs as Blobs
+    from millstream.producers.clients import anthropic_client as anthropic_client
+    from millstream.producers.clients import async_anthropic_client as async_anthropic_client
+    from millstream.producers.clients import async_openai_client as async_openai_client
+    from millstream.producers.clients import openai_client as openai_client
+    from millstream.producers.emit import emit_annotation as emit_annotation
+    from millstream.producers.emit import emit_exception as emit_exception
+    from millstream.producers.emit import emit_message as emit_message
+    from millstream.producers.emit import emit_object as emit_object
+    from millstream.producers.emit import emit_otel_span as emit_otel_span
+    from millstream.producers.emit import emit_reward as emit_reward
+    from millstream.producers.emit import emit_span as emit_span
+    from millstream.producers.operation import operation as operation
+    from millstream.producers.state import load_state as load_state
+    from millstream.producers.state import save_state as save_state
+    from millstream.schemas.records import Triplet as Triplet
+    from millstream.schemas.resources import LLM as LLM
+    from millstream.schemas.resources import PromptTemplate as PromptTemplate
+    from millstream.schemas.resources import Resources as Resources
+    from millstream.schemas.settings import Settings as Settings
+    from millstream.schemas.settings import load_settings as load_settings
+    from millstream.schemas.triplet_rules import TripletRules as TripletRules
 
 # Loaded at first use, so that importing any part of Millstream stays fast, and free of torch.
-_HOMES = {
-    "GRPO": "millstream.pipeline.algorithms.grpo",
-    "LLM": "millstream.schemas.resources",
-    "Algorithm": "millstream.pipeline.batches",
-    "AsyncStore": "millstream.pipeline.store_port",
-    "Attempt": "millstream.pipeline.store_port",
-    "ClickHouseStore": "millstream.pipeline.store",
-    "Blobs": "millstream.producers.blob_store",
-    "Batch": "millstream.consumers.sink_port",
-    "ErrorHandler": "millstream.pipeline.hooks",
-    "Hook": "millstream.consumers.hooks",
-    "MemoryStore": "millstream.pipeline.memory_store",
-    "PerformanceMonitor": "millstream.pipeline.hooks",
-    "PromptTemplate": "millstream.schemas.resources",
-    "Resources": "millstream.schemas.resources",
-    "Reward": "millstream.pipeline.store_port",
-    "Rollout": "millstream.pipeline.store_port",
-    "Settings": "millstream.schemas.settings",
-    "Sink": "millstream.consumers.sink_port",
-    "StateBackup": "millstream.pipeline.hooks",
-    "Store": "millstream.pipeline.store_port",
-    "Trace": "millstream.consumers.triplets",
-    "TracedRollout": "millstream.pipeline.traced_rollout",
-    "Tracer": "millstream.pipeline.tracer",
-    "Trainer": "millstream.pipeline.trainer",
-    "Triplet": "millstream.schemas.records",
-    "TripletMaker": "millstream.consumers.triplets",
-    "TripletRules": "millstream.schemas.triplet_rules",
-    "WarmUp": "millstream.pipeline.hooks",
-    "anthropic_client": "millstream.producers.clients",
-    "async_anthropic_client": "millstream.producers.clients",
-    "async_openai_client": "millstream.producers.clients",
-    "attempt_environment": "millstream.producers.agent_environment",
-    "broker": "millstream.pipeline.broker",
-    "emit_annotation": "millstream.producers.emit",
-    "emit_exception": "millstream.producers.emit",
-    "emit_message": "millstream.producers.emit",
-    "emit_object": "millstream.producers.emit",
-    "emit_otel_span": "millstream.producers.emit",
-    "emit_reward": "millstream.producers.emit",
-    "emit_span": "millstream.producers.emit",
-    "load_settings": "millstream.schemas.settings",
-    "load_state": "millstream.producers.state",
-    "openai_client": "millstream.producers.clients",
-    "operation": "millstream.producers.operation",
-    "save_state": "millstream.producers.state",
-    "to_triplets": "millstream.consumers.triplets",
+_NAMES = {
+    "consumers.hooks": "Hook",
+    "consumers.sink_port": "Batch Sink",
+    "consumers.triplets": "Trace TripletMaker to_triplets",
+    "pipeline.algorithms.grpo": "GRPO",
+    "pipeline.batches": "Algorithm",
+    "pipeline.broker": "broker",
+    "pipeline.hooks": "ErrorHandler PerformanceMonitor StateBackup WarmUp",
+    "pipeline.memory_store": "MemoryStore",
+    "pipeline.store": "ClickHouseStore",
+    "pipeline.store_port": "AsyncStore Attempt Reward Rollout Store",
+    "pipeline.traced_rollout": "TracedRollout",
+    "pipeline.tracer": "Tracer",
+    "pipeline.trainer": "Trainer",
+    "producers.agent_environment": "attempt_environment",
+    "producers.blob_store": "Blobs",
+    "producers.clients": "anthropic_client async_anthropic_client async_openai_client openai_client",
+    "producers.emit": "emit_annotation emit_exception emit_message emit_object emit_otel_span emit_reward emit_span",
+    "producers.operation": "operation",
+    "producers.state": "load_state save_state",
+    "schemas.records": "Triplet",
+    "schemas.resources": "LLM PromptTemplate Resources",
+    "schemas.settings": "Settings load_settings",
+    "schemas.triplet_rules": "TripletRules",
 }
+_HOMES = {name: f"millstream.{module}" for module, names in _NAMES.items() for name in names.split()}
+__all__ = [*_HOMES, "integrations"]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,8 +5,11 @@ import ipaddress
 import signal
 import socket
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
+from starlette.requests import Request
+from starlette.types import Message
 
 from millstream.schemas.errors import ConfigError
 
@@ -20,6 +23,26 @@ def is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def for_this_machine(request: Request) -> bool:
+    """Whether it was sent to a name of this machine's own: a web page may have another name resolve to loopback."""
+    return is_loopback(urlsplit("//" + request.headers.get("host", "")).hostname or "")
+
+
+def limited(request: Request, limit: int, refusal: Exception) -> Request:
+    """The request, whose body raises ``refusal`` when more than ``limit`` bytes of it have come."""
+    received = 0
+
+    async def receive() -> Message:
+        nonlocal received
+        message = await request.receive()
+        received += len(message.get("body", b""))
+        if received > limit:
+            raise refusal
+        return message
+
+    return Request(request.scope, receive)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -41,7 +64,14 @@ async def serve_until_signal(app: Any, listener: socket.socket) -> bool:
     # uvicorn ends in good order at a signal, and raises it once more then: there may be things to close.
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: None)
-    config = uvicorn.Config(app, lifespan="on", log_config=None, access_log=False, timeout_graceful_shutdown=SHUTDOWN_S)
+    config = uvicorn.Config(
+        app,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_S,
+        timeout_keep_alive=KEEP_ALIVE_S,
+    )
     server = uvicorn.Server(config)
     await server.serve(sockets=[listener])
     return server.started

@@ -17,6 +17,7 @@ import typer
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from millstream.consumers.port import Log
 from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.cli_ask import app as ask_app
 from millstream.pipeline.cli_control import app as control_app
@@ -24,7 +25,7 @@ from millstream.pipeline.cli_dataset import app as dataset_app
 from millstream.pipeline.cli_dead import app as dead_app
 from millstream.pipeline.cli_explain import app as explain_app
 from millstream.pipeline.cli_model import app as model_app
-from millstream.pipeline.cli_monitor import app as monitor_app
+from millstream.pipeline.cli_open import with_log
 from millstream.pipeline.cli_output import Json, err, out, print_rows
 from millstream.pipeline.cli_replay import app as replay_app
 from millstream.pipeline.cli_schemas import app as schemas_app
@@ -51,7 +52,6 @@ app.add_typer(ask_app)
 app.add_typer(control_app)
 app.add_typer(replay_app)
 app.add_typer(workers_app)
-app.add_typer(monitor_app)
 
 EXIT_ERROR = 1
 EXIT_FENCED = 3  # another process has this one's identity: the supervisor should start it again
@@ -86,12 +86,7 @@ def main() -> None:
 def topics_create(as_json: Json = False) -> None:
     """Create the topics that are missing."""
     settings = load_settings()
-
-    async def work() -> None:
-        log = KafkaLog(settings)
-        await log.create_topics()
-
-    asyncio.run(work())
+    asyncio.run(KafkaLog(settings).create_topics())
     print_rows(
         ["topic", "partitions", "cleanup", "key"],
         [[t.name, t.partitions, t.cleanup, t.key] for t in settings.topics.all],
@@ -109,6 +104,7 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Publish the tasks of a file; without --skip-bad all of them or none."""
+    from millstream.producers.port import closing
     from millstream.producers.tasks import TaskPublisher, read_tasks
 
     settings = load_settings()
@@ -118,16 +114,11 @@ def publish(
     for problem in bad:
         err.print(f"skipped: {problem}", highlight=False)
 
-    async def work() -> None:
-        log = KafkaLog(settings)
-        await log.check()
-        producer = log.producer()
-        try:
+    async def work(log: Log) -> None:
+        async with closing(log.producer()) as producer:
             await TaskPublisher(producer, settings.topics).publish(tasks)
-        finally:
-            await asyncio.to_thread(producer.close)
 
-    asyncio.run(work())
+    with_log(settings, work)
     print_rows(["rollout_id", "group_id"], [[t.rollout_id, t.group_id] for t in tasks], as_json, limit=20)
 
 
@@ -306,6 +297,17 @@ def serve(
         await ModelRole(health.log, settings.topics, server, name, upstream).run(stop)
 
     _run_role(settings, "model", health_port, work)
+
+
+@app.command(epilog="Example: millstream monitor --port 8600")
+def monitor(
+    host: Annotated[str, typer.Option(help="Where to listen; not on loopback it needs monitor_token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.")] = 8600,
+) -> None:
+    """Serve HTTP: publish, cancel, pause, status of rollouts, KPIs, metrics, a page of the topics."""
+    from millstream.pipeline.monitor import serve_monitor
+
+    asyncio.run(serve_monitor(load_settings(), host, port))
 
 
 @app.command(epilog="Example: millstream train examples/calculator/train.toml")

@@ -5,10 +5,9 @@ import re
 import struct
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -19,7 +18,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from millstream.pipeline.cli_output import Json, out, print_rows, table_of
+from millstream.pipeline.cli_open import open_store
+from millstream.pipeline.cli_output import Json, date, out, print_rows, table_of
 from millstream.pipeline.steps import Step, children, error_of, same_steps, steps, token_counts
 from millstream.pipeline.store_port import Attempt, Rollout, RolloutOrder
 from millstream.producers.blob_store import Blobs
@@ -49,17 +49,6 @@ Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
 Parameters = Annotated[list[str] | None, typer.Option("--param", help="name=value for {name:Type}; repeat it.")]
 
 
-@contextmanager
-def _store() -> Iterator["ClickHouseStore"]:
-    from millstream.pipeline.store import ClickHouseStore
-
-    store = ClickHouseStore(load_settings())
-    try:
-        yield store
-    finally:
-        store.close()
-
-
 @app.command(epilog="Example: millstream rollouts --status failed --sort duration_s --limit 20")
 def rollouts(
     status: Annotated[str | None, typer.Option(help="queued, running, retrying, succeeded, failed, cancelled.")] = None,
@@ -76,7 +65,7 @@ def rollouts(
     """List rollouts, newest first."""
     if watch and as_json:
         raise typer.BadParameter("--watch shows a table: leave out --json")
-    with _store() as store:
+    with open_store(load_settings()) as store:
 
         def ask() -> list[Rollout]:
             return store.rollouts(
@@ -108,7 +97,7 @@ def _rollouts(found: Sequence[Rollout]) -> Table:
         [
             [
                 *(r.rollout_id, r.experiment_id, r.mode, r.status, r.attempts, _short(r.reward), r.model_version),
-                *(_short(r.duration_s), _date(r.created_at), r.error_message or r.reason),
+                *(_short(r.duration_s), date(r.created_at), r.error_message or r.reason),
             ]
             for r in found
         ],
@@ -122,7 +111,7 @@ def spans(
     full: Annotated[bool, typer.Option(help="With --json: contents of more than 256 KB, too.")] = False,
 ) -> None:
     """Show a rollout's spans as a tree for each attempt: how long each took, errors, tokens, rewards."""
-    with _store() as store:
+    with open_store(load_settings()) as store:
         _known(store, rollout)
         attempts, found = store.attempts(rollout), store.spans(rollout)
     if full:
@@ -176,7 +165,7 @@ def triplets(
     as_json: Json = False,
 ) -> None:
     """List triplets: what each model call was asked, answered, and got as a reward."""
-    with _store() as store:
+    with open_store(load_settings()) as store:
         if rollout is not None:
             _known(store, rollout)
         found = store.triplets(
@@ -213,10 +202,10 @@ def rewards(
     """Plot how the reward went from model version to model version."""
     from millstream.pipeline.queries import REWARDS_BY_VERSION
 
-    with _store() as store:
+    with open_store(load_settings()) as store:
         if rollout is not None:
             _known(store, rollout)
-            rows = [[r.attempt_id, _date(r.time), r.name, r.value] for r in store.rewards([rollout])]
+            rows = [[r.attempt_id, date(r.time), r.name, r.value] for r in store.rewards([rollout])]
             print_rows(["attempt_id", "time", "name", "value"], rows, as_json)
             return
         found = store.sql(REWARDS_BY_VERSION, {"experiment_id": experiment or "", "mode": mode or ""})
@@ -244,7 +233,7 @@ def sql(
     bound = _bound(parameters or ())
     if output == "parquet" and sys.stdout.isatty():
         raise typer.BadParameter("parquet is not for a terminal: redirect it, or use `millstream export`")
-    with _store() as store:
+    with open_store(load_settings()) as store:
         if output in FORMATS and not as_json:
             store.export(query, sys.stdout.buffer, FORMATS[output], bound)
             sys.stdout.buffer.flush()
@@ -258,7 +247,7 @@ def sql(
 )
 def diff(a: RolloutId, b: RolloutId, as_json: Json = False) -> None:
     """Show where two rollouts of one group part: the same prompt, but another answer."""
-    with _store() as store:
+    with open_store(load_settings()) as store:
         sides = [_known(store, a), _known(store, b)]
         if sides[0].group_id != sides[1].group_id:
             raise ConfigError(
@@ -320,7 +309,7 @@ def export(
         source, bound = "SELECT * FROM {source:Identifier}", bound | {"source": source}
     half = file.with_name(f"{file.name}.part")
     try:
-        with _store() as store, half.open("wb") as opened:
+        with open_store(load_settings()) as store, half.open("wb") as opened:
             store.export(source, opened, file_format, bound)
         half.replace(file)
     except OSError as error:
@@ -368,7 +357,3 @@ def _short(value: float | None) -> str:
 
 def _cut(text: str) -> str:
     return text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}…"
-
-
-def _date(ns: int) -> str:
-    return datetime.fromtimestamp(ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S")

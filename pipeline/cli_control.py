@@ -1,13 +1,14 @@
 """Commands that steer what is already published: cancel, pause, resume."""
 
-import asyncio
 from typing import Annotated
 
 import typer
 
+from millstream.consumers.port import Log
+from millstream.pipeline.cli_open import with_log
 from millstream.pipeline.cli_output import out
-from millstream.pipeline.kafka_log import KafkaLog
 from millstream.producers.control import cancel_record, pause_record, publish_control
+from millstream.producers.port import closing
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.records import Control
 from millstream.schemas.settings import load_settings
@@ -47,14 +48,9 @@ def resume(experiment: Experiment) -> None:
 def _publish(record: Control) -> None:
     settings = load_settings()
 
-    async def work() -> None:
-        log = KafkaLog(settings)
-        await log.check()
-        producer = log.producer()
-        try:
+    async def work(log: Log) -> None:
+        async with closing(log.producer()) as producer:
             await publish_control(producer, settings.topics, record)
-        finally:
-            await asyncio.to_thread(producer.close)
 
-    asyncio.run(work())
+    with_log(settings, work)
     out.print(f"{record.kind} {record.name}: {record.body}", highlight=False)

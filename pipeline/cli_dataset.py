@@ -1,6 +1,5 @@
 """``millstream dataset``: the log's triplets as data sets for other ways of learning."""
 
-import asyncio
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -13,7 +12,7 @@ from millstream.consumers.port import Log
 from millstream.consumers.prefixes import expand
 from millstream.consumers.reading import read_to_end
 from millstream.pipeline import datasets
-from millstream.pipeline.kafka_log import KafkaLog
+from millstream.pipeline.cli_open import with_log
 from millstream.producers.blob_store import Blobs
 from millstream.schemas import codec
 from millstream.schemas.log import Partition
@@ -51,7 +50,6 @@ def dataset_text(experiment: Experiment = None, mode: Mode = "train") -> None:
 
 async def read_rollouts(log: Log, topics: Topics, experiment: str | None, mode: str) -> list[list[Triplet]]:
     """The rollouts whose triplets the log still holds, each whole."""
-    await log.check()
     found: dict[str, list[Triplet]] = {}
     partitions = [Partition(topics.triplets, number) for number in range(topics.partitions)]
     async for record in read_to_end(log, partitions):
@@ -73,6 +71,6 @@ def _line(example: dict[str, Any]) -> str:
 
 def _write(experiment: str | None, mode: str, form: Callable[[Iterable[list[Triplet]]], Iterator[str]]) -> None:
     settings = load_settings()
-    rollouts = asyncio.run(read_rollouts(KafkaLog(settings), settings.topics, experiment, mode))
+    rollouts = with_log(settings, lambda log: read_rollouts(log, settings.topics, experiment, mode))
     blobs = Blobs(settings.blob_url)
     sys.stdout.writelines(form([whole(triplet, blobs) for triplet in rollout] for rollout in rollouts))

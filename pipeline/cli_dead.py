@@ -1,6 +1,5 @@
 """Commands on dead letters, read from the log itself: list, show, replay."""
 
-import asyncio
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -9,8 +8,9 @@ import typer
 
 from millstream.consumers.dead import letter_key, read_dead_letters, replay
 from millstream.consumers.port import Log
+from millstream.pipeline.cli_open import with_log
 from millstream.pipeline.cli_output import Json, print_rows
-from millstream.pipeline.kafka_log import KafkaLog
+from millstream.producers.port import closing
 from millstream.schemas import codec
 from millstream.schemas.errors import CodecError, ConfigError
 from millstream.schemas.log import LogRecord
@@ -32,14 +32,14 @@ def dead_list(
 ) -> None:
     """List dead letters, oldest first in each partition."""
     settings = load_settings()
-    print_rows(COLUMNS, asyncio.run(listed(KafkaLog(settings), settings.topics, reason, role)), as_json)
+    print_rows(COLUMNS, with_log(settings, lambda log: listed(log, settings.topics, reason, role)), as_json)
 
 
 @app.command("show", epilog="Example: millstream dead show 0:17")
 def dead_show(place: Place, as_json: Json = False) -> None:
     """Show a dead letter; its body decoded, if it can be."""
     settings = load_settings()
-    letter = asyncio.run(find(KafkaLog(settings), settings.topics, [place]))[0]
+    (letter,) = with_log(settings, lambda log: find(log, settings.topics, [place]))
     fields = asdict(letter) | {"key": letter_key(letter), "value": _readable(letter.value)}
     fields["headers"] = {name: _readable(value) for name, value in letter.headers.items()}
     if as_json:
@@ -55,22 +55,17 @@ def dead_replay(
     """Send records again; the task of a rollout that failed as a new rollout, with fresh budgets."""
     settings = load_settings()
 
-    async def work() -> None:
-        log = KafkaLog(settings)
+    async def work(log: Log) -> None:
         letters = await find(log, settings.topics, places)
-        producer = log.producer()
-        try:
+        async with closing(log.producer()) as producer:
             for place, letter in zip(places, letters, strict=True):
                 typer.echo(f"{place}: {await replay(producer, settings.topics, letter)}")
-        finally:
-            await asyncio.to_thread(producer.close)
 
-    asyncio.run(work())
+    with_log(settings, work)
 
 
 async def listed(log: Log, topics: Topics, reason: str | None, role: str | None) -> list[list[str]]:
     """A row of `COLUMNS` for each dead letter."""
-    await log.check()
     return [
         [
             _place(record),
@@ -87,7 +82,6 @@ async def listed(log: Log, topics: Topics, reason: str | None, role: str | None)
 
 async def find(log: Log, topics: Topics, places: Sequence[str]) -> list[DeadLetter]:
     """The dead letters at these places of the topic. Raises `ConfigError` naming those that are not there."""
-    await log.check()
     found = {
         _place(record): letter async for record, letter in read_dead_letters(log, topics) if _place(record) in places
     }

@@ -1,6 +1,5 @@
 """``millstream explain``: what the adapter made of something, and why."""
 
-import asyncio
 import json
 from typing import Annotated, Any
 
@@ -10,17 +9,12 @@ from rich.table import Table
 from millstream.consumers.prefixes import Link, links
 from millstream.consumers.recorded import read_trace
 from millstream.consumers.triplets import Trace, TripletMaker, Verdict
+from millstream.pipeline.cli_open import with_log
 from millstream.pipeline.cli_output import Json, out
-from millstream.pipeline.kafka_log import KafkaLog
 from millstream.schemas.records import RolloutEnd, Triplet
 from millstream.schemas.settings import load_settings
 
 app = typer.Typer(no_args_is_help=True, help="What was made of a rollout, and why.")
-
-
-@app.callback()
-def explain() -> None:
-    """What was made of a rollout, and why."""
 
 
 @app.command("rollout", epilog="Example: millstream explain rollout 0199a3c4-…")
@@ -32,13 +26,7 @@ def explain_rollout(
     """Show which of a rollout's calls train, what each earned, and what was left out: by this deployment's settings."""
     settings = load_settings()
     maker = TripletMaker(settings.triplets)
-
-    async def work() -> tuple[Trace, RolloutEnd | None]:
-        log = KafkaLog(settings)
-        await log.check()
-        return await read_trace(log, settings.topics, rollout_id, attempt)
-
-    trace, end = asyncio.run(work())
+    trace, end = with_log(settings, lambda log: read_trace(log, settings.topics, rollout_id, attempt))
     found = explained(maker, trace, end)
     if as_json:
         out.print_json(json.dumps(found))

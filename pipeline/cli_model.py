@@ -1,15 +1,19 @@
 """Commands about a model's versions: deploy, roll back, split, and what came of them. (`serve` is a role, in `cli`.)"""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from millstream.consumers.control import ControlFollower
+from millstream.consumers.port import Log
+from millstream.pipeline.cli_open import open_store, with_log
 from millstream.pipeline.cli_output import Json, out, print_rows
-from millstream.pipeline.kafka_log import KafkaLog
 from millstream.producers.control import publish_control
+from millstream.producers.port import closing
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
 from millstream.schemas.model_commands import ANSWER, SERVER, ModelAnswer, ModelCommand, ServerState
@@ -17,6 +21,7 @@ from millstream.schemas.records import Control
 from millstream.schemas.routing import KIND as ROUTING
 from millstream.schemas.routing import RoutingTable
 from millstream.schemas.settings import load_settings
+from millstream.schemas.topics import Topics
 
 app = typer.Typer(no_args_is_help=True, help="A model's versions: deploy them, go back, split traffic among them.")
 
@@ -88,7 +93,8 @@ def split(
 @app.command(epilog="Example: millstream model status --json")
 def status(as_json: Json = False) -> None:
     """Show each model's versions with their shares, and who serves them."""
-    told = asyncio.run(_read())
+    settings = load_settings()
+    told = with_log(settings, lambda log: _read(log, settings.topics))
     rows = []
     for model, arms in told.table.models.items():
         for arm in arms:
@@ -107,58 +113,51 @@ def status(as_json: Json = False) -> None:
 def compare(model: Model, as_json: Json = False) -> None:
     """Compare a model's versions: mean reward of the rollouts that succeeded, with its 95 % confidence interval."""
     from millstream.pipeline.queries import COMPARE_VERSIONS
-    from millstream.pipeline.store import ClickHouseStore
 
-    store = ClickHouseStore(load_settings())
-    try:
+    with open_store(load_settings()) as store:
         result = store.sql(COMPARE_VERSIONS, {"model": model})
-    finally:
-        store.close()
     print_rows(result.columns, result.rows, as_json)
 
 
 def _ask(command: ModelCommand, wait_s: float) -> None:
-    answer = asyncio.run(_answered(command, wait_s))
+    settings = load_settings()
+    answer = with_log(settings, lambda log: _answered(log, settings.topics, command, wait_s))
     if answer.error:
         raise ConfigError(answer.error)
     out.print(f"{command.action} {command.model}: table {answer.table_id}", highlight=False)
 
 
-async def _answered(command: ModelCommand, wait_s: float) -> ModelAnswer:
+async def _answered(log: Log, topics: Topics, command: ModelCommand, wait_s: float) -> ModelAnswer:
     """Publishes a command and waits for what becomes of it. Raises `ConfigError` if nobody answers."""
-    settings = load_settings()
-    log = KafkaLog(settings)
-    await log.check()
-    told, producer = _Told(), log.producer()
-    follower = ControlFollower(log, settings.topics, on_control=told.hear)
-    try:
-        await follower.start()
+    async with _listening(log, topics) as told, closing(log.producer()) as producer:
         known = sorted(state.model for state in told.servers.values())
         if command.model not in known:
             raise ConfigError(f"nobody serves {command.model}; served are: {', '.join(known) or 'none'}")
-        await publish_control(producer, settings.topics, command.to_control())
-        async with asyncio.timeout(wait_s):
-            while command.command_id not in told.answers:
-                told.more.clear()
-                await told.more.wait()
-    except TimeoutError:
-        raise ConfigError(
-            f"no answer within {wait_s:g} s; the command stays on the topic, and is done when the server is back"
-        ) from None
-    finally:
-        await follower.close()
-        await asyncio.to_thread(producer.close)
+        await publish_control(producer, topics, command.to_control())
+        try:
+            async with asyncio.timeout(wait_s):
+                while command.command_id not in told.answers:
+                    told.more.clear()
+                    await told.more.wait()
+        except TimeoutError:
+            raise ConfigError(
+                f"no answer within {wait_s:g} s; the command stays on the topic, and is done when the server is back"
+            ) from None
     return told.answers[command.command_id]
 
 
-async def _read() -> _Told:
-    settings = load_settings()
-    log = KafkaLog(settings)
-    await log.check()
+async def _read(log: Log, topics: Topics) -> _Told:
+    async with _listening(log, topics) as told:
+        return told
+
+
+@asynccontextmanager
+async def _listening(log: Log, topics: Topics) -> AsyncIterator[_Told]:
+    """Knows all that the control topic holds, and goes on listening."""
     told = _Told()
-    follower = ControlFollower(log, settings.topics, on_control=told.hear)
+    follower = ControlFollower(log, topics, on_control=told.hear)
     try:
         await follower.start()
+        yield told
     finally:
         await follower.close()
-    return told

@@ -1,6 +1,5 @@
 """``millstream replay``."""
 
-import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean
@@ -9,12 +8,11 @@ from typing import Annotated
 import typer
 
 from millstream.consumers.objects import load_object
+from millstream.consumers.port import Log
 from millstream.consumers.replay import Replay, ToReward
 from millstream.consumers.triplets import TripletMaker
+from millstream.pipeline.cli_open import open_store, with_log
 from millstream.pipeline.cli_output import Json, print_rows
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.pipeline.replay import ReplaySummary, Start, run_replay
-from millstream.pipeline.replay_output import open_output
 from millstream.schemas.log import LogRecord
 from millstream.schemas.settings import load_settings
 
@@ -35,29 +33,28 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Make triplets anew from what was recorded, with another adapter or reward function. Changes nothing else."""
+    # pyarrow takes as long to import as all else that commands need.
+    from millstream.pipeline.replay import ReplaySummary, Start, run_replay
+    from millstream.pipeline.replay_output import open_output
+
     settings = load_settings()
     folder = str(Path.cwd())
     chosen = load_object("adapter", function, folder) if function else TripletMaker(settings.triplets)
     rewarded: ToReward | None = load_object("reward", reward, folder) if reward else None
 
     def stored(done: set[str]) -> Iterator[LogRecord]:
-        from millstream.pipeline.store import ClickHouseStore
         from millstream.pipeline.stored_events import stored_events
 
-        store = ClickHouseStore(settings)
-        try:
+        with open_store(settings) as store:
             yield from stored_events(store, experiment, done)
-        finally:
-            store.close()
 
-    async def work() -> ReplaySummary:
-        begin = Start.parse(start) if start else None
-        log = KafkaLog(settings)
-        await log.check()
+    begin = Start.parse(start) if start else None
+
+    async def work(log: Log) -> ReplaySummary:
         output = await open_output(to, log, settings)
         return await run_replay(log, settings.topics, Replay(experiment, chosen, rewarded), output, stored, begin)
 
-    done = asyncio.run(work())
+    done = with_log(settings, work)
     columns = ("rollouts", "from_store", "triplets", "trainable", "reward_mean", "incomplete", "open", "unreadable")
     mean = fmean(done.rewards) if done.rewards else None
     row = [mean if name == "reward_mean" else getattr(done, name) for name in columns]

@@ -14,11 +14,6 @@ from millstream.schemas.evolution import check_evolution
 app = typer.Typer(no_args_is_help=True, help="The records' Avro schemas.")
 
 
-@app.callback()
-def schemas() -> None:
-    """With one command alone typer would drop its name."""
-
-
 @app.command("check", epilog="Example: millstream schemas check schemas/released")
 def schemas_check(
     old_dir: Annotated[Path, typer.Argument(help="Folder of released .avsc files, one folder a version or flat.")],

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
+from millstream.consumers.port import Log
+from millstream.pipeline.cli_open import open_store, with_log
 from millstream.pipeline.cli_output import Json, err, print_rows
-from millstream.pipeline.kafka_log import KafkaLog
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.settings import load_settings
 
@@ -18,13 +19,9 @@ app = typer.Typer(no_args_is_help=True, help="The store: fill it, share it, and 
 def explain(query: Annotated[str, typer.Argument(help="One SELECT.")], as_json: Json = False) -> None:
     """Show how many granules (8192 rows or fewer) of each table a query reads, and what leaves the others unread."""
     from millstream.pipeline.queries import granules_read
-    from millstream.pipeline.store import ClickHouseStore
 
-    store = ClickHouseStore(load_settings())
-    try:
+    with open_store(load_settings()) as store:
         result = granules_read(store, query)
-    finally:
-        store.close()
     print_rows(result.columns, result.rows, as_json)
 
 
@@ -32,20 +29,14 @@ def explain(query: Annotated[str, typer.Argument(help="One SELECT.")], as_json: 
 def store_rebuild(as_json: Json = False) -> None:
     """Fill an empty store with everything that the topics still hold; a sink then goes on where the last one ended."""
     from millstream.pipeline.rebuild import rebuild
-    from millstream.pipeline.store import ClickHouseStore
 
     settings = load_settings()
 
-    async def work() -> tuple[int, int]:
-        log = KafkaLog(settings)
-        await log.check()
-        store = ClickHouseStore(settings)
-        try:
+    async def work(log: Log) -> tuple[int, int]:
+        with open_store(settings) as store:
             return await rebuild(log, store, settings.topics)
-        finally:
-            store.close()
 
-    print_rows(("records", "unusable"), [asyncio.run(work())], as_json)
+    print_rows(("records", "unusable"), [with_log(settings, work)], as_json)
 
 
 @app.command(

@@ -1,15 +1,14 @@
 """Commands about the processes of a deployment: who works, and how much waits for them."""
 
-import asyncio
 import time
-from datetime import UTC, datetime
 from typing import Annotated, Any
 
 import typer
 
+from millstream.consumers.port import Log
 from millstream.consumers.workers import is_alive, read_workers, unclaimed
-from millstream.pipeline.cli_output import Json, print_rows
-from millstream.pipeline.kafka_log import KafkaLog
+from millstream.pipeline.cli_open import with_log
+from millstream.pipeline.cli_output import Json, date, print_rows
 from millstream.schemas.records import Worker
 from millstream.schemas.settings import load_settings
 
@@ -23,16 +22,10 @@ def workers(
 ) -> None:
     """List the processes that work now, and what they do."""
     settings = load_settings()
-
-    async def ask() -> list[Worker]:
-        log = KafkaLog(settings)
-        await log.check()
-        return await read_workers(log, settings.topics)
-
     now = time.time_ns()
     rows = [
-        [w.worker_id, w.role, w.host, w.version, w.slots, w.running, _date(w.started), _date(w.last_seen)]
-        for w in asyncio.run(ask())
+        [w.worker_id, w.role, w.host, w.version, w.slots, w.running, date(w.started), date(w.last_seen)]
+        for w in with_log(settings, lambda log: read_workers(log, settings.topics))
         if everybody or is_alive(w, now)
     ]
     print_rows(["worker_id", "role", "host", "version", "slots", "running", "started", "last_seen"], rows, as_json)
@@ -43,12 +36,10 @@ def lag(as_json: Json = False) -> None:
     """Show how many tasks wait, and (unclaimed + running) / slots: above 1, more runners would help."""
     settings = load_settings()
 
-    async def ask() -> tuple[dict[str, int], list[Worker]]:
-        log = KafkaLog(settings)
-        await log.check()
+    async def ask(log: Log) -> tuple[dict[str, int], list[Worker]]:
         return await unclaimed(log, settings.topics), await read_workers(log, settings.topics)
 
-    waiting, found = asyncio.run(ask())
+    waiting, found = with_log(settings, ask)
     now = time.time_ns()
     alive = [w for w in found if is_alive(w, now)]
     slots, running = sum(w.slots for w in alive), sum(w.running for w in alive)
@@ -64,7 +55,3 @@ def lag(as_json: Json = False) -> None:
 
 def _load(work: int, slots: int) -> float | None:
     return round(work / slots, 2) if slots else None
-
-
-def _date(ns: int) -> str:
-    return datetime.fromtimestamp(ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -10,7 +10,7 @@ from millstream.pipeline.batches import FinishedRollout
 from millstream.producers.port import Producer
 from millstream.schemas import codec
 from millstream.schemas.errors import CodecError, LogUnavailable
-from millstream.schemas.log import EndOfPartition, LogRecord, Partition
+from millstream.schemas.log import LogRecord, Partition
 from millstream.schemas.records import RolloutEnd, Triplet
 from millstream.schemas.topics import Topics
 
@@ -61,8 +61,7 @@ class Collector:
                 logger.warning("triplets can't be read, trying again: %s", error)
                 continue
             for record in batch:
-                if not isinstance(record, EndOfPartition):
-                    self._take(record)
+                self._take(record)
             missing -= self._finished.keys()
         return [self._finished.pop(rollout_id) for rollout_id in rollout_ids]
 
@@ -74,7 +73,7 @@ class Collector:
             value = codec.decode(record.value)
         except CodecError as error:
             letter = dead_letter(record, "trainer", "undecodable", str(error))
-            send_dead_letter(self._producer, self._topics, letter)
+            send_dead_letter(self._producer.send, self._topics, letter)
             return
         if isinstance(value, Triplet) and value.rollout_id in self._outstanding:
             self._triplets.setdefault(value.rollout_id, []).append(value)

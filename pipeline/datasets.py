@@ -7,7 +7,7 @@ that was given no reward counts with the next one of its rollout, as in training
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from millstream.pipeline.algorithms.credit import turn_rewards
 from millstream.schemas.errors import CodecError
@@ -21,8 +21,8 @@ def messages(rollouts: Iterable[Rollout], min_reward: float | None = None) -> It
     tools. Earlier answers within the prompt have weight 0, so that each is learnt once."""
     for triplet, reward in _rewarded(rollouts):
         if min_reward is None or reward >= min_reward:
-            prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in _prompt(triplet)]
-            yield {"messages": [*prompt, *_response(triplet)], **_tools(triplet)}
+            prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in _messages(triplet, "prompt")]
+            yield {"messages": [*prompt, *_messages(triplet, "response")], **_tools(triplet)}
 
 
 def preferences(rollouts: Iterable[Rollout]) -> Iterator[dict[str, Any]]:
@@ -35,9 +35,9 @@ def preferences(rollouts: Iterable[Rollout]) -> Iterator[dict[str, Any]]:
         (least, worst), (most, best) = min(answers, key=lambda a: a[0]), max(answers, key=lambda a: a[0])
         if most > least and best.response != worst.response:
             yield {
-                "input": {"messages": _prompt(best), **_tools(best)},
-                "preferred_output": _response(best),
-                "non_preferred_output": _response(worst),
+                "input": {"messages": _messages(best, "prompt"), **_tools(best)},
+                "preferred_output": _messages(best, "response"),
+                "non_preferred_output": _messages(worst, "response"),
             }
 
 
@@ -46,7 +46,8 @@ def texts(rollouts: Iterable[Rollout]) -> Iterator[str]:
     for rollout in rollouts:
         parts = []
         for triplet, reward in _rewarded([rollout]):
-            said = [f"{m['role']}: {_text(m)}" for m in (*_prompt(triplet), *_response(triplet))]
+            both = _messages(triplet, "prompt") + _messages(triplet, "response")
+            said = [f"{m['role']}: {_text(m)}" for m in both]
             parts.append("\n".join([f"## Call {triplet.turn}", *said, f"reward: {reward:g}"]))
         if parts:
             yield "\n\n".join(parts)
@@ -69,18 +70,10 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
-def _prompt(triplet: Triplet) -> list[dict[str, Any]]:
-    return _messages(triplet, "prompt", triplet.prompt)
-
-
-def _response(triplet: Triplet) -> list[dict[str, Any]]:
-    return _messages(triplet, "response", triplet.response)
-
-
-def _messages(triplet: Triplet, field: str, text: str) -> list[dict[str, Any]]:
+def _messages(triplet: Triplet, field: Literal["prompt", "response"]) -> list[dict[str, Any]]:
     """Messages (a list, or one) in OpenAI's form; those of the semantic conventions hold their content in parts."""
     try:
-        found = json.loads(text)
+        found = json.loads(getattr(triplet, field))
         return [_openai(message) for message in (found if isinstance(found, list) else [found])]
     except (ValueError, KeyError, TypeError) as error:
         raise CodecError(

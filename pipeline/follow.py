@@ -8,7 +8,7 @@ from typing import Protocol
 from millstream.consumers.port import Log
 from millstream.schemas import codec
 from millstream.schemas.errors import CodecError
-from millstream.schemas.log import EndOfPartition, Partition
+from millstream.schemas.log import Partition
 from millstream.schemas.records import RolloutEnd, Span
 from millstream.schemas.topics import Topics, partition_of
 
@@ -50,7 +50,7 @@ async def follow_spans(log: Log, topics: Topics, rollout_id: str, stored: Stored
         await consumer.seek(partition, min(max(start, beginning), high))
         while True:
             for record in await consumer.poll(POLL_RECORDS, POLL_S):
-                if isinstance(record, EndOfPartition) or record.key != rollout_id:
+                if record.key != rollout_id:
                     continue
                 try:
                     value = codec.decode(record.value)

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, cast
@@ -21,10 +21,9 @@ from typing import Any, cast
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from millstream.consumers.claims import ROLE as RUNNER
-from millstream.consumers.port import Consumer, Log
+from millstream.consumers.port import Consumer, Log, TransactionalConsumer
 from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas.errors import ConfigError, LogUnavailable
-from millstream.schemas.log import EndOfPartition, LogRecord
 from millstream.schemas.metrics import POLL_AGE, Metric
 from millstream.schemas.topics import Topics
 
@@ -98,9 +97,9 @@ class Health:
         if path == "/metrics":
             return 200, generate_latest(self.registry)
         if path == "/livez":
-            ages = [(metric.name, value(), limit_s or STUCK_S) for metric, (value, limit_s) in self._ages.items()]
+            ages = self._measured()
             body = "".join(f"{name} {age:.1f}\n" for name, age, _ in ages)
-            return (503 if any(age > limit_s for _, age, limit_s in ages) else 200), body.encode()
+            return (503 if any(stuck for _, _, stuck in ages) else 200), body.encode()
         if path == "/readyz":
             trouble = self.trouble() if self.ready else "not ready"
             return (200, b"ready\n") if trouble is None else (503, f"{trouble}\n".encode(errors="replace"))
@@ -108,10 +107,15 @@ class Health:
 
     def _watch(self) -> None:
         while not self._closed.wait(CHECK_S):
-            for metric, (value, limit_s) in list(self._ages.items()):
-                if (age := value()) > (limit_s or STUCK_S):
-                    logger.critical("%s is %.0f: this process is stuck, and ends", metric.name, age)
+            for name, age, stuck in self._measured():
+                if stuck:
+                    logger.critical("%s is %.0f: this process is stuck, and ends", name, age)
                     os._exit(EXIT_STUCK)
+
+    def _measured(self) -> list[tuple[str, float, bool]]:
+        """Each age by its name, and whether it is above its limit."""
+        measured = [(metric.name, value(), limit_s) for metric, (value, limit_s) in list(self._ages.items())]
+        return [(name, age, age > (limit_s or STUCK_S)) for name, age, limit_s in measured]
 
     def opened(self, consumer: object) -> None:
         self._polls[consumer] = None
@@ -169,12 +173,15 @@ class _WatchedLog:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    def consumer(self, *args: Any, **kwargs: Any) -> "_WatchedConsumer":
-        return _WatchedConsumer(self._inner.consumer(*args, **kwargs), self._health)
+    def consumer(self, group: str | None = None) -> "_WatchedConsumer":
+        return _WatchedConsumer(self._inner.consumer(group), self._health)
+
+    def transactional_consumer(self, group: str) -> "_WatchedConsumer":
+        return _WatchedConsumer(self._inner.transactional_consumer(group), self._health)
 
 
 class _WatchedConsumer:
-    def __init__(self, inner: Consumer, health: Health) -> None:
+    def __init__(self, inner: Consumer | TransactionalConsumer, health: Health) -> None:
         self._inner = inner
         self._health = health
         health.opened(self)
@@ -182,12 +189,10 @@ class _WatchedConsumer:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._inner, name)
 
-    async def poll(
-        self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None
-    ) -> list[LogRecord | EndOfPartition]:
+    async def poll(self, *args: Any) -> Any:
         self._health.polling(self)
         try:
-            return await self._inner.poll(max_records, timeout_s, topics)
+            return await self._inner.poll(*args)
         finally:  # a log that is away is no fault of ours
             self._health.polled(self)
 

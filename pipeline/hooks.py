@@ -1,7 +1,6 @@
 """The hooks that come with the package. Make one in a module of yours and name it: ``--hook my_hooks:monitor``."""
 
 import json
-import os
 import threading
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from prometheus_client import Counter, Histogram
 from millstream.consumers.hooks import WISHES, Hook, RunnerInfo, TraceSummary
 from millstream.producers.attempt_context import Rollout
 from millstream.producers.emit import emit_span
+from millstream.producers.files import files_at
 from millstream.schemas import semconv
 from millstream.schemas.errors import ConfigError
 
@@ -132,7 +132,7 @@ class StateBackup(Hook):
 
     def __init__(self, folder: str | Path, *, timeout_s: float | None = 30.0) -> None:
         super().__init__(timeout_s=timeout_s)
-        self._write = _into_store(folder) if isinstance(folder, str) and "://" in folder else _into_folder(Path(folder))
+        self._files = files_at(str(folder), "StateBackup:")
         # Kept until the attempt's end by the attempt itself.
         self._traces: WeakValueDictionary[str, TraceSummary] = WeakValueDictionary()
 
@@ -159,39 +159,4 @@ class StateBackup(Hook):
             "worker_id": runner.worker_id,
             "host": runner.host,
         }
-        self._write(f"{rollout.rollout_id}/{rollout.attempt_id}.json", json.dumps(state, indent=2).encode())
-
-
-def _into_folder(folder: Path) -> Callable[[str, bytes], None]:
-    folder = folder.absolute()  # the agent may go elsewhere
-
-    def write(name: str, data: bytes) -> None:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-
-    return write
-
-
-def _into_store(url: str) -> Callable[[str, bytes], None]:
-    try:
-        from fsspec.core import url_to_fs
-    except ImportError as error:
-        raise ConfigError(f"StateBackup: fsspec is needed for {url}: pip install fsspec ({error})") from error
-    try:
-        files, root = url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"StateBackup: {url} can't be used: {error}") from error
-
-    def write(name: str, data: bytes) -> None:
-        path = f"{root.rstrip('/')}/{name}"
-        files.makedirs(path.rpartition("/")[0], exist_ok=True)
-        files.pipe_file(f"{path}.part", data)
-        files.mv(f"{path}.part", path)
-
-    return write
+        self._files.write(f"{rollout.rollout_id}/{rollout.attempt_id}.json", json.dumps(state, indent=2).encode())

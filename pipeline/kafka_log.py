@@ -17,8 +17,8 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 )
 
 from millstream.consumers.kafka import AioConsumer
-from millstream.consumers.kafka_transactional import TransactionalConsumer
-from millstream.consumers.port import Consumer
+from millstream.consumers.kafka_transactional import KafkaTransactionalConsumer
+from millstream.consumers.port import Consumer, TransactionalConsumer
 from millstream.consumers.watermarks import Watermarks
 from millstream.producers.kafka import KafkaProducer, KafkaTransactionalProducer
 from millstream.producers.kafka_client import BATCH_OVERHEAD, librdkafka_config, raised
@@ -47,10 +47,11 @@ class KafkaLog:
     def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
         return KafkaTransactionalProducer(self._settings, transactional_id)
 
-    def consumer(self, group: str | None = None, *, eof: bool = False, transactions: bool = False) -> Consumer:
-        if eof or transactions:
-            return TransactionalConsumer(self._settings, self._watermarks, group, eof=eof)
+    def consumer(self, group: str | None = None) -> Consumer:
         return AioConsumer(self._settings, self._watermarks, group)
+
+    def transactional_consumer(self, group: str) -> TransactionalConsumer:
+        return KafkaTransactionalConsumer(self._settings, self._watermarks, group)
 
     async def create_topics(self, more: Sequence[Topic] = ()) -> None:
         await self.check_connection()

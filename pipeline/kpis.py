@@ -39,8 +39,7 @@ class _Rollout:
 class Kpis:
     """One thread. Records may come twice; ends are counted once for as long as their rollout is remembered."""
 
-    def __init__(self, *, window_s: float = WINDOW_S, rollouts: int = REMEMBERED_ROLLOUTS) -> None:
-        self._window_ns = int(window_s * 1e9)
+    def __init__(self, *, rollouts: int = REMEMBERED_ROLLOUTS) -> None:
         self._limit = rollouts
         self._rollouts: OrderedDict[str, _Rollout] = OrderedDict()
         self._ends: deque[_Ended] = deque(maxlen=REMEMBERED_ENDS)
@@ -126,7 +125,7 @@ class Kpis:
 
     def snapshot(self, now: int) -> dict[str, Any]:
         """The window that ends ``now`` (ns since the epoch), as JSON: all rollouts, and by experiment and mode."""
-        since = now - self._window_ns
+        since = now - int(WINDOW_S * 1e9)
         while self._ends and self._ends[0].ended_at < since:
             self._ends.popleft()
         ends = [end for end in self._ends if end.ended_at >= since]
@@ -136,7 +135,7 @@ class Kpis:
         alive = [w for w in self._workers.values() if w.last_seen >= since and w.slots]
         slots, running = sum(w.slots for w in alive), sum(w.running for w in alive)
         return {
-            "window_s": self._window_ns / 1e9,
+            "window_s": WINDOW_S,
             **self._summary(ends),
             "runners": len(alive),
             "slots": slots,
@@ -148,7 +147,7 @@ class Kpis:
     def _summary(self, ends: Sequence[_Ended]) -> dict[str, Any]:
         return {
             "rollouts": len(ends),
-            "rollouts_per_second": len(ends) / (self._window_ns / 1e9),
+            "rollouts_per_second": len(ends) / WINDOW_S,
             "success_rate": sum(end.succeeded for end in ends) / len(ends) if ends else None,
             "latency_s": quantiles(end.latency_s for end in ends),
             "queued_s": quantiles(end.queued_s for end in ends if end.queued_s is not None),

@@ -1,4 +1,4 @@
-"""The consumer port in memory."""
+"""The two consumer ports in memory."""
 
 import asyncio
 import math
@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from millstream.consumers.port import RebalanceListener
 from millstream.pipeline.memory_group import Group
@@ -58,10 +58,11 @@ class MemoryConsumer:
     """One consumer (see `consumers.port.Consumer`). What it shares with others is guarded by the log's lock; callbacks
     run outside of it, so a listener may send."""
 
-    def __init__(self, log: "MemoryLog", group: Group["MemoryConsumer"] | None, eof: bool) -> None:
+    _eof = False  # whether `_poll` tells the ends of partitions
+
+    def __init__(self, log: "MemoryLog", group: Group["MemoryConsumer"] | None) -> None:
         self._log = log
         self._group = group
-        self._eof = eof
         self._topics: tuple[str, ...] = ()
         self._listener: RebalanceListener | None = None
         self._seen: int | None = None  # the group's epoch at which there was nothing left to do for this member
@@ -92,7 +93,10 @@ class MemoryConsumer:
             self._drop(set(self._positions))
             self._add({log.partition: log.stable_end() if start == "end" else 0 for log in logs})
 
-    async def poll(
+    async def poll(self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None) -> list[LogRecord]:
+        return cast("list[LogRecord]", await self._poll(max_records, timeout_s, topics))
+
+    async def _poll(
         self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None
     ) -> list[LogRecord | EndOfPartition]:
         only = None if topics is None else frozenset(topics)
@@ -290,3 +294,12 @@ class MemoryConsumer:
             for member in self._group.members:
                 if member is not self and member._waiter is not None:
                     member._waiter.wake()
+
+
+class MemoryTransactionalConsumer(MemoryConsumer):
+    """See `consumers.port.TransactionalConsumer`."""
+
+    _eof = True
+
+    async def poll(self, max_records: int, timeout_s: float) -> list[LogRecord | EndOfPartition]:  # type: ignore[override]
+        return await self._poll(max_records, timeout_s)

@@ -13,8 +13,13 @@ from functools import lru_cache
 from itertools import count
 from typing import Any
 
-from millstream.consumers.port import Consumer
-from millstream.pipeline.memory_consumer import GroupMetadata, MemoryConsumer, Waiter
+from millstream.consumers.port import Consumer, TransactionalConsumer
+from millstream.pipeline.memory_consumer import (
+    GroupMetadata,
+    MemoryConsumer,
+    MemoryTransactionalConsumer,
+    Waiter,
+)
 from millstream.pipeline.memory_group import Group
 from millstream.producers.port import LINGER_MS, OnAck, Producer, TransactionalProducer
 from millstream.schemas.codec import encode as encode_record
@@ -59,13 +64,15 @@ class MemoryLog:
     def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
         return _MemoryTransactionalProducer(self, transactional_id)
 
-    def consumer(self, group: str | None = None, *, eof: bool = False, transactions: bool = False) -> Consumer:
-        """Every consumer can take part in transactions; ``transactions`` changes nothing here."""
-        found = None
-        if group is not None:
-            with self.lock:
-                found = self.groups.setdefault(group, Group(group, self.counts))
-        return MemoryConsumer(self, found, eof)
+    def consumer(self, group: str | None = None) -> Consumer:
+        return MemoryConsumer(self, None if group is None else self._group(group))
+
+    def transactional_consumer(self, group: str) -> TransactionalConsumer:
+        return MemoryTransactionalConsumer(self, self._group(group))
+
+    def _group(self, name: str) -> Group[MemoryConsumer]:
+        with self.lock:
+            return self.groups.setdefault(name, Group(name, self.counts))
 
     async def create_topics(self, more: Sequence[Topic] = ()) -> None:
         """The deployment's own have existed since the log was made."""

@@ -16,7 +16,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, Final, Literal
-from urllib.parse import urlsplit
 
 from faststream.asgi import AsgiFastStream, AsyncAPIRoute
 from faststream.kafka import KafkaBroker
@@ -32,7 +31,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from millstream.pipeline.asgi import is_loopback, listen, serve_until_signal
+from millstream.pipeline.asgi import for_this_machine, is_loopback, limited, listen, serve_until_signal
 from millstream.pipeline.broker import Codec, broker
 from millstream.pipeline.health import Health, watched
 from millstream.pipeline.kafka_log import KafkaLog
@@ -40,7 +39,7 @@ from millstream.pipeline.kpis import QUANTILES, Kpis
 from millstream.pipeline.otlp_receiver import PATH as TRACES
 from millstream.pipeline.otlp_receiver import OtlpReceiver
 from millstream.producers.control import cancel_record, pause_record, publish_control
-from millstream.producers.port import Producer
+from millstream.producers.port import Producer, closing
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
 from millstream.schemas import codec, records
 from millstream.schemas.errors import CodecError, ConfigError, LogUnavailable, MillstreamError
@@ -273,20 +272,15 @@ async def _json(request: Request) -> Any:
     # Browsers ask before they send this type to another site: a page that somebody visits can't publish here.
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise Refused(415, "send Content-Type: application/json")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise Refused(413, f"the body is larger than {MAX_BODY:,} bytes; publish in several requests")
+    too_large = Refused(413, f"the body is larger than {MAX_BODY:,} bytes; publish in several requests")
     try:
-        return json.loads(body)
+        return json.loads(await limited(request, MAX_BODY, too_large).body())
     except (ValueError, RecursionError) as error:
         raise Refused(400, f"the body is not JSON: {error}") from None
 
 
 def _gate(token: str) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    """Asks for the token; without one, that the request is meant for this machine (a web page may have its own name
-    resolve to loopback)."""
+    """Asks for the token; without one, that the request is meant for this machine."""
 
     async def dispatch(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
         if request.scope["path"] not in OPEN_PATHS:  # request.url is made of the Host header: a caller's to choose
@@ -294,7 +288,7 @@ def _gate(token: str) -> Callable[[Request, Callable[[Request], Awaitable[Respon
             if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
                 message = "send Authorization: Bearer TOKEN, with the monitor_token of this deployment"
                 return JSONResponse({"errors": [message]}, 401, {"WWW-Authenticate": "Bearer"})
-            if not token and not is_loopback(urlsplit("//" + request.headers.get("host", "")).hostname or ""):
+            if not token and not for_this_machine(request):
                 return JSONResponse({"errors": ["without a token the monitor answers for localhost alone"]}, 403)
         return await call_next(request)
 
@@ -320,11 +314,10 @@ async def serve_monitor(settings: Settings, host: str, port: int) -> None:
     log = KafkaLog(settings)
     await log.check()
     listener = listen(host, port)
-    producer = log.producer()
-    try:
-        async with watched(log, settings.topics, "monitor", 0, asyncio.Event()) as health:
-            started = await serve_until_signal(Monitor(producer, settings, health).app, listener)
-        if not started:
-            raise LogUnavailable("the monitor could not start to read the log; the cause is logged above")
-    finally:
-        await asyncio.to_thread(producer.close)
+    async with (
+        closing(log.producer()) as producer,
+        watched(log, settings.topics, "monitor", 0, asyncio.Event()) as health,
+    ):
+        started = await serve_until_signal(Monitor(producer, settings, health).app, listener)
+    if not started:
+        raise LogUnavailable("the monitor could not start to read the log; the cause is logged above")

@@ -10,7 +10,6 @@ import json
 import zlib
 from collections.abc import Callable, Iterable
 from typing import Final
-from urllib.parse import urlsplit
 
 from google.protobuf import json_format
 from google.protobuf.message import Message
@@ -22,7 +21,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from starlette.requests import Request
 from starlette.responses import Response
 
-from millstream.pipeline.asgi import is_loopback
+from millstream.pipeline.asgi import for_this_machine, limited
 from millstream.producers.acknowledgements import Acknowledgements
 from millstream.producers.blob_store import BlobError, Blobs
 from millstream.producers.otlp import Malformed, from_otlp, parse_json, parse_protobuf
@@ -71,7 +70,7 @@ class OtlpReceiver:
                 raise _Refused(415, f"send Content-Type: {PROTOBUF} or {JSON}, not {form!r}")
             key = self._key_of(request)
             async with self._room:
-                body = await _body(request)
+                body = await limited(request, MAX_BODY, _too_large()).body()
                 packed = request.headers.get("content-encoding", "identity")
                 spans, rejected = await asyncio.to_thread(self._read, form, packed, body, key)
                 await self._store(spans, rejected)
@@ -89,7 +88,7 @@ class OtlpReceiver:
         if self._token and hmac.compare_digest(given.encode(), self._token.encode()):
             return None
         if not given and not self._token:  # as for all else: whoever is on this machine is trusted
-            if is_loopback(urlsplit("//" + request.headers.get("host", "")).hostname or ""):
+            if for_this_machine(request):
                 return None
             raise _Refused(403, "without a token the monitor answers for localhost alone")
         if not given:
@@ -136,15 +135,6 @@ class OtlpReceiver:
                 continue
             if span.kind == semconv.ALERT:
                 written.send(self._topics.alerts, data, key=span.rollout_id, headers=headers)
-
-
-async def _body(request: Request) -> bytes:
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY:
-            raise _too_large()
-    return bytes(body)
 
 
 def _unpacked(body: bytes, packed: str) -> bytes:

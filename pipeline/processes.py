@@ -1,103 +1,10 @@
-"""Starts the roles of a deployment on this machine and keeps them running, for the demo and for laptops."""
+"""Processes that end with the one that started them."""
 
 import ctypes
-import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-from millstream.schemas.errors import MillstreamError
-
-STOP_S = 30.0  # how long a role may take to end in good order
-YOUNG_S = 5.0  # a role that dies younger than this has something wrong with it
-MAX_YOUNG_DEATHS = 3
 PR_SET_PDEATHSIG = 1  # prctl(2)
-
-
-class Processes:
-    """Role processes, each with a log file in ``folder``. They die with this process, however it ends.
-
-    ``processes.json`` in the folder holds the pid of each, for people (and tests) who want to kill one.
-    """
-
-    def __init__(self, folder: Path, env: Mapping[str, str], say: Callable[[str], None] = lambda text: None) -> None:
-        self._folder = folder
-        self._env = dict(env)
-        self._say = say
-        self._running: dict[str, subprocess.Popen[bytes]] = {}
-        self._argv: dict[str, Sequence[str]] = {}
-        self._born: dict[str, float] = {}
-        self._young_deaths: dict[str, int] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def start(self, name: str, *arguments: str, inherit_output: bool = False) -> subprocess.Popen[bytes]:
-        """Starts ``millstream ARGUMENTS``. It gets no signal of the terminal: this process decides when it ends."""
-        self._argv[name] = arguments
-        self._born[name] = time.monotonic()
-        output = None if inherit_output else (self._folder / f"{name}.log").open("ab")
-        try:
-            self._running[name] = subprocess.Popen(
-                [sys.executable, "-m", "millstream.pipeline", *arguments],
-                env=self._env,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output else None,
-                start_new_session=True,
-                preexec_fn=die_with_parent if sys.platform == "linux" else None,
-            )
-        finally:
-            if output:
-                output.close()
-        self._write_pids()
-        return self._running[name]
-
-    def check(self, besides: str = "") -> None:
-        """Starts again what has died, as a supervisor would, but for the role that ends by itself. Raises
-        `MillstreamError` with the end of its log if a role keeps dying at once."""
-        for name, process in list(self._running.items()):
-            if name == besides or process.poll() is None:
-                continue
-            young = time.monotonic() - self._born[name] < YOUNG_S
-            self._young_deaths[name] = self._young_deaths.get(name, 0) + 1 if young else 0
-            if self._young_deaths[name] >= MAX_YOUNG_DEATHS:
-                raise MillstreamError(f"{name} keeps ending ({_how(process)}):\n{self._last_lines(name)}")
-            self._say(f"{name} ended ({_how(process)}); it is started again")
-            self.start(name, *self._argv[name])
-
-    def stop(self, name: str, patience_s: float = STOP_S) -> None:
-        """Lets a role end in good order, and waits for it; kills it when it takes too long."""
-        process = self._running.pop(name)
-        if process.poll() is None:
-            process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            self._say(f"{name} did not end within {patience_s:g} s and was killed")
-            process.kill()
-            process.wait()
-        self._write_pids()
-
-    def stop_all(self, patience_s: float = STOP_S) -> None:
-        """Ends all that still run: the last that was started first."""
-        for name in reversed(list(self._running)):
-            self.stop(name, patience_s)
-
-    def _write_pids(self) -> None:
-        pids = {name: process.pid for name, process in self._running.items()}
-        (self._folder / "processes.json").write_text(json.dumps(pids))
-
-    def _last_lines(self, name: str) -> str:
-        log = self._folder / f"{name}.log"
-        return "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.exists() else ""
-
-
-def _how(process: subprocess.Popen[bytes]) -> str:
-    code = process.returncode
-    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 def die_with_parent() -> None:

@@ -2,40 +2,17 @@
 
 import json
 import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Final, TypeVar
 
 from millstream.pipeline.store_port import Result, Store
+from millstream.schemas.log import Partition
 from millstream.schemas.records import Control, Record, Span, SpanEvent, SpanLink, Triplet
 from millstream.schemas.resources import Resources
 
 Ask = Callable[[str, Mapping[str, Any]], Result]
 R = TypeVar("R", bound=Record)
-
-# What a training run shows at its end, by title; a user can paste each into `millstream sql`.
-CLOSING_QUERIES: Final = {
-    "Reward by policy version": """
-SELECT model_version, count() AS rollouts, round(avg(reward), 3) AS mean_reward, sum(turns) AS turns
-FROM rollouts
-WHERE mode = 'train' AND status = 'succeeded'
-GROUP BY model_version
-ORDER BY min(created_at)
-""",
-    "Slowest rollouts": """
-SELECT rollout_id, mode, status, round(queued_s, 3) AS queued_s, round(duration_s, 3) AS duration_s, turns, reward
-FROM rollouts
-ORDER BY duration_s DESC NULLS LAST
-LIMIT 5
-""",
-    "Tool calls by name and success": """
-SELECT name, succeeded, count() AS calls, round(quantile(0.5)(duration_s) * 1000, 2) AS median_ms
-FROM tool_calls
-GROUP BY name, succeeded
-ORDER BY calls DESC
-LIMIT 8
-""",
-}
 
 # How the reward went from version to version.
 REWARDS_BY_VERSION: Final = """
@@ -96,12 +73,27 @@ def read(
     limit: int | None = None,
     offset: int = 0,
 ) -> list[R]:
-    """Rows of a view whose columns are called as the record's fields. ``filters``: column → value, any of a list, or
-    None for no condition. ``view`` and ``order`` stand in the text: they must not come from a user."""
-    columns = [f"toUnixTimestamp64Nano({f.name}) AS {f.name}" if f.name in _TIMES else f.name for f in fields(record)]
+    """Rows of a view whose columns are called as the record's fields; the rest as for `read_columns`."""
+    names = [f.name for f in fields(record)]
+    return [record(**row) for row in read_columns(ask, names, view, filters, order=order, limit=limit, offset=offset)]
+
+
+def read_columns(
+    ask: Ask,
+    names: Iterable[str],
+    view: str,
+    filters: Mapping[str, Any],
+    *,
+    order: str,
+    limit: int | None = None,
+    offset: int = 0,
+) -> list[dict[str, Any]]:
+    """Rows of a table or view, times as ns since the epoch. ``filters``: column → value, any of a list, or None for no
+    condition. All but their values stands in the text: it must not come from a user."""
+    columns = [f"toUnixTimestamp64Nano({name}) AS {name}" if name in _TIMES else name for name in names]
     where, parameters = _conditions(filters)
     sql = f"SELECT {', '.join(columns)} FROM {view} WHERE {where} ORDER BY {order}"  # noqa: S608
-    return [record(**row) for row in ask(sql + _limit(limit, offset), parameters).records()]
+    return ask(sql + _limit(limit, offset), parameters).records()
 
 
 def read_newest(ask: Ask, filters: Mapping[str, Any], direction: str, limit: int, offset: int) -> list[str]:
@@ -115,9 +107,21 @@ def read_newest(ask: Ask, filters: Mapping[str, Any], direction: str, limit: int
 
 def read_spans(ask: Ask, filters: Mapping[str, Any], before: int | None = None) -> list[Span]:
     """Spans in log order; ``before``: with lower offsets only."""
+    return [span for _, span in read_placed_spans(ask, filters, before)]
+
+
+def read_placed_spans(
+    ask: Ask, filters: Mapping[str, Any], before: int | None = None
+) -> Iterator[tuple[tuple[Partition, int], Span]]:
+    """The same, each with its partition and offset."""
     where, parameters = _conditions(filters)
     found = ask(_SPANS.format(where=where), {**parameters, "before": -1 if before is None else before})
-    return [_span(row) for row in found.records()]
+    return ((place_of(row), _span(row)) for row in found.records())
+
+
+def place_of(row: dict[str, Any]) -> tuple[Partition, int]:
+    """Takes partition and offset out of a row."""
+    return Partition(row.pop("topic"), row.pop("partition")), row.pop("offset")
 
 
 def read_triplets(ask: Ask, filters: Mapping[str, Any], limit: int | None) -> list[Triplet]:
@@ -190,7 +194,8 @@ SELECT
     t.prompt_token_ids AS prompt_token_ids, t.has_prompt AS has_prompt,
     t.response_token_ids AS response_token_ids, t.has_response AS has_response,
     t.response_logprobs AS response_logprobs, t.has_logprobs AS has_logprobs,
-    s.Reward AS reward, s.RewardName AS reward_name, s.ModelVersion AS model_version
+    s.Reward AS reward, s.RewardName AS reward_name, s.ModelVersion AS model_version,
+    s.Topic AS topic, s.Partition AS partition, s.Offset AS offset
 FROM (SELECT *, RolloutId AS rollout_id, AttemptId AS attempt_id FROM spans WHERE {where}) AS s
 LEFT JOIN (SELECT * FROM token_ids WHERE {where}) AS t
     ON s.AttemptId = t.attempt_id AND s.Source = t.source AND s.Sequence = t.sequence AND s.SpanId = t.span_id

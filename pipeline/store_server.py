@@ -18,7 +18,6 @@ import zlib
 from collections.abc import Iterable, Iterator
 from secrets import token_hex
 from typing import IO, Final, cast
-from urllib.parse import urlsplit
 
 import lz4.frame
 from starlette.applications import Starlette
@@ -27,9 +26,8 @@ from starlette.datastructures import UploadFile
 from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import Message, Receive
 
-from millstream.pipeline.asgi import is_loopback
+from millstream.pipeline.asgi import for_this_machine, limited
 from millstream.pipeline.store_engine import DEFAULT_FORMAT, SYNTAX_ERROR, Answer, Engine, Refused, Request
 
 MAX_BODY: Final = 256 << 20  # bytes of a request, and of what its compressed body holds
@@ -66,7 +64,7 @@ def store_app(engine: Engine, password: str, max_body: int = MAX_BODY) -> Starle
     async def statement(request: HttpRequest) -> Response:
         try:
             _admit(request, password)
-            asked = await _asked(HttpRequest(request.scope, _limited(request.receive, max_body)), max_body)
+            asked = await _asked(limited(request, max_body, _too_large(max_body)), max_body)
             if not asked.statement.strip() and request.method == "GET":
                 return PlainTextResponse("Ok.\n")
             answer = await run_in_threadpool(engine.run, asked)
@@ -99,8 +97,7 @@ def _admit(request: HttpRequest, password: str) -> None:
             )
         return
     # A page on the web may make a browser send requests to loopback, also under a name of its own.
-    host = urlsplit("//" + headers.get("host", "")).hostname or ""
-    if not is_loopback(host) or "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
+    if not for_this_machine(request) or "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
         raise Refused(AUTHENTICATION_FAILED, "without a password this server answers programs on its machine alone")
 
 
@@ -132,20 +129,6 @@ async def _asked(request: HttpRequest, max_body: int) -> Request:
         default_format=values.get("default_format", request.headers.get("x-clickhouse-format", DEFAULT_FORMAT)),
         stream=values.get("wait_end_of_query", "0") == "0",
     )
-
-
-def _limited(receive: Receive, limit: int) -> Receive:
-    received = 0
-
-    async def limited() -> Message:
-        nonlocal received
-        message = await receive()
-        received += len(message.get("body", b""))
-        if received > limit:
-            raise _too_large(limit)
-        return message
-
-    return limited
 
 
 def _too_large(limit: int) -> Refused:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -13,6 +13,7 @@ from millstream.consumers.attempt_writer import AttemptWriter
 from millstream.consumers.claims import Claim, preparing
 from millstream.consumers.port import Log
 from millstream.consumers.proxies import Proxies, ProxyNotClosed
+from millstream.consumers.reading import read_to_end
 from millstream.consumers.rewards import Reward, rewards_of
 from millstream.consumers.triplets import Trace, TripletMaker
 from millstream.pipeline.blocking import run_blocking
@@ -24,15 +25,13 @@ from millstream.producers.workers import new_worker_id
 from millstream.schemas import codec, status
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.ids import new_id
-from millstream.schemas.log import KIND_HEADER, LogRecord, Partition
+from millstream.schemas.log import KIND_HEADER, Partition
 from millstream.schemas.records import AttemptEvent, RolloutTask, Span, Triplet
 from millstream.schemas.resources import Resources
 from millstream.schemas.settings import Settings
 from millstream.schemas.topics import partition_of
 
 logger = logging.getLogger(__name__)
-
-READ_S = 30.0  # for the log to give back what was written to it
 
 
 class TracedRollout:
@@ -207,25 +206,18 @@ class TracedRollout:
 
     async def _read(self) -> list[Span]:
         """The attempt's spans between its claim and its end."""
-        topics, attempt_id = self._settings.topics, self._claim.attempt_id
-        partition = Partition(topics.events, partition_of(self._claim.task.rollout_id, topics.partitions))
-        consumer = self._log.consumer()
+        topics, rollout_id = self._settings.topics, self._claim.task.rollout_id
+        partition = Partition(topics.events, partition_of(rollout_id, topics.partitions))
         spans: list[Span] = []
-        try:
-            await consumer.assign([partition])
-            await consumer.seek(partition, self._start)
-            async with asyncio.timeout(READ_S):
-                while True:
-                    for record in await consumer.poll(1000, READ_S):
-                        assert isinstance(record, LogRecord)
-                        if record.key != self._claim.task.rollout_id:
-                            continue
-                        value = codec.decode(record.value)
-                        if not isinstance(value, Span | AttemptEvent) or value.attempt_id != attempt_id:
-                            continue
-                        if isinstance(value, Span):
-                            spans.append(value)
-                        elif value.status in status.TERMINAL:
-                            return spans
-        finally:
-            await consumer.close()
+        async with aclosing(read_to_end(self._log, [partition], {partition: self._start})) as records:
+            async for record in records:
+                if record.key != rollout_id:
+                    continue
+                value = codec.decode(record.value)
+                if not isinstance(value, Span | AttemptEvent) or value.attempt_id != self._claim.attempt_id:
+                    continue
+                if isinstance(value, Span):
+                    spans.append(value)
+                elif value.status in status.TERMINAL:
+                    break
+        return spans

@@ -20,7 +20,7 @@ from millstream.pipeline.model_server import ModelServer
 from millstream.pipeline.trainer import Strategy, Summary, Trainer, strategy_of
 from millstream.pipeline.vllm_process import Transfer, VllmOptions
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.settings import Settings, load_settings
+from millstream.schemas.settings import Settings, load_settings, problems_of
 
 
 class GrpoConfig(BaseModel):
@@ -103,8 +103,7 @@ def load_config(path: Path) -> TrainConfig:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors(include_url=False))
-        raise ConfigError(f"{path}: {wrong}") from None
+        raise ConfigError(f"{path}: {problems_of(error)}") from None
 
 
 def read_inputs(path: Path, settings: Settings) -> list[Any]:

@@ -26,8 +26,7 @@ def attempt_environment() -> dict[str, str]:
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier)
     variables = {"TRACEPARENT": carrier["traceparent"]} if carrier else {}
-    if attempt.proxy_url:
-        base = attempt.proxy_url.rstrip("/") + attempt.path
+    if base := attempt.base_url:
         variables |= {
             "OPENAI_BASE_URL": f"{base}/v1",
             "OPENAI_API_KEY": attempt.proxy_key,

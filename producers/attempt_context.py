@@ -82,6 +82,11 @@ class Attempt:
         """Prefix of its paths at the proxy."""
         return attempt_path(self.task.rollout_id, self.attempt_id)
 
+    @property
+    def base_url(self) -> str:
+        """Where its model calls go, without /v1; empty if there is no proxy."""
+        return self.proxy_url and self.proxy_url.rstrip("/") + self.path
+
     @cached_property
     def rollout(self) -> Rollout:
         task = self.task

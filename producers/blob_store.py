@@ -5,17 +5,13 @@ changed or deleted. Runners and proxies write, before they send the span; agents
 """
 
 import asyncio
-import os
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
-from secrets import token_hex
-from typing import Protocol
 
+from millstream.producers.files import files_at
 from millstream.schemas import blobs
-from millstream.schemas.errors import ConfigError, MillstreamError
+from millstream.schemas.errors import MillstreamError
 from millstream.schemas.records import Span
 
 KNOWN = 10_000  # contents that a process remembers to have stored
@@ -32,7 +28,7 @@ class Blobs:
 
     def __init__(self, url: str = blobs.DEFAULT_URL) -> None:
         self.url = url = url.removeprefix("file://")
-        self._files: _Files = _Store(url) if "://" in url else _Folder(Path(url).absolute())
+        self._files = files_at(url, "blob_url")
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="millstream-blobs")
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Future[None]] = OrderedDict()  # by digest; those that failed are forgotten
@@ -100,56 +96,3 @@ class Blobs:
 
 def _path(digest: str) -> str:
     return f"{digest[:2]}/{digest}"
-
-
-class _Files(Protocol):
-    def write(self, path: str, content: bytes) -> None: ...
-    def read(self, path: str) -> bytes: ...
-
-
-class _Folder:
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def write(self, path: str, content: bytes) -> None:
-        target = self._folder / path
-        if target.exists():
-            return
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f"{target.name}.{token_hex(4)}.part")
-        try:
-            with part.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
-
-    def read(self, path: str) -> bytes:
-        return (self._folder / path).read_bytes()
-
-
-class _Store:
-    """An object store writes an object whole or not at all; ``create``: only if there is none of that name."""
-
-    def __init__(self, url: str) -> None:
-        try:
-            from fsspec.core import url_to_fs
-
-            self._files, self._root = url_to_fs(url)
-        except ImportError as error:
-            raise ConfigError(f"blob_url {url} needs a package: {error}; pip install 'fsspec[s3]' for S3") from error
-        except ValueError as error:
-            raise ConfigError(f"blob_url {url} can't be used: {error}") from error
-
-    def write(self, path: str, content: bytes) -> None:
-        where = f"{self._root.rstrip('/')}/{path}"
-        if self._files.exists(where):
-            return
-        self._files.makedirs(where.rpartition("/")[0], exist_ok=True)
-        with suppress(FileExistsError):  # somebody else was faster
-            self._files.pipe_file(where, content, mode="create")
-
-    def read(self, path: str) -> bytes:
-        return bytes(self._files.cat_file(f"{self._root.rstrip('/')}/{path}"))

@@ -42,22 +42,10 @@ def async_anthropic_client(**options: Any) -> "anthropic.AsyncAnthropic":
 
 
 def _openai_options() -> dict[str, str]:
-    if (bound := _bound()) is None:
-        return {}
-    url, key = bound
-    return {"base_url": f"{url}/v1", "api_key": key}
+    attempt = current_attempt()
+    return {"base_url": f"{base}/v1", "api_key": attempt.proxy_key} if attempt and (base := attempt.base_url) else {}
 
 
 def _anthropic_options() -> dict[str, str]:
-    if (bound := _bound()) is None:
-        return {}
-    url, key = bound
-    return {"base_url": url, "auth_token": key}
-
-
-def _bound() -> tuple[str, str] | None:
-    """Where the current attempt's calls go, and its key there."""
     attempt = current_attempt()
-    if attempt is None or not attempt.proxy_url:
-        return None
-    return attempt.proxy_url.rstrip("/") + attempt.path, attempt.proxy_key
+    return {"base_url": base, "auth_token": attempt.proxy_key} if attempt and (base := attempt.base_url) else {}

@@ -113,7 +113,7 @@ class KafkaProducer:
                         f"{topic}: the buffer ({BUFFER_RECORDS:,} records) has been full for {BUFFER_WAIT_S:.0f} s; "
                         "are the brokers reachable (kafka_bootstrap_servers)?"
                     ) from None
-                self._poll(0.01)
+                self._client.poll(0.01)
             except KafkaException as error:
                 raise self._refused(error, f"sending to {topic}") from error
 
@@ -138,13 +138,10 @@ class KafkaProducer:
             if not self._unsettled:
                 self._settled.notify_all()
 
-    def _poll(self, timeout_s: float) -> None:
-        self._client.poll(timeout_s)
-
     def _serve(self) -> None:
         while not self._closed.is_set():
             try:
-                self._poll(POLL_S)
+                self._client.poll(POLL_S)
             except Exception:  # from a callback; the next acknowledgements still have to be served
                 logger.exception("serving acknowledgements")
 

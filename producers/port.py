@@ -5,7 +5,8 @@ tests (`tests/contract/`) runs against both.
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, Final, Protocol
 
 from millstream.schemas.log import Headers, Partition
@@ -66,6 +67,15 @@ class TransactionalProducer(Producer, Protocol):
     def commit_transaction(self, timeout_s: float) -> None: ...
 
     def abort_transaction(self, timeout_s: float) -> None: ...
+
+
+@asynccontextmanager
+async def closing(producer: Producer) -> AsyncIterator[Producer]:
+    """Closes it behind the body, while the event loop goes on. Raises as ``close`` does."""
+    try:
+        yield producer
+    finally:
+        await asyncio.to_thread(producer.close)
 
 
 async def send_acknowledged(

@@ -3,11 +3,10 @@
 import json
 import time
 from collections.abc import Iterable
-from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from millstream.producers.acknowledgements import Acknowledgements
 from millstream.producers.port import Producer
@@ -15,11 +14,19 @@ from millstream.schemas import status
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
 from millstream.schemas.records import RolloutTask
-from millstream.schemas.settings import Settings
+from millstream.schemas.settings import Settings, problems_of
 from millstream.schemas.topics import PRIORITIES, Topics
 
-MODES = ("train", "val", "test")
 MAX_PROBLEMS = 20  # that one error message lists
+
+
+def _one_of(*allowed: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in allowed:
+            raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
+        return value
+
+    return AfterValidator(check)
 
 
 class TaskLine(BaseModel):
@@ -29,38 +36,17 @@ class TaskLine(BaseModel):
 
     input: Any
     group_id: str | None = Field(None, min_length=1)
-    mode: str = "train"
-    priority: str | None = None
+    mode: Annotated[str, _one_of("train", "val", "test")] = "train"
+    priority: Annotated[str, _one_of(*PRIORITIES)] | None = None
     resources_id: str | None = None
     max_attempts: int | None = Field(None, ge=1)
     max_losses: int | None = Field(None, ge=0)
-    retry_on: list[str] = []
+    retry_on: list[Annotated[str, _one_of(*sorted(status.RETRIED))]] = []
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     lease_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     unresponsive_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     seed: int | None = None
     metadata: dict[str, str] = {}
-
-    @field_validator("mode")
-    @classmethod
-    def _known_mode(cls, value: str) -> str:
-        return _one_of(value, MODES)
-
-    @field_validator("priority")
-    @classmethod
-    def _known_priority(cls, value: str) -> str:
-        return _one_of(value, PRIORITIES)
-
-    @field_validator("retry_on")
-    @classmethod
-    def _known_statuses(cls, values: list[str]) -> list[str]:
-        return [_one_of(value, sorted(status.RETRIED)) for value in values]
-
-
-def _one_of(value: str, allowed: Iterable[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{value!r} is none of {', '.join(allowed)}")
-    return value
 
 
 def group_of(
@@ -118,7 +104,7 @@ def read_tasks(
         try:
             line = TaskLine.model_validate_json(text)
         except ValidationError as error:
-            bad.append(f"{path}:{number}: {_explain(error)}")
+            bad.append(f"{path}:{number}: {problems_of(error)}")
             continue
         tasks += group_of(line, settings, size=group_size, priority=priority, experiment_id=experiment_id)
     if bad and not skip_bad:
@@ -128,25 +114,16 @@ def read_tasks(
     return tasks, bad
 
 
-def _explain(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"]
-        for e in error.errors(include_url=False, include_input=False)
-    )
-
-
 class TaskPublisher:
-    """Sends tasks. The partition is set here, in turns: with a null key a burst would stick to one partition."""
+    """Sends tasks; without a key, so they go round the partitions."""
 
     def __init__(self, producer: Producer, topics: Topics) -> None:
         self._producer = producer
         self._topics = topics
-        self._turns = {priority: count() for priority in PRIORITIES}
 
     async def publish(self, tasks: Iterable[RolloutTask]) -> None:
         """Returns when the log has acknowledged all of them. Raises what `Producer.send` does, and `LogError`."""
         acknowledgements = Acknowledgements(self._producer)
         for task in tasks:
-            partition = next(self._turns[task.priority]) % self._topics.partitions
-            acknowledgements.send(self._topics.tasks(task.priority), task, partition=partition)
+            acknowledgements.send(self._topics.tasks(task.priority), task)
         await acknowledgements.wait()

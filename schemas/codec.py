@@ -147,30 +147,30 @@ def _conversions(schema: dict[str, Any]) -> dict[str, Conversion]:
     """For fields that hold a record or an array: the ways to plain data and back."""
     found: dict[str, Conversion] = {}
     for part in schema["fields"]:
-        kind = part["type"]
-        if isinstance(kind, list) and isinstance(kind[1], dict) and kind[1]["type"] == "record":
-            cls = getattr(records, kind[1]["name"])
-            found[part["name"]] = (
-                lambda value: None if value is None else _plain(value),
-                partial(_optional, cls),
-            )
-        elif isinstance(kind, dict) and kind["type"] == "array":
-            found[part["name"]] = _array_of(getattr(records, kind["items"]["name"]) if _is_record(kind) else None)
+        match part["type"]:
+            case ["null", {"type": "record", "name": name}]:
+                found[part["name"]] = _optional_plain, partial(_optional, getattr(records, name))
+            case {"type": "array", "items": {"type": "record", "name": name}}:
+                found[part["name"]] = _all_plain, partial(_all, getattr(records, name))
+            case {"type": "array"}:
+                found[part["name"]] = list, tuple
     return found
+
+
+def _optional_plain(value: Any) -> Any:
+    return None if value is None else _plain(value)
 
 
 def _optional(cls: type, value: Any) -> Any:
     return None if value is None else cls(**value)
 
 
-def _is_record(array: dict[str, Any]) -> bool:
-    return isinstance(array["items"], dict) and array["items"]["type"] == "record"
+def _all_plain(values: Any) -> Any:
+    return [_plain(value) for value in values]
 
 
-def _array_of(cls: type | None) -> Conversion:
-    if cls is None:
-        return list, tuple
-    return lambda values: [_plain(value) for value in values], lambda values: tuple([cls(**value) for value in values])
+def _all(cls: type, values: Any) -> Any:
+    return tuple([cls(**value) for value in values])
 
 
 def _plain(value: Any) -> dict[str, Any]:

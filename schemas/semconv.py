@@ -19,7 +19,6 @@ COUNTED_SOURCES: Final = (SOURCE_AGENT, SOURCE_PROXY)  # the terminal event says
 
 # OpenTelemetry semantic conventions for generative AI.
 OPERATION: Final = "gen_ai.operation.name"
-SYSTEM: Final = "gen_ai.provider.name"
 REQUEST_MODEL: Final = "gen_ai.request.model"
 RESPONSE_MODEL: Final = "gen_ai.response.model"
 RESPONSE_ID: Final = "gen_ai.response.id"

@@ -13,7 +13,10 @@ hypothesis_settings.register_profile("noisy", deadline=None)  # machines are: ho
 hypothesis_settings.load_profile("noisy")
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from millstream.deploy.kafka.local import LocalKafka
+    from millstream.pipeline.store import ClickHouseStore
     from millstream.schemas.settings import Settings
 
 
@@ -41,6 +44,29 @@ def _require_kafka() -> None:
     if os.environ.get("CI", "").lower() in ("true", "1"):
         pytest.fail(message)
     pytest.skip(message)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Path]":
+    """Of the one embedded store's engine that a process can have."""
+    from millstream.pipeline.store import ClickHouseStore
+    from millstream.schemas.settings import load_settings
+
+    folder = tmp_path_factory.mktemp("runs") / "a b" / "store"
+    held = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{folder}"))
+    yield folder
+    held.close()
+
+
+@pytest.fixture
+def store(settings: "Settings") -> "Iterator[ClickHouseStore]":
+    """Empty, at the settings of the test."""
+    from millstream.pipeline.store import ClickHouseStore
+
+    opened = ClickHouseStore(settings)
+    opened.migrate()
+    yield opened
+    opened.close()
 
 
 @pytest.fixture(scope="session")

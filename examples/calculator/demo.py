@@ -24,12 +24,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from examples.calculator.processes import STOP_S, Processes
 from examples.calculator.reward import LEDGER
 from examples.calculator.tasks import make_tasks
 from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.kafka_log import KafkaLog
-from millstream.pipeline.processes import STOP_S, Processes
-from millstream.pipeline.queries import CLOSING_QUERIES
 from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.settings import Settings, load_settings
@@ -38,6 +37,30 @@ TRAIN_TASKS = 2000
 FIRST_REWARD_BELOW, VALIDATION_ABOVE = 0.4, 0.9
 INTERRUPTED_S = 3.0  # for each role to end when nobody waits for its work any more
 LEASE_S = 5.0  # a runner that is killed costs the run this long
+# What it shows at its end, by title; a user can paste each into `millstream sql`.
+CLOSING_QUERIES = {
+    "Reward by policy version": """
+SELECT model_version, count() AS rollouts, round(avg(reward), 3) AS mean_reward, sum(turns) AS turns
+FROM rollouts
+WHERE mode = 'train' AND status = 'succeeded'
+GROUP BY model_version
+ORDER BY min(created_at)
+""",
+    "Slowest rollouts": """
+SELECT rollout_id, mode, status, round(queued_s, 3) AS queued_s, round(duration_s, 3) AS duration_s, turns, reward
+FROM rollouts
+ORDER BY duration_s DESC NULLS LAST
+LIMIT 5
+""",
+    "Tool calls by name and success": """
+SELECT name, succeeded, count() AS calls, round(quantile(0.5)(duration_s) * 1000, 2) AS median_ms
+FROM tool_calls
+GROUP BY name, succeeded
+ORDER BY calls DESC
+LIMIT 8
+""",
+}
+
 CONFIG = """\
 run = "calculator"
 run_dir = "{run_dir}"

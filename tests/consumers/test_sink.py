@@ -7,18 +7,8 @@ from sink_rig import counts, eventually, publish, role, run_to_the_end
 
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.memory_log import MemoryLog
-from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas.log import Partition
 from millstream.schemas.settings import load_settings
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of the one embedded engine that a process can have."""
-    folder = tmp_path_factory.mktemp("store")
-    held = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{folder}"))
-    yield folder
-    held.close()
 
 
 @pytest.fixture
@@ -40,14 +30,6 @@ def settings(request, folder, kind):
         kafka_partitions=3,
         span_batch_size=100,
     )
-
-
-@pytest.fixture
-def store(settings):
-    opened = ClickHouseStore(settings)
-    opened.migrate()
-    yield opened
-    opened.close()
 
 
 @pytest.fixture

@@ -55,14 +55,6 @@ def settings(server):
 
 
 @pytest.fixture
-def store(settings):
-    opened = ClickHouseStore(settings)
-    opened.migrate()
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def log(settings):
     return MemoryLog(settings.topics, encode=True)
 

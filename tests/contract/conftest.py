@@ -6,7 +6,7 @@ from uuid import uuid4
 import pytest
 from contract_helpers import MAX_RECORD_BYTES, PARTITIONS, LogUnderTest, Member, Ownership
 
-from millstream.consumers.port import Consumer, Log
+from millstream.consumers.port import Log
 from millstream.schemas.topics import Topics
 
 
@@ -32,16 +32,10 @@ async def log(request: pytest.FixtureRequest) -> AsyncIterator[LogUnderTest]:
 
 
 # On Kafka the two kinds of consumer are two clients: aiokafka, and confluent-kafka for those that take part in
-# transactions. Each has to keep the whole contract.
+# transactions.
 @pytest.fixture(params=["plain", "transactional"])
-def new_consumer(request: pytest.FixtureRequest, log: LogUnderTest) -> Callable[..., Consumer]:
-    """Makes consumers of one kind: ``new_consumer(group)``."""
-    special = request.param == "transactional"
-    return lambda group=None: log.consumer(group, eof=special, transactions=special and group is not None)
-
-
-@pytest.fixture
-def new_member(new_consumer: Callable[..., Consumer]) -> Callable[[], Member]:
-    """Makes members of one group, whose ownerships must never overlap."""
+def new_member(request: pytest.FixtureRequest, log: LogUnderTest) -> Callable[[], Member]:
+    """Makes members of one group, of one kind, whose ownerships must never overlap."""
     ownership = Ownership()
-    return lambda: Member(new_consumer("team"), ownership)
+    make = log.consumer if request.param == "plain" else log.transactional_consumer
+    return lambda: Member(make("team"), ownership)

@@ -4,8 +4,9 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from millstream.consumers.port import Consumer, Log
+from millstream.consumers.port import Consumer, Log, TransactionalConsumer
 from millstream.producers.port import Producer, TransactionalProducer
 from millstream.schemas.codec import decode_as
 from millstream.schemas.log import EndOfPartition, LogRecord, Partition
@@ -46,7 +47,7 @@ class LogUnderTest:
     log: Log
     topics: Topics
     made: list[Producer] = field(default_factory=list)
-    consumers: list[Consumer] = field(default_factory=list)
+    consumers: list[Consumer | TransactionalConsumer] = field(default_factory=list)
 
     def producer(self) -> Producer:
         self.made.append(producer := self.log.producer())
@@ -59,11 +60,12 @@ class LogUnderTest:
         producer.init_transactions(30.0)
         return producer
 
-    def consumer(self, group: str | None = None, *, eof: bool = False, transactions: bool = False) -> Consumer:
-        if group is not None:
-            group = f"{self.topics.prefix}.{group}"
-        consumer = self.log.consumer(group, eof=eof, transactions=transactions)
-        self.consumers.append(consumer)
+    def consumer(self, group: str | None = None) -> Consumer:
+        self.consumers.append(consumer := self.log.consumer(group and f"{self.topics.prefix}.{group}"))
+        return consumer
+
+    def transactional_consumer(self, group: str) -> TransactionalConsumer:
+        self.consumers.append(consumer := self.log.transactional_consumer(f"{self.topics.prefix}.{group}"))
         return consumer
 
     @property
@@ -89,7 +91,7 @@ class Ownership:
 class Member:
     """A consumer, what its listener was told and what it was handed."""
 
-    def __init__(self, consumer: Consumer, ownership: Ownership | None = None) -> None:
+    def __init__(self, consumer: Any, ownership: Ownership | None = None) -> None:
         self.consumer = consumer
         self.owned: set[Partition] = set()
         self.revoked: list[Partition] = []
@@ -151,11 +153,11 @@ async def read(consumer: Consumer, count: int, topics: Iterable[str] | None = No
     deadline = time.monotonic() + DEADLINE_S
     while len(found) < count:
         assert time.monotonic() < deadline, f"only {names(found)} of {count} records within {DEADLINE_S:.0f} s"
-        found += [r for r in await consumer.poll(count - len(found), 0.5, topics) if isinstance(r, LogRecord)]
+        found += await consumer.poll(count - len(found), 0.5, topics)
     return found
 
 
-async def read_ends(consumer: Consumer, count: int) -> tuple[list[LogRecord], list[EndOfPartition]]:
+async def read_ends(consumer: TransactionalConsumer, count: int) -> tuple[list[LogRecord], list[EndOfPartition]]:
     """Polls until the end of partitions has been told ``count`` times."""
     records: list[LogRecord] = []
     ends: list[EndOfPartition] = []
@@ -175,5 +177,4 @@ async def read_nothing(log: LogUnderTest, consumer: Consumer, topics: Iterable[s
     deadline = time.monotonic() + log.quiet_s
     topics = None if topics is None else list(topics)
     while (left := deadline - time.monotonic()) > 0:
-        found = [r for r in await consumer.poll(100, left, topics) if isinstance(r, LogRecord)]
-        assert names(found) == []
+        assert names(await consumer.poll(100, left, topics)) == []

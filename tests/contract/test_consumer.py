@@ -20,12 +20,10 @@ from contract_helpers import (
     read_nothing,
 )
 
-from millstream.consumers.port import Consumer
 from millstream.producers.port import Producer, send_acknowledged
 from millstream.schemas.errors import TransactionAborted
 from millstream.schemas.log import EndOfPartition, LogRecord, Partition
 
-NewConsumer = Callable[..., Consumer]
 NewMember = Callable[[], Member]
 
 
@@ -58,7 +56,6 @@ async def test_a_group_shares_the_partitions_and_loses_nothing_when_members_come
     send_more("joining")
     await poll_until("two owns its half", lambda: len(two.owned) == len(one.owned) == PARTITIONS // 2, one, two)
     assert one.owned | two.owned == set(events(log))
-    assert one.consumer.assignment() == one.owned
     send_more("together")
     everything = lambda: set(names(one.records)) | set(names(two.records)) >= sent  # noqa: E731
     await poll_until("everything was handed out", everything, one, two)
@@ -74,21 +71,22 @@ async def test_a_group_shares_the_partitions_and_loses_nothing_when_members_come
     assert one._ownership.violations == []
 
 
-async def test_a_group_goes_on_at_its_committed_offsets(log: LogUnderTest, new_member: NewMember) -> None:
+async def test_a_group_goes_on_at_its_committed_offsets(log: LogUnderTest) -> None:
     first, second, *rest = events(log)
     producer = log.producer()
     for n in range(5):
         producer.send(log.topics.events, note(f"first/{n}"), partition=0)
         producer.send(log.topics.events, note(f"second/{n}"), partition=1)
     producer.flush(CALL_S)
-    member = await new_member().join(log.topics.events)
+    member = await Member(log.consumer("team")).join(log.topics.events)
     await poll_until("has read", lambda: len(member.records) == 10, member)
+    assert member.consumer.assignment() == member.owned
     assert await member.consumer.committed([first, second]) == {first: None, second: None}
     await member.consumer.commit({first: 3})
     assert await member.consumer.committed([first, second]) == {first: 3, second: None}
     await member.consumer.close()
 
-    successor = await new_member().join(log.topics.events)
+    successor = await Member(log.consumer("team")).join(log.topics.events)
     await poll_until("has read the rest", lambda: len(successor.records) >= 7, successor)
     await read_nothing(log, successor.consumer)
     assert sorted(names(successor.records)) == ["first/3", "first/4", *(f"second/{n}" for n in range(5))]
@@ -96,11 +94,11 @@ async def test_a_group_goes_on_at_its_committed_offsets(log: LogUnderTest, new_m
     assert all(successor.consumer.position(p) == 0 for p in rest)
 
 
-async def test_a_lost_partition_can_not_be_committed(log: LogUnderTest, new_member: NewMember) -> None:
+async def test_a_lost_partition_can_not_be_committed(log: LogUnderTest) -> None:
     send(log, log.producer(), *map(str, range(PARTITIONS)))
-    one = await new_member().join(log.topics.events)
+    one = await Member(log.consumer("team")).join(log.topics.events)
     await poll_until("one has read everything", lambda: len(one.records) == PARTITIONS, one)
-    two = await new_member().join(log.topics.events)
+    two = await Member(log.consumer("team")).join(log.topics.events)
     await poll_until("two has read its half", lambda: len(two.records) == PARTITIONS // 2, one, two)
     lost, kept = min(two.owned), min(one.owned)
     with pytest.raises(TransactionAborted):
@@ -109,10 +107,10 @@ async def test_a_lost_partition_can_not_be_committed(log: LogUnderTest, new_memb
     assert await two.consumer.committed([lost, kept]) == {lost: None, kept: 1}
 
 
-async def test_assign_begins_at_the_beginning_or_at_the_end(log: LogUnderTest, new_consumer: NewConsumer) -> None:
+async def test_assign_begins_at_the_beginning_or_at_the_end(log: LogUnderTest) -> None:
     producer = log.producer()
     send(log, producer, *(f"old/{n}" for n in range(PARTITIONS)))
-    whole, tail = new_consumer(), new_consumer()
+    whole, tail = log.consumer(), log.consumer()
     await whole.assign(events(log))
     await tail.assign(events(log), "end")
     assert whole.assignment() == frozenset(events(log))
@@ -122,13 +120,13 @@ async def test_assign_begins_at_the_beginning_or_at_the_end(log: LogUnderTest, n
     assert len(await read(whole, PARTITIONS + 1)) == PARTITIONS + 1
 
 
-async def test_seek_moves_the_position(log: LogUnderTest, new_consumer: NewConsumer) -> None:
+async def test_seek_moves_the_position(log: LogUnderTest) -> None:
     producer = log.producer()
     for n in range(10):
         producer.send(log.topics.events, note(str(n)), partition=2)
     producer.flush(CALL_S)
     partition = Partition(log.topics.events, 2)
-    consumer = new_consumer()
+    consumer = log.consumer()
     await consumer.assign([partition])
     assert names(await read(consumer, 6)) == [str(n) for n in range(6)]
     assert consumer.position(partition) == 6
@@ -140,9 +138,9 @@ async def test_seek_moves_the_position(log: LogUnderTest, new_consumer: NewConsu
     assert consumer.position(Partition(log.topics.events, 3)) is None
 
 
-async def test_ends_and_beginnings(log: LogUnderTest, new_consumer: NewConsumer) -> None:
+async def test_ends_and_beginnings(log: LogUnderTest) -> None:
     send(log, log.producer(), *map(str, range(PARTITIONS + 1)))
-    consumer = new_consumer()
+    consumer = log.consumer()
     await consumer.assign(events(log))
     ends = await consumer.end_offsets(events(log))
     assert ends == {p: 2 if p.number == 0 else 1 for p in events(log)}
@@ -151,10 +149,10 @@ async def test_ends_and_beginnings(log: LogUnderTest, new_consumer: NewConsumer)
     assert {p: consumer.position(p) for p in events(log)} == ends
 
 
-async def test_a_paused_partition_holds_its_records_back(log: LogUnderTest, new_consumer: NewConsumer) -> None:
+async def test_a_paused_partition_holds_its_records_back(log: LogUnderTest) -> None:
     producer = log.producer()
     paused, *others = events(log)
-    consumer = new_consumer()
+    consumer = log.consumer()
     await consumer.assign(events(log))
     consumer.pause([paused])
     send(log, producer, *map(str, range(2 * PARTITIONS)))
@@ -165,13 +163,13 @@ async def test_a_paused_partition_holds_its_records_back(log: LogUnderTest, new_
     assert names(await read(consumer, 2)) == ["0", str(PARTITIONS)]
 
 
-async def test_poll_may_be_restricted_to_topics(log: LogUnderTest, new_member: NewMember) -> None:
+async def test_poll_may_be_restricted_to_topics(log: LogUnderTest) -> None:
     high, low = log.topics.tasks("high"), log.topics.tasks("low")
     producer = log.producer()
     send(log, producer, *(f"low/{n}" for n in range(8)), topic=low)
     send(log, producer, *(f"high/{n}" for n in range(8)), topic=high)
-    member = await new_member().join(high, low)
-    consumer = member.consumer
+    consumer = log.consumer("team")
+    await consumer.subscribe([high, low])
     assert sorted(names(await read(consumer, 8, [high]))) == [f"high/{n}" for n in range(8)]
     await read_nothing(log, consumer, [high])
     some_low = names(await read(consumer, 3, [low]))
@@ -180,12 +178,11 @@ async def test_poll_may_be_restricted_to_topics(log: LogUnderTest, new_member: N
     assert sorted(some_low + rest) == sorted(["high/8", *(f"low/{n}" for n in range(8))])
 
 
-async def test_poll_wakes_when_a_record_comes(log: LogUnderTest, new_consumer: NewConsumer) -> None:
+async def test_poll_wakes_when_a_record_comes(log: LogUnderTest, new_member: NewMember) -> None:
     producer = log.producer()
-    consumer = new_consumer()
-    await consumer.assign(events(log))
+    member = await new_member().join(log.topics.events)
     send(log, producer, "warm up")
-    await read(consumer, 1)
+    await poll_until("has read", lambda: member.records, member)
     sent: list[float] = []
 
     async def send_later() -> None:
@@ -196,8 +193,8 @@ async def test_poll_wakes_when_a_record_comes(log: LogUnderTest, new_consumer: N
     later = asyncio.create_task(send_later())
     deadline = time.monotonic() + DEADLINE_S
     found: list[LogRecord] = []
-    while not found:  # a consumer made with eof tells of ends meanwhile
-        found = [r for r in await consumer.poll(100, deadline - time.monotonic()) if isinstance(r, LogRecord)]
+    while not found:  # a transactional consumer tells of ends meanwhile
+        found = await member.poll(deadline - time.monotonic())
     assert names(found) == ["wake up"]
     assert time.monotonic() - sent[0] < 1.0
     await later
@@ -213,10 +210,9 @@ async def test_poll_returns_empty_at_its_deadline(log: LogUnderTest) -> None:
     assert 0.25 < time.monotonic() - began < 2.0
 
 
-async def test_poll_hands_out_no_more_than_was_asked_for(log: LogUnderTest, new_consumer: NewConsumer) -> None:
+async def test_poll_hands_out_no_more_than_was_asked_for(log: LogUnderTest, new_member: NewMember) -> None:
     send(log, log.producer(), *map(str, range(20)))
-    consumer = new_consumer()
-    await consumer.assign(events(log))
+    consumer = (await new_member().join(log.topics.events)).consumer
     found: list[str] = []
     deadline = time.monotonic() + DEADLINE_S
     while len(found) < 20 and time.monotonic() < deadline:
@@ -226,13 +222,12 @@ async def test_poll_hands_out_no_more_than_was_asked_for(log: LogUnderTest, new_
     assert sorted(found, key=int) == list(map(str, range(20)))
 
 
-@pytest.mark.parametrize("grouped", [False, True], ids=["assigned", "subscribed"])
-async def test_the_end_is_told_each_time_it_is_reached(log: LogUnderTest, grouped: bool) -> None:
+async def test_the_end_is_told_each_time_it_is_reached(log: LogUnderTest) -> None:
     producer = log.producer()
     first, second, *rest = events(log)
     send(log, producer, "0", "1")
-    consumer = log.consumer("team" if grouped else None, eof=True, transactions=grouped)
-    await (consumer.subscribe([log.topics.events]) if grouped else consumer.assign(events(log)))
+    consumer = log.transactional_consumer("team")
+    await consumer.subscribe([log.topics.events])
     records, ends = await read_ends(consumer, PARTITIONS)
     assert sorted(names(records)) == ["0", "1"]
     expected = {EndOfPartition(first, 1), EndOfPartition(second, 1), *(EndOfPartition(p, 0) for p in rest)}
@@ -248,13 +243,11 @@ async def test_the_end_is_told_each_time_it_is_reached(log: LogUnderTest, groupe
     assert ends == [EndOfPartition(second, 1)]
 
 
-async def test_aborted_records_move_nobody_backwards(log: LogUnderTest, new_consumer: NewConsumer) -> None:
+async def test_aborted_records_move_nobody_backwards(log: LogUnderTest, new_member: NewMember) -> None:
     """Positions pass what was aborted; whoever reads on misses nothing and sees nothing twice."""
     producer = log.transactional_producer()
     partition = Partition(log.topics.events, 0)
-    consumer = new_consumer()
-    await consumer.assign([partition])
-    seen: list[str] = []
+    member = await new_member().join(log.topics.events)
     for n in range(6):
         producer.begin_transaction()
         producer.send(log.topics.events, note(f"{n}"), partition=0)
@@ -263,13 +256,12 @@ async def test_aborted_records_move_nobody_backwards(log: LogUnderTest, new_cons
             producer.abort_transaction(CALL_S)
         else:
             producer.commit_transaction(CALL_S)
-            seen += names(await read(consumer, 1))
-    assert seen == ["0", "2", "4"]
-    await read_nothing(log, consumer)
-    ends = await consumer.end_offsets([partition])
-    position = consumer.position(partition)
-    assert position is not None
-    assert 5 <= position <= ends[partition]
+            await poll_until("has read", lambda n=n: len(member.records) == n // 2 + 1, member)
+    assert await member.poll(log.quiet_s) == []
+    assert names(member.records) == ["0", "2", "4"]
+    ends = await member.consumer.end_offsets([partition])
+    told = [end.offset for end in member.ends if end.partition == partition]
+    assert 5 <= (told[-1] if told else member.consumer.position(partition)) <= ends[partition]
 
 
 async def test_the_listener_hears_of_partitions_before_their_records_and_of_their_end(

@@ -164,8 +164,7 @@ async def test_a_transaction_is_seen_when_it_is_committed_and_not_before(log: Lo
 async def test_the_end_counts_open_transactions(log: LogUnderTest) -> None:
     producer = log.transactional_producer()
     partition = Partition(log.topics.events, 0)
-    consumer = log.consumer(eof=True)
-    await consumer.assign([partition])
+    consumer = log.consumer()
     producer.begin_transaction()
     producer.send(log.topics.events, note("open"), partition=0)
     producer.flush(CALL_S)
@@ -212,7 +211,7 @@ async def test_calls_in_the_wrong_order_are_told(log: LogUnderTest) -> None:
 
 async def consuming(log: LogUnderTest, count: int, name: str = "team") -> Member:
     """A member that owns every partition of ``events``, has read ``count`` records and holds the group's metadata."""
-    member = Member(log.consumer(name, eof=True, transactions=True))
+    member = Member(log.transactional_consumer(name))
     member.take_metadata = True
     await member.join(log.topics.events)
     await poll_until("owns everything", lambda: len(member.owned) == PARTITIONS, member)
@@ -249,12 +248,13 @@ async def test_records_and_offsets_are_committed_together_or_neither(log: LogUnd
 
     process(producer, log, "dropped", 3, member.metadata)
     producer.abort_transaction(CALL_S)
-    assert await member.consumer.committed([events]) == {events: None}
+    group = log.consumer("team")
+    assert await group.committed([events]) == {events: None}
 
     process(producer, log, "kept", 2, member.metadata)
     producer.commit_transaction(CALL_S)
     assert await read_triplets(log, 1) == ["kept"]
-    assert await member.consumer.committed([events]) == {events: 2}
+    assert await group.committed([events]) == {events: 2}
     await member.consumer.close()
     successor = await consuming(log, 1)
     assert names(successor.records) == ["2"]
@@ -291,14 +291,14 @@ async def test_a_member_that_has_left_commits_nothing(log: LogUnderTest) -> None
     producer.commit_transaction(CALL_S)
     assert await read_triplets(log, 1) == ["successor's"]
     events = Partition(log.topics.events, 0)
-    assert await successor.consumer.committed([events]) == {events: 1}
+    assert await log.consumer("team").committed([events]) == {events: 1}
 
 
 async def test_metadata_from_before_a_rebalance_commits_nothing_that_was_lost(log: LogUnderTest) -> None:
     await send_events(log, 1)
     first = await consuming(log, 1)
     stale = first.metadata
-    second = Member(log.consumer("team", eof=True, transactions=True))
+    second = Member(log.transactional_consumer("team"))
     second.take_metadata = True
     await second.join(log.topics.events)
     await poll_until("both own", lambda: first.owned and second.owned, first, second)

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytest.register_assert_rewrite("agent_cases", "framework_rig")
+
 NEEDED = {
     "frameworks": ("anthropic", "langchain", "langgraph", "agents", "autogen_agentchat"),
     "crewai": ("crewai",),
@@ -57,3 +59,14 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for framework in sorted(results):
         cells = [results[framework].get(feature, "–").ljust(len(feature)) for feature in features]
         terminalreporter.write_line(f"{framework.ljust(width)}  {'  '.join(cells)}".rstrip())
+
+
+@pytest.fixture(scope="class")
+def traces(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the agent of `AgentCases` did, all in one process."""
+    from framework_rig import run
+
+    cities = ("Paris", "Atlantis", "Nowhere")
+    tasks = [*({"city": city} for city in cities), {"city": "Paris", "stream": True}]
+    home = {"XDG_DATA_HOME": str(tmp_path_factory.mktemp("home"))}  # CrewAI keeps each crew's last outputs there
+    return dict(zip((*cities, "stream"), run(request.cls.agent, tasks, env=home), strict=True))

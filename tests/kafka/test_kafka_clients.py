@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from millstream.consumers.port import Consumer
+from millstream.consumers.port import Consumer, TransactionalConsumer
 from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.producers import kafka as kafka_producer
@@ -22,7 +22,18 @@ from millstream.schemas.topics import partition_of
 MakeSettings = Callable[..., Settings]
 
 
-async def read(consumer: Consumer, count: int, deadline_s: float = 60.0) -> list[LogRecord]:
+both_clients = pytest.mark.parametrize("transactional", [False, True], ids=["aiokafka", "librdkafka"])
+
+
+async def subscribed(log: KafkaLog, settings: Settings, transactional: bool) -> Consumer | TransactionalConsumer:
+    """To the events, in a group."""
+    group = f"{settings.topic_prefix}.team"
+    consumer = log.transactional_consumer(group) if transactional else log.consumer(group)
+    await consumer.subscribe([settings.topics.events])
+    return consumer
+
+
+async def read(consumer: Consumer | TransactionalConsumer, count: int, deadline_s: float = 60.0) -> list[LogRecord]:
     found: list[LogRecord] = []
     deadline = time.monotonic() + deadline_s
     while len(found) < count and time.monotonic() < deadline:
@@ -70,9 +81,9 @@ async def test_records_without_a_key_go_round_the_partitions(kafka_settings: Mak
 
 
 @pytest.mark.kafka
-@pytest.mark.parametrize("eof", [False, True], ids=["aiokafka", "librdkafka"])
+@both_clients
 async def test_a_record_of_the_largest_size_passes_and_its_neighbour_too(
-    kafka_settings: MakeSettings, eof: bool
+    kafka_settings: MakeSettings, transactional: bool
 ) -> None:
     settings = kafka_settings(kafka_partitions=1)
     log, topic = KafkaLog(settings), settings.topics.events
@@ -83,22 +94,20 @@ async def test_a_record_of_the_largest_size_passes_and_its_neighbour_too(
     producer.send(topic, large, partition=0)
     producer.send(topic, b"after", partition=0)
     producer.close(30.0)
-    consumer = log.consumer(eof=eof)
-    await consumer.assign(events(settings))
+    consumer = await subscribed(log, settings, transactional)
     assert [r.value for r in await read(consumer, 3)] == [b"before", large, b"after"]
     await consumer.close()
 
 
 @pytest.mark.kafka
-@pytest.mark.parametrize("transactions", [False, True], ids=["aiokafka", "librdkafka"])
+@both_clients
 async def test_an_outage_of_the_broker_loses_and_repeats_nothing(
-    kafka_settings: MakeSettings, kafka_broker: LocalKafka, transactions: bool
+    kafka_settings: MakeSettings, kafka_broker: LocalKafka, transactional: bool
 ) -> None:
     settings = kafka_settings()
     log, topic = KafkaLog(settings), settings.topics.events
     await log.create_topics()
-    consumer = log.consumer(f"{settings.topic_prefix}.team", transactions=transactions)
-    await consumer.subscribe([topic])
+    consumer = await subscribed(log, settings, transactional)
     producer = log.producer()
     acks: list[Exception | None] = []
     stop = threading.Event()
@@ -131,14 +140,15 @@ async def test_an_outage_of_the_broker_loses_and_repeats_nothing(
 
 
 @pytest.mark.kafka
-@pytest.mark.parametrize("eof", [False, True], ids=["aiokafka", "librdkafka"])
-async def test_ends_count_what_an_open_transaction_has_written(kafka_settings: MakeSettings, eof: bool) -> None:
+@both_clients
+async def test_ends_count_what_an_open_transaction_has_written(
+    kafka_settings: MakeSettings, transactional: bool
+) -> None:
     settings = kafka_settings(kafka_partitions=1)
     log, topic = KafkaLog(settings), settings.topics.events
     await log.create_topics()
     (partition,) = events(settings)
-    consumer = log.consumer(eof=eof)
-    await consumer.assign([partition])
+    consumer = await subscribed(log, settings, transactional)
     producer = log.transactional_producer(f"{settings.topic_prefix}.writer")
     producer.init_transactions(30.0)
     producer.begin_transaction()
@@ -148,30 +158,30 @@ async def test_ends_count_what_an_open_transaction_has_written(kafka_settings: M
     assert await consumer.end_offsets([partition]) == {partition: 3}
     assert await read(consumer, 1, deadline_s=0.5) == []
 
-    late = log.consumer(eof=eof)  # whoever begins at the end still sees what is committed from now on
+    late = log.consumer()  # whoever begins at the end still sees what is committed from now on
     await late.assign([partition], "end")
     producer.commit_transaction(20.0)
     assert len(await read(consumer, 3)) == 3
     assert len(await read(late, 3)) == 3
     assert await consumer.end_offsets([partition]) == {partition: 4}  # the commit itself takes an offset
-    await read(consumer, 1, deadline_s=0.5)
-    assert consumer.position(partition) == 4
+    await read(late, 1, deadline_s=0.5)
+    assert late.position(partition) == 4
     for reader in (consumer, late):
         await reader.close()
     producer.close()
 
 
 @pytest.mark.kafka
-@pytest.mark.parametrize("eof", [False, True], ids=["aiokafka", "librdkafka"])
-async def test_a_cancelled_poll_loses_nothing(kafka_settings: MakeSettings, eof: bool) -> None:
+@both_clients
+async def test_a_cancelled_poll_loses_nothing(kafka_settings: MakeSettings, transactional: bool) -> None:
     settings = kafka_settings(kafka_partitions=1)
     log, topic = KafkaLog(settings), settings.topics.events
     await log.create_topics()
-    consumer = log.consumer(eof=eof)
-    await consumer.assign(events(settings))
+    consumer = await subscribed(log, settings, transactional)
     producer = log.producer()
-    found: list[LogRecord] = []
-    for n in range(40):
+    producer.send(topic, b"0", partition=0)
+    found = await read(consumer, 1)
+    for n in range(1, 40):
         poll = asyncio.create_task(consumer.poll(1000, 5.0))
         producer.send(topic, b"%d" % n, partition=0)
         await asyncio.sleep(0.0005 * n)  # before, while and after the record comes
@@ -194,7 +204,7 @@ async def test_in_an_outage_every_call_ends_and_everything_can_be_closed(
     log, topic = KafkaLog(settings), settings.topics.events
     await log.create_topics()
     (partition,) = events(settings)
-    producer, consumers = log.producer(), [log.consumer("a"), log.consumer("b", transactions=True)]
+    producer, consumers = log.producer(), [log.consumer("a"), log.transactional_consumer("b")]
     producer.send(topic, b"x", partition=0)
     producer.flush(20.0)
     for consumer in consumers:
@@ -202,11 +212,11 @@ async def test_in_an_outage_every_call_ends_and_everything_can_be_closed(
         assert len(await read(consumer, 1)) == 1
     await asyncio.to_thread(kafka_broker.kill)
     for consumer in consumers:
-        assert await consumer.poll(10, 0.2) == []
-        began = time.monotonic()
-        with pytest.raises(LogUnavailable):
-            await consumer.commit({partition: 1}, timeout_s=0.5)
-        assert time.monotonic() - began < 3.0
+        assert [r for r in await consumer.poll(10, 0.2) if isinstance(r, LogRecord)] == []
+    began = time.monotonic()
+    with pytest.raises(LogUnavailable):
+        await consumers[0].commit({partition: 1}, timeout_s=0.5)
+    assert time.monotonic() - began < 3.0
     producer.send(topic, b"never", partition=0)
     with pytest.raises(LogUnavailable):
         producer.close(0.2)

@@ -40,7 +40,7 @@ async def test_listing_by_reason_and_role(log):
     assert await listed(log, TOPICS, None, None) == []
     producer = log.producer()
     for role, reason in (("runner", "undecodable"), ("adapter", "undecodable"), ("adapter", "attempts_exhausted")):
-        send_dead_letter(producer, TOPICS, letter(role=role, reason=reason))
+        send_dead_letter(producer.send, TOPICS, letter(role=role, reason=reason))
     producer.send(TOPICS.dead, b"no dead letter", partition=0)
     assert len(await listed(log, TOPICS, None, None)) == 3
     assert len(await listed(log, TOPICS, "undecodable", None)) == 2

@@ -11,9 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from examples.calculator import model
-from millstream.pipeline.backend import BackendUnavailable
+from millstream.pipeline.backend import BackendUnavailable, Completion
 from millstream.pipeline.engine import Engine
-from millstream.pipeline.policy import left_pad, load_model, load_tokenizer, parameters
+from millstream.pipeline.policy import left_pad, load_model, load_tokenizer, one_thread, parameters
 from millstream.schemas.errors import ConfigError
 
 pytestmark = pytest.mark.torch
@@ -24,6 +24,7 @@ LONG = [{"role": "user", "content": "take 3 from 8 then times 2 ?"}, {"role": "a
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    one_thread()  # else the models here fight over the cores
     path = tmp_path_factory.mktemp("model") / "calculator"
     model.create(path, seed=1)
     return path
@@ -196,11 +197,12 @@ async def test_each_answer_is_made_by_the_version_it_names(folder: Path, engine:
         assert engine.version == f"v{i}"
         marks[f"v{i}"] = mark((await engine.chat(request)).body)
     assert marks["v0"] != pytest.approx(marks["v1"], abs=1e-2)
-    asked = [asyncio.create_task(engine.chat(request)) for _ in range(200)]
-    for i in range(20):
-        await engine.update(weights[i % 2], f"v{i % 2}")
-    answers = await asyncio.gather(*asked)
-    assert {answer.model_version for answer in answers} == {"v0", "v1"}
+    answers: list[Completion] = []
+    while {answer.model_version for answer in answers} != {"v0", "v1"}:  # at once, unless the machine is busy
+        asked = [asyncio.create_task(engine.chat(request)) for _ in range(200)]
+        for i in range(20):
+            await engine.update(weights[i % 2], f"v{i % 2}")
+        answers += await asyncio.gather(*asked)
     for answer in answers:
         assert mark(answer.body) == pytest.approx(marks[answer.model_version or ""], abs=1e-3)
 

@@ -16,7 +16,6 @@ from millstream.consumers.adapter import Adapter
 from millstream.consumers.clickhouse_sink import ClickHouseSink
 from millstream.consumers.sink import SinkRole
 from millstream.pipeline.memory_log import MemoryLog
-from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas import codec, records, status
 from millstream.schemas.errors import CodecError
 from millstream.schemas.ids import derived_id
@@ -33,7 +32,7 @@ from millstream.schemas.records import (
 )
 from millstream.schemas.settings import load_settings
 
-RECORDS = int(os.environ.get("FUZZ_RECORDS", "20000"))
+RECORDS = int(os.environ.get("FUZZ_RECORDS", "10000"))
 SEED = int(os.environ.get("FUZZ_SEED", "1"))
 IDENTITY = {  # what makes a record the same one in the store
     "tasks_raw": (RolloutTask, lambda r: (r.rollout_id, r.attempt)),
@@ -143,14 +142,6 @@ class Fuzz:
 @pytest.fixture
 def settings(tmp_path):
     return load_settings(clickhouse_dsn=f"chdb://{tmp_path}/store", kafka_partitions=3)
-
-
-@pytest.fixture
-def store(settings):
-    opened = ClickHouseStore(settings)
-    opened.migrate()
-    yield opened
-    opened.close()
 
 
 def everything(log):

@@ -9,12 +9,12 @@ from uuid import uuid4
 import factories
 import pytest
 
+from examples.calculator.demo import CLOSING_QUERIES
 from millstream.consumers.clickhouse_sink import RowsRefused
 from millstream.consumers.rows import TABLES, to_rows
 from millstream.consumers.sink_port import Batch
 from millstream.pipeline.memory_store import MemoryStore
 from millstream.pipeline.migrations import Migration, packaged_migrations
-from millstream.pipeline.queries import CLOSING_QUERIES
 from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas import codec, status
 from millstream.schemas.errors import ConfigError, StoreError
@@ -27,26 +27,9 @@ from millstream.schemas.settings import load_settings
 EVENTS = "millstream.events"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of the one embedded engine that a process can have."""
-    folder = tmp_path_factory.mktemp("runs") / "a b" / "store"
-    held = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{folder}"))
-    yield folder
-    held.close()
-
-
 @pytest.fixture
 def settings(folder):
     return load_settings(clickhouse_dsn=f"chdb://{folder}", clickhouse_database=f"d{uuid4().hex}")
-
-
-@pytest.fixture
-def store(settings):
-    opened = ClickHouseStore(settings)
-    opened.migrate()
-    yield opened
-    opened.close()
 
 
 class Writer:

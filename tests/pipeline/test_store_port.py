@@ -16,21 +16,12 @@ from millstream.pipeline.store_engine import Engine
 from millstream.schemas import codec, semconv, status
 from millstream.schemas.errors import StoreError
 from millstream.schemas.ids import derived_id, new_id
-from millstream.schemas.log import EndOfPartition, LogRecord, Partition
+from millstream.schemas.log import LogRecord, Partition
 from millstream.schemas.records import RolloutEnd, SpanEvent, SpanLink, Triplet
 from millstream.schemas.topics import Topics, partition_of
 
 TOPICS = Topics(partitions=2)
 T0 = factories.T0
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of the one embedded engine that a process can have."""
-    folder = tmp_path_factory.mktemp("ways")
-    held = ms.ClickHouseStore(ms.load_settings(clickhouse_dsn=f"chdb://{folder}"))
-    yield folder
-    held.close()
 
 
 @pytest.fixture
@@ -90,12 +81,12 @@ class Pipe:
     async def sink(self):
         """Everything that has not been moved yet."""
         if self.consumer is None:
-            self.consumer = self.log.consumer(eof=True)
+            self.consumer = self.log.consumer()
             names = [TOPICS.events, TOPICS.triplets, TOPICS.control, TOPICS.tasks("normal")]
             await self.consumer.assign([p for p in map_partitions(self.log) if p.topic in names])
         records = []
         while batch := await self.consumer.poll(1000, 0.05):
-            records += [r for r in batch if not isinstance(r, EndOfPartition)]
+            records += batch
         put(self.store, records)
 
     async def write_and_sink(self, *values, topic=TOPICS.events):

@@ -25,26 +25,9 @@ EVENTS = "millstream.events"
 DAY_NS = 86_400 * 10**9
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """Of the one embedded engine that a process can have."""
-    folder = tmp_path_factory.mktemp("tables")
-    held = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{folder}"))
-    yield folder
-    held.close()
-
-
 @pytest.fixture
 def settings(folder):
     return load_settings(clickhouse_dsn=f"chdb://{folder}", clickhouse_database=f"d{uuid4().hex}")
-
-
-@pytest.fixture
-def store(settings):
-    opened = ClickHouseStore(settings)
-    opened.migrate()
-    yield opened
-    opened.close()
 
 
 def logged(*values, topic=EVENTS):

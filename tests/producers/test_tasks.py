@@ -9,7 +9,7 @@ import pytest
 from millstream.pipeline.memory_log import MemoryLog
 from millstream.producers.tasks import TaskPublisher, read_tasks
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.log import LogRecord, Partition
+from millstream.schemas.log import Partition
 from millstream.schemas.records import RolloutTask
 from millstream.schemas.settings import load_settings
 
@@ -79,10 +79,10 @@ async def test_tasks_are_spread_evenly_over_the_partitions_of_their_priority(tmp
     await publisher.publish(tasks)
     await publisher.publish(tasks[:8])
 
-    consumer = log.consumer(eof=True)
+    consumer = log.consumer()
     topics = SETTINGS.topics
     await consumer.assign([Partition(topics.tasks(p), n) for p in ("high", "normal", "low") for n in range(8)])
-    records = [r for r in await consumer.poll(1000, 1) if isinstance(r, LogRecord)]
+    records = await consumer.poll(1000, 1)
     assert Counter(r.partition for r in records) == {
         **{Partition(topics.tasks("normal"), n): 3 for n in range(8)},
         **{Partition(topics.tasks("low"), n): 2 for n in range(8)},

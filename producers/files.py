@@ -1,0 +1,72 @@
+"""Files that are written whole or not at all, once, in a folder or in any file system that fsspec knows."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from secrets import token_hex
+from typing import Protocol
+
+from millstream.schemas.errors import ConfigError
+
+
+class Files(Protocol):
+    """By their paths below one place. Raises whatever its file system does."""
+
+    def write(self, path: str, content: bytes) -> None:
+        """Nothing if there is a file of that path."""
+
+    def read(self, path: str) -> bytes: ...
+
+
+def files_at(url: str, what: str) -> Files:
+    """A folder, unless it says ``PROTOCOL://``. Raises `ConfigError`, which says ``what`` needs it, if that can't be
+    used."""
+    return _Store(url, what) if "://" in url else _Folder(Path(url).absolute())
+
+
+class _Folder:
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def write(self, path: str, content: bytes) -> None:
+        target = self._folder / path
+        if target.exists():
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f"{target.name}.{token_hex(4)}.part")
+        try:
+            with part.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def read(self, path: str) -> bytes:
+        return (self._folder / path).read_bytes()
+
+
+class _Store:
+    """An object store writes an object whole or not at all; ``create``: only if there is none of that name."""
+
+    def __init__(self, url: str, what: str) -> None:
+        try:
+            from fsspec.core import url_to_fs
+
+            self._files, self._root = url_to_fs(url)
+        except ImportError as error:
+            raise ConfigError(f"{what} {url} needs a package: {error}; pip install 'fsspec[s3]' for S3") from error
+        except ValueError as error:
+            raise ConfigError(f"{what} {url} can't be used: {error}") from error
+
+    def write(self, path: str, content: bytes) -> None:
+        where = f"{self._root.rstrip('/')}/{path}"
+        if self._files.exists(where):
+            return
+        self._files.makedirs(where.rpartition("/")[0], exist_ok=True)
+        with suppress(FileExistsError):  # somebody else was faster
+            self._files.pipe_file(where, content, mode="create")
+
+    def read(self, path: str) -> bytes:
+        return bytes(self._files.cat_file(f"{self._root.rstrip('/')}/{path}"))
