@@ -254,7 +254,7 @@ class Calls:
             call.held += [self._tell(call, chunk) for chunk in rest.chunks]
             if rest.request is None:
                 return await self._finished(call)
-            await self._send(call, b"".join(call.held))
+            await self._send(call, b"".join(call.held), {})
             call.held = []
             if (replica := await tries.next()) is None:
                 break

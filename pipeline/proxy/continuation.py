@@ -18,14 +18,14 @@ DEFAULT_MAX_TOKENS: Final = 16  # of completions
 _SAME: Final = frozenset(
     "model user priority cache_salt temperature top_p top_k min_p repetition_penalty logit_bias allowed_token_ids stop "
     "stop_token_ids include_stop_str_in_output ignore_eos skip_special_tokens spaces_between_special_tokens "
-    "stream_interval stream stream_options return_token_ids".split()
+    "stream_interval stream stream_options return_token_ids".split()  # noqa: SIM905
 )
 # Those that have made the prompt, whose ids are known; those that the rest has in another form; those without effect.
 _DONE: Final = frozenset(
     "messages prompt tools tool_choice parallel_tool_calls reasoning_effort documents chat_template "
     "chat_template_kwargs add_generation_prompt continue_final_message add_special_tokens truncate_prompt_tokens "
     "truncation_side max_tokens max_completion_tokens min_tokens seed logprobs top_logprobs request_id session_id "
-    "metadata store service_tier".split()
+    "metadata store service_tier".split()  # noqa: SIM905
 )
 _NEUTRAL: Final[Json] = {
     "n": 1,
@@ -67,14 +67,16 @@ class Rest:
         return told
 
     def _text_choice(self, choice: Json) -> Json:
-        told = {name: value for name, value in choice.items() if name != "prompt_token_ids"}
+        told: Json = {name: value for name, value in choice.items() if name != "prompt_token_ids"}
         if logprobs := choice.get("logprobs"):
             offsets = [self._said + offset for offset in logprobs.get("text_offset") or ()]
             told["logprobs"] = {**logprobs, "text_offset": offsets}
         return told
 
     def _chat_choice(self, choice: Json) -> Json:
-        told = {name: choice[name] for name in ("index", "finish_reason", "stop_reason", "token_ids") if name in choice}
+        told: Json = {
+            name: choice[name] for name in ("index", "finish_reason", "stop_reason", "token_ids") if name in choice
+        }
         told["delta"] = {"content": choice.get("text") or ""}
         if logprobs := choice.get("logprobs"):
             others = logprobs.get("top_logprobs") or [{}] * len(logprobs["tokens"])
@@ -117,9 +119,9 @@ def rest_of(plan: Plan, reader: Reader) -> Rest | None:
     if dropped and (plan.asked.get("return_token_ids") or plan.asked.get("logprobs") not in (None, False)):
         return None  # the client has seen more of them than their text
     made, limit = len(ids) - dropped, _limit(request, text)
-    head = {"object": "text_completion" if text else "chat.completion.chunk", "id": answer.id}
+    head: Json = {"object": "text_completion" if text else "chat.completion.chunk", "id": answer.id}
     head |= {"created": answer.created, "model": answer.model}
-    chunks = [{**head, "choices": [_piece(untold, None, text)]}] if untold else []
+    chunks: list[Json] = [{**head, "choices": [_piece(untold, None, text)]}] if untold else []
     if not ended and limit is not None and made >= limit:
         chunks.append({**head, "choices": [_piece("", "length", text)]})
         ended = True
