@@ -15,18 +15,20 @@ from millstream.pipeline.proxy.surfaces import CHAT, COMPLETIONS, Plan
 DEFAULT_MAX_TOKENS: Final = 16  # of completions
 # Request fields that mean the same for the rest. A repetition penalty counts prompt and answer alike; the other two
 # penalties count the answer alone, and the rest would not know of its beginning.
-_SAME: Final = frozenset(
-    "model user priority cache_salt temperature top_p top_k min_p repetition_penalty logit_bias allowed_token_ids stop "
-    "stop_token_ids include_stop_str_in_output ignore_eos skip_special_tokens spaces_between_special_tokens "
-    "stream_interval stream stream_options return_token_ids".split()  # noqa: SIM905
-)
+_SAME: Final = frozenset({
+    "model", "user", "priority", "cache_salt", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+    "logit_bias", "allowed_token_ids", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
+    "skip_special_tokens", "spaces_between_special_tokens", "stream_interval", "stream", "stream_options",
+    "return_token_ids",
+})  # fmt: skip
 # Those that have made the prompt, whose ids are known; those that the rest has in another form; those without effect.
-_DONE: Final = frozenset(
-    "messages prompt tools tool_choice parallel_tool_calls reasoning_effort documents chat_template "
-    "chat_template_kwargs add_generation_prompt continue_final_message add_special_tokens truncate_prompt_tokens "
-    "truncation_side max_tokens max_completion_tokens min_tokens seed logprobs top_logprobs request_id session_id "
-    "metadata store service_tier".split()  # noqa: SIM905
-)
+_DONE: Final = frozenset({
+    "messages", "prompt", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "documents",
+    "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
+    "add_special_tokens", "truncate_prompt_tokens", "truncation_side", "max_tokens", "max_completion_tokens",
+    "min_tokens", "seed", "logprobs", "top_logprobs", "request_id", "session_id", "metadata", "store",
+    "service_tier",
+})  # fmt: skip
 _NEUTRAL: Final[Json] = {
     "n": 1,
     "echo": False,
