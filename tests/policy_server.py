@@ -204,7 +204,7 @@ class PolicyServer:
                 if fault.abort_after == number:
                     reason = "abort"
                     break
-                if version != self.version:
+                if number and version != self.version:
                     version = self.version
                     await response.write(f": x-model-version={version}\n\n".encode())
                 if self.tell_version:
@@ -296,7 +296,7 @@ def _logprob(token: str) -> dict[str, Any]:
 
 async def main(port: str, version: str, answer: str) -> None:
     learn(ids(f"user say {answer}"), answer)
-    server = PolicyServer(version, tell_version=True, token_s=0.01)
+    server = PolicyServer(version, tell_version=True, token_s=0.05)
     async with serve(server.app, f"http://127.0.0.1:{port}"):
         await asyncio.Event().wait()
 

@@ -15,31 +15,30 @@ class Relay:
         self.url = ""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        to_server = asyncio.create_task(asyncio.open_connection(self._host, self._port))
-        upstream, downstream = await to_server
+        upstream, downstream = await asyncio.open_connection(self._host, self._port)
         asking = asyncio.create_task(self._asked(reader, downstream))
-        try:
+        with suppress(ConnectionError, asyncio.CancelledError):
             left = None
             while data := await upstream.read(1 << 16):
                 if left is None and self.cuts and b"text/event-stream" in data:
                     left = self.cuts.pop(0)
                 if left is not None:
-                    *events, rest = data.split(b"\n\n")
+                    *events, _ = data.split(b"\n\n")
                     if len(events) > left:
                         writer.write(b"".join(event + b"\n\n" for event in events[:left]))
                         break
                     left -= len(events)
                 writer.write(data)
-        finally:
-            asking.cancel()
-            downstream.close()
-            writer.close()
+        asking.cancel()
+        downstream.close()
+        writer.close()
 
     @staticmethod
     async def _asked(reader: asyncio.StreamReader, downstream: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
             while data := await reader.read(1 << 16):
                 downstream.write(data)
+        downstream.close()
 
 
 @asynccontextmanager
