@@ -106,14 +106,15 @@ class ChatReader:
         if self._choices:
             self._settle()
 
-    def recent_texts(self) -> list[str]:
-        """Of the last tokens of the one choice, as the server tells them beside their log-probabilities; those of at
-        most `RECENT` pieces, since the stream began or went on."""
-        texts: list[str] = []
-        for logprobs in self._choices[0].recent if 0 in self._choices else ():
-            told = logprobs.get("tokens")
-            texts += [token["token"] for token in logprobs.get("content") or ()] if told is None else told
-        return texts
+    def recent(self) -> list[tuple[str, list[str]]]:
+        """The last pieces of the one choice, `RECENT` at most, since it began or went on: the text of each, and those
+        of its tokens by themselves, as the server tells them beside their log-probabilities."""
+        pieces = []
+        for given, logprobs in self._choices[0].recent if 0 in self._choices else ():
+            text = given["text"] if "text" in given else (given.get("delta") or {}).get("content")
+            content = logprobs.get("content")
+            pieces.append((text or "", logprobs["tokens"] if content is None else [each["token"] for each in content]))
+        return pieces
 
     def go_on(self, dropped: int, *, ended: bool) -> None:
         """The one choice is continued by another stream, without its last ``dropped`` tokens, unless it has ``ended``
@@ -143,7 +144,7 @@ class _Choice:
         self.finish_reason: str | None = None
         self.token_ids: list[int] | None = None
         self.logprobs: list[float] | None = None
-        self.recent: deque[Json] = deque(maxlen=RECENT)  # as the server tells log-probabilities
+        self.recent: deque[tuple[Json, Json]] = deque(maxlen=RECENT)  # pieces of a stream, and their log-probabilities
 
     @property
     def begun(self) -> bool:
@@ -162,7 +163,7 @@ class _Choice:
         if given.get("token_ids") is not None:
             self.token_ids = (self.token_ids or []) + given["token_ids"]
         if logprobs := given.get("logprobs"):
-            self.recent.append(logprobs)
+            self.recent.append((given, logprobs))
             new = logprobs.get("token_logprobs")
             if new is None:
                 new = [token["logprob"] for token in logprobs.get("content") or ()]

@@ -114,7 +114,7 @@ def rest_of(plan: Plan, reader: Reader) -> Rest | None:
         return None
     said = message.get("content") or ""
     ended = answer.finish_reasons != [None] and not answer.aborted
-    found = (0, "") if ended else cut(reader.recent_texts(), said, *_stops(request, whole=answer.aborted))
+    found = (0, "") if ended else cut(reader.recent(), said, *_stops(request, whole=answer.aborted))
     if found is None:
         return None
     dropped, untold = found
@@ -134,33 +134,52 @@ def rest_of(plan: Plan, reader: Reader) -> Rest | None:
     return Rest(made, dropped, chunks, rest, head, len(prompt), len(said) + len(untold), top)
 
 
-def cut(texts: list[str], said: str, stops: list[str], held: int) -> tuple[int, str] | None:
+def cut(pieces: list[tuple[str, list[str]]], said: str, stops: list[str], held: int) -> tuple[int, str] | None:
     """Where a stream can be continued: how many of its last tokens have to go, and which text of the others is still to
-    be told. ``texts`` are those of the last tokens. ``said`` is what the client has got: all but the last ``held``
-    characters, which might have become one of ``stops``.
+    be told. A piece is the text that came, and those of the tokens that came with it. ``said`` is the text of all
+    pieces: what there is but for the last ``held`` characters, which might have become one of ``stops``.
 
-    A token without a text is part of a character that later ones complete. And the text must not end with what may
-    become a stop: whoever continues does not look at what there is.
-    None if the client has got what would have to go, or if the texts are not what has been said."""
-    if len(texts) >= RECENT and len("".join(texts)) <= held:
-        return None  # the client may have got none of them
-    tail = texts
-    while len("".join(tail[1:])) > held:
-        tail = tail[1:]
-    whole = "".join(tail)
+    A token without a text is the beginning of a character, which whoever continues would not complete. Nor would they
+    see a stop that begins in what there is. None if what would have to go has been said, or if that is not clear."""
+    texts = [text for _, tokens in pieces for text in tokens]
+    if not held:
+        return _cut_behind_text(pieces, said, stops)
+    whole = "".join(texts)
     seen = max(0, len(whole) - held)
-    if not (said + whole[seen:]).endswith(whole):
-        return None
-    for dropped in range(len(tail) + 1):
-        kept = tail[: len(tail) - dropped]
+    if len(pieces) < RECENT:
+        clear = "".join(text for text, _ in pieces) == whole[:seen]
+    else:
+        clear = seen > 0 and said.endswith(whole[:seen])
+    for dropped in range(len(texts) + 1 if clear else 0):
+        kept = texts[: len(texts) - dropped]
         text = "".join(kept)
         if len(text) < seen:
             return None
-        told = said + text[seen:]
-        begins_stop = any(told.endswith(stop[:n]) for stop in stops for n in range(1, len(stop)))
-        if not begins_stop and (not kept or kept[-1]):
+        if (not kept or kept[-1]) and not _begins(said + text[seen:], stops):
             return dropped, text[seen:]
     return None
+
+
+def _cut_behind_text(pieces: list[tuple[str, list[str]]], said: str, stops: list[str]) -> tuple[int, str] | None:
+    """Where nothing is held back: behind the last token that has brought text."""
+    dropped = 0
+    for text, tokens in reversed(pieces):
+        if text:
+            last = next((n for n in range(len(tokens), 1, -1) if tokens[n - 1]), 1)
+            if len(tokens) > 1 and not text.endswith(tokens[last - 1]):
+                return None
+            dropped += len(tokens) - last
+            break
+        dropped += len(tokens)
+    else:
+        if len(pieces) == RECENT:
+            return None
+    return None if _begins(said, stops) else (dropped, "")
+
+
+def _begins(said: str, stops: list[str]) -> bool:
+    """Whether what has been said ends with the beginning of a stop."""
+    return any(said.endswith(stop[:n]) for stop in stops for n in range(1, len(stop)))
 
 
 def _request(asked: Json, prompt: list[int], made: int, limit: int | None, text: bool) -> Json:

@@ -179,22 +179,25 @@ async def test_when_nobody_can_say_the_rest_the_client_is_told(rig):
 
 
 @pytest.mark.parametrize(
-    ("texts", "said", "stops", "held", "found"),
+    ("pieces", "stops", "held", "found"),
     [
-        ([" one", " two"], "one two", [], 0, (0, "")),
-        (["one", "two"], "one two", [], 0, (0, "")),  # tokenizers that tell no spaces
-        ([" one", " €", ""], "one €", [], 0, (1, "")),  # the beginning of a character
-        ([" one", ""], "one €", [], 0, None),  # not what was said
-        ([" one", " two", " three"], "one two", ["\nEnd!"], 6, (0, " three")),
-        ([" one", " two", " three"], "one two th", ["stop"], 3, (0, "ree")),
-        ([" one", " two", "\n"], "one t", ["\nEnd"], 3, (1, "wo")),  # what may become a stop is sampled again
-        ([" one", " two", "\n", "E"], "one t", ["\nEn"], 4, (2, "wo")),
-        ([" one", " two\n"], "one t", ["\nEnd"], 3, None),  # half of the token has been seen
-        ([" one", "\n"], "one\n", ["\nEnd"], 0, None),
-        (["a"] * RECENT, "aaaa", ["b" * 99], 98, None),  # who knows how much of it was seen
-        ([], "one", ["stop"], 3, (0, "")),  # nothing new
-        (["", " t"], "one", ["stop"], 3, (0, " t")),
+        ([("one", ["one"]), (" two", [" two"])], [], 0, (0, "")),
+        ([(" one", ["one"]), (" ", [""])], [], 0, (0, "")),  # of tokenizers that tell no spaces
+        ([("one", ["one"]), (" €", [" €"]), ("", [""])], [], 0, (1, "")),  # the beginning of a character
+        ([("one two", ["one", " two", ""])], [], 0, (1, "")),
+        ([("one ", ["one", ""])], [], 0, None),  # is the space from the second token?
+        ([("one", ["one"]), ("\n", ["\n"])], ["\nEnd"], 0, None),  # half of a stop has been said
+        ([("", [""])] * RECENT, [], 0, None),
+        ([("", ["one"]), ("one", [" two"]), (" two", [" three"])], ["\nEnd!!"], 6, (0, " three")),
+        ([("", ["one"]), ("one t", [" two"]), ("w", ["\n"])], ["\nEn"], 2, (1, "o")),  # it may become a stop
+        ([("", ["one"]), ("one ", [" two\n"])], ["\nEnd!"], 4, None),  # half of that token has been said
+        ([("one t", ["one", " two"]), ("wo", [" €", ""])], ["!!!"], 2, (1, " €")),
+        ([("one t", ["one", "two"])], ["!!!"], 2, None),  # not what was said
+        ([("", ["a"])] * RECENT, ["b" * 99], 98, None),  # who knows how much of it was said
+        ([], ["stop"], 3, (0, "")),  # nothing new
+        ([("", ["", " t"])], ["stop"], 3, (0, " t")),
     ],
 )
-def test_where_a_stream_is_continued(texts, said, stops, held, found):
-    assert cut(texts, said, stops, held) == found
+def test_where_a_stream_is_continued(pieces, stops, held, found):
+    said = "it said " + "".join(text for text, _ in pieces)
+    assert cut(pieces, said, stops, held) == found
