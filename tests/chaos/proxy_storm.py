@@ -140,9 +140,9 @@ class Storm:
         return {"seconds": round(time.monotonic() - began, 1), **outcome, **found}
 
     def check(self) -> dict[str, Any]:
-        """Compares each span's version with the words that it holds."""
-        versions, wrong, failed = Counter[str](), [], Counter[str]()
-        continued = 0
+        """Compares each span's version with the tokens that it holds."""
+        versions, wrong, failed = set[int](), [], Counter[str]()
+        spans, mixed, continued = 0, 0, 0
         topic = self.settings.topics.events
         for name, span, _, _ in read(self.broker.bootstrap_servers, topic, schemas(ROOT / "schemas" / "avro")):
             assert name == "Span"
@@ -150,12 +150,11 @@ class Storm:
                 failed[span["status_message"][:120]] += 1
                 continue
             made_by, version = self.replicas.made_by(span), span["model_version"]
-            versions[version] += 1
+            spans, mixed, versions = spans + 1, mixed + (version == "mixed"), versions | made_by
             continued += "millstream.continued" in span["attributes"]
             if not made_by or version != (named(*made_by) if len(made_by) == 1 else "mixed"):
                 wrong.append((version, sorted(made_by)))
-        mixed = versions.pop("mixed", 0)
-        counts = {"spans": versions.total() + mixed, "mixed": mixed, "versions": len(versions), "continued": continued}
+        counts = {"spans": spans, "mixed": mixed, "versions": len(versions), "continued": continued}
         return counts | {"failed": dict(failed), "wrong": wrong}
 
 

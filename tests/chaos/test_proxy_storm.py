@@ -1,8 +1,11 @@
 """A short storm: weights change under streaming clients, a replica is killed, the proxy is succeeded by another."""
 
+from pathlib import Path
+
 import pytest
 from proxy_storm import Storm
 
+PYTHON = Path(__file__).parents[2] / ".venv-vllm/bin/python"
 pytestmark = [pytest.mark.kafka, pytest.mark.chaos]
 
 
@@ -17,8 +20,10 @@ pytestmark = [pytest.mark.kafka, pytest.mark.chaos]
     ],
 )
 async def test_clients_notice_nothing_and_every_span_says_which_weights_made_it(tmp_path, vllm, clients, updates):
+    if vllm and not PYTHON.exists():
+        pytest.skip("there is no .venv-vllm; `make vllm` sets it up")
     summary = await Storm(tmp_path, vllm=vllm).run(clients, updates, pause_s=0.5)
     assert (summary["hung"], summary["errors"], summary["failed"], summary["wrong"]) == (0, {}, {}, [])
     assert summary["spans"] == summary["calls"] > 50
-    assert summary["versions"] >= updates - 2
+    assert summary["versions"] >= updates - 2  # that have made tokens
     assert summary["continued"] >= 1  # else the killed replica had nothing to say
