@@ -1,7 +1,7 @@
 """The life of a model call: asked of a replica, forwarded as it comes, recorded, and only then ended.
 
-Until something of the answer has been sent to the client, a call that fails is made again and nobody notices. The end
-of a stream is held back until the log has acknowledged the call's span; a whole answer is, too. A call that can't be
+Until something of the answer has been sent to the client, a call that fails is made again and nobody notices; after
+that, another replica of a policy says the rest, where it can (`continuation`). The end of a stream is held back until the log has acknowledged the call's span; a whole answer is, too. A call that can't be
 recorded fails: training on a hole would be worse.
 """
 
@@ -254,7 +254,8 @@ class Calls:
             call.held += [self._tell(call, chunk) for chunk in rest.chunks]
             if rest.request is None:
                 return await self._finished(call)
-            await self._send(call, b"".join(call.held), {})
+            if told := b"".join(call.held):
+                await self._send(call, told, {})
             call.held = []
             if (replica := await tries.next()) is None:
                 break
@@ -346,7 +347,7 @@ class Calls:
                     else:
                         out += told_now
             except Failed:
-                if call.response is not None:
+                if call.response is not None and out:
                     await self._send(call, out, told)  # what has been read counts as sent
                 raise
             if not call.reader.begun:
@@ -362,7 +363,7 @@ class Calls:
         if call.answer.aborted and (call.response is None or call.may_go_on):
             raise Failed("a weight update has ended the call", broken=False)
         if call.answer.error:
-            if call.may_go_on:
+            if call.target.replicas.upstream.policy:  # its engine may have died
                 raise Failed(call.answer.error)
             return await self._broken(call, call.answer.error, early, told)
         return await self._finished(call, early, told)
