@@ -58,6 +58,7 @@ class Storm:
         }
         self.processes: list[subprocess.Popen[bytes]] = []
         self.stop = asyncio.Event()
+        self.flowing = asyncio.Event()  # a stream has just come on
         self.done, self.hung = 0, 0
         self.errors = Counter[str]()
 
@@ -92,7 +93,10 @@ class Storm:
         try:
             async with asyncio.timeout(HUNG_S):
                 stream = await sdk.chat.completions.create(model="policy", stream=True, **self.replicas.asked)
-                text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
+                text = ""
+                async for chunk in stream:
+                    text += "".join(choice.delta.content or "" for choice in chunk.choices)
+                    self.flowing.set()
         except TimeoutError:
             self.hung += 1
         except openai.APIError as error:
@@ -116,6 +120,8 @@ class Storm:
                 await self.replicas.update(1 if away else step % 2, numbers[step])
                 await asyncio.sleep(pause_s)
                 if step == updates // 3:
+                    self.flowing.clear()
+                    await self.flowing.wait()
                     killed = asyncio.create_task(self.replicas.kill(0))
                 if step == 2 * updates // 3:
                     successor = await self.start_proxy()

@@ -106,7 +106,7 @@ class Vllm:
     """Two real vLLMs with the telling model, each of whose tokens is that of its version. A killed one is started again
     by what supervises it in production, too."""
 
-    TOKENS = 16
+    TOKENS = 32
 
     def __init__(self, folder: Path) -> None:
         sys.path += [str(TESTS / "vllm"), str(TESTS.parent)]

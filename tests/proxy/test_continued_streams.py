@@ -201,3 +201,53 @@ async def test_when_nobody_can_say_the_rest_the_client_is_told(rig):
 def test_where_a_stream_is_continued(pieces, stops, held, found):
     said = "it said " + "".join(text for text, _ in pieces)
     assert cut(pieces, said, stops, held) == found
+
+
+def told_by_vllm(tokenizer, prompt, ids, stops):
+    """The pieces of a stream, as vLLM's detokeniser makes them: what may become a stop is held back."""
+    stream = pytest.importorskip("tokenizers").decoders.DecodeStream(ids=prompt, skip_special_tokens=True)
+    held, text, told, pieces = max(map(len, stops), default=1) - 1, "", 0, []
+    for number, token in enumerate(ids, 1):
+        new = stream.step(tokenizer, token) or ""
+        text += new
+        end = min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)
+        if end is None:
+            end = max(told, len(text) - (held if number < len(ids) else 0))
+        pieces.append((text[told:end], [new]))
+        told = end
+        if any(stop in text for stop in stops):
+            break
+    return pieces
+
+
+@pytest.mark.parametrize("stops", [[], ["\nObservation:"], ["###", "🎉🎉"]])
+def test_text_is_neither_lost_nor_told_twice_wherever_a_stream_is_cut(stops):
+    """With a tokenizer that cuts characters into bytes, as those of today's models do."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["the tool is the thing\nThought: Action: Observation:"] * 9, trainer)
+    prompt = tokenizer.encode("user: größer?\n").ids
+    answer = "Thought: 你好 the tool 🎉 is\ngrößer\nAction: € 42\nObs. then # 🎉🎉 it\nObservation: the thing ### end"
+    ids = tokenizer.encode(answer).ids
+    pieces = told_by_vllm(tokenizer, prompt, ids, stops)
+    whole = "".join(text for text, _ in pieces)
+    continued = 0
+    for merged in (1, 2, 3):  # tokens that come in one piece
+        for number in range(merged, len(pieces), merged):
+            got = pieces[:number]
+            said = "".join(text for text, _ in got)
+            chunks = [got[n : n + merged] for n in range(0, number, merged)]
+            seen = [("".join(text for text, _ in chunk), [new for _, (new,) in chunk]) for chunk in chunks]
+            found = cut(seen[-RECENT:], said, stops, max(map(len, stops), default=1) - 1)
+            if not said or found is None:
+                continue
+            kept = number - found[0]
+            rest = told_by_vllm(tokenizer, [*prompt, *ids[:kept]], ids[kept:], stops)
+            assert said + found[1] + "".join(text for text, _ in rest) == whole
+            assert kept + len(rest) == len(pieces)
+            continued += 1
+    assert continued > 1.4 * len(pieces)  # of 1.83: for nearly all
