@@ -1,8 +1,9 @@
 """The life of a model call: asked of a replica, forwarded as it comes, recorded, and only then ended.
 
 Until something of the answer has been sent to the client, a call that fails is made again and nobody notices; after
-that, another replica of a policy says the rest, where it can (`continuation`). The end of a stream is held back until the log has acknowledged the call's span; a whole answer is, too. A call that can't be
-recorded fails: training on a hole would be worse.
+that, another replica of a policy says the rest, where it can. The end of a stream is held back until the log has
+acknowledged the call's span; a whole answer is, too. A call that can't be recorded fails: training on a hole would be
+worse.
 """
 
 import asyncio
