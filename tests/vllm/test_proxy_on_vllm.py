@@ -112,7 +112,7 @@ async def test_a_stream_that_is_broken_off_twice_says_what_an_unbroken_one_does(
     monkeypatch.setattr(sys.modules[__name__], "TOKENS", 100)
     async with relay_to(client.url) as relay, rig_of(upstreams={"model": {"urls": [relay.url]}}) as rig:
         unbroken = await ask(rig, stream=True)
-        relay.cuts = [8, 20]
+        relay.cuts = [5, 8]
         assert await ask(rig, stream=True) == unbroken
         first, second = await rig.spans()
     assert second.attributes[semconv.CONTINUED] == "2"
@@ -142,6 +142,7 @@ async def test_a_stop_string_ends_a_stream_that_was_broken_off(server, client):
 
 
 async def test_structured_output_and_several_choices_pass_through(server, client):
+    await server.update(telling.weights(1), "tell.1.1")
     async with rig_of(upstreams={"model": {"urls": [client.url]}}) as rig:
         answer = await rig.client.chat.completions.create(**SHARED, max_tokens=3, n=2, **SAMPLING)
         assert len(answer.choices) == 2
