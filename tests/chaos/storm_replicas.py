@@ -128,7 +128,6 @@ class Vllm:
             "messages": [{"role": "user", "content": "add 3 to 8 ?"}],
             "max_tokens": self.TOKENS,
             "temperature": 0.0,
-            "extra_body": {"ignore_eos": True},  # which is the token of one of the versions
         }
 
     async def start(self) -> None:

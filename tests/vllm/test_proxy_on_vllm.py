@@ -123,6 +123,26 @@ async def test_a_stream_that_is_broken_off_twice_says_what_an_unbroken_one_does(
         assert second.attributes[same] == first.attributes[same]
 
 
+async def test_a_stream_that_a_pause_aborts_goes_on_where_it_was(server, client):
+    """Ours keeps what runs; whoever else updates weights may not."""
+    await server.update(telling.babbling(), "tell.1.1")
+    asked = {**SHARED, "temperature": 0.0, "stream": True}
+    async with rig_of(upstreams={"model": {"urls": [client.url]}}) as rig:
+
+        async def text(stream):
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+        unbroken = await text(await rig.client.chat.completions.create(**asked))
+        stream = await rig.client.chat.completions.create(**asked)
+        begun = "".join([(await anext(stream)).choices[0].delta.content for _ in range(5)])
+        await server.replicas[0]._post("/pause", params={"mode": "abort"})
+        await server.replicas[0]._post("/resume")
+        assert begun + await text(stream) == unbroken
+        first, aborted = await rig.spans()
+    assert aborted.attributes[semconv.CONTINUED] == "1"
+    assert aborted.response_token_ids == first.response_token_ids
+
+
 async def test_a_stop_string_ends_a_stream_that_was_broken_off(server, client):
     await server.update(telling.babbling(), "tell.1.1")
     asked = {**SHARED, "temperature": 0.0, "stream": True, "stop": ["."]}
