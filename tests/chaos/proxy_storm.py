@@ -58,7 +58,6 @@ class Storm:
         }
         self.processes: list[subprocess.Popen[bytes]] = []
         self.stop = asyncio.Event()
-        self.flowing = asyncio.Event()  # a stream has just come on
         self.done, self.hung = 0, 0
         self.errors = Counter[str]()
 
@@ -79,24 +78,20 @@ class Storm:
         await answers(f"http://127.0.0.1:{port}/readyz")
         return process
 
-    async def client(self) -> None:
+    async def client(self, sdk: openai.AsyncOpenAI) -> None:
         """One attempt after another by the official SDK, with the retries that it has by itself."""
         while not self.stop.is_set():
             rollout, attempt = new_id(), new_id()
             key = attempt_key(SECRET, rollout, attempt, valid_s=600)
             base = f"{self.url}{attempt_path(rollout, attempt)}/v1"
-            async with openai.AsyncOpenAI(base_url=base, api_key=key) as sdk:
-                for _ in range(5):
-                    await self.call(sdk)
+            for _ in range(5):
+                await self.call(sdk.with_options(base_url=base, api_key=key))
 
     async def call(self, sdk: openai.AsyncOpenAI) -> None:
         try:
             async with asyncio.timeout(HUNG_S):
                 stream = await sdk.chat.completions.create(model="policy", stream=True, **self.replicas.asked)
-                text = ""
-                async for chunk in stream:
-                    text += "".join(choice.delta.content or "" for choice in chunk.choices)
-                    self.flowing.set()
+                text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
         except TimeoutError:
             self.hung += 1
         except openai.APIError as error:
@@ -113,15 +108,14 @@ class Storm:
             await KafkaLog(self.settings).create_topics()
             await self.replicas.start()
             proxy = await self.start_proxy()
-            calling = [asyncio.create_task(self.client()) for _ in range(clients)]
+            sdk = openai.AsyncOpenAI(api_key="each attempt has its own")  # making one takes longer than many calls
+            calling = [asyncio.create_task(self.client(sdk)) for _ in range(clients)]
             killed: asyncio.Task[None] | None = None
             for step in range(1, updates + 1):
                 away = killed is not None and not killed.done()
                 await self.replicas.update(1 if away else step % 2, numbers[step])
                 await asyncio.sleep(pause_s)
                 if step == updates // 3:
-                    self.flowing.clear()
-                    await self.flowing.wait()
                     killed = asyncio.create_task(self.replicas.kill(0))
                 if step == 2 * updates // 3:
                     successor = await self.start_proxy()
@@ -133,6 +127,7 @@ class Storm:
             await asyncio.sleep(5.0)  # calls to the one that is back
             self.stop.set()
             await asyncio.gather(*calling)
+            await sdk.close()
             proxy.terminate()
             await asyncio.to_thread(proxy.wait, 60)
             found = self.check()

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,6 +46,16 @@ def named(number: int) -> str:
     return f"storm.0.{number}"
 
 
+async def at_any_time(kill: Callable[[], None]) -> None:
+    """Not just when the clients' event loop has time for it: that is when the replicas have least to do."""
+
+    def wait() -> None:
+        time.sleep(0.3)
+        kill()
+
+    await asyncio.to_thread(wait)
+
+
 async def answers(url: str) -> None:
     async with aiohttp.ClientSession() as session, asyncio.timeout(60):
         while True:
@@ -80,7 +91,7 @@ class Words:
         self._numbers[replica] = number
 
     async def kill(self, replica: int) -> None:
-        self._processes[replica].kill()
+        await at_any_time(self._processes[replica].kill)
         self._processes[replica].wait()
         await asyncio.sleep(1.0)
         self._processes[replica] = self._started(replica)
@@ -141,7 +152,7 @@ class Vllm:
 
     async def kill(self, replica: int) -> None:
         killed = self._server.replicas[replica]
-        os.killpg(killed.process.pid, signal.SIGKILL)
+        await at_any_time(lambda: os.killpg(killed.process.pid, signal.SIGKILL))
         async with asyncio.timeout(300):
             while killed.restarts == 0:  # noqa: ASYNC110 - its supervisor tells nobody
                 await asyncio.sleep(0.2)
