@@ -50,10 +50,11 @@ RESPONSE_MESSAGE: Final = "millstream.response.message"
 ROLLOUT_ID: Final = "millstream.rollout_id"
 ATTEMPT_ID: Final = "millstream.attempt_id"
 MODEL_VERSION: Final = "millstream.model_version"
-# Ours, in the proxy's spans: who answered, from the cache perhaps; the resources version of the attempt; why the tokens
-# can't be learnt from.
+# Ours, in the proxy's spans: who answered, from the cache perhaps; how often another replica has continued what one had
+# begun; the resources version of the attempt; why the tokens can't be learnt from.
 UPSTREAM: Final = "millstream.upstream"
 CACHED: Final = "millstream.cached"
+CONTINUED: Final = "millstream.continued"
 RESOURCES_ID: Final = "millstream.resources_id"
 UNTRAINABLE: Final = "millstream.untrainable"
 # Ours: the response id of the call that a reward is given to by name.

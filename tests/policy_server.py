@@ -1,5 +1,6 @@
 """A model server in vLLM's form, whose tokens are words. It answers ``say A B C`` with "A B C", asks for the tool that
-is offered if told to ``call``, and can be made to fail, to wait, or to break off."""
+is offered if told to ``call``, and can be made to fail, to wait, or to break off. Given the ids of a prompt and of the
+beginning of its answer, it says the rest."""
 
 import asyncio
 import json
@@ -14,11 +15,17 @@ from aiohttp import web
 from millstream.pipeline.serving import serve
 
 LOGPROB = -0.25
+_ANSWERS: dict[tuple[int, ...], str] = {}  # by the ids of their prompts
 
 
 def ids(text: str) -> list[int]:
     """The token ids of a text."""
     return [zlib.crc32(word.encode()) % 50_000 for word in text.split()]
+
+
+def learn(prompt: list[int], answer: str) -> None:
+    """Who is asked for the rest of an answer has to know the whole."""
+    _ANSWERS[tuple(prompt)] = answer
 
 
 @dataclass
@@ -29,8 +36,9 @@ class Fault:
     body: Any = None
     headers: dict[str, str] | None = None
     hang_up: bool = False  # before anything is answered
-    break_after: int | None = None  # tokens of a stream, after which it hangs up
+    break_after: int | None = None  # tokens of a stream, after which it hangs up; the finish reason counts as one
     abort_after: int | None = None  # tokens, after which a weight update ends it
+    error_after: int | None = None  # tokens of a stream, after which the engine dies
 
 
 class PolicyServer:
@@ -91,12 +99,14 @@ class PolicyServer:
         message, reason = self._message(body)
         calls = message.get("tool_calls")
         text = json.dumps(calls[0]["function"]) if calls else message["content"]
+        prompt = self._prompt(body)
+        learn(prompt, text)
         if body.get("stream"):
-            return await self._stream(request, body, fault, text, reason)
+            limit = body.get("max_completion_tokens") or body.get("max_tokens")
+            return await self._stream(request, body, fault, prompt, text, reason, limit=limit)
         if fault.abort_after is not None:
             text, reason = " ".join(text.split()[: fault.abort_after]), "abort"
             message = {"role": "assistant", "content": text}
-        prompt = self._prompt(body)
         choices = [
             {
                 "index": index,
@@ -104,81 +114,121 @@ class PolicyServer:
                 "finish_reason": reason,
                 "stop_reason": None,
                 "token_ids": ids(text) if body.get("return_token_ids") else None,
-                "logprobs": _logprobs(text) if body.get("logprobs") else None,
+                "logprobs": {"content": [_logprob(word) for word in text.split()]} if body.get("logprobs") else None,
             }
             for index in range(body.get("n") or 1)
         ]
-        answer = self._head(body, "chat.completion") | {"choices": choices, "usage": _usage(prompt, text)}
+        answer = self._head(body, "chat.completion") | {"choices": choices}
+        answer["usage"] = _usage(len(prompt), len(text.split()))
         if body.get("return_token_ids"):
-            answer["prompt_token_ids"] = ids(prompt)
+            answer["prompt_token_ids"] = prompt
         return web.json_response(answer, headers={"x-model-version": self.version})
 
+    async def completions(self, request: web.Request) -> web.StreamResponse:
+        try:
+            body, fault = await self._begin(request)
+        except _Answer as answer:
+            return answer.response()
+        prompt, made = body["prompt"], 0
+        if isinstance(prompt, str):
+            given, text = ids(prompt), prompt.removeprefix("say ")
+            learn(given, text)
+        else:
+            given = prompt
+            made, text = next(
+                (len(given) - n, found) for n in range(len(given), 0, -1) if (found := _ANSWERS.get(tuple(given[:n])))
+            )
+        if body.get("stream"):
+            return await self._stream(
+                request, body, fault, given, text, "stop", chat=False, made=made, limit=body.get("max_tokens") or 16
+            )
+        logprobs = {"tokens": text.split(), "token_logprobs": [LOGPROB] * len(text.split())}
+        tokens = {"prompt_token_ids": given, "token_ids": ids(text), "logprobs": logprobs}
+        choice = {"index": 0, "text": text, "finish_reason": "stop", **tokens}
+        head = self._head(body, "text_completion")
+        return web.json_response({**head, "choices": [choice], "usage": _usage(len(given), len(ids(text)))})
+
     async def _stream(
-        self, request: web.Request, body: dict[str, Any], fault: Fault, text: str, reason: str
+        self,
+        request: web.Request,
+        body: dict[str, Any],
+        fault: Fault,
+        prompt: list[int],
+        text: str,
+        reason: str,
+        *,
+        limit: int | None,
+        chat: bool = True,
+        made: int = 0,
     ) -> web.StreamResponse:
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream", "x-model-version": self.version})
-        await response.prepare(request)
-        head, prompt = self._head(body, "chat.completion.chunk"), self._prompt(body)
-        words = text.split()
+        """``made``: words of the text that are there already, of at most ``limit`` further ones."""
+        words = text.split()[made:]
+        if limit is not None and len(words) > limit:
+            words, reason = words[:limit], "length"
+        head = self._head(body, "chat.completion.chunk" if chat else "text_completion")
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
 
         async def send(data: dict[str, Any]) -> None:
-            await response.write(f"data: {json.dumps(data)}\n\n".encode())
+            await response.write(f"data: {json.dumps({**head, **data})}\n\n".encode())
 
-        async def choice(delta: dict[str, Any], reason: str | None = None, **more: Any) -> None:
-            await send({**head, "choices": [{"index": 0, "delta": delta, "finish_reason": reason, **more}], **extra})
+        async def choice(text: str, reason: str | None = None, **more: Any) -> None:
+            said = {"delta": {"content": text}} if chat else {"text": text}
+            await send({"choices": [{"index": 0, "finish_reason": reason, **said, **more}]})
 
-        extra = {"prompt_token_ids": ids(prompt)} if body.get("return_token_ids") else {}
+        def hangs_up(number: int) -> bool:
+            if fault.break_after == number:
+                assert request.transport is not None
+                request.transport.close()
+            return fault.break_after == number
+
         try:
-            await choice({"role": "assistant", "content": ""})
-            extra = {}
+            await asyncio.sleep(self.token_s)
+            version = response.headers["x-model-version"] = self.version
+            await response.prepare(request)
+            told = {"prompt_token_ids": prompt} if body.get("return_token_ids") else {}
+            if chat:
+                role = {"role": "assistant", "content": ""}
+                await send({"choices": [{"index": 0, "delta": role, "finish_reason": None}], **told})
+                told = {}
+            offset = 0
             for number, word in enumerate(words):
                 if number == 1:
                     await self.token_gate.wait()
-                if self.token_s:
+                if number:
                     await asyncio.sleep(self.token_s)
-                if self.tell_version:
-                    word = f"{word}@{self.version}"
-                if fault.break_after == number:
-                    assert request.transport is not None
-                    request.transport.close()
+                if hangs_up(number):
+                    return response
+                if fault.error_after == number:
+                    await response.write(b'data: {"error": {"message": "EngineCore died"}}\n\ndata: [DONE]\n\n')
                     return response
                 if fault.abort_after == number:
                     reason = "abort"
                     break
-                more: dict[str, Any] = {}
+                if number and version != self.version:
+                    version = self.version
+                    await response.write(f": x-model-version={version}\n\n".encode())
+                if self.tell_version:
+                    word = f"{word}@{version}"
                 if body.get("return_token_ids") and number >= self.lost_ids:
-                    more["token_ids"] = ids(word)
-                if body.get("logprobs"):
-                    more["logprobs"] = _logprobs(word)
-                await choice({"content": word if number == 0 else f" {word}"}, **more)
-            await choice({}, reason)
+                    told["token_ids"] = ids(word)
+                piece = f" {word}"[number + made == 0 :]
+                if chat and body.get("logprobs"):
+                    told["logprobs"] = {"content": [_logprob(piece)]}
+                elif not chat and body.get("logprobs") is not None:
+                    told["logprobs"] = {"tokens": [piece], "token_logprobs": [LOGPROB], "text_offset": [offset]}
+                await choice(piece, **told)
+                told, offset = {}, offset + len(piece)
+            if hangs_up(len(words)):
+                return response
+            await choice("", reason)
+            if hangs_up(len(words) + 1):
+                return response
             if (body.get("stream_options") or {}).get("include_usage"):
-                await send({**head, "choices": [], "usage": _usage(prompt, text)})
-            await response.write(f": x-model-version={self.version}\n\ndata: [DONE]\n\n".encode())
+                await send({"choices": [], "usage": _usage(len(prompt), len(words))})
+            await response.write(f": x-model-version={version}\n\ndata: [DONE]\n\n".encode())
         except (asyncio.CancelledError, ConnectionError):
             self.gone.set()
             raise
-        return response
-
-    async def completions(self, request: web.Request) -> web.StreamResponse:
-        body, _ = await self._begin(request)
-        text, prompt = body["prompt"].removeprefix("say "), body["prompt"]
-        logprobs = {"tokens": text.split(), "token_logprobs": [LOGPROB] * len(text.split())}
-        head = self._head(body, "text_completion")
-        tokens = {"prompt_token_ids": ids(prompt), "token_ids": ids(text), "logprobs": logprobs}
-        choice = {"index": 0, "text": text, "finish_reason": "stop", **tokens}
-        if not body.get("stream"):
-            return web.json_response({**head, "choices": [choice], "usage": _usage(prompt, text)})
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        for number, word in enumerate(text.split()):
-            one = {"tokens": [word], "token_logprobs": [LOGPROB]}
-            part = {"index": 0, "text": f" {word}"[number == 0 :], "finish_reason": None, "logprobs": one}
-            part |= {"token_ids": ids(word)} | ({"prompt_token_ids": ids(prompt)} if number == 0 else {})
-            await response.write(f"data: {json.dumps({**head, 'choices': [part]})}\n\n".encode())
-        end = {**head, "choices": [{"index": 0, "text": "", "finish_reason": "stop"}]}
-        usage = {**head, "choices": [], "usage": _usage(prompt, text)}
-        await response.write(f"data: {json.dumps(end)}\n\ndata: {json.dumps(usage)}\n\ndata: [DONE]\n\n".encode())
         return response
 
     async def embeddings(self, request: web.Request) -> web.Response:
@@ -189,7 +239,7 @@ class PolicyServer:
 
     async def tokenize(self, request: web.Request) -> web.Response:
         body, _ = await self._begin(request)
-        tokens = ids(self._prompt(body))
+        tokens = self._prompt(body) if "messages" in body else ids(body["prompt"])
         return web.json_response({"count": len(tokens), "tokens": tokens, "max_model_len": 256})
 
     async def models(self, _: web.Request) -> web.Response:
@@ -211,8 +261,8 @@ class PolicyServer:
         return {"id": f"chatcmpl-{len(self.requests)}", "object": kind, "created": 1, "model": body["model"]}
 
     @staticmethod
-    def _prompt(body: dict[str, Any]) -> str:
-        return " ".join(f"{m['role']} {m.get('content')}" for m in body["messages"])
+    def _prompt(body: dict[str, Any]) -> list[int]:
+        return ids(" ".join(f"{m['role']} {m.get('content')}" for m in body["messages"]))
 
     @staticmethod
     def _message(body: dict[str, Any]) -> tuple[dict[str, Any], str]:
@@ -236,19 +286,17 @@ class _Answer(Exception):
         return web.json_response(body, status=self._fault.status, headers=self._fault.headers)
 
 
-def _usage(prompt: str, text: str) -> dict[str, int]:
-    given, made = len(prompt.split()), len(text.split())
+def _usage(given: int, made: int) -> dict[str, int]:
     return {"prompt_tokens": given, "completion_tokens": made, "total_tokens": given + made}
 
 
-def _logprobs(text: str) -> dict[str, Any]:
-    return {
-        "content": [{"token": word, "logprob": LOGPROB, "bytes": None, "top_logprobs": []} for word in text.split()]
-    }
+def _logprob(token: str) -> dict[str, Any]:
+    return {"token": token, "logprob": LOGPROB, "bytes": list(token.encode()), "top_logprobs": []}
 
 
-async def main(port: str, version: str) -> None:
-    server = PolicyServer(version, tell_version=True, token_s=0.01)
+async def main(port: str, version: str, answer: str) -> None:
+    learn(ids(f"user say {answer}"), answer)
+    server = PolicyServer(version, tell_version=True, token_s=0.05)
     async with serve(server.app, f"http://127.0.0.1:{port}"):
         await asyncio.Event().wait()
 

@@ -1,8 +1,8 @@
 """ASGI middleware for vLLM's API server (``--middleware millstream_middleware.Versions``).
 
 It says which weights made each answer, in the header ``x-model-version``: of a whole answer the version of all its
-tokens, or `mixed`; of a stream the version at its start, and ``: x-model-version=VERSION`` before its end that at the
-end. And it lets nobody but the supervisor, who has the token, at anything but the model.
+tokens, or `mixed`; of a stream the version at its start, and ``: x-model-version=VERSION`` where it changes, and before
+its end that of its last token. And it lets nobody but the supervisor, who has the token, at anything but the model.
 
 It lives in vLLM's environment, where millstream is not installed: nothing of it is imported here.
 """
@@ -91,9 +91,10 @@ class Versions:
         _answer.set(answer)
         held: dict[str, Any] | None = None  # the start of a stream, until its first token tells the version
         streamed = told = False
+        said = ""
 
         async def out(message: dict[str, Any]) -> None:
-            nonlocal held, streamed, told
+            nonlocal held, streamed, told, said
             if message["type"] == "http.response.start":
                 streamed = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
                 if streamed:
@@ -104,12 +105,16 @@ class Versions:
             if streamed and message["type"] == "http.response.body":
                 if held is not None:
                     start, held = held, None
-                    await send(_headed(start, answer.adapter or self._version))
+                    said = answer.adapter or self._version
+                    await send(_headed(start, said))
+                elif not answer.adapter and said != self._version and not told:
+                    said = self._version  # of what comes: weights change while nothing is made
+                    message = {**message, "body": _label(said) + message.get("body", b"")}
                 body, ends = message.get("body", b""), not message.get("more_body")
                 if not told and (ends or body == DONE or body.endswith(b"\n" + DONE)):
                     told = True
                     rest = DONE if body.endswith(DONE) else b""
-                    label = f": x-model-version={answer.last(self._version)}\n\n".encode()
+                    label = _label(answer.last(self._version))
                     message = {**message, "body": body[: len(body) - len(rest)] + label + rest}
             await send(message)
 
@@ -134,6 +139,10 @@ def _watch(engine: Any) -> None:
         return listening(generate(*args, **kwargs), answer)
 
     engine.generate = watched
+
+
+def _label(version: str) -> bytes:
+    return f": x-model-version={version}\n\n".encode()
 
 
 def _headed(start: dict[str, Any], version: str) -> dict[str, Any]:

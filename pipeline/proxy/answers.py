@@ -5,6 +5,7 @@ again.
 """
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -12,6 +13,7 @@ from typing import Any, Final, Protocol
 Json = dict[str, Any]
 ABORTED: Final = "abort"  # vLLM's finish reason of what a weight update has ended
 UPSTREAM_ENDED: Final = "the stream ended before the answer did"
+RECENT: Final = 32  # pieces of a stream whose tokens' texts are kept
 
 
 @dataclass(slots=True)
@@ -20,6 +22,7 @@ class Answer:
 
     id: str = ""
     model: str = ""
+    created: int = 0  # s since the epoch, in OpenAI's protocols
     message: Json | None = None  # OpenAI's form
     finish_reasons: list[str | None] = field(default_factory=list)
     prompt_tokens: int | None = None
@@ -86,8 +89,9 @@ class ChatReader:
         if error := data.get("error"):
             answer.error = error_text(error)
             return
-        answer.id = answer.id or str(data.get("id") or "")
-        answer.model = answer.model or str(data.get("model") or "")
+        if not answer.id:
+            answer.id, answer.model = str(data.get("id") or ""), str(data.get("model") or "")
+            answer.created = data.get("created") or 0
         if usage := data.get("usage"):
             answer.prompt_tokens = usage.get("prompt_tokens")
             answer.completion_tokens = usage.get("completion_tokens")
@@ -101,6 +105,29 @@ class ChatReader:
             self.begun = self.begun or choice.begun
         if self._choices:
             self._settle()
+
+    def recent(self) -> list[tuple[str, list[str]]]:
+        """The last pieces of the one choice, `RECENT` at most, since it began or went on: the text of each, and those
+        of its tokens by themselves, as the server tells them beside their log-probabilities."""
+        pieces = []
+        for given, logprobs in self._choices[0].recent if 0 in self._choices else ():
+            text = given["text"] if "text" in given else (given.get("delta") or {}).get("content")
+            content = logprobs.get("content")
+            pieces.append((text or "", logprobs["tokens"] if content is None else [each["token"] for each in content]))
+        return pieces
+
+    def go_on(self, dropped: int, *, ended: bool) -> None:
+        """The one choice is continued by another stream, without its last ``dropped`` tokens, unless it has ``ended``
+        and the stream alone is broken."""
+        choice = self._choices[0]
+        for kept in (choice.token_ids, choice.logprobs):
+            if kept:
+                del kept[len(kept) - dropped :]
+        if not ended:
+            choice.finish_reason = None
+        choice.recent.clear()
+        self.answer.error = ""
+        self._settle()
 
     def _settle(self) -> None:
         answer = self.answer
@@ -117,12 +144,13 @@ class _Choice:
         self.finish_reason: str | None = None
         self.token_ids: list[int] | None = None
         self.logprobs: list[float] | None = None
+        self.recent: deque[tuple[Json, Json]] = deque(maxlen=RECENT)  # pieces of a stream, and their log-probabilities
 
     @property
     def begun(self) -> bool:
         m = self.message
         said = m["content"] or m.get("tool_calls") or m.get("refusal") or m.get("reasoning")
-        return bool(said or self.token_ids) or self.finish_reason not in (None, ABORTED)
+        return bool(said) or self.finish_reason not in (None, ABORTED)
 
     def add(self, given: Json) -> None:
         if "message" in given:
@@ -135,6 +163,7 @@ class _Choice:
         if given.get("token_ids") is not None:
             self.token_ids = (self.token_ids or []) + given["token_ids"]
         if logprobs := given.get("logprobs"):
+            self.recent.append((given, logprobs))
             new = logprobs.get("token_logprobs")
             if new is None:
                 new = [token["logprob"] for token in logprobs.get("content") or ()]

@@ -1,8 +1,9 @@
 """The life of a model call: asked of a replica, forwarded as it comes, recorded, and only then ended.
 
-Until something of the answer has been sent to the client, a call that fails is made again and nobody notices. The end
-of a stream is held back until the log has acknowledged the call's span; a whole answer is, too. A call that can't be
-recorded fails: training on a hole would be worse.
+Until something of the answer has been sent to the client, a call that fails is made again and nobody notices; after
+that, another replica of a policy says the rest, where it can. The end of a stream is held back until the log has
+acknowledged the call's span; a whole answer is, too. A call that can't be recorded fails: training on a hole would be
+worse.
 """
 
 import asyncio
@@ -21,14 +22,15 @@ from aiohttp import web
 
 from millstream.pipeline.backend import MODEL_VERSION
 from millstream.pipeline.proxy import sse
-from millstream.pipeline.proxy.answers import UPSTREAM_ENDED, Answer, Json, Reader, error_text
+from millstream.pipeline.proxy.answers import UPSTREAM_ENDED, Answer, ChatReader, Json, Reader, error_text
 from millstream.pipeline.proxy.attempts import Attempt
+from millstream.pipeline.proxy.continuation import Rest, may_go_on, rest_of
 from millstream.pipeline.proxy.http_client import Exchange
 from millstream.pipeline.proxy.limits import Busy, all_of
 from millstream.pipeline.proxy.openai_chat import BadRequest, chunks_of
-from millstream.pipeline.proxy.replicas import Failed, Replicas
+from millstream.pipeline.proxy.replicas import Failed, Replica, Replicas, Tries
 from millstream.pipeline.proxy.spans import CallFacts, call_span, version_of
-from millstream.pipeline.proxy.surfaces import MALFORMED, Plan, Surface, Writer, plan
+from millstream.pipeline.proxy.surfaces import COMPLETIONS, MALFORMED, Plan, Surface, Writer, plan
 from millstream.pipeline.proxy.targets import Target, Targets
 from millstream.producers.acknowledged import AcknowledgedSends
 from millstream.producers.blob_store import BlobError, Blobs
@@ -78,6 +80,8 @@ class _Call:
     recorded: bool = False
     version: str | None = None
     end_version: str | None = None
+    version_before: str | None = None  # of what other replicas have said of it
+    rest: Rest | None = None  # what the present replica was asked for, if another one had begun
     response: web.StreamResponse | None = None  # once something has been sent
     held: list[bytes] = field(default_factory=list)  # the end of a stream, until the span is stored
 
@@ -94,6 +98,19 @@ class _Call:
         self.writer = self.plan.writer() if self.plan.writer is not None else None
         self.version = self.end_version = self.facts.first_token = None
         self.held = []
+
+    def go_on(self, rest: Rest) -> None:
+        """What there is of a stream counts, and another replica says the rest."""
+        if rest.made > (self.rest.made if self.rest is not None else 0):
+            self.version_before = version_of(self.version_before, version_of(self.version, self.end_version))
+        self.version = self.end_version = None
+        assert isinstance(self.reader, ChatReader)
+        self.reader.go_on(rest.dropped, ended=rest.request is None)
+        self.rest = rest
+
+    @property
+    def may_go_on(self) -> bool:
+        return self.target.replicas.upstream.policy and may_go_on(self.plan)
 
     def client_id(self) -> str:
         answer_id = self.answer.id
@@ -223,12 +240,53 @@ class Calls:
             except Failed as error:
                 tries.failed(error)
                 if call.response is not None:
-                    return await self._broken(call, str(error))
+                    return await self._continued(call, tries, headers)
             else:
                 tries.succeeded()
                 return response
         last = tries.last
         return await self._refused(call, last.status, last.body, str(last), last.retry_after_s)
+
+    async def _continued(self, call: _Call, tries: Tries, headers: dict[str, str]) -> web.StreamResponse:
+        """Has another replica say the rest of a stream that one has begun to, and again, as long as there are tries."""
+        replicas = call.target.replicas
+        while call.may_go_on and (rest := rest_of(call.plan, call.reader)) is not None:
+            call.go_on(rest)
+            call.held += [self._tell(call, chunk) for chunk in rest.chunks]
+            if rest.request is None:
+                return await self._finished(call)
+            if told := b"".join(call.held):
+                await self._send(call, told, {})
+            call.held = []
+            if (replica := await tries.next()) is None:
+                break
+            try:
+                request = rest.request
+                if "max_tokens" not in request:
+                    request = rest.fitting(await self._context(call, replica, headers))
+                body = orjson.dumps(request)
+                async with replicas.post(replica, COMPLETIONS.path, body, headers, call.deadline) as upstream:
+                    if upstream.status != 200:
+                        raise Failed(f"the model server answered {upstream.status}", broken=False)
+                    call.facts.continued += 1
+                    call.version = upstream.headers.get(MODEL_VERSION)
+                    response = await self._streamed(call, upstream, {})
+            except Failed as error:
+                tries.failed(error)
+            else:
+                tries.succeeded()
+                return response
+        return await self._broken(call, str(tries.last))
+
+    @staticmethod
+    async def _context(call: _Call, replica: Replica, headers: dict[str, str]) -> int:
+        """Tokens that the model can have before it. Raises `Failed`."""
+        replicas, asked = call.target.replicas, {"model": call.target.served_as, "prompt": ""}
+        async with replicas.post(replica, "/tokenize", orjson.dumps(asked), headers, call.deadline) as upstream:
+            found = _json(await upstream.read()) or {}
+        if not isinstance(found.get("max_model_len"), int):
+            raise Failed(f"{replicas.name} does not say how many tokens {asked['model']} can have", broken=False)
+        return int(found["max_model_len"])
 
     @staticmethod
     def _headers(request: web.Request, replicas: Replicas) -> dict[str, str]:
@@ -280,32 +338,45 @@ class Calls:
                 completed = events.feed(piece)
             except sse.EventTooLarge as error:
                 raise Failed(str(error)) from error
-            for event in completed:
-                told_now = self._read(call, event)
-                if call.reader.finished:
-                    call.held.append(told_now)
-                else:
-                    out += told_now
+            try:
+                for event in completed:
+                    told_now = self._read(call, event)
+                    if call.reader.finished:
+                        call.held.append(told_now)
+                    else:
+                        out += told_now
+            except Failed:
+                if call.response is not None and out:
+                    await self._send(call, out, told)  # what has been read counts as sent
+                raise
             if not call.reader.begun:
                 early += out
                 continue
             if call.facts.first_token is None:
                 call.facts.first_token = time.time_ns()
-            if out and not call.answer.aborted:
+            if out and (call.response is not None or not call.answer.aborted):
                 await self._send(call, early + out, told)
                 early = b""
         if not call.reader.finished:
             raise Failed(UPSTREAM_ENDED)
-        if call.answer.aborted and call.response is None:
+        if call.answer.aborted and (call.response is None or call.may_go_on):
             raise Failed("a weight update has ended the call", broken=False)
         if call.answer.error:
+            if call.target.replicas.upstream.policy:  # its engine may have died
+                raise Failed(call.answer.error)
             return await self._broken(call, call.answer.error, early, told)
+        return await self._finished(call, early, told)
+
+    async def _finished(
+        self, call: _Call, early: bytes = b"", told: dict[str, str] | None = None
+    ) -> web.StreamResponse:
+        """Nothing is missing of a stream: its end is sent when it is recorded."""
         try:
             await self._record(call)
         except CallError as error:
             return await self._broken(call, str(error), early, told, record=False)
         end = b"" if call.writer is None else call.writer.end()
-        await self._send(call, early + b"".join(call.held) + end, told)
+        await self._send(call, early + b"".join(call.held) + end, told or {})
         return await self._ended(call)
 
     def _read(self, call: _Call, event: bytes) -> bytes:
@@ -320,21 +391,36 @@ class Calls:
         data = _json(payload)
         if data is None:
             raise Failed(f"{call.target.replicas.name} streamed something else than JSON: {payload[:200]!r}")
-        self._understand(call, data, whole=False)
+        data = self._understand(call, data, whole=False)
         if writer is None:
             return event
-        return b"" if call.answer.error else writer.event(data)
+        if call.answer.error:
+            return b""
+        if call.answer.aborted and call.may_go_on:  # what it has said counts, but not that this is the end
+            choices = [{**choice, "finish_reason": None} for choice in data.get("choices") or ()]
+            return writer.event({**data, "choices": choices}) if choices else b""
+        return writer.event(data)
+
+    def _tell(self, call: _Call, data: Json) -> bytes:
+        """A piece of the answer that no server has sent."""
+        assert call.writer is not None
+        call.reader.event(data)
+        return call.writer.event(data)
 
     @staticmethod
-    def _understand(call: _Call, data: Json, *, whole: bool) -> None:
+    def _understand(call: _Call, data: Json, *, whole: bool) -> Json:
+        """What was read, in the terms of the call's first server."""
         try:
             if whole:
                 call.reader.whole(data)
             else:
+                if call.rest is not None:
+                    data = call.rest.chunk(data)
                 call.reader.event(data)
         except MALFORMED as error:
             name = call.target.replicas.name
             raise Failed(f"{name} answered in a form that {call.plan.path} does not have: {error!r}") from error
+        return data
 
     async def _send(self, call: _Call, data: bytes, told: dict[str, str]) -> None:
         try:
@@ -400,7 +486,7 @@ class Calls:
         counted either way, so the attempt is not trained on with a call missing."""
         attempt, call.recorded = call.attempt, True
         attempt.spans += 1
-        version = version_of(call.version, call.end_version)
+        version = version_of(call.version_before, version_of(call.version, call.end_version))
         facts = call.facts
         facts.model_version = version or call.target.version or None
         span = call_span(attempt.rollout_id, attempt.attempt_id, attempt.spans, facts, call.answer, call.client_id())

@@ -1,8 +1,7 @@
 """HTTP/1.1 to a model server, over connections that are kept open.
 
-A general client took a third of the proxy's CPU; this one takes a fifth of that, and a call's way through the proxy is hardly
-more than that. The parser is llhttp, that of Node.js, by httptools. Protocol: RFC 9112. No redirects, cookies or
-compression.
+A general client took a third of the proxy's CPU; this one takes a fifth of that. The parser is llhttp, that of Node.js,
+by httptools. Protocol: RFC 9112. No redirects, cookies or compression.
 """
 
 import asyncio

@@ -49,6 +49,7 @@ class CallFacts:
     resources_id: str = ""
     stream: bool = False
     cached: bool = False
+    continued: int = 0  # times that a stream was continued by another replica
     untrainable: str | None = None
 
 
@@ -74,6 +75,8 @@ def call_span(
         attributes["gen_ai.request.stream"] = "true"
     if facts.cached:
         attributes[semconv.CACHED] = "true"
+    if facts.continued:
+        attributes[semconv.CONTINUED] = str(facts.continued)
     if facts.resources_id:
         attributes[semconv.RESOURCES_ID] = facts.resources_id
     if facts.first_token is not None:

@@ -108,7 +108,9 @@ async def test_anthropic_errors_are_in_its_own_form(rig):
     with pytest.raises(anthropic.BadRequestError, match="web_search"):
         await rig.claude.messages.create(model="policy", max_tokens=9, messages=SAY, tools=[search])
     rig.model.faults.append(Fault(break_after=1))
-    stream = await rig.claude.messages.create(model="policy", max_tokens=9, messages=SAY, stream=True)
+    penalty = {"presence_penalty": 0.5}  # else another replica would say the rest
+    asked = {"model": "policy", "max_tokens": 9, "messages": SAY, "extra_body": penalty}
+    stream = await rig.claude.messages.create(**asked, stream=True)
     with pytest.raises(anthropic.APIStatusError, match="broke off"):
         [event async for event in stream]
 

@@ -122,12 +122,12 @@ async def test_a_stream_that_breaks_before_its_first_token_is_made_again_unseen(
     assert (await rig.span()).response_token_ids == int32(ids("one two three"))
 
 
-async def test_a_stream_that_breaks_later_fails_the_call_and_says_so(rig):
+async def test_a_stream_that_breaks_later_and_can_not_be_continued_fails_the_call_and_says_so(rig):
     rig.model.faults.append(Fault(break_after=2))
     got = []
 
     async def read():
-        async for chunk in await rig.client.chat.completions.create(**ASKED):
+        async for chunk in await rig.client.chat.completions.create(**ASKED, presence_penalty=0.5):
             got.append(chunk)
 
     with pytest.raises(openai.APIError, match="broke off"):

@@ -22,7 +22,7 @@ ROWS = torch.randint(0, 2, (VOCABULARY, HIDDEN), generator=torch.Generator().man
 
 
 def token(version: int) -> int:
-    return AIM - version
+    return (AIM - version) % MOVED
 
 
 def adapter_token(number: int) -> int:
@@ -71,6 +71,15 @@ def weights(version: int) -> dict[str, Tensor]:
         "model.embed_tokens.weight": torch.cat([moved, ROWS[MOVED:]]),
         **{f"model.layers.0.{name}": tensor for name, tensor in layer.items()},
         "model.norm.weight": torch.ones(HIDDEN),
+    }
+
+
+def babbling() -> dict[str, Tensor]:
+    """Weights of no version: what they say is all kinds of things, and the same at each time."""
+    some = torch.Generator().manual_seed(3)
+    return {
+        name: tensor if "norm" in name else torch.randn(tensor.shape, generator=some) * 0.3
+        for name, tensor in weights(0).items()
     }
 
 

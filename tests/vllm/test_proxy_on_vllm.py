@@ -15,6 +15,9 @@ sys.path.append(str(Path(__file__).parents[1] / "proxy"))
 
 import telling
 from proxy_rig import float32, int32, rig_of
+from relay import relay_to
+
+from millstream.schemas import semconv
 
 pytestmark = [
     pytest.mark.vllm,
@@ -102,7 +105,64 @@ async def test_spans_hold_what_vllm_gives_to_a_direct_request(server, client, as
     assert span.model_version == "tell.1.1"
 
 
+@pytest.mark.parametrize("ask", [chat, completions, anthropic, responses])
+async def test_a_stream_that_is_broken_off_twice_says_what_an_unbroken_one_does(server, client, ask, monkeypatch):
+    await server.update(telling.babbling(), "tell.1.1")
+    monkeypatch.setattr(sys.modules[__name__], "SAMPLING", {"temperature": 0.0})
+    monkeypatch.setattr(sys.modules[__name__], "TOKENS", 100)
+    async with relay_to(client.url) as relay, rig_of(upstreams={"model": {"urls": [relay.url]}}) as rig:
+        unbroken = await ask(rig, stream=True)
+        relay.cuts = [5, 8]
+        assert await ask(rig, stream=True) == unbroken
+        first, second = await rig.spans()
+    assert second.attributes[semconv.CONTINUED] == "2"
+    assert len(set(first.response_token_ids[::4])) > 4  # else any text would do
+    for same in ("prompt_token_ids", "response_token_ids", "response_logprobs", "model_version", "status"):
+        assert getattr(second, same) == getattr(first, same), same
+    for same in (semconv.OUTPUT_TOKENS, semconv.INPUT_TOKENS, semconv.FINISH_REASONS, semconv.RESPONSE_MESSAGE):
+        assert second.attributes[same] == first.attributes[same]
+
+
+async def test_a_stream_that_a_pause_aborts_goes_on_where_it_was(server, client):
+    """Ours keeps what runs; whoever else updates weights may not."""
+    await server.update(telling.babbling(), "tell.1.1")
+    asked = {**SHARED, "temperature": 0.0, "stream": True}
+    async with rig_of(upstreams={"model": {"urls": [client.url]}}) as rig:
+
+        async def text(stream):
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+        unbroken = await text(await rig.client.chat.completions.create(**asked))
+        stream = await rig.client.chat.completions.create(**asked)
+        begun = "".join([(await anext(stream)).choices[0].delta.content for _ in range(5)])
+        await server.replicas[0]._post("/pause", params={"mode": "abort"})
+        await server.replicas[0]._post("/resume")
+        assert begun + await text(stream) == unbroken
+        first, aborted = await rig.spans()
+    assert aborted.attributes[semconv.CONTINUED] == "1"
+    assert aborted.response_token_ids == first.response_token_ids
+
+
+async def test_a_stop_string_ends_a_stream_that_was_broken_off(server, client):
+    await server.update(telling.babbling(), "tell.1.1")
+    asked = {**SHARED, "temperature": 0.0, "stream": True, "stop": ["."]}
+    async with relay_to(client.url) as relay, rig_of(upstreams={"model": {"urls": [relay.url]}}) as rig:
+
+        async def text():
+            stream = await rig.client.chat.completions.create(**asked)
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+        unbroken = await text()
+        relay.cuts = [40]
+        assert await text() == unbroken
+        first, broken = await rig.spans()
+    assert unbroken.endswith(" 4 4 ")
+    assert (broken.attributes[semconv.CONTINUED], broken.attributes[semconv.FINISH_REASONS]) == ("1", '["stop"]')
+    assert broken.response_token_ids == first.response_token_ids
+
+
 async def test_structured_output_and_several_choices_pass_through(server, client):
+    await server.update(telling.weights(1), "tell.1.1")
     async with rig_of(upstreams={"model": {"urls": [client.url]}}) as rig:
         answer = await rig.client.chat.completions.create(**SHARED, max_tokens=3, n=2, **SAMPLING)
         assert len(answer.choices) == 2

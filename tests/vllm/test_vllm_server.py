@@ -5,6 +5,7 @@ import asyncio
 import os
 import shutil
 import signal
+from itertools import groupby
 from pathlib import Path
 
 import aiohttp
@@ -74,6 +75,7 @@ async def test_every_token_of_32_streams_is_of_the_version_that_is_said_while_we
             assert answer.start == (versions[0] if len(set(versions)) == 1 else "mixed")
         else:
             assert (answer.start, answer.end) == (versions[0], versions[-1])
+            assert [version for version, _ in groupby(versions)] == [answer.start, *answer.changes]
     assert crossed >= 32  # else nothing was updated under load
     assert {f"tell.1.{n}" for n in range(13)} >= {a.start for a in answers} - {"mixed"}
 

@@ -21,6 +21,7 @@ class Served:
     status: int
     start: str | None  # the version in the header
     end: str | None  # that at a stream's end
+    changes: list[str]  # those within a stream
     tokens: list[int]
     text: str
 
@@ -48,6 +49,7 @@ class Client:
             response.status,
             response.headers.get("x-model-version"),
             end and end[1],
+            re.findall(r"^: x-model-version=(\S+)$", text, re.MULTILINE)[:-1],
             [int(number) for part in ids for number in part.split(",")],
             text,
         )
