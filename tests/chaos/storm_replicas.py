@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.request import Request, urlopen
 
 import aiohttp
 
@@ -117,7 +118,7 @@ class Vllm:
     """Two real vLLMs with the telling model, each of whose tokens is that of its version. A killed one is started again
     by what supervises it in production, too."""
 
-    TOKENS = 32
+    TOKENS = 64
 
     def __init__(self, folder: Path) -> None:
         sys.path += [str(TESTS / "vllm"), str(TESTS.parent)]
@@ -131,9 +132,9 @@ class Vllm:
         self._telling, self._folder = telling, folder / "vllm"
         telling.create(self._folder / "model")
         settings = load_settings(weights_root=self._folder, vllm_python=PYTHON)
-        options = VllmOptions(args=(*ARGS, "--tokenizer", str(self._folder / "tokenizer")))
+        options = VllmOptions(args=(*ARGS, "--tokenizer", str(self._folder / "tokenizer")), replicas=2)
         model, run = self._folder / "model", self._folder / "run"
-        self._server = VllmServer(model, options, settings, run, version=named(0), replicas=2)
+        self._server = VllmServer(model, options, settings, run, version=named(0))
         self.urls = self._server.urls
         self.asked = {
             "messages": [{"role": "user", "content": "add 3 to 8 ?"}],
@@ -150,9 +151,23 @@ class Vllm:
         saved = save(self._folder / "versions", self._telling.weights(number), named(number))
         await self._server.replicas[replica].load(saved)
 
+    @staticmethod
+    def _kill_busy(process: Any) -> None:
+        """Amidst some streams, by a thread: when the clients' event loop has time, replicas have least to do."""
+        metrics = Request(f"{process.url}/metrics", headers={"x-millstream-admin": process.token})
+        for _ in range(6000):
+            with urlopen(metrics) as answer:
+                told = answer.read().decode()
+            running = re.findall(r"^vllm:num_requests_running\S* (\S+)$", told, re.MULTILINE)
+            if sum(map(float, running)) >= 4:
+                time.sleep(0.05)  # so that they have begun
+                return os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.01)
+        raise TimeoutError("the replica has had nothing to do for a minute")
+
     async def kill(self, replica: int) -> None:
         killed = self._server.replicas[replica]
-        await at_any_time(lambda: os.killpg(killed.process.pid, signal.SIGKILL))
+        await asyncio.to_thread(self._kill_busy, killed.process)
         async with asyncio.timeout(300):
             while killed.restarts == 0:  # noqa: ASYNC110 - its supervisor tells nobody
                 await asyncio.sleep(0.2)
