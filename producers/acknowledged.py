@@ -15,10 +15,10 @@ from millstream.producers.port import Producer
 from millstream.schemas.log import Headers
 from millstream.schemas.records import Record
 
-PAUSE_S: Final = 0.005  # between two batches of more than one record, at least
+PAUSE_S: Final = 0.01  # between two batches of more than one record, at least
 # The producer's own lingering: so that a batch, handed over record by record, is one request. With 0 librdkafka sends
 # its first record alone, the next ones after it, and spins as soon as five requests are under way.
-BURST_MS: Final = 0.5
+BURST_MS: Final = 0.2
 # At most: a partition whose leader is away must not hold up the others. Long enough for that limit at a slow broker.
 STALLED_S: Final = 0.05
 

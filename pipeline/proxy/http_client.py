@@ -114,7 +114,7 @@ class Exchange:
     def __init__(self, server: Server, request: bytes) -> None:
         self._server = server
         self._request = request
-        self._connection: _Connection
+        self._connection: _Connection | None = None
 
     async def __aenter__(self) -> Self:
         """Returns when the answer's head is there. Raises `HttpError`."""
@@ -139,7 +139,13 @@ class Exchange:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._server.done(self._connection)
+        if self._connection is not None:
+            self._server.done(self._connection)
+
+    @property
+    def _connected(self) -> "_Connection":
+        assert self._connection is not None, "enter it first"
+        return self._connection
 
     @property
     def content_type(self) -> str:
@@ -147,11 +153,14 @@ class Exchange:
 
     async def read(self) -> bytes:
         """What is left of the body. Raises `HttpError`."""
-        return b"".join([piece async for piece in self.pieces()])
+        pieces = []
+        while piece := await self._connected.next():
+            pieces.append(piece)
+        return b"".join(pieces)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes. Raises `HttpError`."""
-        while piece := await self._connection.next():
+        while piece := await self._connected.next():
             yield piece
 
 

@@ -9,10 +9,10 @@ import logging
 import math
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from types import TracebackType
 from typing import Any, Final
 
 import orjson
@@ -104,36 +104,9 @@ class Replicas:
             return REST_S
         return max(0.0, min(replica.rests_until for replica in self.all) - self._clock())
 
-    @asynccontextmanager
-    async def post(
-        self, replica: Replica, path: str, body: bytes, headers: dict[str, str], deadline: float
-    ) -> AsyncIterator[Exchange]:
-        """The body has the answer's head, of whatever status. Raises `Failed` if the server can't be reached, breaks
-        off, or answers with a status that is tried again."""
-        replica.in_flight += 1
-        replica.trying = replica.failures >= FAILURES
-        try:
-            async with (
-                asyncio.timeout(max(0.0, deadline - self._clock())),
-                replica.server.request("POST", path, headers, body) as answer,
-            ):
-                if answer.status in RETRIED:
-                    text = (await answer.read())[: 64 << 10]
-                    raise Failed(
-                        f"{self.name} answered {answer.status}",
-                        status=answer.status,
-                        body=text,
-                        retry_after_s=retry_after_s(answer.headers.get("retry-after", "")),
-                        broken=answer.status >= 500,
-                    )
-                yield answer
-        except HttpError as error:
-            raise Failed(f"{self.name} can't be reached, or broke off: {error}") from error
-        except TimeoutError as error:
-            raise Failed(f"{self.name} did not answer in time", status=504, broken=False) from error
-        finally:
-            replica.in_flight -= 1
-            replica.trying = False
+    def post(self, replica: Replica, path: str, body: bytes, headers: dict[str, str], deadline: float) -> "Post":
+        exchange = replica.server.request("POST", path, headers, body)
+        return Post(self.name, replica, exchange, max(0.0, deadline - self._clock()))
 
     async def get(self, path: str, timeout_s: float) -> Any:
         """JSON of the first replica that can be used. Raises `Failed`."""
@@ -186,6 +159,51 @@ class Replicas:
                         logger.info("replica %s of %s is back", replica.url, self.name)
             except (HttpError, TimeoutError):
                 pass
+
+
+class Post:
+    """``async with`` it: a request to a replica, and the head of its answer, of whatever status. Raises `Failed` if the
+    server can't be reached, breaks off, takes too long, or answers with a status that is tried again.
+
+    No generator: each call comes through here."""
+
+    def __init__(self, name: str, replica: Replica, exchange: Exchange, timeout_s: float) -> None:
+        self._name = name
+        self._replica = replica
+        self._exchange = exchange
+        self._timeout = asyncio.timeout(timeout_s)
+
+    async def __aenter__(self) -> Exchange:
+        self._replica.in_flight += 1
+        self._replica.trying = self._replica.failures >= FAILURES
+        await self._timeout.__aenter__()
+        try:
+            answer = await self._exchange.__aenter__()
+            if answer.status in RETRIED:
+                raise Failed(
+                    f"{self._name} answered {answer.status}",
+                    status=answer.status,
+                    body=(await answer.read())[: 64 << 10],
+                    retry_after_s=retry_after_s(answer.headers.get("retry-after", "")),
+                    broken=answer.status >= 500,
+                )
+        except BaseException as error:
+            await self.__aexit__(type(error), error, error.__traceback__)
+            raise
+        return answer
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._replica.in_flight -= 1
+        self._replica.trying = False
+        await self._exchange.__aexit__(kind, error, traceback)
+        try:
+            await self._timeout.__aexit__(kind, error, traceback)
+        except TimeoutError as late:
+            raise Failed(f"{self._name} did not answer in time", status=504, broken=False) from late
+        if isinstance(error, HttpError):
+            raise Failed(f"{self._name} can't be reached, or broke off: {error}") from error
 
 
 class Tries:
