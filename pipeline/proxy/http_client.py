@@ -5,10 +5,10 @@ by httptools. Protocol: RFC 9112. No redirects, cookies or compression.
 """
 
 import asyncio
+import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from socket import SOCK_STREAM
 from types import TracebackType
 from typing import Final, Self, cast
 from urllib.parse import urlsplit
@@ -18,6 +18,8 @@ from aiohappyeyeballs import start_connection
 
 CONNECT_S: Final = 5.0
 IDLE_S: Final = 60.0  # a connection that has not been used for so long is not used again
+# A machine that has vanished says nothing: its connections end after a minute, answers of hours do not.
+PROBES: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}  # s, ms
 UNREAD: Final = 256 << 10  # bytes of an answer that are held for a slow reader; then the server has to wait
 
 
@@ -75,11 +77,15 @@ class Server:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_S):
-                found = await loop.getaddrinfo(self._host, self._port, type=SOCK_STREAM)
-                socket = await start_connection(found, happy_eyeballs_delay=0.25)  # RFC 8305; uvloop does not have it
+                found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+                sock = await start_connection(found, happy_eyeballs_delay=0.25)  # RFC 8305; uvloop does not have it
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+                for name, value in PROBES.items():
+                    if hasattr(socket, name):  # Linux has them all
+                        sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
                 _, connection = await loop.create_connection(
                     lambda: _Connection(self._gone),
-                    sock=socket,
+                    sock=sock,
                     ssl=self._tls,
                     server_hostname=self._host if self._tls else None,
                 )
