@@ -18,8 +18,6 @@ from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
 from millstream.schemas.model_commands import ANSWER, SERVER, ModelAnswer, ModelCommand, ServerState
 from millstream.schemas.records import Control
-from millstream.schemas.routing import KIND as ROUTING
-from millstream.schemas.routing import RoutingTable
 from millstream.schemas.settings import load_settings
 from millstream.schemas.topics import Topics
 
@@ -32,16 +30,14 @@ WaitS = Annotated[float, typer.Option(min=0, help="Seconds to wait for the serve
 class _Told:
     """What the control topic says of models."""
 
-    def __init__(self) -> None:
-        self.table = RoutingTable()
+    def __init__(self, log: Log, topics: Topics) -> None:
+        self.follower = ControlFollower(log, topics, on_control=self._hear)
         self.servers: dict[str, ServerState] = {}
         self.answers: dict[str, ModelAnswer] = {}
         self.more = asyncio.Event()
 
-    def hear(self, record: Control) -> None:
-        if record.kind == ROUTING and record.name > self.table.table_id:
-            self.table = RoutingTable.from_control(record)
-        elif record.kind == SERVER:
+    def _hear(self, record: Control) -> None:
+        if record.kind == SERVER:
             self.servers[record.name] = ServerState.from_control(record)
         elif record.kind == ANSWER:
             self.answers[record.name] = ModelAnswer.from_control(record)
@@ -95,8 +91,8 @@ def status(as_json: Json = False) -> None:
     """Show each model's versions with their shares, and who serves them."""
     settings = load_settings()
     told = with_log(settings, lambda log: _read(log, settings.topics))
-    rows = []
-    for model, arms in told.table.models.items():
+    table, rows = told.follower.routing, []
+    for model, arms in table.models.items():
         for arm in arms:
             state = told.servers.get(arm.upstream)
             served = state is not None and (arm.version == state.version or arm.served_as in state.adapters)
@@ -104,8 +100,8 @@ def status(as_json: Json = False) -> None:
             count = 0 if state is None else len(state.replicas)
             loaded = "" if not served else f"{len(alive)} of {count}"
             rows.append([model, arm.version, arm.weight, arm.upstream, arm.served_as, loaded, arm.weights])
-    if not as_json and told.table.table_id:
-        out.print(f"table {told.table.table_id}: {told.table.reason}", highlight=False, markup=False)
+    if not as_json and table.table_id:
+        out.print(f"table {table.table_id}: {table.reason}", highlight=False, markup=False)
     print_rows(["model", "version", "share", "upstream", "served_as", "loaded_at", "weights"], rows, as_json)
 
 
@@ -154,10 +150,9 @@ async def _read(log: Log, topics: Topics) -> _Told:
 @asynccontextmanager
 async def _listening(log: Log, topics: Topics) -> AsyncIterator[_Told]:
     """Knows all that the control topic holds, and goes on listening."""
-    told = _Told()
-    follower = ControlFollower(log, topics, on_control=told.hear)
+    told = _Told(log, topics)
     try:
-        await follower.start()
+        await told.follower.start()
         yield told
     finally:
-        await follower.close()
+        await told.follower.close()

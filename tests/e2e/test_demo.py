@@ -35,6 +35,8 @@ class Demo:
                 env=self.environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                # A shell's background jobs ignore it, and hand that down.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     def wait(self):
