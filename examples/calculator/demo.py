@@ -68,7 +68,7 @@ run_dir = "{run_dir}"
 tasks = "{run_dir}/train.jsonl"
 val_tasks = "{run_dir}/val.jsonl"
 max_steps = {max_steps}
-stop_reward = 0.97
+stop_reward = 0.95
 patience = 3
 seed = {seed}
 
