@@ -20,13 +20,13 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from socket import create_connection, socket
+from socket import create_connection
 from typing import Any
 
 import aiohttp
 from aiohttp import web
 
-from millstream.deploy.kafka.local import LocalKafka
+from millstream.deploy.kafka.local import LocalKafka, free_port
 from millstream.schemas.identity import attempt_key, attempt_path
 from millstream.schemas.ids import new_id
 
@@ -155,7 +155,7 @@ def fronts(folder: Path) -> Iterator[dict[str, Front]]:
         broker = LocalKafka(folder / "kafka", port=0)
         broker.up()
         stack.callback(broker.down)
-        ports = [_free_port() for _ in range(3)]
+        ports = [free_port() for _ in range(3)]
         urls = [f"http://127.0.0.1:{port}" for port in ports]
         target = f"{urls[0]}/v1/chat/completions"
         env = os.environ | {
@@ -190,13 +190,6 @@ def _attempt(proxy: str) -> tuple[str, dict[str, str]]:
     key = attempt_key(SECRET, rollout, attempt, valid_s=3600)
     url = f"{proxy}{attempt_path(rollout, attempt)}/v1/chat/completions"
     return url, JSON | {"Authorization": f"Bearer {key}"}
-
-
-def _free_port() -> int:
-    with socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _wait(port: int) -> None:

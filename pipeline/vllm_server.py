@@ -49,7 +49,7 @@ class Replica:
         self.adapters: dict[str, Weights] = {}
         self.restarts = 0
         self._options = options
-        self._shapes = base.shapes()
+        self.shapes = base.shapes()
         self._session: aiohttp.ClientSession | None = None
         self._lock = asyncio.Lock()  # one change at a time
         self._keeper: asyncio.Task[None] | None = None
@@ -171,7 +171,7 @@ class Replica:
 
     async def _swap(self, weights: Weights, tensors: "Mapping[str, Tensor] | None" = None) -> None:
         if tensors is None:  # files may have gone since they were written; vLLM would keep what it has in their place
-            check_fit(await asyncio.to_thread(weights.shapes), self._shapes)
+            check_fit(await asyncio.to_thread(weights.shapes), self.shapes)
         await self._post("/pause", params={"mode": "keep"})
         if tensors is None or self._options.transfer not in ("nccl", "ipc"):
             await self._post("/start_weight_update")
@@ -267,7 +267,6 @@ class VllmServer:
         self._options = options
         self._root = settings.weights_root
         self.base = self.weights(model, version)
-        self._shapes = self.base.shapes()
         processes = [
             VllmProcess(model, options, settings, folder / "log", f"vllm-{i}", port and port + i)
             for i in range(options.replicas)
@@ -308,7 +307,7 @@ class VllmServer:
     async def update(self, weights: "Mapping[str, Tensor]", version: str) -> None:
         """See `ModelServer.update`. They are written down first: a restart needs them."""
         check_version(version)
-        check_fit({name: tuple(tensor.shape) for name, tensor in weights.items()}, self._shapes)
+        check_fit({name: tuple(tensor.shape) for name, tensor in weights.items()}, self.replicas[0].shapes)
         saved = await asyncio.to_thread(save, self._folder / "versions", weights, version)
         before = self.replicas[0].good
         await self._everywhere(lambda replica: replica.load(saved, weights), lambda replica: replica.load(before))
@@ -331,7 +330,7 @@ class VllmServer:
             )
         else:
             before = self.replicas[0].good
-            check_fit(found.shapes(), self._shapes)
+            check_fit(found.shapes(), self.replicas[0].shapes)
             await self._everywhere(lambda replica: replica.load(found), lambda replica: replica.load(before))
         return name
 

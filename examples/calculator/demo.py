@@ -9,7 +9,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from rich.table import Table
 from examples.calculator.processes import STOP_S, Processes
 from examples.calculator.reward import LEDGER
 from examples.calculator.tasks import make_tasks
-from millstream.deploy.kafka.local import LocalKafka
+from millstream.deploy.kafka.local import LocalKafka, free_port
 from millstream.pipeline.kafka_log import KafkaLog
 from millstream.pipeline.store import ClickHouseStore
 from millstream.schemas.errors import MillstreamError
@@ -177,7 +176,7 @@ def in_process(run_dir: Path, adapter: str) -> Settings:
 
 def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
     """A broker and seven processes; all of them have ended when this returns, however it ends."""
-    proxy, model, store = _free_port(), _free_port(), _free_port()
+    proxy, model, store = free_port(), free_port(), free_port()
     folder = run_dir / "store"
     with _broker(run_dir / "kafka") as bootstrap:
         variables = {
@@ -259,12 +258,6 @@ def _broker(folder: Path) -> Iterator[str]:
 def _question(settings: Settings) -> str:
     millstream = Path(sys.executable).with_name("millstream")
     return f'MILLSTREAM_CLICKHOUSE_DSN={settings.clickhouse_dsn} {millstream} sql "SELECT …"'
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _wait_until_up(url: str, processes: Processes, seconds: float = 30.0) -> None:

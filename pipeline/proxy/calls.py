@@ -250,7 +250,7 @@ class Calls:
     async def _continued(self, call: _Call, tries: Tries, headers: dict[str, str]) -> web.StreamResponse:
         """Has another replica say the rest of a stream that one has begun to, and again, as long as there are tries."""
         replicas = call.target.replicas
-        while call.may_go_on and (rest := rest_of(call.plan, call.reader)) is not None:
+        while replicas.upstream.policy and (rest := rest_of(call.plan, call.reader)) is not None:
             call.go_on(rest)
             call.held += [self._tell(call, chunk) for chunk in rest.chunks]
             if rest.request is None:

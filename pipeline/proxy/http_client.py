@@ -68,12 +68,12 @@ class Server:
                 if not new and connection.used > horizon and not connection.transport.is_closing():
                     return connection
                 connection.transport.abort()
-            return await self._connected()
+            return await self._connect()
         except BaseException:
             self._places.release()
             raise
 
-    async def _connected(self) -> "_Connection":
+    async def _connect(self) -> "_Connection":
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(CONNECT_S):

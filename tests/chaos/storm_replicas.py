@@ -47,16 +47,6 @@ def named(number: int) -> str:
     return f"storm.0.{number}"
 
 
-async def at_any_time(kill: Callable[[], None]) -> None:
-    """Not just when the clients' event loop has time for it: that is when the replicas have least to do."""
-
-    def wait() -> None:
-        time.sleep(0.3)
-        kill()
-
-    await asyncio.to_thread(wait)
-
-
 async def answers(url: str) -> None:
     async with aiohttp.ClientSession() as session, asyncio.timeout(60):
         while True:
@@ -91,9 +81,15 @@ class Words:
             assert done.status == 200
         self._numbers[replica] = number
 
+    @staticmethod
+    def _kill(process: "subprocess.Popen[bytes]") -> None:
+        """By a thread: when the clients' event loop has time, replicas have least to do."""
+        time.sleep(0.3)
+        process.kill()
+        process.wait()
+
     async def kill(self, replica: int) -> None:
-        await at_any_time(self._processes[replica].kill)
-        self._processes[replica].wait()
+        await asyncio.to_thread(self._kill, self._processes[replica])
         await asyncio.sleep(1.0)
         self._processes[replica] = self._started(replica)
         await answers(f"{self.urls[replica]}/health")
@@ -153,7 +149,7 @@ class Vllm:
 
     @staticmethod
     def _kill_busy(process: Any) -> None:
-        """Amidst some streams, by a thread: when the clients' event loop has time, replicas have least to do."""
+        """Amidst some streams, and by a thread, as `Words` does."""
         metrics = Request(f"{process.url}/metrics", headers={"x-millstream-admin": process.token})
         for _ in range(6000):
             with urlopen(metrics) as answer:

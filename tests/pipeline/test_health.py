@@ -15,6 +15,7 @@ import pytest
 
 from millstream.consumers.port import Log
 from millstream.consumers.workers import read_workers
+from millstream.deploy.kafka.local import free_port
 from millstream.pipeline import health as health_module
 from millstream.pipeline.collector import Collector
 from millstream.pipeline.health import EXIT_STUCK, Health, watched
@@ -27,12 +28,6 @@ from millstream.schemas.settings import Settings, load_settings
 from millstream.schemas.topics import Topics
 
 TOPICS = Topics("t", 1)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
 
 
 def get(port: int, path: str) -> tuple[int, str]:
