@@ -19,15 +19,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from secrets import token_hex
 
-from millstream.consumers.adapter import Adapter
-from millstream.consumers.prefixes import share
-from millstream.consumers.triplets import Trace, to_triplets
-from millstream.pipeline.memory_log import MemoryLog
-from millstream.schemas import codec, semconv, status
+from millstream.consumers.adapter.adapter import Adapter
+from millstream.consumers.adapter.triplets import Trace, to_triplets
+from millstream.consumers.log.memory_log import MemoryLog
 from millstream.schemas.ids import new_id
-from millstream.schemas.log import KIND_HEADER
-from millstream.schemas.records import AttemptEvent, RolloutTask, Span, Triplet
-from millstream.schemas.topics import Topics
+from millstream.schemas.spans import semconv
+from millstream.schemas.wire import codec, status
+from millstream.schemas.wire.log import KIND_HEADER
+from millstream.schemas.wire.prefixes import share
+from millstream.schemas.wire.records import AttemptEvent, RolloutTask, Span, Triplet
+from millstream.schemas.wire.topics import Topics
 
 CALLS, TOKENS = 10, 512
 ROUNDS = 7

@@ -26,17 +26,17 @@ from rich.console import Console
 from rich.table import Table
 
 import millstream as ms
-from millstream.consumers.adapter import Adapter
-from millstream.consumers.runner import Runner
+from millstream.consumers.adapter.adapter import Adapter
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.consumers.log.memory_log import MemoryLog
+from millstream.consumers.runner.runner import Runner
 from millstream.consumers.workers import read_workers
 from millstream.deploy.kafka.local import LocalKafka
-from millstream.pipeline.collector import Collector
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.pipeline.memory_log import MemoryLog
+from millstream.pipeline.training.collector import Collector
 from millstream.producers.tasks import TaskPublisher
+from millstream.schemas.config.settings import load_settings
 from millstream.schemas.ids import new_id
-from millstream.schemas.records import RolloutEnd, RolloutTask
-from millstream.schemas.settings import load_settings
+from millstream.schemas.wire.records import RolloutEnd, RolloutTask
 
 SPANS = 6
 CONCURRENCY = 16

@@ -27,7 +27,7 @@ import aiohttp
 from aiohttp import web
 
 from millstream.deploy.kafka.local import LocalKafka, free_port
-from millstream.schemas.identity import attempt_key, attempt_path
+from millstream.schemas.attempt_keys import attempt_key, attempt_path
 from millstream.schemas.ids import new_id
 
 SECRET = "benchmark"

@@ -24,17 +24,17 @@ import fastavro
 from rich.console import Console
 from rich.table import Table
 
-from millstream.consumers.clickhouse_sink import ClickHouseSink
-from millstream.consumers.encoded_spans import TABLE
-from millstream.consumers.sink import FlushPolicy, SinkRole
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.consumers.sink.clickhouse import ClickHouseSink
+from millstream.consumers.sink.encoded_spans import TABLE
+from millstream.consumers.sink.sink import FlushPolicy, SinkRole
 from millstream.deploy.kafka.local import LocalKafka
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.pipeline.store import ClickHouseStore
-from millstream.producers.port import Producer
-from millstream.schemas import codec
+from millstream.pipeline.store.clickhouse import ClickHouseStore
+from millstream.producers.log.port import Producer
+from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.ids import new_id
-from millstream.schemas.records import Span
-from millstream.schemas.settings import Settings, load_settings
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.records import Span
 
 SPANS_PER_ROLLOUT = 20
 BATCH = 10_000

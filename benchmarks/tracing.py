@@ -25,11 +25,11 @@ import openai
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
 import millstream as ms
-from millstream.consumers.agent_process import _Channel, _Running
-from millstream.producers.attempt_context import Attempt
-from millstream.producers.tracer import ProcessTracer
+from millstream.consumers.runner.agent_process import _Channel, _Running
+from millstream.producers.agent.attempt import Attempt
+from millstream.producers.agent.process_tracer import ProcessTracer
 from millstream.schemas.ids import new_id
-from millstream.schemas.records import RolloutTask
+from millstream.schemas.wire.records import RolloutTask
 
 ROUNDS = 25
 SPANS_PER_CALL = 20  # a call takes as long as that many spans

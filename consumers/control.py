@@ -4,15 +4,15 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from millstream.consumers.port import Consumer, Log
-from millstream.schemas import codec
+from millstream.consumers.log.port import Consumer, Log
+from millstream.schemas.config.routing import KIND as ROUTING
+from millstream.schemas.config.routing import RoutingTable
 from millstream.schemas.errors import CodecError, ConfigError, LogUnavailable
-from millstream.schemas.log import LogRecord, Partition
-from millstream.schemas.records import Control, RolloutTask
 from millstream.schemas.resources import Resources
-from millstream.schemas.routing import KIND as ROUTING
-from millstream.schemas.routing import RoutingTable
-from millstream.schemas.topics import Topics
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.records import Control, RolloutTask
+from millstream.schemas.wire.topics import Topics
 
 logger = logging.getLogger(__name__)
 

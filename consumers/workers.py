@@ -1,12 +1,12 @@
 """What the processes of a deployment do now, and how much waits for them: read from the log, when asked."""
 
-from millstream.consumers.port import Log
-from millstream.consumers.reading import read_to_end
-from millstream.schemas import codec
+from millstream.consumers.log.port import Log
+from millstream.consumers.log.read_to_end import read_to_end
 from millstream.schemas.errors import CodecError
-from millstream.schemas.log import Partition
-from millstream.schemas.records import Worker
-from millstream.schemas.topics import PRIORITIES, Topics
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import Partition
+from millstream.schemas.wire.records import Worker
+from millstream.schemas.wire.topics import PRIORITIES, Topics
 
 GONE_S = 20.0  # a process that has not been heard of for so long is gone; it reports every five seconds
 

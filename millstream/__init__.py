@@ -12,78 +12,80 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from millstream import integrations as integrations
-    from millstream.consumers.hooks import Hook as Hook
-    from millstream.consumers.sink_port import Batch as Batch
-    from millstream.consumers.sink_port import Sink as Sink
-    from millstream.consumers.triplets import Trace as Trace
-    from millstream.consumers.triplets import TripletMaker as TripletMaker
-    from millstream.consumers.triplets import to_triplets as to_triplets
+    from millstream.consumers.adapter.triplets import Trace as Trace
+    from millstream.consumers.adapter.triplets import TripletMaker as TripletMaker
+    from millstream.consumers.adapter.triplets import to_triplets as to_triplets
+    from millstream.consumers.runner.hooks import Hook as Hook
+    from millstream.consumers.sink.port import Batch as Batch
+    from millstream.consumers.sink.port import Sink as Sink
     from millstream.pipeline.algorithms.grpo import GRPO as GRPO
-    from millstream.pipeline.batches import Algorithm as Algorithm
-    from millstream.pipeline.broker import broker as broker
     from millstream.pipeline.hooks import ErrorHandler as ErrorHandler
     from millstream.pipeline.hooks import PerformanceMonitor as PerformanceMonitor
     from millstream.pipeline.hooks import StateBackup as StateBackup
     from millstream.pipeline.hooks import WarmUp as WarmUp
-    from millstream.pipeline.memory_store import MemoryStore as MemoryStore
-    from millstream.pipeline.store import ClickHouseStore as ClickHouseStore
-    from millstream.pipeline.store_port import AsyncStore as AsyncStore
-    from millstream.pipeline.store_port import Attempt as Attempt
-    from millstream.pipeline.store_port import Reward as Reward
-    from millstream.pipeline.store_port import Rollout as Rollout
-    from millstream.pipeline.store_port import Store as Store
-    from millstream.pipeline.traced_rollout import TracedRollout as TracedRollout
-    from millstream.pipeline.tracer import Tracer as Tracer
-    from millstream.pipeline.trainer import Trainer as Trainer
-    from millstream.producers.agent_environment import attempt_environment as attempt_environment
+    from millstream.pipeline.services.broker import broker as broker
+    from millstream.pipeline.store.clickhouse import ClickHouseStore as ClickHouseStore
+    from millstream.pipeline.store.memory_store import MemoryStore as MemoryStore
+    from millstream.pipeline.store.results import AsyncStore as AsyncStore
+    from millstream.pipeline.store.results import Attempt as Attempt
+    from millstream.pipeline.store.results import Reward as Reward
+    from millstream.pipeline.store.results import Rollout as Rollout
+    from millstream.pipeline.store.results import Store as Store
+    from millstream.pipeline.tracing.traced_rollout import TracedRollout as TracedRollout
+    from millstream.pipeline.tracing.tracer import Tracer as Tracer
+    from millstream.pipeline.training.algorithm import Algorithm as Algorithm
+    from millstream.pipeline.training.trainer import Trainer as Trainer
+    from millstream.producers.agent.child_environment import attempt_environment as attempt_environment
+    from millstream.producers.agent.clients import anthropic_client as anthropic_client
+    from millstream.producers.agent.clients import async_anthropic_client as async_anthropic_client
+    from millstream.producers.agent.clients import async_openai_client as async_openai_client
+    from millstream.producers.agent.clients import openai_client as openai_client
+    from millstream.producers.agent.emit import emit_annotation as emit_annotation
+    from millstream.producers.agent.emit import emit_exception as emit_exception
+    from millstream.producers.agent.emit import emit_message as emit_message
+    from millstream.producers.agent.emit import emit_object as emit_object
+    from millstream.producers.agent.emit import emit_otel_span as emit_otel_span
+    from millstream.producers.agent.emit import emit_reward as emit_reward
+    from millstream.producers.agent.emit import emit_span as emit_span
+    from millstream.producers.agent.operation import operation as operation
+    from millstream.producers.agent.state import load_state as load_state
+    from millstream.producers.agent.state import save_state as save_state
     from millstream.producers.blob_store import Blobs as Blobs
-    from millstream.producers.clients import anthropic_client as anthropic_client
-    from millstream.producers.clients import async_anthropic_client as async_anthropic_client
-    from millstream.producers.clients import async_openai_client as async_openai_client
-    from millstream.producers.clients import openai_client as openai_client
-    from millstream.producers.emit import emit_annotation as emit_annotation
-    from millstream.producers.emit import emit_exception as emit_exception
-    from millstream.producers.emit import emit_message as emit_message
-    from millstream.producers.emit import emit_object as emit_object
-    from millstream.producers.emit import emit_otel_span as emit_otel_span
-    from millstream.producers.emit import emit_reward as emit_reward
-    from millstream.producers.emit import emit_span as emit_span
-    from millstream.producers.operation import operation as operation
-    from millstream.producers.state import load_state as load_state
-    from millstream.producers.state import save_state as save_state
-    from millstream.schemas.records import Triplet as Triplet
+    from millstream.schemas.config.settings import Settings as Settings
+    from millstream.schemas.config.settings import load_settings as load_settings
+    from millstream.schemas.config.triplet_rules import TripletRules as TripletRules
     from millstream.schemas.resources import LLM as LLM
     from millstream.schemas.resources import PromptTemplate as PromptTemplate
     from millstream.schemas.resources import Resources as Resources
-    from millstream.schemas.settings import Settings as Settings
-    from millstream.schemas.settings import load_settings as load_settings
-    from millstream.schemas.triplet_rules import TripletRules as TripletRules
+    from millstream.schemas.wire.records import Triplet as Triplet
 
 # Loaded at first use, so that importing any part of Millstream stays fast, and free of torch.
 _NAMES = {
-    "consumers.hooks": "Hook",
-    "consumers.sink_port": "Batch Sink",
-    "consumers.triplets": "Trace TripletMaker to_triplets",
+    "consumers.runner.hooks": "Hook",
+    "consumers.sink.port": "Batch Sink",
+    "consumers.adapter.triplets": "Trace TripletMaker to_triplets",
     "pipeline.algorithms.grpo": "GRPO",
-    "pipeline.batches": "Algorithm",
-    "pipeline.broker": "broker",
+    "pipeline.training.algorithm": "Algorithm",
+    "pipeline.services.broker": "broker",
     "pipeline.hooks": "ErrorHandler PerformanceMonitor StateBackup WarmUp",
-    "pipeline.memory_store": "MemoryStore",
-    "pipeline.store": "ClickHouseStore",
-    "pipeline.store_port": "AsyncStore Attempt Reward Rollout Store",
-    "pipeline.traced_rollout": "TracedRollout",
-    "pipeline.tracer": "Tracer",
-    "pipeline.trainer": "Trainer",
-    "producers.agent_environment": "attempt_environment",
+    "pipeline.store.memory_store": "MemoryStore",
+    "pipeline.store.clickhouse": "ClickHouseStore",
+    "pipeline.store.results": "AsyncStore Attempt Reward Rollout Store",
+    "pipeline.tracing.traced_rollout": "TracedRollout",
+    "pipeline.tracing.tracer": "Tracer",
+    "pipeline.training.trainer": "Trainer",
+    "producers.agent.child_environment": "attempt_environment",
     "producers.blob_store": "Blobs",
-    "producers.clients": "anthropic_client async_anthropic_client async_openai_client openai_client",
-    "producers.emit": "emit_annotation emit_exception emit_message emit_object emit_otel_span emit_reward emit_span",
-    "producers.operation": "operation",
-    "producers.state": "load_state save_state",
-    "schemas.records": "Triplet",
+    "producers.agent.clients": "anthropic_client async_anthropic_client async_openai_client openai_client",
+    "producers.agent.emit": (
+        "emit_annotation emit_exception emit_message emit_object emit_otel_span emit_reward emit_span"
+    ),
+    "producers.agent.operation": "operation",
+    "producers.agent.state": "load_state save_state",
+    "schemas.wire.records": "Triplet",
     "schemas.resources": "LLM PromptTemplate Resources",
-    "schemas.settings": "Settings load_settings",
-    "schemas.triplet_rules": "TripletRules",
+    "schemas.config.settings": "Settings load_settings",
+    "schemas.config.triplet_rules": "TripletRules",
 }
 _HOMES = {name: f"millstream.{module}" for module, names in _NAMES.items() for name in names.split()}
 __all__ = [*_HOMES, "integrations"]

@@ -1,5 +1,5 @@
 """``python -m millstream.pipeline`` is the ``millstream`` command, whatever is on the PATH."""
 
-from millstream.pipeline.cli import main
+from millstream.pipeline.cli.main import main
 
 main()

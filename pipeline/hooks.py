@@ -10,12 +10,12 @@ from weakref import WeakValueDictionary
 
 from prometheus_client import Counter, Histogram
 
-from millstream.consumers.hooks import WISHES, Hook, RunnerInfo, TraceSummary
-from millstream.producers.attempt_context import Rollout
-from millstream.producers.emit import emit_span
+from millstream.consumers.runner.hooks import WISHES, Hook, RunnerInfo, TraceSummary
+from millstream.producers.agent.attempt import Rollout
+from millstream.producers.agent.emit import emit_span
 from millstream.producers.files import files_at
-from millstream.schemas import semconv
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.spans import semconv
 
 Agent = Callable[..., Any]
 T = TypeVar("T")

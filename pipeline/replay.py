@@ -6,13 +6,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from millstream.consumers.port import Log
-from millstream.consumers.reading import read_to_end
-from millstream.consumers.replay import Replay, Replayed
+from millstream.consumers.adapter.replay import Replay, Replayed
+from millstream.consumers.log.port import Log
+from millstream.consumers.log.read_to_end import read_to_end
 from millstream.pipeline.replay_output import Output
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.log import LogRecord, Partition
-from millstream.schemas.topics import Topics
+from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.topics import Topics
 
 Stored = Callable[[set[str]], Iterable[LogRecord]]  # the recorded events of all rollouts but those
 

@@ -7,17 +7,17 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from millstream.consumers.parquet_sink import arrow_type
-from millstream.consumers.port import Log
-from millstream.consumers.prefixes import expand
-from millstream.consumers.replay import Replayed
-from millstream.consumers.settle import without_triplets
-from millstream.schemas import codec
+from millstream.consumers.adapter.replay import Replayed
+from millstream.consumers.adapter.settle import without_triplets
+from millstream.consumers.log.port import Log
+from millstream.consumers.sink.parquet import arrow_type
+from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError, LogError
-from millstream.schemas.log import KIND_HEADER, Partition
-from millstream.schemas.records import Record, RolloutEnd, Triplet
-from millstream.schemas.settings import Settings
-from millstream.schemas.topics import Topic
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import KIND_HEADER, Partition
+from millstream.schemas.wire.prefixes import expand
+from millstream.schemas.wire.records import Record, RolloutEnd, Triplet
+from millstream.schemas.wire.topics import Topic
 
 ROOM = 1024  # for key and headers, beside a record's body
 FLUSH_S = 60.0

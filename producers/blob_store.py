@@ -10,9 +10,9 @@ from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from millstream.producers.files import files_at
-from millstream.schemas import blobs
 from millstream.schemas.errors import MillstreamError
-from millstream.schemas.records import Span
+from millstream.schemas.spans import blobs
+from millstream.schemas.wire.records import Span
 
 KNOWN = 10_000  # contents that a process remembers to have stored
 THREADS = 4  # contents that it stores at a time

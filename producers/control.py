@@ -4,11 +4,11 @@ import json
 import time
 from typing import Literal
 
-from millstream.producers.port import Producer, send_acknowledged
-from millstream.schemas.log import KIND_HEADER
-from millstream.schemas.records import Control
+from millstream.producers.log.port import Producer, send_acknowledged
 from millstream.schemas.resources import Resources
-from millstream.schemas.topics import Topics
+from millstream.schemas.wire.log import KIND_HEADER
+from millstream.schemas.wire.records import Control
+from millstream.schemas.wire.topics import Topics
 
 
 async def publish_control(producer: Producer, topics: Topics, record: Control) -> None:

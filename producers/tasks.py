@@ -8,14 +8,14 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from millstream.producers.acknowledgements import Acknowledgements
-from millstream.producers.port import Producer
-from millstream.schemas import status
+from millstream.producers.log.acknowledgements import Acknowledgements
+from millstream.producers.log.port import Producer
+from millstream.schemas.config.settings import Settings, problems_of
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
-from millstream.schemas.records import RolloutTask
-from millstream.schemas.settings import Settings, problems_of
-from millstream.schemas.topics import PRIORITIES, Topics
+from millstream.schemas.wire import status
+from millstream.schemas.wire.records import RolloutTask
+from millstream.schemas.wire.topics import PRIORITIES, Topics
 
 MAX_PROBLEMS = 20  # that one error message lists
 

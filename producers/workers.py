@@ -9,12 +9,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from importlib.metadata import version
 
-from millstream.producers.port import Producer
+from millstream.producers.log.port import Producer
 from millstream.schemas.errors import LogError
 from millstream.schemas.ids import new_id
-from millstream.schemas.log import KIND_HEADER
-from millstream.schemas.records import Worker
-from millstream.schemas.topics import Topics
+from millstream.schemas.wire.log import KIND_HEADER
+from millstream.schemas.wire.records import Worker
+from millstream.schemas.wire.topics import Topics
 
 logger = logging.getLogger(__name__)
 

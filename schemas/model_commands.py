@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Final, Literal, Self
 
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.records import Control
+from millstream.schemas.wire.records import Control
 
 COMMAND: Final = "model-command"  # kinds of control records
 ANSWER: Final = "model-answer"

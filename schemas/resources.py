@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.records import Control
+from millstream.schemas.wire.records import Control
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from millstream.deploy.kafka.local import LocalKafka
-    from millstream.pipeline.store import ClickHouseStore
-    from millstream.schemas.settings import Settings
+    from millstream.pipeline.store.clickhouse import ClickHouseStore
+    from millstream.schemas.config.settings import Settings
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -29,7 +29,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def clients_unbound() -> Iterator[None]:
     """A later test's server may get the port at which an earlier test's proxy was."""
     yield
-    if (client_binding := sys.modules.get("millstream.producers.client_binding")) is not None:
+    if (client_binding := sys.modules.get("millstream.producers.agent.client_binding")) is not None:
         client_binding._proxies.clear()
 
 
@@ -49,8 +49,8 @@ def _require_kafka() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Path]":
     """Of the one embedded store's engine that a process can have."""
-    from millstream.pipeline.store import ClickHouseStore
-    from millstream.schemas.settings import load_settings
+    from millstream.pipeline.store.clickhouse import ClickHouseStore
+    from millstream.schemas.config.settings import load_settings
 
     folder = tmp_path_factory.mktemp("runs") / "a b" / "store"
     held = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{folder}"))
@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Path]":
 @pytest.fixture
 def store(settings: "Settings") -> "Iterator[ClickHouseStore]":
     """Empty, at the settings of the test."""
-    from millstream.pipeline.store import ClickHouseStore
+    from millstream.pipeline.store.clickhouse import ClickHouseStore
 
     opened = ClickHouseStore(settings)
     opened.migrate()
@@ -86,7 +86,7 @@ def kafka_settings(kafka_broker: "LocalKafka") -> Iterator[Callable[..., "Settin
     """Makes settings for the broker with a topic prefix of their own; the topics are deleted after the test."""
     from confluent_kafka.admin import AdminClient
 
-    from millstream.schemas.settings import Settings, load_settings
+    from millstream.schemas.config.settings import Settings, load_settings
 
     made: list[Settings] = []
 

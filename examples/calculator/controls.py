@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from millstream.consumers.triplets import Trace, to_triplets
-from millstream.schemas.records import Triplet
+from millstream.consumers.adapter.triplets import Trace, to_triplets
+from millstream.schemas.wire.records import Triplet
 
 
 def zero_rewards(trace: Trace) -> list[Triplet]:

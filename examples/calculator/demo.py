@@ -26,11 +26,11 @@ from rich.table import Table
 from examples.calculator.processes import STOP_S, Processes
 from examples.calculator.reward import LEDGER
 from examples.calculator.tasks import make_tasks
+from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import LocalKafka, free_port
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.pipeline.store import ClickHouseStore
+from millstream.pipeline.store.clickhouse import ClickHouseStore
+from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import MillstreamError
-from millstream.schemas.settings import Settings, load_settings
 
 TRAIN_TASKS = 2000
 FIRST_REWARD_BELOW, VALIDATION_ABOVE = 0.4, 0.9
@@ -166,7 +166,7 @@ def prepare(run_dir: Path, agent: str, vllm: bool, max_steps: int, groups: int, 
 
 def in_process(run_dir: Path, adapter: str) -> Settings:
     """Everything here. The store is closed when this returns."""
-    from millstream.pipeline.train_config import train_from
+    from millstream.pipeline.training.config import train_from
 
     (run_dir / "log").mkdir()
     logging.basicConfig(filename=run_dir / "log" / "demo.log", format="%(asctime)s %(name)s %(levelname)s %(message)s")

@@ -5,9 +5,9 @@ import sqlite3
 from contextlib import closing
 
 import millstream as ms
-from millstream.consumers.sink_port import Unusable
+from millstream.consumers.sink.port import Unusable
 from millstream.schemas.errors import StoreError
-from millstream.schemas.records import Span
+from millstream.schemas.wire.records import Span
 
 FILE = "rewards.db"
 TABLE = """

@@ -9,11 +9,11 @@ import wrapt
 from autogen_agentchat.base import ChatAgent
 from opentelemetry import context as otel
 
-from millstream.producers.attempt_context import current_attempt
-from millstream.producers.client_binding import OutsideRollout
-from millstream.producers.operation import Operation, operation
-from millstream.producers.worker_threads import running_attempt
-from millstream.schemas import semconv
+from millstream.producers.agent.attempt import current_attempt
+from millstream.producers.agent.client_binding import OutsideRollout
+from millstream.producers.agent.operation import Operation, operation
+from millstream.producers.agent.shared_threads import running_attempt
+from millstream.schemas.spans import semconv
 
 
 class AutoGenTracer(wrapt.ObjectProxy):  # type: ignore[type-arg]

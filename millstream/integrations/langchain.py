@@ -6,8 +6,8 @@ from typing import Any, TypeVar
 
 from langchain_core.language_models import BaseLanguageModel
 
-from millstream.producers.client_binding import bind_clients
-from millstream.producers.tracer import PLACEHOLDER_KEY
+from millstream.producers.agent.client_binding import bind_clients
+from millstream.producers.agent.process_tracer import PLACEHOLDER_KEY
 from millstream.schemas.errors import ConfigError
 
 M = TypeVar("M", bound=BaseLanguageModel[Any])

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millstream.consumers.prefixes import conversations
 from millstream.pipeline.algorithms.credit import Turns, advantages, turn_rewards
-from millstream.pipeline.batches import FinishedRollout, Group
-from millstream.pipeline.policy import copy_weights, left_pad, load_model, one_thread, parameters
-from millstream.schemas.records import Triplet
+from millstream.pipeline.models.policy import copy_weights, left_pad, load_model, one_thread, parameters
+from millstream.pipeline.training.algorithm import FinishedRollout, Group
+from millstream.schemas.wire.prefixes import conversations
+from millstream.schemas.wire.records import Triplet
 
 
 @dataclass(frozen=True, slots=True)

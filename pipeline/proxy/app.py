@@ -17,22 +17,22 @@ import orjson
 from aiohttp import web
 
 from millstream.consumers.control import ControlFollower
-from millstream.consumers.port import Log
-from millstream.pipeline.asgi import is_loopback
-from millstream.pipeline.proxy import anthropic_chat, openai_chat
-from millstream.pipeline.proxy.answers import Json
+from millstream.consumers.log.port import Log
+from millstream.pipeline.protocols import anthropic, openai
+from millstream.pipeline.protocols.answers import Json
+from millstream.pipeline.protocols.endpoints import COUNT_TOKENS, MALFORMED, SURFACES
+from millstream.pipeline.protocols.openai import BadRequest
 from millstream.pipeline.proxy.attempts import Attempt, Attempts
 from millstream.pipeline.proxy.calls import CallError, Calls
-from millstream.pipeline.proxy.openai_chat import BadRequest
 from millstream.pipeline.proxy.replicas import Failed
-from millstream.pipeline.proxy.surfaces import COUNT_TOKENS, MALFORMED, SURFACES
 from millstream.pipeline.proxy.targets import Targets
-from millstream.producers.acknowledged import BURST_MS
+from millstream.pipeline.services.http import is_loopback
 from millstream.producers.blob_store import Blobs
-from millstream.producers.port import Producer
+from millstream.producers.log.acknowledged import BURST_MS
+from millstream.producers.log.port import Producer
+from millstream.schemas.attempt_keys import BadKey
+from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.identity import BadKey
-from millstream.schemas.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Proxy:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         rest = "/" + request.match_info["rest"]
         surface = SURFACES.get(rest)
-        error_body = anthropic_chat.error_body if rest.startswith("/v1/messages") else openai_chat.error_body
+        error_body = anthropic.error_body if rest.startswith("/v1/messages") else openai.error_body
         try:
             attempt = self._authorised(request)
             if request.method == "POST" and surface is not None:
@@ -137,7 +137,7 @@ class Proxy:
         path, body = COUNT_TOKENS, {**asked, "model": target.served_as}
         if target.replicas.upstream.kind == "vllm":
             try:
-                chat = anthropic_chat.to_chat(body)
+                chat = anthropic.to_chat(body)
             except MALFORMED as error:
                 raise BadRequest(f"the request has not the form of {COUNT_TOKENS}: {error!r}") from error
             path = "/tokenize"
@@ -248,4 +248,4 @@ async def _outside(request: web.Request) -> web.Response:
         f"{request.path} names no attempt: call the model within a rollout, or use the base URL of your attempt, "
         "/rollout/{rollout_id}/attempt/{attempt_id}/v1"
     )
-    return web.json_response(openai_chat.error_body(message, 400), status=400)
+    return web.json_response(openai.error_body(message, 400), status=400)

@@ -20,24 +20,24 @@ from typing import Any, Final
 import orjson
 from aiohttp import web
 
-from millstream.pipeline.backend import MODEL_VERSION
-from millstream.pipeline.proxy import sse
-from millstream.pipeline.proxy.answers import UPSTREAM_ENDED, Answer, ChatReader, Json, Reader, error_text
+from millstream.pipeline.protocols import sse
+from millstream.pipeline.protocols.answers import UPSTREAM_ENDED, Answer, ChatReader, Json, Reader, error_text
+from millstream.pipeline.protocols.completion import MODEL_VERSION
+from millstream.pipeline.protocols.endpoints import COMPLETIONS, MALFORMED, Plan, Surface, Writer, plan
+from millstream.pipeline.protocols.openai import BadRequest, chunks_of
 from millstream.pipeline.proxy.attempts import Attempt
-from millstream.pipeline.proxy.continuation import Rest, may_go_on, rest_of
 from millstream.pipeline.proxy.http_client import Exchange
 from millstream.pipeline.proxy.limits import Busy, all_of
-from millstream.pipeline.proxy.openai_chat import BadRequest, chunks_of
+from millstream.pipeline.proxy.migration import Rest, may_go_on, rest_of
 from millstream.pipeline.proxy.replicas import Failed, Replica, Replicas, Tries
 from millstream.pipeline.proxy.spans import CallFacts, call_span, version_of
-from millstream.pipeline.proxy.surfaces import COMPLETIONS, MALFORMED, Plan, Surface, Writer, plan
 from millstream.pipeline.proxy.targets import Target, Targets
-from millstream.producers.acknowledged import AcknowledgedSends
 from millstream.producers.blob_store import BlobError, Blobs
-from millstream.producers.port import Producer
+from millstream.producers.log.acknowledged import AcknowledgedSends
+from millstream.producers.log.port import Producer
 from millstream.schemas.errors import LogError, TooLarge
-from millstream.schemas.log import KIND_HEADER
-from millstream.schemas.topics import Topics
+from millstream.schemas.wire.log import KIND_HEADER
+from millstream.schemas.wire.topics import Topics
 
 logger = logging.getLogger(__name__)
 

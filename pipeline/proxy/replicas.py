@@ -19,8 +19,8 @@ import orjson
 from pydantic import SecretStr
 
 from millstream.pipeline.proxy.http_client import Exchange, HttpError, Server
+from millstream.schemas.config.routing import Upstream
 from millstream.schemas.ids import rank
-from millstream.schemas.routing import Upstream
 
 logger = logging.getLogger(__name__)
 

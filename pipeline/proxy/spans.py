@@ -8,9 +8,9 @@ from typing import Any, Final
 
 import orjson
 
-from millstream.pipeline.proxy.answers import Answer, Json
-from millstream.schemas import semconv
-from millstream.schemas.records import Span
+from millstream.pipeline.protocols.answers import Answer, Json
+from millstream.schemas.spans import semconv
+from millstream.schemas.wire.records import Span
 
 # Request fields that decide what is sampled, under OpenTelemetry's names and under our own.
 _SAMPLING: Final = {

@@ -8,13 +8,13 @@ from functools import lru_cache, partial
 from pydantic import SecretStr
 
 from millstream.consumers.control import ControlFollower
+from millstream.pipeline.protocols.openai import BadRequest
 from millstream.pipeline.proxy.limits import Limiter, limited
-from millstream.pipeline.proxy.openai_chat import BadRequest
 from millstream.pipeline.proxy.replicas import Replicas
+from millstream.schemas.config.routing import Upstream, upstream_of
+from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.resources import LLM
-from millstream.schemas.routing import Upstream, upstream_of
-from millstream.schemas.settings import Settings
 
 DEFAULT = "model"
 

@@ -24,15 +24,15 @@ from checker import check
 from rich.console import Console
 from rich.table import Table
 
+from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import LocalKafka, free_port
-from millstream.pipeline.kafka_log import KafkaLog
 from millstream.producers.tasks import TaskPublisher
-from millstream.schemas import codec
+from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import LogError
 from millstream.schemas.ids import new_id
-from millstream.schemas.log import LogRecord, Partition
-from millstream.schemas.records import RolloutEnd, RolloutTask
-from millstream.schemas.settings import load_settings
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.records import RolloutEnd, RolloutTask
 
 ROOT = Path(__file__).parents[2]
 LEASE_S = 3.0

@@ -24,11 +24,11 @@ from checker import read, schemas
 from rich.console import Console
 from storm_replicas import Replicas, Vllm, Words, answers, named
 
+from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import LocalKafka, free_port
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.schemas.identity import attempt_key, attempt_path
+from millstream.schemas.attempt_keys import attempt_key, attempt_path
+from millstream.schemas.config.settings import load_settings
 from millstream.schemas.ids import new_id
-from millstream.schemas.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 SECRET = "storm"

@@ -23,12 +23,12 @@ import clickhouse_connect
 from checker import read, schemas
 from rich.console import Console
 
+from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import LocalKafka, free_port
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.producers.port import Producer
+from millstream.producers.log.port import Producer
+from millstream.schemas.config.settings import load_settings
 from millstream.schemas.ids import new_id
-from millstream.schemas.records import Span
-from millstream.schemas.settings import load_settings
+from millstream.schemas.wire.records import Span
 
 ROOT = Path(__file__).parents[2]
 SINKS = 2

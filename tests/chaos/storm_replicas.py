@@ -15,7 +15,7 @@ from urllib.request import Request, urlopen
 import aiohttp
 
 from millstream.deploy.kafka.local import free_port
-from millstream.schemas.settings import load_settings
+from millstream.schemas.config.settings import load_settings
 
 TESTS = Path(__file__).parents[1]
 Start = Callable[..., "subprocess.Popen[bytes]"]
@@ -60,7 +60,7 @@ async def answers(url: str) -> None:
 
 
 class Words:
-    """Two of `tests/policy_server.py`, which writes into each word the version that made it."""
+    """Two of `tests/support/policy_server.py`, which writes into each word the version that made it."""
 
     def __init__(self, start: Start) -> None:
         self._start = start
@@ -107,26 +107,26 @@ class Words:
 
     def _started(self, replica: int) -> "subprocess.Popen[bytes]":
         version, port = named(self._numbers[replica]), str(self._ports[replica])
-        return self._start(f"replica-{replica}", "tests/policy_server.py", port, version, self._answer)
+        return self._start(f"replica-{replica}", "tests/support/policy_server.py", port, version, self._answer)
 
 
 class Vllm:
-    """Two real vLLMs with the telling model, each of whose tokens is that of its version. A killed one is started again
-    by what supervises it in production, too."""
+    """Two real vLLMs with the versioned model, each of whose tokens is that of its version. A killed one is started
+    again by what supervises it in production, too."""
 
     TOKENS = 64
 
     def __init__(self, folder: Path) -> None:
-        sys.path += [str(TESTS / "vllm"), str(TESTS.parent)]
-        import telling
+        sys.path += [str(TESTS / "support"), str(TESTS.parent)]
+        import versioned_model
         from vllm_rig import ARGS, PYTHON
 
-        from millstream.pipeline.vllm_process import VllmOptions
-        from millstream.pipeline.vllm_server import VllmServer
+        from millstream.pipeline.models.vllm_process import VllmOptions
+        from millstream.pipeline.models.vllm_server import VllmServer
 
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # a test machine's cores are others', too
-        self._telling, self._folder = telling, folder / "vllm"
-        telling.create(self._folder / "model")
+        self._model, self._folder = versioned_model, folder / "vllm"
+        versioned_model.create(self._folder / "model")
         settings = load_settings(weights_root=self._folder, vllm_python=PYTHON)
         options = VllmOptions(args=(*ARGS, "--tokenizer", str(self._folder / "tokenizer")), replicas=2)
         model, run = self._folder / "model", self._folder / "run"
@@ -142,9 +142,9 @@ class Vllm:
         await self._server.start()
 
     async def update(self, replica: int, number: int) -> None:
-        from millstream.pipeline.weights import save
+        from millstream.pipeline.models.weights import save
 
-        saved = save(self._folder / "versions", self._telling.weights(number), named(number))
+        saved = save(self._folder / "versions", self._model.weights(number), named(number))
         await self._server.replicas[replica].load(saved)
 
     @staticmethod
@@ -187,4 +187,4 @@ class Vllm:
         await self._server.close()
 
     def _number(self, token: int) -> int:
-        return (self._telling.AIM - token) % self._telling.MOVED
+        return (self._model.AIM - token) % self._model.MOVED

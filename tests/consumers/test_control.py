@@ -5,12 +5,12 @@ from collections.abc import AsyncIterator
 import pytest
 
 from millstream.consumers.control import ControlFollower
-from millstream.pipeline.memory_log import MemoryLog
+from millstream.consumers.log.memory_log import MemoryLog
 from millstream.producers.control import publish_control, publish_resources
 from millstream.schemas.ids import derived_id
-from millstream.schemas.records import Control
 from millstream.schemas.resources import LLM, PromptTemplate, Resources
-from millstream.schemas.topics import Topics
+from millstream.schemas.wire.records import Control
+from millstream.schemas.wire.topics import Topics
 
 TOPICS = Topics("t", 2)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from runner_rig import Rig, running, settings_for_tests, write_agent
 
+from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.workers import is_alive, read_workers, unclaimed
-from millstream.pipeline.memory_log import MemoryLog
 from millstream.producers import workers
 
 WAITS = """

@@ -116,8 +116,8 @@ def ends_in_the_log(folder):
     from confluent_kafka import Consumer, KafkaError
 
     from millstream.deploy.kafka.local import LocalKafka
-    from millstream.schemas import codec
-    from millstream.schemas.records import RolloutEnd
+    from millstream.schemas.wire import codec
+    from millstream.schemas.wire.records import RolloutEnd
 
     broker = LocalKafka(folder, port=0)
     broker.up()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from millstream.pipeline.collector import Collector
-from millstream.pipeline.kafka_log import KafkaLog
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.pipeline.training.collector import Collector
 from millstream.producers.tasks import TaskPublisher, read_tasks
 
 ROOT = Path(__file__).parents[2]

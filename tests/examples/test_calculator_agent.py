@@ -86,7 +86,7 @@ def test_every_word_of_a_conversation_is_in_the_vocabulary(
     pytest.importorskip("torch")
     from examples.calculator import model
     from examples.calculator.tasks import make_tasks
-    from millstream.pipeline.policy import load_tokenizer
+    from millstream.pipeline.models.policy import load_tokenizer
 
     model.create(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
@@ -105,7 +105,7 @@ def test_every_word_of_a_conversation_is_in_the_vocabulary(
 def test_the_model_is_as_it_was_meant(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from examples.calculator import model
-    from millstream.pipeline.policy import load_model, parameters
+    from millstream.pipeline.models.policy import load_model, parameters
 
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         model.create(tmp_path / name, seed)

@@ -18,9 +18,9 @@ pytest.importorskip("torch")
 from examples.calculator import model
 from examples.calculator.tasks import make_tasks
 from millstream.pipeline.algorithms.grpo import GRPO
-from millstream.pipeline.batches import FinishedRollout, Group
-from millstream.pipeline.engine import Engine
-from millstream.schemas.records import RolloutEnd, Triplet
+from millstream.pipeline.models.engine import Engine
+from millstream.pipeline.training.algorithm import FinishedRollout, Group
+from millstream.schemas.wire.records import RolloutEnd, Triplet
 
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import factories
 import pytest
 
-from millstream.pipeline.kafka_log import KafkaLog
+from millstream.consumers.log.kafka_log import KafkaLog
 
 
 def rewards(file):

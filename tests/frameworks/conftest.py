@@ -2,7 +2,6 @@
 
 CrewAI has an environment of its own (`make test-all`): it wants another openai than the rest."""
 
-import sys
 from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,6 @@ NEEDED = {
     "crewai": ("crewai",),
 }
 FOLDER = Path(__file__).parent
-sys.path.append(str(FOLDER.parent / "consumers"))  # runner_rig
 MARKS = {"passed": "✓", "skipped": "skipped", "failed": "FAILED", "error": "FAILED"}  # the worst last
 
 

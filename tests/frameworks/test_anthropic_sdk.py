@@ -12,7 +12,7 @@ from framework_rig import (
     run,
 )
 
-from millstream.schemas import semconv
+from millstream.schemas.spans import semconv
 
 MODEL = "claude-haiku-4-5"
 WAYS = ("chat", "chat_async", "stream", "stream_async", "tools")

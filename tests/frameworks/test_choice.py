@@ -5,7 +5,7 @@ import logging
 import pytest
 from framework_rig import assert_tree, run
 
-from millstream.schemas import semconv
+from millstream.schemas.spans import semconv
 
 TASK = {"city": "Paris"}
 

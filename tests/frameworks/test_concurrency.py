@@ -6,7 +6,7 @@ from itertools import cycle, islice
 import pytest
 from framework_rig import Trace, assert_tree, run
 
-from millstream.schemas import semconv
+from millstream.schemas.spans import semconv
 
 # How many calls of the agent's and of the proxy's, how many tool calls.
 CALLS = {
@@ -55,21 +55,21 @@ def assert_apart(tasks: list[dict[str, str]], traces: list[Trace]) -> None:
 )
 def test_async_agents_on_one_loop() -> None:
     tasks = [{"way": way, "city": f"city-{n:0{3 + n % 2}}"} for n, way in enumerate(islice(cycle(CALLS), 50))]
-    traces = run("tests.frameworks.mixed_agent:agent", tasks)
+    traces = run("tests.support.frameworks.mixed_agent:agent", tasks)
     assert_apart(tasks, traces)
 
 
 @pytest.mark.feature("50 at once", "openai_sdk", "anthropic_sdk", "langgraph_agent", "plain_http")
 def test_sync_agents_in_threads() -> None:
     tasks = [{"way": way, "city": f"city-{n:03}"} for n, way in enumerate(islice(cycle(SYNC), 50))]
-    traces = run("tests.frameworks.mixed_agent:sync_agent", tasks)
+    traces = run("tests.support.frameworks.mixed_agent:sync_agent", tasks)
     assert_apart(tasks, traces)
 
 
 def test_a_worker_thread_that_two_rollouts_share_fails_the_one_it_counts_for() -> None:
     """Both calls are recorded for the rollout that started the worker; nobody trains on them."""
     tasks = [{"city": "Paris"}, {"city": "London"}]
-    traces = run("tests.frameworks.worker_agent:agent", tasks)
+    traces = run("tests.support.frameworks.worker_agent:agent", tasks)
     failed, succeeded = sorted(traces, key=lambda trace: trace.status)
     assert (failed.status, succeeded.status) == ("failed", "succeeded")
     assert len(failed.of(semconv.LLM, semconv.SOURCE_PROXY)) == 2

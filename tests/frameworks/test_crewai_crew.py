@@ -11,8 +11,8 @@ import pytest
 from agent_cases import AgentCases, Traces
 from framework_rig import run
 
-from millstream.schemas import semconv
-from millstream.schemas.records import Span
+from millstream.schemas.spans import semconv
+from millstream.schemas.wire.records import Span
 
 
 @pytest.mark.feature("async")

@@ -3,7 +3,7 @@
 import pytest
 from agent_cases import AgentCases, Traces
 
-from millstream.schemas import semconv
+from millstream.schemas.spans import semconv
 
 
 @pytest.mark.feature("async")

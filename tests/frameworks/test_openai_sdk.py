@@ -12,7 +12,7 @@ from framework_rig import (
     run,
 )
 
-from millstream.schemas import semconv
+from millstream.schemas.spans import semconv
 
 WAYS = ("chat", "chat_async", "parse", "tools", "stream", "stream_async", "responses", "responses_async")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from framework_rig import Trace, assert_tree, run
 
-from millstream.schemas import semconv
+from millstream.schemas.spans import semconv
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ from runner_rig import settings_for_tests
 
 import millstream as ms
 from examples.frameworks.weather import MODEL, weather
-from millstream.pipeline.memory_log import MemoryLog
+from millstream.consumers.log.memory_log import MemoryLog
 from millstream.pipeline.proxy import Proxy
-from millstream.pipeline.serving import serve
-from millstream.producers.client_binding import OutsideRollout
-from millstream.schemas import semconv
+from millstream.pipeline.services.serving import serve
+from millstream.producers.agent.client_binding import OutsideRollout
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.records import Span
+from millstream.schemas.spans import semconv
+from millstream.schemas.wire.records import Span
 
 ANYWHERE = "http://127.0.0.1:0"
 

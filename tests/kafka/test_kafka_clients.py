@@ -10,14 +10,14 @@ from collections.abc import Callable
 import pytest
 from aiokafka import AIOKafkaProducer
 
-from millstream.consumers.port import Consumer, TransactionalConsumer
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.consumers.log.port import Consumer, TransactionalConsumer
 from millstream.deploy.kafka.local import LocalKafka
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.producers import kafka as kafka_producer
+from millstream.producers.log import kafka as kafka_producer
+from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import BufferFull, LogUnavailable
-from millstream.schemas.log import LogRecord, Partition
-from millstream.schemas.settings import Settings, load_settings
-from millstream.schemas.topics import partition_of
+from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.topics import partition_of
 
 MakeSettings = Callable[..., Settings]
 

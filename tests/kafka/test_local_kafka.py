@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import HOST, LocalKafka, free_port
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.producers.port import send_acknowledged
+from millstream.producers.log.port import send_acknowledged
+from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.log import LogRecord, Partition
-from millstream.schemas.settings import load_settings
+from millstream.schemas.wire.log import LogRecord, Partition
 
 
 def runs(pid: int) -> bool:

@@ -7,16 +7,16 @@ from contextlib import asynccontextmanager
 import pytest
 from factories import event, task
 
-from millstream.consumers.adapter import Adapter
-from millstream.consumers.dead import replay
-from millstream.pipeline.cli_dead import find, listed
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.producers.port import send_acknowledged
-from millstream.schemas import codec
-from millstream.schemas.log import KIND_HEADER, LogRecord, Partition
-from millstream.schemas.records import RolloutEnd, RolloutTask
-from millstream.schemas.settings import Settings
-from millstream.schemas.topics import partition_of
+from millstream.consumers.adapter.adapter import Adapter
+from millstream.consumers.dead_letters import replay
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.pipeline.cli.dead_letters import find, listed
+from millstream.producers.log.port import send_acknowledged
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
+from millstream.schemas.wire.records import RolloutEnd, RolloutTask
+from millstream.schemas.wire.topics import partition_of
 
 pytestmark = pytest.mark.kafka
 

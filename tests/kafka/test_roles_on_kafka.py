@@ -10,10 +10,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.workers import read_workers
 from millstream.deploy.kafka.local import free_port
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.schemas.settings import Settings
+from millstream.schemas.config.settings import Settings
 
 pytestmark = pytest.mark.kafka
 

@@ -13,14 +13,11 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
-
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.schemas.settings import Settings
-
-sys.path.append(str(Path(__file__).parents[1] / "consumers"))
 from runner_rig import Rig, by_input, terminal, write_agent
 
-from millstream.schemas.records import Span
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.wire.records import Span
 
 pytestmark = pytest.mark.kafka
 

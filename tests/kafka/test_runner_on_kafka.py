@@ -1,17 +1,14 @@
 """Runners on a real Kafka: what is claimed runs once, however many runners come and go."""
 
 import asyncio
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.schemas.settings import Settings
-
-sys.path.append(str(Path(__file__).parents[1] / "consumers"))
 from runner_rig import assert_whole, running, write_agent
+
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.schemas.config.settings import Settings
 
 pytestmark = pytest.mark.kafka
 

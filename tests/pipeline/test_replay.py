@@ -12,26 +12,26 @@ from confluent_kafka.admin import AdminClient
 from factories import T0, call, event, reward, span, task
 from typer.testing import CliRunner
 
-from millstream.consumers.adapter import Adapter
-from millstream.consumers.clickhouse_sink import ClickHouseSink
-from millstream.consumers.prefixes import expand
-from millstream.consumers.reading import read_to_end
-from millstream.consumers.replay import Replay
-from millstream.consumers.sink import SinkRole
-from millstream.consumers.triplets import to_triplets
-from millstream.pipeline.cli import app
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.pipeline.memory_log import MemoryLog
+from millstream.consumers.adapter.adapter import Adapter
+from millstream.consumers.adapter.replay import Replay
+from millstream.consumers.adapter.triplets import to_triplets
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.consumers.log.memory_log import MemoryLog
+from millstream.consumers.log.read_to_end import read_to_end
+from millstream.consumers.sink.clickhouse import ClickHouseSink
+from millstream.consumers.sink.sink import SinkRole
+from millstream.pipeline.cli.main import app
 from millstream.pipeline.replay import Start, run_replay
 from millstream.pipeline.replay_output import open_output
-from millstream.pipeline.store import ClickHouseStore
-from millstream.pipeline.stored_events import stored_events
-from millstream.producers.port import send_acknowledged
-from millstream.schemas import codec
+from millstream.pipeline.store.clickhouse import ClickHouseStore
+from millstream.pipeline.store.stored_events import stored_events
+from millstream.producers.log.port import send_acknowledged
+from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.log import Partition
-from millstream.schemas.records import RolloutEnd, SpanEvent, SpanLink, Triplet
-from millstream.schemas.settings import load_settings
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import Partition
+from millstream.schemas.wire.prefixes import expand
+from millstream.schemas.wire.records import RolloutEnd, SpanEvent, SpanLink, Triplet
 
 E = "mine"
 

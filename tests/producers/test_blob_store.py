@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millstream.producers.blob_store import BlobError, Blobs
-from millstream.schemas import blobs as references
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.records import SpanEvent
+from millstream.schemas.spans import blobs as references
+from millstream.schemas.wire.records import SpanEvent
 
 IMAGE = "data:image/png;base64," + "iVBORw0KGgo" * 100_000
 LONG = "é" * references.LIMIT

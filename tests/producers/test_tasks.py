@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from millstream.pipeline.memory_log import MemoryLog
+from millstream.consumers.log.memory_log import MemoryLog
 from millstream.producers.tasks import TaskPublisher, read_tasks
+from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.log import Partition
-from millstream.schemas.records import RolloutTask
-from millstream.schemas.settings import load_settings
+from millstream.schemas.wire.log import Partition
+from millstream.schemas.wire.records import RolloutTask
 
 SETTINGS = load_settings(timeout_seconds=77, lease_seconds=7, retry_max_attempts=2)
 

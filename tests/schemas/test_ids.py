@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.schemas.identity import KEY_GRACE_S, BadKey, Claims, attempt_key, attempt_path, claims_of
+from millstream.schemas.attempt_keys import KEY_GRACE_S, BadKey, Claims, attempt_key, attempt_path, claims_of
 from millstream.schemas.ids import derived_id, id_time_ms, new_id
 
 

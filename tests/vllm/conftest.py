@@ -7,9 +7,10 @@ from pathlib import Path
 import aiohttp
 import pytest
 import pytest_asyncio
+import versioned_model
 from vllm_rig import ARGS, PYTHON, Client
 
-from millstream.schemas.settings import Settings, load_settings
+from millstream.schemas.config.settings import Settings, load_settings
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -19,11 +20,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def vllm_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that weights have to lie below, with a telling model in it."""
-    import telling
+    """The folder that weights have to lie below, with a versioned model in it."""
 
     root = tmp_path_factory.mktemp("vllm")
-    telling.create(root / "model")
+    versioned_model.create(root / "model")
     return root
 
 
@@ -35,8 +35,8 @@ def vllm_settings(vllm_root: Path) -> Settings:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def server(vllm_root: Path, vllm_settings: Settings) -> AsyncIterator:
     """A `VllmServer` of one replica, with room for adapters."""
-    from millstream.pipeline.vllm_process import VllmOptions
-    from millstream.pipeline.vllm_server import VllmServer
+    from millstream.pipeline.models.vllm_process import VllmOptions
+    from millstream.pipeline.models.vllm_server import VllmServer
 
     if not PYTHON.exists():
         pytest.skip("there is no .venv-vllm; `make vllm` sets it up")

@@ -7,15 +7,15 @@ import sys
 
 import aiohttp
 import pytest
+import versioned_model
 
 pytest.importorskip("torch")
 
-import telling
 from vllm_rig import ARGS, PYTHON, Client
 
+from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import free_port
-from millstream.pipeline.kafka_log import KafkaLog
-from millstream.pipeline.weights import save
+from millstream.pipeline.models.weights import save
 
 pytestmark = [pytest.mark.vllm, pytest.mark.kafka, pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -83,11 +83,11 @@ async def deployment(kafka_settings, vllm_root):
 async def test_versions_are_deployed_split_rolled_back_and_survive_the_role(deployment, tmp_path):
     root = deployment.root
     await deployment.wait_until({"tell.0.0": (1.0, "2 of 2")})
-    whole = save(root / "saved", telling.weights(2), "tell.0.2").folder
-    broken_weights = telling.weights(3)
+    whole = save(root / "saved", versioned_model.weights(2), "tell.0.2").folder
+    broken_weights = versioned_model.weights(3)
     broken_weights["model.norm.weight"][0] = float("inf")
     broken = save(root / "saved", broken_weights, "tell.0.3").folder
-    telling.create_adapter(root / "commanded", 0)
+    versioned_model.create_adapter(root / "commanded", 0)
 
     assert (await deployment.run("deploy", "policy", str(root / "commanded"), "--version", "l.0.1", "--lora"))[0] == 0
     both = {"tell.0.0": (0.0, "2 of 2"), "l.0.1": (1.0, "2 of 2")}
@@ -118,12 +118,12 @@ async def test_versions_are_deployed_split_rolled_back_and_survive_the_role(depl
         assert {answer.status for answer in answers} == {200}
         for replica in replicas:
             answer = await replica.ask(2)
-            assert (answer.start, answer.tokens) == ("tell.0.2", [telling.token(2)] * 2)
+            assert (answer.start, answer.tokens) == ("tell.0.2", [versioned_model.token(2)] * 2)
         code, output = await deployment.run("split", "policy", "tell.0.0=1", "tell.0.2=1")
         assert (code, "a server has one at a time" in output) == (1, True)
 
         assert (await deployment.run("rollback", "policy", "--to", "tell.0.0"))[0] == 0
-        assert [(await replica.ask()).tokens for replica in replicas] == [[telling.token(0)]] * 2
+        assert [(await replica.ask()).tokens for replica in replicas] == [[versioned_model.token(0)]] * 2
         assert (await deployment.run("rollback", "policy", "--to", "tell.0.2"))[0] == 0
 
     live = {"tell.0.0": (0.0, ""), "l.0.1": (0.0, "2 of 2"), "tell.0.2": (1.0, "2 of 2")}
@@ -134,4 +134,4 @@ async def test_versions_are_deployed_split_rolled_back_and_survive_the_role(depl
     await deployment.wait_until(live | {"l.0.1": (0.0, "")})  # what nobody uses is loaded when it is asked for
     async with aiohttp.ClientSession() as session:
         answer = await Client(session, f"http://127.0.0.1:{deployment.port}").ask()
-        assert (answer.start, answer.tokens) == ("tell.0.2", [telling.token(2)])
+        assert (answer.start, answer.tokens) == ("tell.0.2", [versioned_model.token(2)])

@@ -5,19 +5,17 @@ import asyncio
 import json
 import struct
 import sys
-from pathlib import Path
 
 import pytest
+import versioned_model
 
 pytest.importorskip("torch")
 
-sys.path.append(str(Path(__file__).parents[1] / "proxy"))
 
-import telling
 from proxy_rig import float32, int32, rig_of
 from relay import relay_to
 
-from millstream.schemas import semconv
+from millstream.schemas.spans import semconv
 
 pytestmark = [
     pytest.mark.vllm,
@@ -28,13 +26,13 @@ pytestmark = [
 ]
 
 MESSAGES = [{"role": "user", "content": "add 3 to 8 ?"}]
-# Kept from its own token, the telling model says all kinds of things; the seed says which.
+# Kept from its own token, the versioned model says all kinds of things; the seed says which.
 SAMPLING = {
     "temperature": 2.0,
     "seed": 7,
     "frequency_penalty": 2.0,
     "presence_penalty": 2.0,
-    "logit_bias": {str(telling.token(1)): -100},
+    "logit_bias": {str(versioned_model.token(1)): -100},
 }
 TOKENS = 24
 TOOL = {"name": "add", "description": "Adds", "parameters": {"type": "object", "properties": {}}}
@@ -84,7 +82,7 @@ async def directly(client, path, body):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("ask", [chat, tools, completions, anthropic, responses])
 async def test_spans_hold_what_vllm_gives_to_a_direct_request(server, client, ask, stream):
-    await server.update(telling.weights(1), "tell.1.1")
+    await server.update(versioned_model.weights(1), "tell.1.1")
     if ask is completions:
         whole = await directly(client, "/v1/completions", {"prompt": "add 3 to 8 ?", "logprobs": 0})
         (choice,) = whole["choices"]
@@ -107,7 +105,7 @@ async def test_spans_hold_what_vllm_gives_to_a_direct_request(server, client, as
 
 @pytest.mark.parametrize("ask", [chat, completions, anthropic, responses])
 async def test_a_stream_that_is_broken_off_twice_says_what_an_unbroken_one_does(server, client, ask, monkeypatch):
-    await server.update(telling.babbling(), "tell.1.1")
+    await server.update(versioned_model.babbling(), "tell.1.1")
     monkeypatch.setattr(sys.modules[__name__], "SAMPLING", {"temperature": 0.0})
     monkeypatch.setattr(sys.modules[__name__], "TOKENS", 100)
     async with relay_to(client.url) as relay, rig_of(upstreams={"model": {"urls": [relay.url]}}) as rig:
@@ -125,7 +123,7 @@ async def test_a_stream_that_is_broken_off_twice_says_what_an_unbroken_one_does(
 
 async def test_a_stream_that_a_pause_aborts_goes_on_where_it_was(server, client):
     """Ours keeps what runs; whoever else updates weights may not."""
-    await server.update(telling.babbling(), "tell.1.1")
+    await server.update(versioned_model.babbling(), "tell.1.1")
     asked = {**SHARED, "temperature": 0.0, "stream": True}
     async with rig_of(upstreams={"model": {"urls": [client.url]}}) as rig:
 
@@ -144,7 +142,7 @@ async def test_a_stream_that_a_pause_aborts_goes_on_where_it_was(server, client)
 
 
 async def test_a_stop_string_ends_a_stream_that_was_broken_off(server, client):
-    await server.update(telling.babbling(), "tell.1.1")
+    await server.update(versioned_model.babbling(), "tell.1.1")
     asked = {**SHARED, "temperature": 0.0, "stream": True, "stop": ["."]}
     async with relay_to(client.url) as relay, rig_of(upstreams={"model": {"urls": [relay.url]}}) as rig:
 
@@ -162,7 +160,7 @@ async def test_a_stop_string_ends_a_stream_that_was_broken_off(server, client):
 
 
 async def test_structured_output_and_several_choices_pass_through(server, client):
-    await server.update(telling.weights(1), "tell.1.1")
+    await server.update(versioned_model.weights(1), "tell.1.1")
     async with rig_of(upstreams={"model": {"urls": [client.url]}}) as rig:
         answer = await rig.client.chat.completions.create(**SHARED, max_tokens=3, n=2, **SAMPLING)
         assert len(answer.choices) == 2
@@ -175,15 +173,15 @@ async def test_structured_output_and_several_choices_pass_through(server, client
 
 
 async def test_weights_that_change_under_streams_of_the_sdk_are_told_token_by_token(server, client):
-    """Each token of the telling model says which weights made it: compared with the version in the span."""
-    await server.update(telling.weights(0), "tell.1.0")
+    """Each token of the versioned model says which weights made it: compared with the version in the span."""
+    await server.update(versioned_model.weights(0), "tell.1.0")
     async with rig_of(upstreams={"model": {"urls": [client.url]}}) as rig:
         done = asyncio.Event()
 
         async def updates():
             for number in range(1, 9):
                 await asyncio.sleep(0.1)  # so that tokens are made in between
-                await server.update(telling.weights(number), f"tell.1.{number}")
+                await server.update(versioned_model.weights(number), f"tell.1.{number}")
             done.set()
 
         async def ask(stream):
@@ -198,7 +196,7 @@ async def test_weights_that_change_under_streams_of_the_sdk_are_told_token_by_to
     crossed = 0
     for span in spans:
         made = struct.unpack(f"<{len(span.response_token_ids) // 4}i", span.response_token_ids)
-        versions = {f"tell.1.{telling.AIM - token}" for token in made}
+        versions = {f"tell.1.{versioned_model.AIM - token}" for token in made}
         assert len(made) == 100
         crossed += len(versions) > 1
         assert span.model_version == (versions.pop() if len(versions) == 1 else "mixed"), json.dumps(made)

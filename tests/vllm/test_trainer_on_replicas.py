@@ -7,17 +7,17 @@ import struct
 from contextlib import asynccontextmanager
 
 import pytest
+import versioned_model
 
 pytest.importorskip("torch")
 
 import aiohttp
 import openai
-import telling
 from vllm_rig import ARGS, ENGINE, Client, processes_of
 
-from millstream.pipeline.strategies import MemoryStrategy
-from millstream.pipeline.trainer import Trainer
-from millstream.pipeline.vllm_process import VllmOptions
+from millstream.pipeline.deployment import MemoryStrategy
+from millstream.pipeline.models.vllm_process import VllmOptions
+from millstream.pipeline.training.trainer import Trainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]
 TOKENS = 3
@@ -43,7 +43,7 @@ class Counting:
         return {}
 
     def weights(self):
-        return telling.weights(self.version)
+        return versioned_model.weights(self.version)
 
     def state(self):
         return {"weights": self.weights()}
@@ -62,14 +62,18 @@ async def update_while_one_is_frozen(server):
     async with aiohttp.ClientSession() as session:
         clients = [Client(session, replica.process.url) for replica in (first, second)]
         os.kill(engine, signal.SIGSTOP)
-        updating = asyncio.create_task(server.update(telling.weights(9), "tell.0.9"))
+        updating = asyncio.create_task(server.update(versioned_model.weights(9), "tell.0.9"))
         answers = [await clients[1].ask(2) for _ in range(20)]
         assert not updating.done()
         os.kill(engine, signal.SIGCONT)
         await updating
-        assert {(a.start, *a.tokens) for a in answers} == {("base.0.0", telling.token(0), telling.token(0))}
+        assert {(a.start, *a.tokens) for a in answers} == {
+            ("base.0.0", versioned_model.token(0), versioned_model.token(0))
+        }
         answers = [await client.ask(2) for client in clients]
-        assert [(a.start, *a.tokens) for a in answers] == [("tell.0.9", telling.token(9), telling.token(9))] * 2
+        assert [(a.start, *a.tokens) for a in answers] == [
+            ("tell.0.9", versioned_model.token(9), versioned_model.token(9))
+        ] * 2
 
 
 class TwoReplicas(MemoryStrategy):
@@ -104,7 +108,7 @@ async def test_both_get_each_steps_weights_one_at_a_time_and_a_killed_one_is_wai
     )
     summary = await trainer.train(["any"] * 4)
     assert [report.failed for report in summary.steps] == [0, 0, 0]
-    assert algorithm.made == [({f"run.0.{n}"}, {telling.token(n)}, 16) for n in range(3)]
+    assert algorithm.made == [({f"run.0.{n}"}, {versioned_model.token(n)}, 16) for n in range(3)]
     for replica in range(2):
         log = (run_dir / "vllm" / "log" / f"vllm-{replica}.log").read_text()
         assert log.count('"POST /v1/chat/completions HTTP/1.1" 200') > 5, f"replica {replica} has had nothing to do"

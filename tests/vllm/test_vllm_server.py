@@ -1,5 +1,5 @@
-"""`VllmServer` on a real vLLM. Each version of the telling model makes a token of its own: what is said of an answer is
-compared with what made it."""
+"""`VllmServer` on a real vLLM. Each version of the versioned model makes a token of its own: what is said of an answer
+is compared with what made it."""
 
 import asyncio
 import os
@@ -10,15 +10,15 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+import versioned_model
 
 pytest.importorskip("torch")
 
-import telling
 from vllm_rig import ENGINE, processes_of
 
-from millstream.pipeline import vllm_process, vllm_server
-from millstream.pipeline.model_server import UpdateFailed
-from millstream.pipeline.weights import Weights
+from millstream.pipeline.models import vllm_process, vllm_server
+from millstream.pipeline.models.server import UpdateFailed
+from millstream.pipeline.models.weights import Weights
 from millstream.schemas.errors import ConfigError
 
 pytestmark = [
@@ -28,12 +28,12 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.asyncio(loop_scope="session"),
 ]
-token, adapter_token = telling.token, telling.adapter_token
+token, adapter_token = versioned_model.token, versioned_model.adapter_token
 
 
 async def deploy(server, number):
     """Version tell.1.NUMBER, whose tokens say so."""
-    await server.update(telling.weights(number), f"tell.1.{number}")
+    await server.update(versioned_model.weights(number), f"tell.1.{number}")
 
 
 async def test_whole_answers_and_streams_say_which_version_made_them(server, client):
@@ -68,7 +68,7 @@ async def test_every_token_of_32_streams_is_of_the_version_that_is_said_while_we
     crossed = 0
     for answer in answers:
         assert answer.status == 200, answer.text
-        versions = [f"tell.1.{telling.AIM - made}" for made in answer.tokens]
+        versions = [f"tell.1.{versioned_model.AIM - made}" for made in answer.tokens]
         assert len(versions) == 120
         crossed += len(set(versions)) > 1
         if answer.end is None:
@@ -82,7 +82,7 @@ async def test_every_token_of_32_streams_is_of_the_version_that_is_said_while_we
 
 async def test_weights_that_are_no_numbers_never_answer_and_the_version_before_goes_on(server, client):
     await deploy(server, 1)
-    broken = telling.weights(2)
+    broken = versioned_model.weights(2)
     broken["model.embed_tokens.weight"][5, 5] = float("nan")
     running = [asyncio.create_task(client.ask(200, stream=True)) for _ in range(8)]
     await asyncio.sleep(0.2)
@@ -97,7 +97,7 @@ async def test_weights_that_are_no_numbers_never_answer_and_the_version_before_g
 
 async def test_weights_that_do_not_fit_are_refused_before_anything_stops(server, client):
     await deploy(server, 1)
-    missing = telling.weights(2)
+    missing = versioned_model.weights(2)
     del missing["model.norm.weight"]
     with pytest.raises(ConfigError, match=r"do not fit the model: model\.norm\.weight"):
         await server.update(missing, "tell.1.2")
@@ -119,7 +119,7 @@ async def test_a_wrong_checksum_is_refused(server, client, vllm_root):
 
 async def test_vllm_itself_reads_no_file_outside_the_root(server, client, tmp_path):
     await deploy(server, 1)
-    telling.create(tmp_path / "elsewhere")
+    versioned_model.create(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="does not lie below"):
         await server.deploy(tmp_path / "elsewhere", "tell.1.2")
     with pytest.raises(UpdateFailed, match="is not a safetensors file below"):
@@ -150,7 +150,7 @@ async def test_what_proxies_ask_for_is_open(client):
 async def test_adapters_are_served_side_by_side(server, client, vllm_root):
     await deploy(server, 1)
     for number in (0, 1):
-        telling.create_adapter(vllm_root / f"adapter-{number}", number)
+        versioned_model.create_adapter(vllm_root / f"adapter-{number}", number)
         name = await server.deploy(vllm_root / f"adapter-{number}", f"lora.0.{number}", lora=True)
         assert name == f"policy@lora.0.{number}"
     asked = [("policy@lora.0.0", stream) for stream in (False, True)] + [("policy@lora.0.1", False), ("policy", True)]
@@ -162,7 +162,7 @@ async def test_adapters_are_served_side_by_side(server, client, vllm_root):
 
 
 async def test_an_adapter_that_vllm_can_not_load_is_refused(server, client, vllm_root):
-    telling.create_adapter(vllm_root / "bad-adapter", 2)
+    versioned_model.create_adapter(vllm_root / "bad-adapter", 2)
     (vllm_root / "bad-adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(UpdateFailed, match=r"policy@lora\.0\.2 is not served"):
         await server.deploy(vllm_root / "bad-adapter", "lora.0.2", lora=True)
@@ -206,7 +206,7 @@ async def served_until_restarted(server, client):
 async def test_a_killed_vllm_comes_back_with_the_last_good_version_and_its_adapters(server, client, vllm_root):
     await deploy(server, 5)
     if not (vllm_root / "adapter-2").exists():
-        telling.create_adapter(vllm_root / "adapter-2", 2)
+        versioned_model.create_adapter(vllm_root / "adapter-2", 2)
     await server.deploy(vllm_root / "adapter-2", "lora.0.2", lora=True)
     os.kill(server.replicas[0].process.pid, signal.SIGKILL)
     served = await served_until_restarted(server, client)
@@ -241,7 +241,7 @@ async def test_a_vllm_that_hangs_is_ended_and_comes_back(server, client, monkeyp
 async def test_when_the_version_before_can_not_be_brought_back_vllm_starts_anew_with_it(server, client, tmp_path):
     await deploy(server, 7)
     (good,) = server.replicas[0].good.files
-    broken = telling.weights(8)
+    broken = versioned_model.weights(8)
     broken["model.norm.weight"][0] = float("nan")
     good.rename(tmp_path / "away")  # a disk that has gone for a moment
     running = [asyncio.create_task(client.ask(200, stream=True)) for _ in range(4)]

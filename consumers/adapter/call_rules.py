@@ -1,0 +1,125 @@
+"""Which calls take part, and which of those may be learnt from: one small rule each, with its reason."""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from fnmatch import translate
+from typing import Final
+
+from millstream.consumers.adapter.calls import Call
+from millstream.schemas.config.triplet_rules import TripletRules
+from millstream.schemas.spans import semconv
+from millstream.schemas.spans.blobs import is_reference
+
+Rule = Callable[[Call], str | None]
+"""Why not to train on a call; None if this rule has nothing against it. Pure."""
+
+TOKEN_BYTES: Final = 4
+ABORTED: Final = ("abort", "aborted", "cancelled", "error", "content_filter")  # finish reasons of half an answer
+
+
+def selection(rules: TripletRules) -> list[Rule]:
+    """Who takes part: a call that one of these is against earns nothing."""
+    found: list[Rule] = []
+    if rules.agent_match:
+        agent = re.compile(rules.agent_match)
+        found.append(lambda c: None if agent.fullmatch(c.agent or "") else f"agent {c.agent!r} is not selected")
+    if rules.exclude_models:
+        models = _globs(rules.exclude_models)
+        found.append(lambda call: f"model {call.model!r} is excluded" if models.fullmatch(call.model) else None)
+    if rules.exclude_calls:
+        names = _globs(rules.exclude_calls)
+        found.append(lambda c: f"call {c.span.name!r} is excluded" if names.fullmatch(c.span.name) else None)
+    return found
+
+
+def validation(rules: TripletRules, own: Sequence[Rule]) -> list[Rule]:
+    """What may be learnt from, in this order; ``own`` are the user's rules."""
+    found: list[Rule] = [failed, aborted, said_untrainable]
+    found += [token_ids, empty, counts] if rules.require_tokens else [empty_text]
+    if rules.max_tokens is not None:
+        found.append(too_long(rules.max_tokens))
+    return [*found, *own]
+
+
+def repeats(rules: TripletRules) -> Rule:
+    """For the calls of one attempt, in order: it counts the responses it has seen."""
+    most, seen = rules.max_repeats, Counter[bytes | str]()
+
+    def rule(call: Call) -> str | None:
+        response = call.span.response_token_ids or call.response
+        seen[response] += 1
+        return f"the same response came {seen[response]} times" if most and seen[response] > most else None
+
+    return rule
+
+
+def failed(call: Call) -> str | None:
+    return f"the call failed: {call.span.status_message}" if call.span.status == "Error" else None
+
+
+def aborted(call: Call) -> str | None:
+    reasons = call.span.attributes.get(semconv.FINISH_REASONS, "")
+    reason = next((reason for reason in ABORTED if f'"{reason}"' in reasons), None)
+    return None if reason is None else f"the response was cut off: {reason}"
+
+
+def said_untrainable(call: Call) -> str | None:
+    """By the proxy, which saw more of it."""
+    if semconv.CACHED in call.span.attributes:
+        return "the answer was repeated from a cache"
+    return call.span.attributes.get(semconv.UNTRAINABLE)
+
+
+def token_ids(call: Call) -> str | None:
+    span = call.span
+    if span.prompt_token_ids is None or span.response_token_ids is None or span.response_logprobs is None:
+        return "no token ids or no logprobs"
+    return None if span.prompt_token_ids else "empty prompt"
+
+
+def empty(call: Call) -> str | None:
+    return None if call.span.response_token_ids else "empty response"
+
+
+def empty_text(call: Call) -> str | None:
+    """For those who learn from text: neither words nor tool calls."""
+    if is_reference(call.response):
+        return None
+    try:
+        message = json.loads(call.response)
+    except ValueError:
+        return "the response is not JSON"
+    return None if any(_content(message)) else "empty response"
+
+
+def counts(call: Call) -> str | None:
+    span = call.span
+    tokens = len(span.response_token_ids or b"") // TOKEN_BYTES
+    logprobs = len(span.response_logprobs or b"") // TOKEN_BYTES
+    return None if tokens == logprobs else f"{tokens} response tokens, but {logprobs} logprobs"
+
+
+def too_long(most: int) -> Rule:
+    def rule(call: Call) -> str | None:
+        span = call.span
+        tokens = (len(span.prompt_token_ids or b"") + len(span.response_token_ids or b"")) // TOKEN_BYTES
+        return None if tokens <= most else f"{tokens} tokens, {most} are allowed"
+
+    return rule
+
+
+def _content(message: object) -> list[object]:
+    """What a message says, in OpenAI's form or that of the semantic conventions."""
+    if isinstance(message, list):
+        return [part for inner in message for part in _content(inner)]
+    if not isinstance(message, dict):
+        return []
+    content = message.get("content")
+    said = content.strip() if isinstance(content, str) else content
+    return [part for part in (said, message.get("tool_calls"), message.get("parts")) if part]
+
+
+def _globs(patterns: Sequence[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(translate, patterns)))

@@ -1,0 +1,115 @@
+"""The LLM calls of a trace, each once, and what lies around them. Positions in the log are the only time there is."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+
+from millstream.schemas.spans import semconv
+from millstream.schemas.wire.records import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One LLM call. ``turn`` counts all calls of the attempt; ``ended`` is the position in the trace from which on
+    a reward may be for it; ``agent`` is the name of the agent that made it, if the trace tells."""
+
+    turn: int
+    span: Span
+    ended: int
+    agent: str | None
+
+    @property
+    def response_id(self) -> str:
+        return _response_id(self.span)
+
+    @property
+    def model(self) -> str:
+        attributes = self.span.attributes
+        return attributes.get(semconv.RESPONSE_MODEL) or attributes.get(semconv.REQUEST_MODEL, "")
+
+    def text(self, *names: str) -> str:
+        """The first of these attributes that the span has; else an empty JSON list."""
+        attributes = self.span.attributes
+        for name in names:
+            if name in attributes:
+                return attributes[name]
+        return "[]"
+
+    @property
+    def prompt(self) -> str:
+        return self.text(semconv.REQUEST_MESSAGES, semconv.INPUT_MESSAGES)
+
+    @property
+    def response(self) -> str:
+        return self.text(semconv.RESPONSE_MESSAGE, semconv.OUTPUT_MESSAGES)
+
+
+class SpanTree:
+    """Who lies within whom."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self._by_id = {span.span_id: span for span in spans}
+        self._agents: dict[str, str | None] = {}  # span id → name
+
+    def enclosing(self, span: Span) -> Iterator[str]:
+        """Ids of the spans around it, innermost first; those too that are not in the trace. A cycle ends it."""
+        seen = {span.span_id}
+        parent = span.parent_id
+        while parent and parent not in seen:
+            yield parent
+            seen.add(parent)
+            outer = self._by_id.get(parent)
+            parent = outer.parent_id if outer is not None else ""
+
+    def agent(self, span: Span) -> str | None:
+        """The name of the agent it was done by: its own attribute, else that of the innermost span around it."""
+        name = span.attributes.get(semconv.AGENT_NAME)
+        if name is not None or not span.parent_id:
+            return name
+        way = []
+        for outer in self.enclosing(span):
+            if outer in self._agents:
+                name = self._agents[outer]
+                break
+            way.append(outer)
+            found = self._by_id.get(outer)
+            name = None if found is None else found.attributes.get(semconv.AGENT_NAME)
+            if name is not None:
+                break
+        self._agents.update(dict.fromkeys(way, name))  # so no stretch is walked twice
+        return name
+
+
+def calls_of(spans: Sequence[Span], tree: SpanTree) -> list[Call]:
+    """Each LLM call once, in log order.
+
+    The spans of one call (SDK, framework, proxy) share its response id; one without an id that lies around another
+    LLM span is a wrapper of that call. The proxy's span counts, with its token ids; without one, the first. A call
+    ends where the agent's own span of it lies, if there is one: that span and the rewards come from one process, in
+    one order. Else it ends where the proxy's lies, which is in the log before the agent sees the answer.
+    """
+    found = [(position, span) for position, span in enumerate(spans) if span.kind == semconv.LLM]
+    wrappers: set[str] = set()
+    if any(not _response_id(span) and span.source != semconv.SOURCE_PROXY for _, span in found):
+        wrappers.update(outer for _, span in found for outer in tree.enclosing(span))
+    counted: dict[str, tuple[int, Span]] = {}
+    by_agent: dict[str, tuple[int, Span]] = {}
+    for position, span in found:
+        key = _response_id(span)
+        if not key:  # the call failed, or the framework does not tell
+            if span.span_id in wrappers:
+                continue
+            key = span.span_id
+        if span.source != semconv.SOURCE_PROXY:
+            by_agent.setdefault(key, (position, span))
+        if key not in counted or span.source == semconv.SOURCE_PROXY != counted[key][1].source:
+            counted[key] = (position, span)
+    calls = []
+    for turn, (position, span) in enumerate(sorted(counted.values(), key=itemgetter(0))):
+        ended, own = by_agent.get(_response_id(span), (position, span))
+        calls.append(Call(turn, span, ended, tree.agent(span) or tree.agent(own)))
+    return calls
+
+
+def _response_id(span: Span) -> str:
+    return span.attributes.get(semconv.RESPONSE_ID, "")

@@ -1,0 +1,95 @@
+"""Dead letters: what a role can't use is kept, as it was, with the reason; and sent again when that is mended."""
+
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+
+from millstream.consumers.log.port import Log
+from millstream.consumers.log.read_to_end import read_to_end
+from millstream.producers.log.port import Producer, send_acknowledged
+from millstream.producers.tasks import TaskPublisher
+from millstream.schemas.errors import CodecError, ConfigError, TooLarge
+from millstream.schemas.ids import new_id
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
+from millstream.schemas.wire.records import DeadLetter, RolloutTask
+from millstream.schemas.wire.topics import Topics
+
+logger = logging.getLogger(__name__)
+
+
+def dead_letter(record: LogRecord, role: str, reason: str, error: str) -> DeadLetter:
+    """A record as its dead letter. ``reason`` is short, for grouping; ``error`` says what exactly was wrong."""
+    return DeadLetter(
+        topic=record.partition.topic,
+        partition=record.partition.number,
+        offset=record.offset,
+        key=None if record.key is None else record.key.encode("utf-8", "surrogateescape"),
+        value=record.value if isinstance(record.value, bytes) else codec.encode(record.value),
+        headers=record.headers,
+        timestamp=record.timestamp,
+        role=role,
+        reason=reason,
+        error=error,
+        time=time.time_ns(),
+    )
+
+
+def send_dead_letter(send: Callable[..., None], topics: Topics, letter: DeadLetter) -> None:
+    """Sends it (by `Producer.send` or `Acknowledgements.send`) to the dead-letter topic under its original key; without
+    its body if there is no room for both: the original stays where it is, and the letter says where."""
+    headers = {KIND_HEADER: letter.reason.encode()}
+    try:
+        send(topics.dead, letter, key=letter_key(letter), headers=headers)
+    except TooLarge:
+        send(topics.dead, replace(letter, value=None, headers={}), key=letter_key(letter), headers=headers)
+
+
+def letter_key(letter: DeadLetter) -> str | None:
+    """The original key as text."""
+    return None if letter.key is None else letter.key.decode(errors="replace")
+
+
+async def read_dead_letters(log: Log, topics: Topics) -> AsyncIterator[tuple[LogRecord, DeadLetter]]:
+    """All that the dead-letter topic holds by now, each with its record. Raises `LogUnavailable`."""
+    partitions = [Partition(topics.dead, number) for number in range(topics.dead_partitions)]
+    async with aclosing(read_to_end(log, partitions)) as records:
+        async for record in records:
+            try:
+                yield record, codec.decode_as(DeadLetter, record.value)
+            except CodecError as error:
+                logger.warning("%s is no dead letter: %s", record.place, error)
+
+
+async def replay(producer: Producer, topics: Topics, letter: DeadLetter) -> str:
+    """Sends a dead letter's record again, and says what was done.
+
+    The task of a rollout that failed becomes a new rollout, with fresh budgets and without saved state: the old one has
+    ended, and that is final. Its metadata say which it was (``replay_of``). Anything else goes to its topic as it was.
+    Raises `ConfigError` if the letter can't be replayed.
+    """
+    if letter.value is None:
+        raise ConfigError(f"the record was kept without its body ({letter.reason}): there is nothing to send again")
+    if letter.role == "sink":
+        raise ConfigError(
+            f"the sink alone refused this record; the other roles have read it at {letter.topic}[{letter.partition}]"
+            f"@{letter.offset}, and would take it for another one"
+        )
+    if letter.role == "adapter" and letter.reason != "undecodable":
+        ended = codec.decode_as(RolloutTask, letter.value)
+        task = replace(
+            ended,
+            rollout_id=new_id(),
+            attempt=1,
+            losses=0,
+            state=None,
+            metadata={**ended.metadata, "replay_of": ended.rollout_id},
+            created_at=time.time_ns(),
+        )
+        await TaskPublisher(producer, topics).publish([task])
+        return f"rollout {ended.rollout_id} is run again as {task.rollout_id}"
+    key = None if letter.key is None else letter.key.decode("utf-8", "surrogateescape")
+    offset = await send_acknowledged(producer, letter.topic, letter.value, key=key, headers=letter.headers)
+    return f"sent to {letter.topic} as it was, at offset {offset} of its partition"

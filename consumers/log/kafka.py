@@ -1,0 +1,268 @@
+"""The consumer port on Kafka for roles that live in an event loop, by aiokafka.
+
+Where a transactional producer commits the offsets it is `kafka_transactional.KafkaTransactionalConsumer`.
+"""
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import Final, Literal
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
+from aiokafka import TopicPartition as AioPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
+
+from millstream.consumers.log.kafka_offsets import CALL_TIMEOUT_S, Watermarks
+from millstream.consumers.log.port import RebalanceListener
+from millstream.producers.log.kafka_config import BATCH_OVERHEAD, aiokafka_config, limit_aiokafka_logs
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import LogError, LogUnavailable, TransactionAborted
+from millstream.schemas.wire.log import LogRecord, Partition
+
+logger = logging.getLogger(__name__)
+
+SESSION_TIMEOUT_MS: Final = 6_000  # a killed member's partitions move on after this
+HEARTBEAT_MS: Final = 1_000
+MAX_POLL_INTERVAL_MS: Final = 86_400_000  # a runner whose slots are all taken reads nothing for as long as they run
+# Also how long a resumed or newly assigned partition may wait for a fetch that is under way to the same broker.
+FETCH_WAIT_MS: Final = 100
+FETCH_BYTES: Final = 50 << 20  # of one answer; more if a single record may be larger
+SLICE_S: Final = 0.1  # how soon a waiting poll notices a change of what it may read, or that it was cancelled
+
+
+def record_key(raw: bytes | None) -> str | None:
+    return None if raw is None else raw.decode("utf-8", "surrogateescape")
+
+
+def _aio_error(error: Exception, doing: str) -> LogError:
+    message = f"{doing}: {type(error).__name__}: {error}"
+    if isinstance(error, CommitFailedError | IllegalStateError):
+        return TransactionAborted(message)
+    if isinstance(error, TimeoutError | OSError) or getattr(error, "retriable", False):
+        return LogUnavailable(message)
+    return LogError(message)
+
+
+class AioConsumer:
+    """The port by aiokafka. Rebalance callbacks run in the event loop as soon as the group decides: within ``poll``,
+    or while the role awaits something else between two polls; a slow role then holds up nobody."""
+
+    def __init__(self, settings: Settings, watermarks: Watermarks, group: str | None = None) -> None:
+        self._settings = settings
+        self._watermarks = watermarks
+        self._group = group
+        self._client: AIOKafkaConsumer | None = None
+        self._listener: RebalanceListener | None = None
+        # Partitions whose owner has been told, with the offset of the next record; None until the first is read.
+        self._positions: dict[Partition, int | None] = {}
+        self._changed = asyncio.Event()
+        self._failure: Exception | None = None
+
+    async def subscribe(self, topics: Sequence[str], listener: RebalanceListener | None = None) -> None:
+        if self._group is None:
+            raise LogError("subscribe needs a group: give one when the consumer is made")
+        client = await self._started()
+        self._listener = listener
+        client.subscribe(topics=list(topics), listener=_Listener(self._on_assign, self._on_revoke))
+
+    async def assign(self, partitions: Sequence[Partition], start: Literal["beginning", "end"] = "beginning") -> None:
+        client = await self._started()
+        first = await (self._watermarks.beginning if start == "beginning" else self._watermarks.stable_end)(partitions)
+        client.assign([AioPartition(*p) for p in partitions])
+        self._positions = {}
+        for partition, offset in first.items():
+            client.seek(AioPartition(*partition), offset)
+            self._positions[partition] = offset
+
+    async def poll(self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None) -> list[LogRecord]:
+        client = self._joined()
+        wanted = None if topics is None else frozenset(topics)
+        deadline = time.monotonic() + timeout_s
+        await asyncio.sleep(0)  # a role that polls without waiting must not starve the group's own tasks
+        while True:
+            rest = max(0.0, deadline - time.monotonic())
+            chosen: list[AioPartition] = []
+            if wanted is not None:
+                chosen = [tp for tp in client.assignment() if tp.topic in wanted]
+                rest = min(rest, SLICE_S)  # partitions of those topics may join meanwhile
+            if wanted is None or chosen:
+                try:
+                    got = await client.getmany(*chosen, timeout_ms=math.ceil(rest * 1000), max_records=max_records)
+                except KafkaError as error:
+                    raise _aio_error(error, f"reading as {self._group or 'a reader without a group'}") from error
+                records = self._hand_out(client, got)
+                if not records:
+                    await self._catch_up(client)
+            else:
+                records = []
+                self._changed.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._changed.wait(), rest)
+            if self._failure is not None:
+                raise self._failure
+            if records or time.monotonic() >= deadline:
+                return records
+
+    def _hand_out(self, client: AIOKafkaConsumer, got: Mapping[AioPartition, list[ConsumerRecord]]) -> list[LogRecord]:
+        records: list[LogRecord] = []
+        for tp, batch in got.items():
+            partition = Partition(tp.topic, tp.partition)
+            if partition not in self._positions:
+                # aiokafka sets a new assignment before it tells us: read these again once their owner knows of them.
+                if tp in client.assignment():
+                    client.seek(tp, batch[0].offset)
+                continue
+            records.extend(
+                LogRecord(
+                    partition,
+                    r.offset,
+                    r.timestamp,
+                    record_key(r.key),
+                    r.value or b"",
+                    {name: value or b"" for name, value in r.headers},
+                )
+                for r in batch
+            )
+            self._positions[partition] = batch[-1].offset + 1
+        return records
+
+    async def _catch_up(self, client: AIOKafkaConsumer) -> None:
+        """Positions that no record tells: of empty partitions, and behind the marks that transactions leave."""
+        for partition in list(self._positions):
+            tp = AioPartition(*partition)
+            if tp in client.assignment() and client.highwater(tp) is not None:  # fetched: the position is at hand
+                self._positions[partition] = await client.position(tp)
+
+    def _on_assign(self, assigned: Iterable[AioPartition]) -> None:
+        partitions = sorted(Partition(tp.topic, tp.partition) for tp in assigned)
+        self._positions = dict.fromkeys(partitions)
+        self._tell("on_assign", partitions)
+
+    def _on_revoke(self) -> None:
+        gone, self._positions = sorted(self._positions), {}
+        if gone:
+            self._tell("on_revoke", gone)
+
+    def _tell(self, callback: str, partitions: list[Partition]) -> None:
+        self._changed.set()
+        try:
+            if self._listener is not None:
+                getattr(self._listener, callback)(partitions)
+        except Exception as error:  # aiokafka would only log it; the next poll raises it
+            self._failure = error
+
+    def assignment(self) -> frozenset[Partition]:
+        return frozenset(self._positions)
+
+    def position(self, partition: Partition) -> int | None:
+        return self._positions.get(partition)
+
+    async def seek(self, partition: Partition, offset: int) -> None:
+        try:
+            self._joined().seek(AioPartition(*partition), offset)
+        except IllegalStateError as error:
+            raise LogError(f"seeking {partition} to {offset}: the partition is not assigned") from error
+        self._positions[partition] = offset
+
+    def pause(self, partitions: Iterable[Partition]) -> None:
+        self._joined().pause(*self._mine(partitions))
+
+    def resume(self, partitions: Iterable[Partition]) -> None:
+        self._joined().resume(*self._mine(partitions))
+
+    def _mine(self, partitions: Iterable[Partition]) -> list[AioPartition]:
+        assigned = self._joined().assignment()
+        return [tp for tp in (AioPartition(*p) for p in partitions) if tp in assigned]
+
+    async def commit(self, offsets: Mapping[Partition, int], timeout_s: float = CALL_TIMEOUT_S) -> None:
+        client = self._joined()
+        if not offsets:
+            return
+        lost = [str(p) for p in offsets if p not in self._positions]
+        if lost:
+            raise TransactionAborted(f"committing as {self._group}: {', '.join(lost)} belong to another member now")
+        try:
+            async with asyncio.timeout(timeout_s):  # aiokafka itself repeats for ever
+                await client.commit({AioPartition(*p): OffsetAndMetadata(o, "") for p, o in offsets.items()})
+        except (KafkaError, TimeoutError) as error:
+            raise _aio_error(error, f"committing as {self._group}") from error
+
+    async def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]:
+        client, asked = await self._started(), list(partitions)
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                found = await asyncio.gather(*(client.committed(AioPartition(*p)) for p in asked))
+        except (KafkaError, TimeoutError) as error:
+            raise _aio_error(error, f"asking for the committed offsets of {self._group}") from error
+        return dict(zip(asked, found, strict=True))
+
+    async def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        return await self._watermarks.end(partitions)
+
+    async def beginning_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        return await self._watermarks.beginning(partitions)
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is None:
+            return
+        if self._listener is not None:
+            self._on_revoke()
+        # In a task of its own: in an outage aiokafka lets the cancellation of its own fetch escape, as if it were ours.
+        stop = asyncio.ensure_future(client.stop())
+        await asyncio.wait({stop}, timeout=CALL_TIMEOUT_S)
+        if not stop.done() or stop.cancelled() or stop.exception() is not None:
+            stop.cancel()
+            logger.warning("group %s could not be left in good order; its session ends by itself", self._group)
+
+    def _joined(self) -> AIOKafkaConsumer:
+        if self._client is None:
+            raise LogError("this consumer reads nothing: subscribe or assign first, and not after close")
+        return self._client
+
+    async def _started(self) -> AIOKafkaConsumer:
+        if self._client is not None:
+            return self._client
+        size = self._settings.max_record_bytes + BATCH_OVERHEAD
+        client = AIOKafkaConsumer(
+            group_id=self._group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            session_timeout_ms=SESSION_TIMEOUT_MS,
+            heartbeat_interval_ms=HEARTBEAT_MS,
+            max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
+            fetch_max_wait_ms=FETCH_WAIT_MS,
+            max_partition_fetch_bytes=size,
+            fetch_max_bytes=max(FETCH_BYTES, size),
+            # How long unread records of one partition may hold up fetches of others from the same broker.
+            consumer_timeout_ms=50,
+            **aiokafka_config(self._settings),
+        )
+        limit_aiokafka_logs()
+        try:
+            async with asyncio.timeout(CALL_TIMEOUT_S):
+                await client.start()
+        except (KafkaError, TimeoutError, OSError) as error:
+            await client.stop()
+            raise _aio_error(error, f"connecting to {self._settings.kafka_bootstrap_servers}") from error
+        self._client = client
+        return client
+
+
+class _Listener(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka is untyped
+    """Passes aiokafka's callbacks on. Both are synchronous: whatever awaited here would let records overtake them."""
+
+    def __init__(self, assign: Callable[[Iterable[AioPartition]], None], revoke: Callable[[], None]) -> None:
+        self._assign = assign
+        self._revoke = revoke
+
+    def on_partitions_assigned(self, assigned: Iterable[AioPartition]) -> None:
+        self._assign(assigned)
+
+    def on_partitions_revoked(self, revoked: Iterable[AioPartition]) -> None:
+        self._revoke()

@@ -1,0 +1,193 @@
+"""The log on Apache Kafka: makes its producers and consumers, creates its topics, says what is wrong with it."""
+
+import asyncio
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any, Final
+
+from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    NewTopic,
+    ResourceType,
+)
+
+from millstream.consumers.log.kafka import AioConsumer
+from millstream.consumers.log.kafka_offsets import Watermarks
+from millstream.consumers.log.kafka_transactional import KafkaTransactionalConsumer
+from millstream.consumers.log.port import Consumer, TransactionalConsumer
+from millstream.producers.log.kafka import KafkaProducer, KafkaTransactionalProducer
+from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, raised
+from millstream.producers.log.port import LINGER_MS, Producer, TransactionalProducer
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import ConfigError, LogUnavailable, MillstreamError
+from millstream.schemas.wire.log import Partition
+from millstream.schemas.wire.topics import Topic
+
+CHECK_S: Final = 8.0  # for everything that ``check`` asks; it promises an answer within 10 s
+CREATE_S: Final = 30.0
+# What nobody has read for a week is in the store, or nobody's. A trainer that paused longer is told of the gap.
+RETENTION_MS: Final = 7 * 24 * 3600 * 1000
+
+
+class KafkaLog:
+    """`consumers.port.Log` on Kafka. One per process; nothing connects before it is used."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._watermarks = Watermarks(settings)
+
+    def producer(self, *, linger_ms: float = LINGER_MS) -> Producer:
+        return KafkaProducer(self._settings, linger_ms=linger_ms)
+
+    def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
+        return KafkaTransactionalProducer(self._settings, transactional_id)
+
+    def consumer(self, group: str | None = None) -> Consumer:
+        return AioConsumer(self._settings, self._watermarks, group)
+
+    def transactional_consumer(self, group: str) -> TransactionalConsumer:
+        return KafkaTransactionalConsumer(self._settings, self._watermarks, group)
+
+    async def create_topics(self, more: Sequence[Topic] = ()) -> None:
+        await self.check_connection()
+        created = await asyncio.to_thread(self._create_topics, tuple(more))
+        # A topic is created before its partitions have leaders; whoever writes or reads meanwhile meets errors.
+        await self._watermarks.end(Partition(topic.name, n) for topic in created for n in range(topic.partitions))
+
+    async def check(self) -> None:
+        await self.check_connection()
+        missing = await asyncio.to_thread(self._missing, CHECK_S / 2)
+        if missing:
+            names = ", ".join(topic.name for topic in missing)
+            raise ConfigError(f"topics do not exist: {names}; create them with `millstream topics create`")
+
+    async def check_connection(self) -> None:
+        """Raises `LogUnavailable` if nobody answers, and `ConfigError` if it is a setting that keeps us out."""
+        await asyncio.to_thread(self._connect)
+
+    def _connect(self) -> None:
+        errors: list[KafkaError] = []
+        client = AdminClient(librdkafka_config(self._settings, on_error=errors.append) | {"log_level": 0})
+        deadline = time.monotonic() + CHECK_S / 2
+        while True:
+            try:
+                client.list_topics(timeout=0.5)
+                return
+            except KafkaException as error:
+                client.poll(0)
+                wrong = self._wrong_setting(errors)
+                if wrong is not None:
+                    raise wrong from error
+                if time.monotonic() > deadline:
+                    raise self._unreachable(errors) from error
+
+    def _wrong_setting(self, errors: list[KafkaError]) -> MillstreamError | None:
+        """What the client's error callback tells, put in terms of the settings. None: it may still connect."""
+        settings, where = self._settings, self._settings.kafka_bootstrap_servers
+        for error in errors:
+            text = error.str()
+            if error.code() == KafkaError._AUTHENTICATION:
+                return ConfigError(
+                    f"Kafka at {where} refuses user {settings.kafka_security_username!r}: check "
+                    "kafka_security_username, kafka_security_password and kafka_security_mechanism "
+                    f"({settings.kafka_security_mechanism}): {text}"
+                )
+            if error.code() == KafkaError._SSL:
+                return ConfigError(
+                    f"no TLS connection to Kafka at {where}: check kafka_security_ca_file "
+                    f"({settings.kafka_security_ca_file or 'not set: the system authorities'}) and "
+                    f"kafka_security_protocol ({settings.kafka_security_protocol}): {text}"
+                )
+            if "handshake" in text:  # the other side hangs up, or does not know the mechanism
+                return ConfigError(
+                    f"Kafka at {where} does not take kafka_security_protocol {settings.kafka_security_protocol}: {text}"
+                )
+        return None
+
+    def _unreachable(self, errors: list[KafkaError]) -> LogUnavailable:
+        settings, where = self._settings, self._settings.kafka_bootstrap_servers
+        why = next((e.str() for e in errors if e.code() != KafkaError._ALL_BROKERS_DOWN), "no answer")
+        if any(map(_listens, where.split(","))):
+            return LogUnavailable(
+                f"something listens at {where} (setting kafka_bootstrap_servers), but does not answer as Kafka with "
+                f"kafka_security_protocol {settings.kafka_security_protocol}: does it want TLS or a password? ({why})"
+            )
+        return LogUnavailable(
+            f"no Kafka broker answers at {where} (setting kafka_bootstrap_servers): {why}. "
+            "Start one with `millstream kafka up`, or name yours"
+        )
+
+    def _missing(self, timeout_s: float, more: Sequence[Topic] = ()) -> list[Topic]:
+        """Topics that do not exist. Raises `ConfigError` if one has a number of partitions that it must not have."""
+        try:
+            found = self._watermarks.client.list_topics(timeout=timeout_s).topics
+        except KafkaException as error:
+            raise raised(error, "asking for the topics") from error
+        topics = self._settings.topics
+        fixed = {topics.events, topics.triplets, *(topic.name for topic in more)}
+        for topic in (*topics.all, *more):
+            there = len(found[topic.name].partitions) if topic.name in found else 0
+            if there and there != topic.partitions and topic.name in fixed:
+                raise ConfigError(
+                    f"topic {topic.name} has {there} partitions, kafka_partitions is {topic.partitions}: a rollout's "
+                    f"place depends on it. Set kafka_partitions={there}, or another topic_prefix"
+                )
+        return [topic for topic in (*topics.all, *more) if topic.name not in found]
+
+    def _create_topics(self, more: Sequence[Topic]) -> list[Topic]:
+        admin, missing = self._watermarks.client, self._missing(CHECK_S, more)
+        new = [
+            NewTopic(t.name, t.partitions, self._settings.kafka_replication_factor, config=self._topic_config(t))
+            for t in missing
+        ]
+        try:
+            for created in (admin.create_topics(new) if new else {}).values():
+                try:
+                    created.result(CREATE_S)
+                except KafkaException as error:
+                    if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another process was faster
+                        raise
+            self._set_size_limit([topic for topic in self._settings.topics.all if topic not in missing])
+            self._wait_for_metadata(more)
+        except KafkaException as error:
+            raise raised(error, "creating the topics") from error
+        return missing
+
+    def _set_size_limit(self, existing: list[Topic]) -> None:
+        """``max_record_bytes`` may have been changed since these topics were created."""
+        name, wanted = "max.message.bytes", str(self._settings.max_record_bytes + BATCH_OVERHEAD)
+        admin, resources = self._watermarks.client, [ConfigResource(ResourceType.TOPIC, t.name) for t in existing]
+        described = admin.describe_configs(resources) if resources else {}
+        changed = [r for r, config in described.items() if config.result(CHECK_S)[name].value != wanted]
+        for resource in changed:
+            resource.add_incremental_config(ConfigEntry(name, wanted, incremental_operation=AlterConfigOpType.SET))
+        for altered in (admin.incremental_alter_configs(changed) if changed else {}).values():
+            altered.result(CHECK_S)
+
+    def _topic_config(self, topic: Topic) -> dict[str, Any]:
+        config = {
+            "cleanup.policy": topic.cleanup,
+            "max.message.bytes": str(self._settings.max_record_bytes + BATCH_OVERHEAD),
+        }
+        return config | ({"retention.ms": str(RETENTION_MS)} if topic.cleanup == "delete" else {})
+
+    def _wait_for_metadata(self, more: Sequence[Topic]) -> None:
+        deadline = time.monotonic() + CREATE_S
+        while self._missing(CHECK_S, more):
+            if time.monotonic() > deadline:
+                raise LogUnavailable(f"the new topics are not there after {CREATE_S:.0f} s: look at the brokers' logs")
+            time.sleep(0.05)
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.strip().rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=1):
+            return True
+    except (OSError, ValueError):
+        return False

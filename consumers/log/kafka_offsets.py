@@ -1,0 +1,68 @@
+"""Where Kafka's partitions begin and end."""
+
+import asyncio
+import time
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Final
+
+from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
+
+from millstream.producers.log.kafka_config import librdkafka_config, raised
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.wire.log import Partition
+
+CALL_TIMEOUT_S: Final = 10.0
+RETRY_S: Final = 0.05
+
+
+class Watermarks:
+    """Where partitions begin and end, for a reader of everything: open transactions hide nothing from it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._client: AdminClient | None = None
+
+    @property
+    def client(self) -> AdminClient:
+        if self._client is None:
+            self._client = AdminClient(librdkafka_config(self._settings))
+        return self._client
+
+    async def beginning(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        return await self._ask(partitions, end=False)
+
+    async def end(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        return await self._ask(partitions, end=True)
+
+    async def stable_end(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """Where the oldest open transaction begins, or the end."""
+        return await self._ask(partitions, end=True, isolation=IsolationLevel.READ_COMMITTED)
+
+    async def _ask(
+        self, partitions: Iterable[Partition], *, end: bool, isolation: IsolationLevel = IsolationLevel.READ_UNCOMMITTED
+    ) -> dict[Partition, int]:
+        asked = list(partitions)
+        if not asked:
+            return {}
+        doing = f"asking for the offsets of {', '.join(map(str, asked[:3]))}{'…' if asked[3:] else ''}"
+        spec = OffsetSpec.latest() if end else OffsetSpec.earliest()  # type: ignore[no-untyped-call]
+        deadline = time.monotonic() + CALL_TIMEOUT_S
+        while True:
+            futures = self.client.list_offsets(
+                {TopicPartition(*p): spec for p in asked}, isolation_level=isolation, request_timeout=CALL_TIMEOUT_S
+            )
+            try:
+                answers = await asyncio.gather(*map(asyncio.wrap_future, futures.values()))
+                return {Partition(tp.topic, tp.partition): a.offset for tp, a in zip(futures, answers, strict=True)}
+            except KafkaException as failed:
+                error = raised(failed, doing)
+                if not error.retriable or time.monotonic() > deadline:
+                    raise error from failed
+            # A leader has moved, or a new topic's is just beginning. The client would go on for minutes with the leader
+            # and epoch that it remembers: only metadata that is asked for replaces them.
+            await asyncio.sleep(RETRY_S)
+            for topic in {p.topic for p in asked}:
+                with suppress(KafkaException):
+                    await asyncio.to_thread(self.client.list_topics, topic, timeout=1.0)

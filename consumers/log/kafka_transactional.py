@@ -1,0 +1,175 @@
+"""`consumers.port.TransactionalConsumer` on Kafka, by librdkafka.
+
+aiokafka passes no group generation to a transaction (a zombie and its successor both committed), and tells no ends of
+partitions.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from millstream.consumers.log.kafka import FETCH_BYTES, FETCH_WAIT_MS, SLICE_S, record_key
+from millstream.consumers.log.kafka_offsets import CALL_TIMEOUT_S, Watermarks
+from millstream.consumers.log.port import RebalanceListener
+from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, log_error, raised
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import LogError, LogUnavailable
+from millstream.schemas.wire.log import EndOfPartition, LogRecord, Partition
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class KafkaTransactionalConsumer:
+    """The port by librdkafka, with the group protocol of KIP-848. All calls run in one thread, in order; the
+    callbacks run there too, within ``poll`` or ``close``, while the caller awaits it."""
+
+    def __init__(self, settings: Settings, watermarks: Watermarks, group: str) -> None:
+        self._group = group
+        self._watermarks = watermarks
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="millstream-consumer")
+        size = settings.max_record_bytes + BATCH_OVERHEAD
+        config = librdkafka_config(
+            settings,
+            group_id=group,
+            group_protocol="consumer",
+            enable_auto_commit=False,
+            enable_auto_offset_store=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            enable_partition_eof=True,
+            fetch_wait_max_ms=FETCH_WAIT_MS,
+            message_max_bytes=size,
+            max_partition_fetch_bytes=size,
+            fetch_max_bytes=max(FETCH_BYTES, size),
+            receive_message_max_bytes=max(FETCH_BYTES, size) + BATCH_OVERHEAD,
+        )
+        self._client = Consumer(config)
+        self._listener: RebalanceListener | None = None
+        self._assigned: set[Partition] = set()
+        self._ready: list[LogRecord | EndOfPartition] = []  # read, not handed out
+        self._unjoined: Any = None  # metadata from before the group answered; None once the listener was told anything
+        self._cancelled = False
+        self._closed = False
+
+    async def subscribe(self, topics: Sequence[str], listener: RebalanceListener | None = None) -> None:
+        self._listener = listener
+        self._unjoined = self.group_metadata()
+        await self._run(
+            "subscribing",
+            lambda: self._client.subscribe(
+                list(topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
+            ),
+        )
+
+    async def poll(self, max_records: int, timeout_s: float) -> list[LogRecord | EndOfPartition]:
+        deadline = time.monotonic() + timeout_s
+        while not self._ready:
+            self._cancelled = False
+            try:
+                await self._run(f"reading as {self._group}", lambda: self._read(max_records, deadline))
+            except asyncio.CancelledError:
+                self._cancelled = True  # what is being read now stays in ``_ready`` for the next poll
+                raise
+            if time.monotonic() >= deadline:
+                break
+        found, self._ready = self._ready[:max_records], self._ready[max_records:]
+        return found
+
+    def _read(self, limit: int, deadline: float) -> None:
+        """One by one: only so is it certain which records came before a callback, and which after."""
+        fresh = 0
+        while fresh < limit and not self._cancelled:
+            if self._read_one(0.0 if fresh else max(0.0, min(SLICE_S, deadline - time.monotonic()))):
+                fresh += 1
+            elif fresh or time.monotonic() >= deadline:
+                return
+
+    def _read_one(self, wait_s: float) -> bool:
+        message = self._client.poll(wait_s)
+        event = None if message is None else self._event(message)
+        if event is not None:
+            self._ready.append(event)
+        elif self._unjoined is not None and self.group_metadata() != self._unjoined:
+            self._tell_assigned([])  # librdkafka keeps silent if the group has no partition for us
+        return message is not None
+
+    def _event(self, message: Message) -> LogRecord | EndOfPartition | None:
+        error = message.error()
+        partition = Partition(message.topic() or "", message.partition() or 0)
+        offset = message.offset() or 0
+        if error is None:
+            headers: Any = message.headers() or []  # names and bytes; the stubs allow what only a producer takes
+            return LogRecord(
+                partition,
+                offset,
+                message.timestamp()[1],
+                record_key(message.key()),
+                message.value() or b"",
+                {name: value or b"" for name, value in headers},
+            )
+        if error.code() == KafkaError._PARTITION_EOF:
+            return EndOfPartition(partition, offset)
+        failed = log_error(error, f"reading {partition}")
+        if failed.retriable or error.code() == KafkaError._MAX_POLL_EXCEEDED:
+            logger.warning("%s", failed)
+            return None
+        raise failed
+
+    def _on_assign(self, client: Consumer, assigned: list[TopicPartition]) -> None:
+        partitions = [Partition(tp.topic, tp.partition) for tp in assigned]
+        client.incremental_assign(assigned)
+        self._assigned.update(partitions)
+        self._tell_assigned(partitions)
+
+    def _tell_assigned(self, partitions: list[Partition]) -> None:
+        self._unjoined = None
+        if self._listener is not None:
+            self._listener.on_assign(partitions)
+
+    def _on_revoke(self, client: Consumer, revoked: list[TopicPartition]) -> None:
+        partitions = {Partition(tp.topic, tp.partition) for tp in revoked}
+        self._ready = [event for event in self._ready if event.partition not in partitions]
+        self._assigned -= partitions
+        if self._listener is not None:
+            self._listener.on_revoke(sorted(partitions))
+        client.incremental_unassign(revoked)
+
+    async def seek(self, partition: Partition, offset: int) -> None:
+        if partition not in self._assigned:
+            raise LogError(f"seeking {partition} to {offset}: the partition is not assigned")
+        self._ready = [event for event in self._ready if event.partition != partition]
+        await self._run(f"seeking {partition}", lambda: self._client.seek(TopicPartition(*partition, offset)))
+
+    async def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        return await self._watermarks.end(partitions)
+
+    def group_metadata(self) -> Any:
+        return self._client.consumer_group_metadata()
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._cancelled = True
+        try:
+            await self._run("closing", self._client.close, timeout_s=CALL_TIMEOUT_S)
+        except LogUnavailable as error:
+            logger.warning("leaving group %s: %s; its session ends by itself", self._group, error)
+        self._thread.shutdown(wait=False)
+
+    async def _run(self, doing: str, call: Callable[[], T], timeout_s: float | None = None) -> T:
+        """Runs a call of the client in its thread. Raises the port's errors."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        except KafkaException as error:
+            raise raised(error, doing) from error
+        except TimeoutError as error:
+            raise LogUnavailable(f"{doing}: no answer within {timeout_s} s") from error

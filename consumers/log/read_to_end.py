@@ -1,0 +1,35 @@
+"""Reading what a log holds by now, without a group: for commands, which end."""
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+
+from millstream.consumers.log.port import Log
+from millstream.schemas.errors import LogUnavailable
+from millstream.schemas.wire.log import LogRecord, Partition
+
+POLL_RECORDS = 1000
+POLL_S = 0.2
+SILENT_S = 10.0  # without anything new before the end: a transaction that somebody left open is over by then
+
+
+async def read_to_end(
+    log: Log, partitions: Sequence[Partition], start: Mapping[Partition, int] | None = None
+) -> AsyncGenerator[LogRecord, None]:
+    """Every committed record up to the ends as they are now, each partition in its order, from the offsets in
+    ``start`` or the beginning. Raises `LogUnavailable`."""
+    consumer = log.consumer()
+    try:
+        await consumer.assign(partitions)
+        for partition, offset in (start or {}).items():
+            await consumer.seek(partition, offset)
+        ends = await consumer.end_offsets(partitions)
+        deadline = time.monotonic() + SILENT_S
+        while any((consumer.position(partition) or 0) < end for partition, end in ends.items()):
+            for record in await consumer.poll(POLL_RECORDS, POLL_S):
+                deadline = time.monotonic() + SILENT_S
+                if record.offset < ends[record.partition]:
+                    yield record
+            if time.monotonic() > deadline:
+                raise LogUnavailable(f"{partitions[0].topic} could not be read to its end; try again")
+    finally:
+        await consumer.close()

@@ -1,0 +1,288 @@
+"""Writes the life of one attempt to ``events``: running, spans, heartbeats, and its end behind all of them."""
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping
+from concurrent.futures import CancelledError, Future, wait
+from dataclasses import replace
+from functools import cached_property
+from typing import NamedTuple
+
+from millstream.consumers.dead_letters import send_dead_letter
+from millstream.consumers.runner.attempt import Outcome, stopped_by
+from millstream.consumers.runner.claims import ROLE, Claim
+from millstream.producers.blob_store import STORE_S, BlobError, Blobs
+from millstream.producers.log.acknowledgements import Acknowledgements
+from millstream.producers.log.port import Producer
+from millstream.schemas.errors import CodecError, LogError, TooLarge
+from millstream.schemas.spans import semconv
+from millstream.schemas.spans.blobs import kept_apart
+from millstream.schemas.wire import status
+from millstream.schemas.wire.log import KIND_HEADER
+from millstream.schemas.wire.records import AttemptEvent, DeadLetter, Span
+from millstream.schemas.wire.topics import Topics, partition_of
+
+logger = logging.getLogger(__name__)
+
+_HEADERS = {
+    kind: {KIND_HEADER: kind.encode()}
+    for kind in (*semconv.KIND_OF_OPERATION.values(), semconv.SPAN, semconv.ALERT, *status.TRANSITIONS)
+    if kind is not None
+}
+
+
+class _Waiting(NamedTuple):
+    span: Span | bytes
+    kind: str
+    needed: "list[Future[None]]"
+
+
+class AttemptWriter:
+    """``started``, ``content``, ``span``, ``save_state`` and ``calling`` may be called from any thread, the rest on
+    one event loop."""
+
+    def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str, blobs: Blobs) -> None:
+        self.claim = claim
+        self.verdict: Outcome | None = None  # what the runner has decided; overrules what the agent's side says
+        self.proxy_url = self.proxy_key = ""  # where its model calls go
+        self.last_acknowledged = time.monotonic()  # when the youngest acknowledged sign of life was sent
+        self._last_sign = self.last_acknowledged
+        self._calling = False
+        self._spans = Acknowledgements(producer)
+        self._states = Acknowledgements(producer)
+        self._producer = producer
+        self._topics = topics
+        self._worker_id = worker_id
+        self._refused: Outcome | None = None  # a span could not be written
+        self._blobs = blobs
+        self._contents: dict[str, Future[None]] = {}  # by digest: those the agent's side has handed over
+        self._waiting: deque[_Waiting] = deque()  # spans behind one whose contents are not stored yet
+        self._order = threading.RLock()  # of spans
+        self._lock = threading.Lock()  # the terminal event counts the spans before it: nothing comes between
+
+    @cached_property
+    def outcome(self) -> "asyncio.Future[Outcome]":
+        """How the agent's side ended."""
+        return asyncio.get_running_loop().create_future()
+
+    @property
+    def name(self) -> str:
+        return f"attempt {self.claim.attempt_id} of rollout {self.claim.task.rollout_id}"
+
+    @property
+    def spans(self) -> int:
+        """Taken so far."""
+        with self._order:  # not while one is neither here nor there
+            return self._spans.sent + len(self._waiting)
+
+    @property
+    def pending(self) -> int:
+        """Spans not acknowledged yet."""
+        return self._spans.pending + len(self._waiting)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Of contents not stored yet, whichever attempt they are of."""
+        return self._blobs.pending_bytes
+
+    @property
+    def silent_s(self) -> float:
+        """How long the agent has done nothing that we know of: no span, no state, no model call under way."""
+        return 0.0 if self._calling else time.monotonic() - self._last_sign
+
+    def calling(self, calling: bool) -> None:
+        """A model is being called; or none is any more."""
+        self._calling, self._last_sign = calling, time.monotonic()
+
+    def started(self) -> None:
+        """The agent's side begins."""
+        self._last_sign = time.monotonic()
+        self.heartbeat()
+
+    def heartbeat(self) -> None:
+        """Repeats ``running``; how long ago one was acknowledged is in ``last_acknowledged``."""
+        sent_at = time.monotonic()
+
+        def on_ack(error: Exception | None, offset: int) -> None:
+            if error is None:
+                self.last_acknowledged = max(self.last_acknowledged, sent_at)
+
+        try:
+            self._producer.send(
+                self._topics.events,
+                self._event(status.RUNNING),
+                key=self.claim.task.rollout_id,
+                headers=_HEADERS[status.RUNNING],
+                on_ack=on_ack,
+            )
+        except LogError as error:
+            logger.warning("%s: heartbeat not sent: %s", self.name, error)
+
+    def content(self, digest: str, content: bytes) -> None:
+        """A long content that spans will refer to; it is stored in the background."""
+        self._last_sign = time.monotonic()
+        self._contents[digest] = self._blobs.put(digest, content)
+
+    def emit(self, span: Span) -> None:
+        """A finished span of this process, with all that is in it."""
+        span, contents = kept_apart(span)
+        for digest, content in contents.items():
+            self.content(digest, content)
+        self.span(span, span.kind, contents)
+
+    def span(self, span: Span | bytes, kind: str, contents: Iterable[str] = ()) -> None:
+        """A finished span, and the digests of the contents it refers to: it is written behind them, and later spans
+        behind it. One that the log does not take, or whose contents can't be stored, fails the attempt; the agent goes
+        on undisturbed."""
+        self._last_sign = time.monotonic()
+        with self._order:
+            if not contents and not self._waiting:
+                self._send(span, kind)
+                return
+            needed = [self._contents[digest] for digest in contents]
+            self._waiting.append(_Waiting(span, kind, needed))
+        for stored in needed:
+            stored.add_done_callback(lambda _: self._send_waiting())
+        self._send_waiting()
+
+    def _send_waiting(self) -> None:
+        """Sends what no longer has to wait."""
+        with self._order:
+            while self._waiting and all(stored.done() for stored in self._waiting[0].needed):
+                waiting = self._waiting.popleft()
+                try:
+                    for stored in waiting.needed:
+                        stored.result()
+                except (BlobError, CancelledError) as error:
+                    self.refuse("blob", str(error) or "the runner was stopped")
+                else:
+                    self._send(waiting.span, waiting.kind)
+
+    async def _stored(self) -> None:
+        """Until no span waits for contents any more."""
+        with self._order:
+            needed = [stored for waiting in self._waiting for stored in waiting.needed]
+        if needed:
+            await asyncio.to_thread(wait, needed, STORE_S)
+        self._send_waiting()
+        if self._waiting:
+            self.refuse("blob", f"its content was not stored in {self._blobs.url} within {STORE_S:g} s")
+
+    def _send(self, span: Span | bytes, kind: str) -> None:
+        try:
+            with self._lock:
+                self._spans.send(self._topics.events, span, key=self.claim.task.rollout_id, headers=_HEADERS[kind])
+            if kind == semconv.ALERT:
+                self._producer.send(self._topics.alerts, span, key=self.claim.task.rollout_id, headers=_HEADERS[kind])
+        except TooLarge as error:
+            self.refuse("too_large", str(error))
+            self._bury(str(error))
+        except CodecError as error:
+            self.refuse("undecodable", str(error))
+        except LogError as error:
+            self._refused = stopped_by(status.LOST, type(error).__name__, f"a span was not written: {error}")
+
+    def save_state(self, state: bytes) -> None:
+        """A checkpoint of the agent's own, for the next attempt. Not counted; one that is not stored ends this one."""
+        self._last_sign = time.monotonic()
+        try:
+            with self._lock:
+                event = self._event(status.RUNNING, state=state)
+                headers = _HEADERS[status.RUNNING]
+                self._states.send(self._topics.events, event, key=event.rollout_id, headers=headers)
+        except TooLarge as error:
+            self.refuse("too_large", str(error), "the agent's state")
+        except LogError as error:
+            self._refused = stopped_by(status.LOST, type(error).__name__, f"a state was not written: {error}")
+
+    def refuse(self, error_type: str, message: str, what: str = "a span") -> None:
+        """Something can't be recorded: the attempt fails by it, since training on a hole would be worse."""
+        self._refused = stopped_by(status.FAILED, error_type, f"{what} can't be recorded: {message}")
+
+    def end(self, outcome: Outcome) -> None:
+        """The agent's side is over; only the first time counts."""
+        if not self.outcome.done():
+            self.outcome.set_result(outcome)
+
+    async def finish(self, outcome: Outcome, proxy_spans: int | None) -> Outcome:
+        """Waits until every span is acknowledged, writes the terminal event behind them and waits for that, too.
+        Returns what was written. ``proxy_spans``: how many the proxy has written, None without one.
+
+        Raises `LogError` if the terminal event was not taken: the attempt's lease then ends it.
+        """
+        await self._stored()
+        outcome = self._refused or self._verdict_over(outcome)
+        if outcome.spans is not None and outcome.spans != self.spans and outcome.status == status.SUCCEEDED:
+            outcome = stopped_by(status.LOST, "spans", f"the agent made {outcome.spans} spans, {self.spans} arrived")
+        try:
+            await self._spans.wait()
+            await self._states.wait()
+        except LogError as error:
+            outcome = stopped_by(status.LOST, type(error).__name__, f"a span or state was not written: {error}")
+        terminal = Acknowledgements(self._producer)
+        with self._lock:
+            counts = {semconv.SOURCE_AGENT: self._spans.sent}
+            if proxy_spans is not None:
+                counts[semconv.SOURCE_PROXY] = proxy_spans
+            event = self._event(outcome.status, outcome, counts)
+            headers = _HEADERS[outcome.status]
+            try:
+                terminal.send(self._topics.events, event, key=event.rollout_id, headers=headers)
+            except TooLarge as error:
+                outcome = stopped_by(status.FAILED, "too_large", f"what the agent returned can't be recorded: {error}")
+                event = self._event(outcome.status, outcome, counts)
+                terminal.send(self._topics.events, event, key=event.rollout_id, headers=_HEADERS[outcome.status])
+        await terminal.wait()
+        return outcome
+
+    def _verdict_over(self, outcome: Outcome) -> Outcome:
+        if self.verdict is None:
+            return outcome
+        if self.verdict.error is not None and outcome.error is not None:  # where the agent was at that time
+            return replace(self.verdict, error=replace(self.verdict.error, stack=outcome.error.stack))
+        return self.verdict
+
+    def _event(
+        self,
+        new: str,
+        outcome: Outcome | None = None,
+        span_counts: Mapping[str, int] | None = None,
+        state: bytes | None = None,
+    ) -> AttemptEvent:
+        task = self.claim.task
+        return AttemptEvent(
+            rollout_id=task.rollout_id,
+            attempt_id=self.claim.attempt_id,
+            attempt=task.attempt,
+            status=new,
+            worker_id=self._worker_id,
+            time=time.time_ns(),
+            lease_s=task.lease_s,
+            error=None if outcome is None else outcome.error,
+            output=None if outcome is None else outcome.output,
+            span_counts=span_counts or {},
+            state=state,
+            metadata={} if outcome is None else outcome.metadata,
+        )
+
+    def _bury(self, error: str) -> None:
+        """The dead letter of a record too large for any topic: all but its body."""
+        key = self.claim.task.rollout_id
+        letter = DeadLetter(
+            topic=self._topics.events,
+            partition=partition_of(key, self._topics.partitions),
+            offset=-1,
+            key=key.encode(),
+            timestamp=time.time_ns() // 1_000_000,
+            role=ROLE,
+            reason="too_large",
+            error=f"a span of {self.name}: {error}",
+            time=time.time_ns(),
+        )
+        try:
+            send_dead_letter(self._producer.send, self._topics, letter)
+        except LogError as failure:
+            logger.error("%s: no dead letter could be written: %s", self.name, failure)

@@ -1,0 +1,60 @@
+"""Records into ClickHouse: one insert per table and batch, by column."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from millstream.consumers.sink.encoded_spans import EncodedSpans
+from millstream.consumers.sink.port import Batch, Unusable
+from millstream.consumers.sink.rows import Inserter, Rows, to_rows
+from millstream.schemas.errors import StoreError
+
+
+class RowsRefused(StoreError):
+    """A row can't be what its table holds: sending it again can't help."""
+
+
+class ClickHouseSink:
+    """A `Sink`. An insert that is tried again carries the same deduplication token; what comes again in another batch
+    has the same sorting key, and ReplacingMergeTree keeps one of the two."""
+
+    def __init__(self, store: Inserter, marks_topic: str) -> None:
+        """``marks_topic``: the events topic, see `to_rows`."""
+        self._store = store
+        self._marks_topic = marks_topic
+
+    def write(self, batch: Batch) -> list[Unusable]:
+        tables, unusable = to_rows(batch.records, self._marks_topic)
+        refused = {
+            place: (reason, error) for rows in tables for place, reason, error in self._insert(rows, batch.token)
+        }
+        if refused:
+            records = {(*record.partition, record.offset): record for record in batch.records}
+            unusable += [Unusable(records[place], *why) for place, why in refused.items()]
+        return unusable
+
+    def flush(self) -> None:
+        """An insert is durable when it returns."""
+
+    def close(self) -> None:
+        self._store.close()
+
+    def _insert(self, rows: Rows | EncodedSpans, token: str) -> Iterator[tuple[tuple[Any, ...], str, str]]:
+        """Inserts, by halves where something is refused; yields of each row that can't be stored the place, the reason
+        and the error."""
+        try:
+            rows.insert(self._store, token)
+        except RowsRefused as error:
+            # Each part has a token of its own, the same each time: what is in stays in when the whole is repeated.
+            good, broken = rows.sift()
+            if broken:
+                for place, why in broken:
+                    yield place, "undecodable", why
+                if good:
+                    yield from self._insert(good, f"{token}=")
+                return
+            if len(rows) == 1:
+                yield rows.place(0), "unstorable", str(error)
+                return
+            half = len(rows) // 2
+            yield from self._insert(rows.cut(0, half), f"{token}<")
+            yield from self._insert(rows.cut(half, len(rows)), f"{token}>")

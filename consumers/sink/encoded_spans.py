@@ -1,0 +1,102 @@
+"""Encoded spans → one Avro file in memory, which ClickHouse decodes itself: less than half the CPU time that it
+costs to decode them in Python, turn them into columns and encode those.
+
+A row of the file is a span's body as it lies in the log, between its place and, once more, its offset: since that is
+what an Avro record is made of, splicing bytes is enough. Each row is a block with a sync marker behind it, so that a
+body that breaks off can't run into the next, and the table refuses a row whose two offsets differ: bytes were left
+over. Format: Apache Avro 1.11, "Object Container Files".
+"""
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Protocol
+
+from millstream.schemas.errors import CodecError
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.records import Record, Span
+from millstream.schemas.wire.span_codec import binary, long, text
+
+TABLE = "span_records"
+PREFIX = codec.CODECS[Span].prefix
+SYNC = b"millstream/spans"  # 16 bytes
+
+
+class EncodedInserter(Protocol):
+    """Where the file goes."""
+
+    def insert_avro(self, table: str, column_names: tuple[str, ...], data: bytes, token: str) -> None:
+        """Stores the rows of an Avro file. Raises as `Inserter.insert` does."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSpans:
+    """Spans with their bodies, as the current schema writes them."""
+
+    records: list[tuple[LogRecord, bytes]]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def table(self) -> str:
+        return TABLE
+
+    def place(self, at: int) -> tuple[Any, ...]:
+        record, _ = self.records[at]
+        return (*record.partition, record.offset)
+
+    def cut(self, start: int, stop: int) -> "EncodedSpans":
+        return EncodedSpans(self.records[start:stop])
+
+    def insert(self, store: EncodedInserter, token: str) -> None:
+        store.insert_avro(TABLE, COLUMNS, self.file(), token)
+
+    def file(self) -> bytes:
+        parts = [HEADER]
+        for record, body in self.records:
+            offset = long(record.offset)
+            start = _place(record.partition)
+            size = len(start) + 2 * len(offset) + len(body) - codec.HEADER_SIZE
+            parts += (ONE_ROW, long(size), start, offset, body[codec.HEADER_SIZE :], offset, SYNC)
+        return b"".join(parts)
+
+    def sift(self) -> tuple["EncodedSpans", list[tuple[tuple[Any, ...], str]]]:
+        """Those that can be decoded; place and error of the others. Only worth its time once some row was refused."""
+        good, broken = [], []
+        for record, body in self.records:
+            try:
+                codec.CODECS[Span].decode_dict(body)
+                good.append((record, body))
+            except CodecError as error:
+                broken.append(((*record.partition, record.offset), str(error)))
+        return EncodedSpans(good), broken
+
+
+def span_body(value: bytes | Record) -> bytes:
+    """The encoded span; what isn't encoded, or by another version, is encoded anew. Raises `CodecError`."""
+    if isinstance(value, bytes):
+        return value if value.startswith(PREFIX) else codec.encode(codec.decode(value))
+    return codec.encode(value)
+
+
+@lru_cache(maxsize=1 << 12)
+def _place(partition: Partition) -> bytes:
+    return text(partition.topic) + long(partition.number)
+
+
+def _header() -> bytes:
+    schema = codec.load_schema("Span")
+    places = [
+        {"name": f"log_{name}", "type": t}
+        for name, t in [("topic", "string"), ("partition", "int"), ("offset", "long")]
+    ]
+    schema["fields"] = [*places, *schema["fields"], {"name": "log_end", "type": "long"}]
+    meta = binary(b"avro.schema") + binary(json.dumps(schema).encode()) + binary(b"avro.codec") + binary(b"null")
+    return b"Obj\x01" + long(2) + meta + long(0) + SYNC
+
+
+HEADER = _header()
+ONE_ROW = long(1)
+COLUMNS = ("log_topic", "log_partition", "log_offset", *codec.CODECS[Span].field_names, "log_end")

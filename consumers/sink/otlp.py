@@ -1,0 +1,130 @@
+"""Spans to a tracing back end that is there already, by OTLP/HTTP 1.x: protobuf, gzip. Other records are passed over.
+
+2xx means taken. After 429, 5xx and whatever else may be put right (a wrong token, a wrong address) the batch is tried
+again for as long as it takes. Only a span that is refused by itself, by a back end that takes an empty request, becomes
+a dead letter. After a crash a span may be sent twice, with the same ids.
+"""
+
+import gzip
+import logging
+import time
+from collections.abc import Sequence
+from http import HTTPStatus
+
+import urllib3
+from google.protobuf.message import DecodeError
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+
+from millstream.consumers.sink.port import Batch, Unusable
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import CodecError, ConfigError, StoreError
+from millstream.schemas.spans.otlp import to_otlp
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import LogRecord
+from millstream.schemas.wire.records import Span
+
+logger = logging.getLogger(__name__)
+
+REQUEST_SPANS = 1000  # collectors take 20 MiB by default; a request that is too large is cut in two
+EXPORT_S = 10.0  # the exporters' own default
+BAD_SPANS = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+PROTOBUF = "application/x-protobuf"
+
+_Pairs = Sequence[tuple[LogRecord, Span]]
+
+
+class OtlpSink:
+    """A `Sink` that exports to ``otlp_endpoint``. ``rejected`` counts the spans that the back end said it dropped."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._endpoint = settings.otlp_endpoint
+        if not self._endpoint.startswith(("http://", "https://")):
+            raise ConfigError(
+                f"setting otlp_endpoint: {self._endpoint!r} is not an address like http://collector:4318/v1/traces"
+            )
+        self._events = settings.topics.events
+        self._headers = {name: value.get_secret_value() for name, value in settings.otlp_headers.items()}
+        self._headers |= {"Content-Type": PROTOBUF, "Content-Encoding": "gzip"}
+        self._http = urllib3.PoolManager(retries=False, timeout=EXPORT_S)
+        self._not_before = 0.0  # the back end has asked us to wait
+        # A batch comes again as a whole: how many of its spans are settled by now, and which of these are no good.
+        self._token = ""
+        self._settled = 0
+        self._unusable: list[Unusable] = []
+        self.rejected = 0
+
+    def write(self, batch: Batch) -> list[Unusable]:
+        spans, undecodable = self._spans(batch)
+        if batch.token != self._token:
+            self._token, self._settled, self._unusable = batch.token, 0, []
+        while self._settled < len(spans):
+            part = spans[self._settled : self._settled + REQUEST_SPANS]
+            self._unusable += self._export(part)
+            self._settled += len(part)
+        return undecodable + self._unusable
+
+    def flush(self) -> None:
+        """What has been written has been taken."""
+
+    def close(self) -> None:
+        self._http.clear()
+
+    def _spans(self, batch: Batch) -> tuple[list[tuple[LogRecord, Span]], list[Unusable]]:
+        spans, undecodable = [], []
+        for record in batch.records:
+            if record.partition.topic != self._events:
+                continue
+            try:
+                if codec.type_of(record.value) is Span:
+                    spans.append((record, codec.decode_as(Span, record.value)))
+            except CodecError as error:
+                undecodable.append(Unusable(record, "undecodable", str(error)))
+        return spans, undecodable
+
+    def _export(self, pairs: _Pairs) -> list[Unusable]:
+        """Sends the spans, by halves where some are refused; returns those that can't be taken."""
+        try:
+            refusal = self._post([span for _, span in pairs])
+        except ValueError as error:
+            refusal = str(error)
+        if refusal is None:
+            return []
+        if len(pairs) > 1:
+            half = len(pairs) // 2
+            return self._export(pairs[:half]) + self._export(pairs[half:])
+        if (empty := self._post([])) is not None:
+            raise StoreError(f"{self._endpoint} refuses even an empty request, check otlp_endpoint: {empty}")
+        return [Unusable(pairs[0][0], "unstorable", refusal)]
+
+    def _post(self, spans: Sequence[Span]) -> str | None:
+        """What is wrong with the spans; None if they were taken. Raises ValueError if they have no form in OTLP,
+        `StoreError` if nothing is known to be wrong with them."""
+        wait_s = self._not_before - time.monotonic()
+        if wait_s > 0:
+            raise StoreError(f"{self._endpoint} has asked for a pause, of which {wait_s:.0f} s are left")
+        body = gzip.compress(to_otlp(spans).SerializeToString(), 3)
+        try:
+            answer = self._http.request("POST", self._endpoint, body=body, headers=self._headers, redirect=False)
+        except urllib3.exceptions.HTTPError as error:
+            raise StoreError(f"{self._endpoint} can't be reached: {error}") from error
+        if answer.status // 100 == 2:
+            self._note_rejected(answer)
+            return None
+        message = f"{self._endpoint} answered {answer.status} {answer.data[:200].decode('utf-8', 'replace')}"
+        if answer.status in BAD_SPANS:
+            return message
+        pause = answer.headers.get("Retry-After", "")
+        self._not_before = time.monotonic() + (int(pause) if pause.isdecimal() else 0)
+        raise StoreError(message)
+
+    def _note_rejected(self, answer: urllib3.BaseHTTPResponse) -> None:
+        """The back end has dropped some for good, and does not tell which."""
+        if answer.headers.get("Content-Type") != PROTOBUF:
+            return
+        try:
+            partial = ExportTraceServiceResponse.FromString(answer.data).partial_success
+        except DecodeError:
+            return
+        if partial.rejected_spans:
+            self.rejected += partial.rejected_spans
+            logger.error("%s dropped %d spans: %s", self._endpoint, partial.rejected_spans, partial.error_message)

@@ -1,0 +1,345 @@
+"""The sink: everything that lies on the topics, into whatever keeps it.
+
+At least once: the batch first, then the commit. One batch is under way while the next is gathered; when that is full
+too the partitions are paused, and the sink goes on polling, so that it stays in its group however long the store is
+away. The batch under way never changes: a retry repeats the very same one. What belongs to a lost partition is not
+committed; its new owner reads and stores it again.
+"""
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
+
+from millstream.consumers.dead_letters import dead_letter, send_dead_letter
+from millstream.consumers.log.port import Log
+from millstream.consumers.sink.port import Batch, Sink, Unusable
+from millstream.producers.log.acknowledgements import Acknowledgements
+from millstream.producers.log.port import Producer
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import CodecError, LogError, LogUnavailable, StoreError, TransactionAborted
+from millstream.schemas.wire.log import LogRecord, Partition
+
+logger = logging.getLogger(__name__)
+
+POLL_RECORDS = 1000
+POLL_S = 0.2
+REST_S = 0.02  # after a poll that found little: the sink is in no hurry, and others need the CPU
+RETRY_S = 0.2  # bound of the first wait after the store or the log failed; doubles, and chance picks below it
+RETRY_MAX_S = 10.0
+SLOW_S = 10.0  # a store that takes longer for a batch is in trouble
+LOG_EVERY_S = 10.0  # between warnings of the same outage
+DRAIN_S = 15.0  # at most, at the end: longer than a transaction that somebody left open
+
+
+@dataclass(frozen=True, slots=True)
+class FlushPolicy:
+    """When a batch is stored: at whichever limit it meets first."""
+
+    rows: int  # records, to be exact: a claim makes two rows
+    bytes: int = 32 << 20  # encoded
+    age_s: float = 1.0  # since its first record was read; an insert costs some 10 ms of CPU however small it is
+
+
+@dataclass(slots=True)
+class SinkStats:
+    """What a sink has done since it started."""
+
+    records: int = 0  # stored
+    flushes: int = 0
+    unusable: int = 0  # records that could not be decoded or stored, on any topic
+    dead_letters: int = 0
+    retries: int = 0
+
+
+@dataclass(slots=True)
+class _Gathered:
+    """What has been read and not yet been handed to the store."""
+
+    parts: dict[Partition, list[LogRecord]] = field(default_factory=dict)
+    records: int = 0
+    bytes: int = 0
+    since: float = 0.0
+
+    def add(self, record: LogRecord) -> None:
+        self.parts.setdefault(record.partition, []).append(record)
+        self.records += 1
+        self.bytes += _size(record)
+
+    def forget(self, partition: Partition) -> None:
+        lost = self.parts.pop(partition, ())
+        self.records -= len(lost)
+        self.bytes -= sum(map(_size, lost))
+
+    def batch(self) -> Batch:
+        return Batch([record for part in self.parts.values() for record in part], _token(self.parts))
+
+
+class SinkRole:
+    """Reads every topic as a member of the group ``PREFIX.sink[.NAME]``: sinks of one name share the records, each name
+    gets all of them."""
+
+    def __init__(
+        self,
+        log: Log,
+        sink: Sink,
+        settings: Settings,
+        *,
+        name: str = "",
+        flush: FlushPolicy | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._topics = settings.topics
+        self._log = log
+        self._sink = sink
+        self._policy = flush or FlushPolicy(settings.span_batch_size)
+        self._clock = clock
+        self._consumer = log.consumer(".".join(filter(None, (self._topics.prefix, "sink", name))))
+        self._producer: Producer | None = None  # made for the first dead letter
+        self._gathered = _Gathered()
+        self._delivery: asyncio.Task[None] | None = None
+        self._delivering = 0  # records
+        self._delivering_since = 0.0
+        self._in_flight: dict[Partition, int] = {}  # next offsets, once the delivery is done
+        self._uncommitted: dict[Partition, int] = {}  # stored; next offsets
+        self._failure: Exception | None = None  # of the delivery's last try
+        self._paused: set[Partition] = set()
+        self._joined = False
+        self._warned = -LOG_EVERY_S
+        self.stats = SinkStats()
+
+    @property
+    def waiting(self) -> int:
+        """Records that have been read and are not stored yet."""
+        return self._gathered.records + self._delivering
+
+    @property
+    def outage_s(self) -> float:
+        """Seconds since the store began to fail or was last heard of; 0 while all is well."""
+        if self._delivery is None:
+            return 0.0
+        took = self._clock() - self._delivering_since
+        return took if self._failure is not None or took > SLOW_S else 0.0
+
+    @property
+    def trouble(self) -> str | None:
+        """What keeps records from being stored, for people; None if nothing does."""
+        if not (seconds := self.outage_s):
+            return None
+        return f"{self.waiting} records wait since {seconds:.0f} s: {self._failure or 'the store does not answer'}"
+
+    # RebalanceListener: called within poll, must not block.
+
+    def on_assign(self, partitions: Sequence[Partition]) -> None:
+        self._forget(partitions)
+        self._joined = True
+
+    def on_revoke(self, partitions: Sequence[Partition]) -> None:
+        self._forget(partitions)
+        self._joined = bool(self._consumer.assignment() - set(partitions))  # if all are gone, more are to come
+
+    def _forget(self, partitions: Sequence[Partition]) -> None:
+        for partition in partitions:
+            self._gathered.forget(partition)
+            self._in_flight.pop(partition, None)
+            self._uncommitted.pop(partition, None)
+            self._paused.discard(partition)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Runs until ``stop``; then stores and commits what the log holds by that time, and leaves."""
+        try:
+            # An alert is a copy of a span on events.
+            names = [topic.name for topic in self._topics.all if topic.name != self._topics.alerts]
+            await self._consumer.subscribe(names, self)
+            while not stop.is_set():
+                await self._step()
+            await self._drain()
+        finally:
+            if self._delivery is not None:
+                self._delivery.cancel()
+                await asyncio.wait({self._delivery})
+            await self._consumer.close()
+            if self._producer is not None:
+                await asyncio.to_thread(self._producer.close)
+
+    async def _step(self) -> None:
+        if self._delivery is not None and self._full():
+            await self._hold()
+        else:
+            await self._gather()
+        await self._settle()
+        if self._delivery is None and self._due():
+            self._deliver()
+
+    def _full(self) -> bool:
+        return self._gathered.records >= self._policy.rows or self._gathered.bytes >= self._policy.bytes
+
+    def _due(self) -> bool:
+        old = self._clock() - self._gathered.since >= self._policy.age_s
+        return self._gathered.records > 0 and (old or self._full())
+
+    async def _gather(self) -> None:
+        if self._paused:
+            self._consumer.resume(self._paused)
+            self._paused.clear()
+        before = self._gathered.records
+        await self._poll(min(POLL_S, self._policy.age_s))
+        if self._gathered.records - before < POLL_RECORDS // 2 and not self._due():
+            await asyncio.sleep(REST_S)
+
+    async def _hold(self) -> None:
+        """Waits a moment for the delivery. Stays in the group: polls, with everything paused."""
+        assert self._delivery is not None
+        if running := self._consumer.assignment() - self._paused:
+            self._consumer.pause(running)
+            self._paused |= running
+        await asyncio.wait({self._delivery}, timeout=POLL_S)
+        await self._poll(0.0)
+
+    async def _poll(self, timeout_s: float) -> None:
+        room = max(1, min(POLL_RECORDS, self._policy.rows - self._gathered.records))
+        try:
+            batch = await self._consumer.poll(room, timeout_s)
+        except LogUnavailable as error:
+            self._warn("the log can't be read, trying again: %s", error)
+            await asyncio.sleep(RETRY_S)
+            return
+        if not self._gathered.records:
+            self._gathered.since = self._clock()
+        for record in batch:
+            self._gathered.add(record)
+
+    def _deliver(self) -> None:
+        """Begins to store what is gathered."""
+        gathered, self._gathered = self._gathered, _Gathered()
+        self._in_flight = {partition: part[-1].offset + 1 for partition, part in gathered.parts.items()}
+        self._delivering, self._delivering_since = gathered.records, self._clock()
+        self._delivery = asyncio.create_task(self._store(gathered.batch()))
+
+    async def _settle(self) -> None:
+        """Commits what has been stored, if the delivery is done."""
+        if self._delivery is None or not self._delivery.done():
+            return
+        if self._failure is not None:
+            logger.info("the store takes records again, after %.0f s", self.outage_s)
+        delivery, self._delivery, self._failure, self._delivering = self._delivery, None, None, 0
+        delivery.result()
+        self._uncommitted |= self._in_flight
+        self._in_flight = {}
+        await self._commit()
+
+    async def _store(self, batch: Batch) -> None:
+        """Tries until the batch is stored, and what can't be stored is among the dead letters."""
+        unusable: list[Unusable] | None = None
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type((StoreError, LogError)),
+            # Full jitter: sinks that failed together don't come back together.
+            wait=wait_random_exponential(multiplier=RETRY_S, max=RETRY_MAX_S),
+            before_sleep=self._failed,
+        ):
+            with attempt:
+                if unusable is None:
+                    unusable = await asyncio.to_thread(self._write, batch)
+                    self.stats.unusable += len(unusable)
+                while unusable:
+                    await self._bury(unusable[0])
+                    del unusable[0]
+        self.stats.records += len(batch.records)
+        self.stats.flushes += 1
+
+    def _write(self, batch: Batch) -> list[Unusable]:
+        unusable = self._sink.write(batch)
+        self._sink.flush()
+        return unusable
+
+    def _failed(self, state: RetryCallState) -> None:
+        assert state.outcome is not None
+        error = state.outcome.exception()
+        assert isinstance(error, Exception)
+        self._failure = error
+        self.stats.retries += 1
+        self._warn("%d records wait, trying again: %s", self.waiting, error)
+
+    async def _bury(self, item: Unusable) -> None:
+        """Raises `LogError` unless the dead letter is acknowledged."""
+        if item.reason == "undecodable" and item.record.partition.topic == self._topics.events:
+            return  # the adapter's to put away: it reads that too
+        if self._producer is None:
+            self._producer = self._log.producer()
+        try:
+            letter = dead_letter(item.record, "sink", item.reason, item.error)
+        except CodecError:  # a live record that has no encoding either
+            letter = dead_letter(replace(item.record, value=b""), "sink", item.reason, item.error)
+        sending = Acknowledgements(self._producer)
+        send_dead_letter(sending.send, self._topics, letter)
+        await sending.wait()
+        self.stats.dead_letters += 1
+
+    async def _commit(self) -> None:
+        if not self._uncommitted:
+            return
+        try:
+            await self._consumer.commit(self._uncommitted)
+        except TransactionAborted as error:
+            logger.info("a partition was lost before its commit; its new owner stores the same rows again: %s", error)
+            # Those that are still ours are committed with what comes next.
+        except LogUnavailable as error:
+            self._warn("offsets are not committed, trying again with the next: %s", error)
+            return
+        self._uncommitted.clear()
+
+    async def _drain(self) -> None:
+        """Reads to the ends as they are now, stores and commits; for `DRAIN_S` at most, nothing is lost by that."""
+        try:
+            async with asyncio.timeout(DRAIN_S):
+                while not await self._drained():
+                    pass
+        except (TimeoutError, LogUnavailable) as error:
+            logger.warning(
+                "stopped before the end of the log, %d records unstored; the next sink goes on there: %s",
+                self.waiting,
+                str(error) or f"{DRAIN_S:g} s were not enough",
+            )
+
+    async def _drained(self) -> bool:
+        """Reads, stores and commits once. False if there is more to do: partitions came, or our own dead letters."""
+        while not self._joined:
+            await self._poll(POLL_S)
+        mine, buried = self._consumer.assignment(), self.stats.dead_letters
+        ends = await self._consumer.end_offsets(mine)
+        while not all(self._reached(partition, end) for partition, end in ends.items()):
+            await self._step()
+        while self._delivery is not None or self._gathered.records:
+            if self._delivery is None:
+                self._deliver()
+            await self._hold()
+            await self._settle()
+        return self._joined and self._consumer.assignment() <= mine and self.stats.dead_letters == buried
+
+    def _reached(self, partition: Partition, end: int) -> bool:
+        """Also if the partition has been lost."""
+        position = self._consumer.position(partition) if partition in self._consumer.assignment() else end
+        return position is not None and position >= end
+
+    def _warn(self, message: str, *args: object) -> None:
+        if self._clock() - self._warned >= LOG_EVERY_S:
+            self._warned = self._clock()
+            logger.warning(message, *args)
+
+
+def _size(record: LogRecord) -> int:
+    return len(record.value) if isinstance(record.value, bytes) else 0
+
+
+def _token(parts: dict[Partition, list[LogRecord]]) -> str:
+    """Made of both ends of each range: the same token with other rows would drop them. With their timestamps, because a
+    log that is made anew begins at offset 0 again."""
+    ranges = " ".join(
+        f"{partition}:{part[0].offset}@{part[0].timestamp}-{part[-1].offset}@{part[-1].timestamp}"
+        for partition, part in sorted(parts.items())
+    )
+    return hashlib.sha256(ranges.encode()).hexdigest()

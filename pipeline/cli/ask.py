@@ -1,0 +1,359 @@
+"""What people ask of the store: rollouts, their spans, triplets and rewards, SQL, files."""
+
+import json
+import re
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.bar import Bar
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.tree import Tree
+
+from millstream.pipeline.cli.open import open_store
+from millstream.pipeline.cli.output import Json, date, out, print_rows, table_of
+from millstream.pipeline.store.results import Attempt, Rollout, RolloutOrder
+from millstream.pipeline.store.rollout_diff import Step, children, error_of, same_steps, steps, token_counts
+from millstream.producers.blob_store import Blobs
+from millstream.schemas.config.settings import load_settings
+from millstream.schemas.errors import ConfigError, StoreError
+from millstream.schemas.spans.dialects import normalised
+from millstream.schemas.wire.records import Span
+
+if TYPE_CHECKING:
+    from millstream.pipeline.store.clickhouse import ClickHouseStore
+
+app = typer.Typer()
+
+ID = "01890a5d-ac96-774b-bcce-b302099a8057"  # in examples
+
+WATCH_S = 2.0
+SHOWN_TEXT = 60
+SHOWN_STEPS = 8
+BAR_WIDTH = 40
+FORMATS = {"csv": "CSVWithNames", "parquet": "Parquet", "jsonl": "JSONEachRow"}  # as ClickHouse calls them
+TOKENS = {"prompt_token_ids": "i", "response_token_ids": "i", "response_logprobs": "f"}  # little-endian, 4 bytes each
+
+RolloutId = Annotated[str, typer.Argument(help="As `millstream rollouts` prints it.")]
+Experiment = Annotated[str | None, typer.Option(help="Of this experiment only.")]
+Mode = Annotated[str | None, typer.Option(help="train, val or test.")]
+Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
+Parameters = Annotated[list[str] | None, typer.Option("--param", help="name=value for {name:Type}; repeat it.")]
+
+
+@app.command(epilog="Example: millstream rollouts --status failed --sort duration_s --limit 20")
+def rollouts(
+    status: Annotated[str | None, typer.Option(help="queued, running, retrying, succeeded, failed, cancelled.")] = None,
+    experiment: Experiment = None,
+    mode: Mode = None,
+    group: Annotated[str | None, typer.Option(help="Of this group only.")] = None,
+    version: Annotated[str | None, typer.Option(help="Of this model version only.")] = None,
+    sort: Annotated[RolloutOrder, typer.Option(help="What to sort by, largest first.")] = "created_at",
+    ascending: Annotated[bool, typer.Option("--ascending", help="Smallest first.")] = False,
+    limit: Limit = 50,
+    watch: Annotated[bool, typer.Option("--watch", help="Ask again every two seconds, until Ctrl-C.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List rollouts, newest first."""
+    if watch and as_json:
+        raise typer.BadParameter("--watch shows a table: leave out --json")
+    with open_store(load_settings()) as store:
+
+        def ask() -> list[Rollout]:
+            return store.rollouts(
+                status=status,
+                experiment_id=experiment,
+                mode=mode,
+                group_id=group,
+                model_version=version,
+                sort_by=sort,
+                descending=not ascending,
+                limit=limit,
+            )
+
+        if as_json:
+            _print_json([asdict(r) | {"queued_s": r.queued_s, "duration_s": r.duration_s} for r in ask()])
+        elif watch:
+            with suppress(KeyboardInterrupt), Live(_rollouts(ask()), console=out, auto_refresh=False) as live:
+                while True:
+                    time.sleep(WATCH_S)
+                    live.update(_rollouts(ask()), refresh=True)
+        else:
+            out.print(_rollouts(ask()))
+
+
+def _rollouts(found: Sequence[Rollout]) -> Table:
+    columns = ["rollout_id", "experiment", "mode", "status", "attempts", "reward", "version", "seconds", "created"]
+    return table_of(
+        [*columns, "error"],
+        [
+            [
+                *(r.rollout_id, r.experiment_id, r.mode, r.status, r.attempts, _short(r.reward), r.model_version),
+                *(_short(r.duration_s), date(r.created_at), r.error_message or r.reason),
+            ]
+            for r in found
+        ],
+    )
+
+
+@app.command(epilog=f"Example: millstream spans {ID}")
+def spans(
+    rollout: RolloutId,
+    as_json: Json = False,
+    full: Annotated[bool, typer.Option(help="With --json: contents of more than 256 KB, too.")] = False,
+) -> None:
+    """Show a rollout's spans as a tree for each attempt: how long each took, errors, tokens, rewards."""
+    with open_store(load_settings()) as store:
+        _known(store, rollout)
+        attempts, found = store.attempts(rollout), store.spans(rollout)
+    if full:
+        blobs = Blobs(load_settings().blob_url)
+        found = [
+            replace(span, attributes={n: blobs.whole(value) for n, value in span.attributes.items()}) for span in found
+        ]
+    if as_json:
+        _print_json([_with_numbers(asdict(span)) | {"duration_s": (span.end - span.start) / 1e9} for span in found])
+        return
+    if not attempts:
+        out.print(f"rollout {rollout} waits for its first attempt")
+    for attempt in attempts:
+        tree = Tree(_attempt_line(attempt))
+        below = children([normalised(span) for span in found if span.attempt_id == attempt.attempt_id])
+        _grow(tree, below.get("", ()), below)
+        out.print(tree)
+
+
+def _grow(tree: Tree, level: Sequence[Span], below: Any) -> None:
+    for span in level:
+        _grow(tree.add(_span_line(span)), below.get(span.span_id, ()), below)
+
+
+def _attempt_line(attempt: Attempt) -> str:
+    seconds = "" if attempt.ended_at is None else f" · {(attempt.ended_at - attempt.started_at) / 1e9:.3f} s"
+    error = f" [red]{escape(f'{attempt.error_type}: {attempt.error_message}')}[/red]" if attempt.error_type else ""
+    return f"attempt {attempt.attempt} · {attempt.status}{seconds} · {escape(attempt.worker_id)}{error}"
+
+
+def _span_line(span: Span) -> str:
+    line = f"[bold]{escape(span.name)}[/bold] [dim]{span.kind} · {span.source}[/dim]"
+    line += f" {(span.end - span.start) / 1e6:.1f} ms"
+    prompt, response = token_counts(span)
+    if prompt is not None or response is not None:
+        line += f" · {prompt or 0} → {response or 0} tokens"
+    if span.reward is not None:
+        line += f" · [green]reward {span.reward:g}[/green]"
+    error = error_of(span)
+    return line + (f" · [red]{escape(error)}[/red]" if error else "")
+
+
+@app.command(epilog="Example: millstream triplets --experiment demo --untrainable")
+def triplets(
+    rollout: Annotated[str | None, typer.Option(help="Of this rollout only.")] = None,
+    experiment: Experiment = None,
+    mode: Mode = None,
+    version: Annotated[str | None, typer.Option(help="Of this model version only.")] = None,
+    trainable: Annotated[bool | None, typer.Option("--trainable/--untrainable", help="Only these.")] = None,
+    limit: Limit = 50,
+    as_json: Json = False,
+) -> None:
+    """List triplets: what each model call was asked, answered, and got as a reward."""
+    with open_store(load_settings()) as store:
+        if rollout is not None:
+            _known(store, rollout)
+        found = store.triplets(
+            None if rollout is None else [rollout],
+            experiment_id=experiment,
+            mode=mode,
+            model_version=version,
+            trainable=trainable,
+            limit=limit,
+        )
+    if as_json:
+        _print_json([_with_numbers(asdict(triplet)) for triplet in found])
+        return
+    print_rows(
+        ["rollout_id", "turn", "reward", "version", "prompt", "tokens", "response", "untrainable because"],
+        [
+            [
+                *(t.rollout_id, t.turn, _short(t.reward), t.model_version, len(t.prompt_token_ids or b"") // 4),
+                *(len(t.response_token_ids or b"") // 4, _cut(t.response), t.reason),
+            ]
+            for t in found
+        ],
+        False,
+    )
+
+
+@app.command(epilog="Example: millstream rewards --experiment demo --mode train")
+def rewards(
+    rollout: Annotated[str | None, typer.Option(help="Each single reward of this rollout.")] = None,
+    experiment: Experiment = None,
+    mode: Mode = None,
+    as_json: Json = False,
+) -> None:
+    """Plot how the reward went from model version to model version."""
+    from millstream.pipeline.store.queries import REWARDS_BY_VERSION
+
+    with open_store(load_settings()) as store:
+        if rollout is not None:
+            _known(store, rollout)
+            rows = [[r.attempt_id, date(r.time), r.name, r.value] for r in store.rewards([rollout])]
+            print_rows(["attempt_id", "time", "name", "value"], rows, as_json)
+            return
+        found = store.sql(REWARDS_BY_VERSION, {"experiment_id": experiment or "", "mode": mode or ""})
+    if as_json:
+        _print_json(found.records())
+        return
+    low = min([0.0, *(row["mean"] for row in found.records())])
+    size = max([0.0, *(row["mean"] for row in found.records())]) - low or 1.0
+    table = Table(*found.columns, "")
+    for row in found.records():
+        bar = Bar(size, min(row["mean"], 0) - low, max(row["mean"], 0) - low, width=BAR_WIDTH, color="green")
+        numbers = [_short(row[name]) for name in ("mean", "p10", "p50", "p90")]
+        table.add_row(row["model_version"] or "", str(row["rollouts"]), *numbers, bar)
+    out.print(table)
+
+
+@app.command(epilog='Example: millstream sql "SELECT status, count() FROM rollouts GROUP BY status"')
+def sql(
+    query: Annotated[str, typer.Argument(help="One statement that reads.")],
+    parameters: Parameters = None,
+    output: Annotated[Literal["table", "csv", "json", "parquet"], typer.Option("--format")] = "table",
+    as_json: Json = False,
+) -> None:
+    """Ask the store."""
+    bound = _bound(parameters or ())
+    if output == "parquet" and sys.stdout.isatty():
+        raise typer.BadParameter("parquet is not for a terminal: redirect it, or use `millstream export`")
+    with open_store(load_settings()) as store:
+        if output in FORMATS and not as_json:
+            store.export(query, sys.stdout.buffer, FORMATS[output], bound)
+            sys.stdout.buffer.flush()
+            return
+        result = store.sql(query, bound)
+    print_rows(result.columns, result.rows, as_json or output == "json")
+
+
+@app.command(
+    epilog="Example: millstream diff 01890a5d-ac96-774b-bcce-b302099a8057 01890a5d-ac97-774b-a2b1-aa0d56b6a3c1"
+)
+def diff(a: RolloutId, b: RolloutId, as_json: Json = False) -> None:
+    """Show where two rollouts of one group part: the same prompt, but another answer."""
+    with open_store(load_settings()) as store:
+        sides = [_known(store, a), _known(store, b)]
+        if sides[0].group_id != sides[1].group_id:
+            raise ConfigError(
+                f"{a} is of group {sides[0].group_id}, {b} of {sides[1].group_id}: only those of one group start alike"
+            )
+        walks = [_walk(store, rollout) for rollout in sides]
+    same = same_steps(*walks)
+    if as_json:
+        out.print_json(
+            json.dumps(
+                {
+                    "same_steps": same,
+                    "rollouts": [
+                        {"rollout_id": r.rollout_id, "status": r.status, "reward": r.reward}
+                        | {"steps": [{"kind": s.kind, "name": s.name, "text": s.text} for s in walk[same:]]}
+                        for r, walk in zip(sides, walks, strict=True)
+                    ],
+                }
+            )
+        )
+        return
+    whole = same == len(walks[0]) == len(walks[1])
+    out.print("They did the same." if whole else f"The first {same} steps are the same.")
+    table = Table("step", *(f"{r.rollout_id}\n{r.status}, reward {_short(r.reward) or 'none'}" for r in sides))
+    longest = max(map(len, walks))
+    for n in range(max(same - 1, 0), min(longest, same + SHOWN_STEPS)):  # from the last one in common
+        table.add_row(str(n + 1), *(_step_line(walk[n]) if n < len(walk) else "[dim]ended[/dim]" for walk in walks))
+    out.print(table)
+    if longest > same + SHOWN_STEPS:
+        out.print(f"… and {longest - same - SHOWN_STEPS} more")
+
+
+def _walk(store: "ClickHouseStore", rollout: Rollout) -> list[Step]:
+    """Of the attempt that succeeded, else of the latest."""
+    attempts = store.attempts(rollout.rollout_id)
+    if not attempts:
+        raise ConfigError(f"rollout {rollout.rollout_id} has not been attempted yet: there is nothing to compare")
+    chosen = next((attempt for attempt in attempts if attempt.status == "succeeded"), attempts[-1])
+    return steps(store.spans(rollout.rollout_id, attempt_id=chosen.attempt_id))
+
+
+def _step_line(step: Step) -> str:
+    return f"[bold]{step.kind} {escape(step.name)}[/bold]\n{escape(step.text)}"
+
+
+@app.command(epilog="Example: millstream export rollouts rollouts.parquet")
+def export(
+    source: Annotated[str, typer.Argument(help="A table or view, or a SELECT.")],
+    file: Annotated[Path, typer.Argument(help="Ends with .parquet, .csv or .jsonl; is replaced.")],
+    parameters: Parameters = None,
+    as_json: Json = False,
+) -> None:
+    """Write a table, or what a query finds, to a file."""
+    file_format = FORMATS.get(file.suffix.removeprefix("."))
+    if file_format is None:
+        raise typer.BadParameter(f"{file} ends with none of {', '.join(f'.{name}' for name in FORMATS)}")
+    bound = _bound(parameters or ())
+    if re.fullmatch(r"[A-Za-z_]\w*", source):
+        source, bound = "SELECT * FROM {source:Identifier}", bound | {"source": source}
+    half = file.with_name(f"{file.name}.part")
+    try:
+        with open_store(load_settings()) as store, half.open("wb") as opened:
+            store.export(source, opened, file_format, bound)
+        half.replace(file)
+    except OSError as error:
+        raise ConfigError(f"{file} can't be written: {error.strerror}") from error
+    finally:
+        half.unlink(missing_ok=True)
+    print_rows(["file", "bytes"], [[str(file), file.stat().st_size]], as_json)
+
+
+# --- shared
+
+
+def _known(store: "ClickHouseStore", rollout_id: str) -> Rollout:
+    found = store.rollouts([rollout_id])
+    if not found:
+        raise StoreError(f"the store knows no rollout {rollout_id!r}: `millstream rollouts` lists what there is")
+    return found[0]
+
+
+def _bound(parameters: Sequence[str]) -> dict[str, str]:
+    pairs = [parameter.partition("=") for parameter in parameters]
+    for name, equals, _ in pairs:
+        if not equals:
+            raise typer.BadParameter(f"--param {name!r} is not name=value")
+    return {name: value for name, _, value in pairs}
+
+
+def _print_json(records: Sequence[dict[str, Any]]) -> None:
+    out.print_json(json.dumps(records, default=str))
+
+
+def _with_numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """Token bytes as numbers."""
+    return {
+        name: [number for (number,) in struct.iter_unpack(f"<{TOKENS[name]}", value)]
+        if name in TOKENS and value is not None
+        else value
+        for name, value in record.items()
+    }
+
+
+def _short(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}…"

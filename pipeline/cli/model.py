@@ -1,0 +1,158 @@
+"""Commands about a model's versions: deploy, roll back, split, and what came of them. (`serve` is a role, in `cli`.)"""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from millstream.consumers.control import ControlFollower
+from millstream.consumers.log.port import Log
+from millstream.pipeline.cli.open import open_store, with_log
+from millstream.pipeline.cli.output import Json, out, print_rows
+from millstream.producers.control import publish_control
+from millstream.producers.log.port import closing
+from millstream.schemas.config.settings import load_settings
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.ids import new_id
+from millstream.schemas.model_commands import ANSWER, SERVER, ModelAnswer, ModelCommand, ServerState
+from millstream.schemas.wire.records import Control
+from millstream.schemas.wire.topics import Topics
+
+app = typer.Typer(no_args_is_help=True, help="A model's versions: deploy them, go back, split traffic among them.")
+
+Model = Annotated[str, typer.Argument(help="The name that agents ask for.")]
+WaitS = Annotated[float, typer.Option(min=0, help="Seconds to wait for the server's answer.")]
+
+
+class _Told:
+    """What the control topic says of models."""
+
+    def __init__(self, log: Log, topics: Topics) -> None:
+        self.follower = ControlFollower(log, topics, on_control=self._hear)
+        self.servers: dict[str, ServerState] = {}
+        self.answers: dict[str, ModelAnswer] = {}
+        self.more = asyncio.Event()
+
+    def _hear(self, record: Control) -> None:
+        if record.kind == SERVER:
+            self.servers[record.name] = ServerState.from_control(record)
+        elif record.kind == ANSWER:
+            self.answers[record.name] = ModelAnswer.from_control(record)
+        self.more.set()
+
+
+@app.command(epilog="Example: millstream model deploy policy runs/adapters/7 --version policy.0.7 --lora")
+def deploy(
+    model: Model,
+    folder: Annotated[Path, typer.Argument(help="Safetensors, below weights_root; as the server sees it.")],
+    version: Annotated[str, typer.Option(help="run.epoch.step")],
+    lora: Annotated[bool, typer.Option(help="An adapter, served beside the model and other adapters.")] = False,
+    wait_s: WaitS = 600.0,
+) -> None:
+    """Load a version; all rollouts use it when it has proved itself, else nothing changes."""
+    command = ModelCommand(
+        command_id=new_id(), action="deploy", model=model, version=version, folder=str(folder.absolute()), lora=lora
+    )
+    _ask(command, wait_s)
+
+
+@app.command(epilog="Example: millstream model rollback policy --to policy.0.6")
+def rollback(
+    model: Model,
+    to: Annotated[str, typer.Option(help="A kept version; the one before, if it is not given.")] = "",
+    wait_s: WaitS = 600.0,
+) -> None:
+    """Go back to a kept version."""
+    _ask(ModelCommand(command_id=new_id(), action="rollback", model=model, version=to), wait_s)
+
+
+@app.command(epilog="Example: millstream model split policy policy.0.6=0.9 policy.0.7=0.1")
+def split(
+    model: Model,
+    shares: Annotated[list[str], typer.Argument(help="VERSION=SHARE of each; a rollout stays with one.")],
+    wait_s: WaitS = 600.0,
+) -> None:
+    """Share the rollouts among kept versions."""
+    parsed: dict[str, float] = {}
+    for text in shares:
+        version, _, share = text.rpartition("=")
+        try:
+            parsed[version] = float(share)
+        except ValueError:
+            raise ConfigError(f"{text!r} is not VERSION=SHARE, as policy.0.7=0.1") from None
+    _ask(ModelCommand(command_id=new_id(), action="split", model=model, shares=parsed), wait_s)
+
+
+@app.command(epilog="Example: millstream model status --json")
+def status(as_json: Json = False) -> None:
+    """Show each model's versions with their shares, and who serves them."""
+    settings = load_settings()
+    told = with_log(settings, lambda log: _read(log, settings.topics))
+    table, rows = told.follower.routing, []
+    for model, arms in table.models.items():
+        for arm in arms:
+            state = told.servers.get(arm.upstream)
+            served = state is not None and (arm.version == state.version or arm.served_as in state.adapters)
+            alive = [] if state is None else [replica["url"] for replica in state.replicas if replica["alive"]]
+            count = 0 if state is None else len(state.replicas)
+            loaded = "" if not served else f"{len(alive)} of {count}"
+            rows.append([model, arm.version, arm.weight, arm.upstream, arm.served_as, loaded, arm.weights])
+    if not as_json and table.table_id:
+        out.print(f"table {table.table_id}: {table.reason}", highlight=False, markup=False)
+    print_rows(["model", "version", "share", "upstream", "served_as", "loaded_at", "weights"], rows, as_json)
+
+
+@app.command(epilog="Example: millstream model compare policy")
+def compare(model: Model, as_json: Json = False) -> None:
+    """Compare a model's versions: mean reward of the rollouts that succeeded, with its 95 % confidence interval."""
+    from millstream.pipeline.store.queries import COMPARE_VERSIONS
+
+    with open_store(load_settings()) as store:
+        result = store.sql(COMPARE_VERSIONS, {"model": model})
+    print_rows(result.columns, result.rows, as_json)
+
+
+def _ask(command: ModelCommand, wait_s: float) -> None:
+    settings = load_settings()
+    answer = with_log(settings, lambda log: _answered(log, settings.topics, command, wait_s))
+    if answer.error:
+        raise ConfigError(answer.error)
+    out.print(f"{command.action} {command.model}: table {answer.table_id}", highlight=False)
+
+
+async def _answered(log: Log, topics: Topics, command: ModelCommand, wait_s: float) -> ModelAnswer:
+    """Publishes a command and waits for what becomes of it. Raises `ConfigError` if nobody answers."""
+    async with _listening(log, topics) as told, closing(log.producer()) as producer:
+        known = sorted(state.model for state in told.servers.values())
+        if command.model not in known:
+            raise ConfigError(f"nobody serves {command.model}; served are: {', '.join(known) or 'none'}")
+        await publish_control(producer, topics, command.to_control())
+        try:
+            async with asyncio.timeout(wait_s):
+                while command.command_id not in told.answers:
+                    told.more.clear()
+                    await told.more.wait()
+        except TimeoutError:
+            raise ConfigError(
+                f"no answer within {wait_s:g} s; the command stays on the topic, and is done when the server is back"
+            ) from None
+    return told.answers[command.command_id]
+
+
+async def _read(log: Log, topics: Topics) -> _Told:
+    async with _listening(log, topics) as told:
+        return told
+
+
+@asynccontextmanager
+async def _listening(log: Log, topics: Topics) -> AsyncIterator[_Told]:
+    """Knows all that the control topic holds, and goes on listening."""
+    told = _Told(log, topics)
+    try:
+        await told.follower.start()
+        yield told
+    finally:
+        await told.follower.close()

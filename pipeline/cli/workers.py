@@ -1,0 +1,57 @@
+"""Commands about the processes of a deployment: who works, and how much waits for them."""
+
+import time
+from typing import Annotated, Any
+
+import typer
+
+from millstream.consumers.log.port import Log
+from millstream.consumers.workers import is_alive, read_workers, unclaimed
+from millstream.pipeline.cli.open import with_log
+from millstream.pipeline.cli.output import Json, date, print_rows
+from millstream.schemas.config.settings import load_settings
+from millstream.schemas.wire.records import Worker
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: millstream workers --all")
+def workers(
+    everybody: Annotated[bool, typer.Option("--all", help="Those that have ended, too.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the processes that work now, and what they do."""
+    settings = load_settings()
+    now = time.time_ns()
+    rows = [
+        [w.worker_id, w.role, w.host, w.version, w.slots, w.running, date(w.started), date(w.last_seen)]
+        for w in with_log(settings, lambda log: read_workers(log, settings.topics))
+        if everybody or is_alive(w, now)
+    ]
+    print_rows(["worker_id", "role", "host", "version", "slots", "running", "started", "last_seen"], rows, as_json)
+
+
+@app.command(epilog="Example: millstream lag --json")
+def lag(as_json: Json = False) -> None:
+    """Show how many tasks wait, and (unclaimed + running) / slots: above 1, more runners would help."""
+    settings = load_settings()
+
+    async def ask(log: Log) -> tuple[dict[str, int], list[Worker]]:
+        return await unclaimed(log, settings.topics), await read_workers(log, settings.topics)
+
+    waiting, found = with_log(settings, ask)
+    now = time.time_ns()
+    alive = [w for w in found if is_alive(w, now)]
+    slots, running = sum(w.slots for w in alive), sum(w.running for w in alive)
+    # What runs is known of all priorities together.
+    rows: list[list[Any]] = [[priority, n, None, None, _load(n, slots)] for priority, n in waiting.items()]
+    total = sum(waiting.values())
+    print_rows(
+        ["priority", "unclaimed", "running", "slots", "load"],
+        [*rows, ["all", total, running, slots, _load(total + running, slots)]],
+        as_json,
+    )
+
+
+def _load(work: int, slots: int) -> float | None:
+    return round(work / slots, 2) if slots else None

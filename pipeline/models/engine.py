@@ -1,0 +1,332 @@
+"""A small inference engine: chat completions from a torch model in this process, in vLLM's form.
+
+For models that fit a laptop's CPU. While a batch is in work the next one gathers; new weights go live between two
+batches, so every answer is made by exactly one version.
+"""
+
+import asyncio
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from millstream.pipeline.models.policy import copy_weights, left_pad, load_model, load_tokenizer, one_thread
+from millstream.pipeline.models.server import UpdateFailed
+from millstream.pipeline.models.weights import Weights
+from millstream.pipeline.protocols.completion import BackendUnavailable, Completion
+from millstream.schemas.errors import ConfigError
+
+READ = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "logprobs"} | {
+    "return_token_ids",
+    "request_id",
+}
+IGNORED = {"user", "metadata", "store"}  # they change nothing about an answer
+# What the engine can't do, unless it is asked for in the one way that means "don't".
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "stream": (False,),
+    "tools": ([],),
+    "top_p": (1,),
+    "top_k": (-1, 0),
+    "top_logprobs": (0,),
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "response_format": ({"type": "text"},),
+}
+
+
+class BadRequest(Exception):
+    """A request that this engine can't answer; ``param`` is the field at fault."""
+
+    def __init__(self, message: str, param: str | None, code: str = "unsupported_parameter") -> None:
+        super().__init__(message)
+        self.body = {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
+
+
+@dataclass(slots=True)
+class _Job:
+    request_id: str
+    model: str
+    prompt: list[int]
+    limit: int
+    temperature: float
+    stop: tuple[str, ...]
+    random: torch.Generator | None  # of a request with a seed
+    logprobs: bool
+    return_token_ids: bool
+    future: "Future[Completion]" = field(default_factory=Future)
+    tokens: list[int] = field(default_factory=list)
+    token_logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None
+
+
+class Engine:
+    """Serves the model of a Hugging Face folder. All methods may be called from any thread."""
+
+    def __init__(self, model_dir: str | Path, *, version: str = "0", max_batch: int = 64, seed: int = 0) -> None:
+        """Raises `ConfigError` if the folder holds no model or no chat template."""
+        self.name = Path(model_dir).resolve().name
+        self.max_batch = max_batch
+        self._model = load_model(model_dir).eval()
+        self._tokenizer = load_tokenizer(model_dir)
+        self._context: int = self._model.config.max_position_embeddings
+        eos = self._model.config.eos_token_id
+        self._eos = frozenset(eos if isinstance(eos, list) else [eos])
+        self._random = torch.Generator().manual_seed(seed)
+        self._version = version
+        self._weights = threading.Lock()  # held for a whole batch
+        self._asking = threading.Lock()  # nothing is queued behind the mark that closes
+        self._closed = False
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def version(self) -> str:
+        """Of the weights that the next batch is made with."""
+        return self._version
+
+    def load(self, weights: Mapping[str, Tensor], version: str) -> None:
+        """Copies new weights in, between two batches. Raises ValueError if they do not fit; the old ones then stay."""
+        with self._weights:
+            copy_weights(self._model, weights)
+            self._version = version
+
+    async def update(self, weights: Mapping[str, Tensor], version: str) -> None:
+        """`load`, without holding up the event loop while a batch is in work."""
+        await asyncio.to_thread(self.load, weights, version)
+
+    async def deploy(self, folder: Path, version: str, *, lora: bool = False) -> str:
+        """See `ModelServer.deploy`. Raises `ConfigError` for an adapter: the engine knows whole models alone."""
+        if lora:
+            raise ConfigError("the demo engine serves no LoRA adapters; vLLM does")
+        tensors: dict[str, Tensor] = {}
+        for file in Weights(version, folder).files:
+            tensors |= await asyncio.to_thread(load_file, file)
+        try:
+            await self.update(tensors, version)
+        except ValueError as error:
+            raise UpdateFailed(f"{version} did not go live: {error}; {self.version} does") from error
+        return self.name
+
+    async def chat(self, request: Mapping[str, Any]) -> Completion:
+        """Answers a chat completion request; status 400 with OpenAI's error body for what this engine can't do.
+
+        The log-probability of a token is the model's own, before temperature (vLLM's default). Raises
+        `BackendUnavailable` if the engine has been closed.
+        """
+        try:
+            job = self._job(request)
+        except BadRequest as error:
+            return Completion(400, error.body, None)
+        with self._asking:
+            if self._closed:
+                raise BackendUnavailable("the engine is closed")
+            self._jobs.put(job)
+        return await asyncio.wrap_future(job.future)
+
+    async def close(self) -> None:
+        """Answers what has been asked, refuses what comes now, stops the thread."""
+        with self._asking:
+            if not self._closed:
+                self._closed = True
+                self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    # Requests
+
+    def _job(self, given: Mapping[str, Any]) -> _Job:
+        request = {key: value for key, value in given.items() if value is not None}
+        for key, value in request.items():
+            if key not in READ | IGNORED and value not in NEUTRAL.get(key, ()):
+                raise BadRequest(f"this engine does not support {key}={value!r}", key)
+        prompt = self.render(request.get("messages"))
+        room = self._context - len(prompt)
+        limit = _number(request, "max_completion_tokens", _number(request, "max_tokens", max(room, 1), int, 1), int, 1)
+        if limit > room:
+            raise BadRequest(
+                f"the prompt has {len(prompt)} tokens and max_tokens is {limit}, "
+                f"but the model's context holds {self._context}",
+                "messages",
+                "context_length_exceeded",
+            )
+        stop = request.get("stop", [])
+        stop = [stop] if isinstance(stop, str) else stop
+        if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
+            raise BadRequest("stop has to be a text, or a list of texts", "stop", "invalid_value")
+        random = None
+        if "seed" in request:
+            random = torch.Generator().manual_seed(_number(request, "seed", 0, int))
+        return _Job(
+            request_id=str(request.get("request_id") or uuid.uuid4().hex),
+            model=str(request.get("model") or self.name),
+            prompt=prompt,
+            limit=limit,
+            temperature=_number(request, "temperature", 1.0, float, 0.0),
+            stop=tuple(stop),
+            random=random,
+            logprobs=bool(request.get("logprobs")),
+            return_token_ids=bool(request.get("return_token_ids")),
+        )
+
+    def render(self, messages: Any) -> list[int]:
+        """The token ids of a prompt. Raises `BadRequest`."""
+        if not isinstance(messages, list) or not messages:
+            raise BadRequest("messages has to be a list of at least one message", "messages", "invalid_value")
+        plain = []
+        for i, message in enumerate(messages):
+            text = _text(message.get("content")) if isinstance(message, dict) else None
+            if text is None or not isinstance(message.get("role"), str) or message.get("tool_calls"):
+                raise BadRequest(f"messages[{i}] needs a role, and text as its content", "messages", "invalid_value")
+            plain.append({"role": message["role"], "content": text})
+        ids = self._tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return list(ids)
+
+    # The worker thread
+
+    def _work(self) -> None:
+        one_thread()
+        while (first := self._jobs.get()) is not None:
+            jobs = self._batch(first)
+            try:
+                with self._weights, torch.inference_mode():
+                    version = self._version
+                    self._generate(jobs)
+            except Exception as error:
+                for job in jobs:
+                    _settle(job, error)
+            else:
+                for job in jobs:
+                    _settle(job, Completion(200, self._body(job), version))
+
+    def _batch(self, first: _Job) -> list[_Job]:
+        jobs = [first]
+        with suppress(queue.Empty):
+            while len(jobs) < self.max_batch:
+                job = self._jobs.get_nowait()
+                if job is None:
+                    self._jobs.put(None)  # for `_work`, after this batch
+                    break
+                jobs.append(job)
+        return jobs
+
+    def _generate(self, jobs: Sequence[_Job]) -> None:
+        """Samples until every job of the batch is finished; a finished row idles along."""
+        inputs = left_pad([job.prompt for job in jobs])
+        longest = max(job.limit for job in jobs)
+        cache = None
+        while True:
+            out = self._model(**inputs, past_key_values=cache, use_cache=longest > 1, logits_to_keep=1)
+            cache = out.past_key_values
+            tokens = self._sample(jobs, out.logits[:, -1])
+            if all(job.finish_reason for job in jobs):
+                return
+            one = torch.ones_like(inputs["attention_mask"][:, :1])
+            inputs = {
+                "input_ids": tokens[:, None],
+                "attention_mask": torch.cat([inputs["attention_mask"], one], dim=1),
+                "position_ids": inputs["position_ids"][:, -1:] + 1,
+            }
+
+    def _sample(self, jobs: Sequence[_Job], logits: Tensor) -> Tensor:
+        """One token per row, by the Gumbel-max trick: argmax(logits / temperature + noise) is a draw from the softmax.
+        ``logits`` is (rows, vocabulary), the result (rows,)."""
+        logprobs = torch.log_softmax(logits.float(), dim=-1)
+        noise = torch.empty_like(logprobs).exponential_(generator=self._random)
+        for i, job in enumerate(jobs):
+            if job.random is not None:
+                noise[i].exponential_(generator=job.random)
+            if job.temperature == 0:
+                noise[i] = 1.0  # whose logarithm is 0
+        temperatures = torch.tensor([job.temperature or 1.0 for job in jobs])
+        scores = logprobs / temperatures[:, None] - noise.clamp(min=1e-30).log()
+        tokens = scores.argmax(dim=-1)
+        chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+        for job, token, logprob in zip(jobs, tokens.tolist(), chosen, strict=True):
+            if not job.finish_reason:
+                self._append(job, token, logprob)
+        return tokens
+
+    def _append(self, job: _Job, token: int, logprob: float) -> None:
+        job.tokens.append(token)
+        job.token_logprobs.append(logprob)
+        job.text = self._tokenizer.decode(job.tokens, skip_special_tokens=True)
+        ends = [at for text in job.stop if (at := job.text.find(text)) >= 0]
+        if ends:
+            job.text = job.text[: min(ends)]
+        if ends or token in self._eos:
+            job.finish_reason = "stop"
+        elif len(job.tokens) >= job.limit:
+            job.finish_reason = "length"
+
+    def _body(self, job: _Job) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": 0,
+            "message": {"role": "assistant", "content": job.text},
+            "logprobs": None,
+            "finish_reason": job.finish_reason,
+        }
+        if job.logprobs:
+            words = self._tokenizer.convert_ids_to_tokens(job.tokens)
+            choice["logprobs"] = {
+                "content": [
+                    {"token": word, "logprob": logprob, "bytes": list(word.encode()), "top_logprobs": []}
+                    for word, logprob in zip(words, job.token_logprobs, strict=True)
+                ]
+            }
+        body: dict[str, Any] = {
+            "id": f"chatcmpl-{job.request_id}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": job.model,
+            "choices": [choice],
+            "usage": {
+                "prompt_tokens": len(job.prompt),
+                "completion_tokens": len(job.tokens),
+                "total_tokens": len(job.prompt) + len(job.tokens),
+            },
+        }
+        if job.return_token_ids:
+            body["prompt_token_ids"] = job.prompt
+            choice["token_ids"] = job.tokens
+        return body
+
+
+def _text(content: Any) -> str | None:
+    """A message's content as text: given as such, or in text parts. None if it is anything else."""
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    found = [text for text in texts if isinstance(text, str)]
+    return "".join(found) if len(found) == len(texts) else None
+
+
+def _number(
+    request: Mapping[str, Any], key: str, default: Any, kind: type[int] | type[float], least: float | None = None
+) -> Any:
+    value = request.get(key, default)
+    fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if not fits or (least is not None and not value >= least):
+        limit = "" if least is None else f" of at least {least:g}"
+        raise BadRequest(f"{key} has to be a {kind.__name__}{limit}, not {value!r}", key, "invalid_value")
+    return value
+
+
+def _settle(job: _Job, result: Completion | Exception) -> None:
+    """Hands the result over; whoever asked may have gone."""
+    if job.future.set_running_or_notify_cancel():
+        if isinstance(result, Completion):
+            job.future.set_result(result)
+        else:
+            job.future.set_exception(result)

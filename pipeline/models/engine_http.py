@@ -1,0 +1,81 @@
+"""The engine over HTTP, as a model server that speaks OpenAI's chat completions in vLLM's form."""
+
+import json
+from typing import Any
+
+from aiohttp import web
+
+from millstream.pipeline.models.engine import BadRequest, Engine
+from millstream.pipeline.protocols import sse
+from millstream.pipeline.protocols.completion import MODEL_VERSION, BackendUnavailable, Completion
+from millstream.pipeline.protocols.openai import chunks_of, error_body
+
+
+def engine_app(engine: Engine) -> web.Application:
+    """``POST /v1/chat/completions`` (also streamed; `MODEL_VERSION` says which weights answered), ``POST /tokenize``,
+    ``GET /v1/models`` and ``GET /health``. The engine stays the caller's to close."""
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        body = await _body(request)
+        if "X-Request-Id" in request.headers:
+            body["request_id"] = request.headers["X-Request-Id"]
+        stream, options = body.pop("stream", False), body.pop("stream_options", None) or {}
+        try:
+            answer = await engine.chat(body)
+        except BackendUnavailable as error:
+            return web.json_response(error_body(str(error), 503), status=503)
+        headers = {MODEL_VERSION: answer.model_version} if answer.model_version is not None else {}
+        if stream and answer.status == 200:
+            return await _stream(request, answer, headers, bool(options.get("include_usage")))
+        return web.json_response(answer.body, status=answer.status, headers=headers)
+
+    async def tokenize(request: web.Request) -> web.Response:
+        try:
+            tokens = engine.render((await _body(request)).get("messages"))
+        except BadRequest as error:
+            return web.json_response(error.body, status=400)
+        return web.json_response({"count": len(tokens), "tokens": tokens})
+
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response(
+            {"object": "list", "data": [{"id": engine.name, "object": "model", "created": 0, "owned_by": "millstream"}]}
+        )
+
+    async def health(_: web.Request) -> web.Response:
+        return web.json_response({"model_version": engine.version})
+
+    app = web.Application(client_max_size=16 << 20)
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", chat),
+            web.post("/tokenize", tokenize),
+            web.get("/v1/models", models),
+            web.get("/health", health),
+        ]
+    )
+    return app
+
+
+async def _stream(request: web.Request, answer: Completion, headers: dict[str, str], usage: bool) -> web.StreamResponse:
+    """A whole batch is made at once: so the answer comes in one piece, in the form of a stream."""
+    response = web.StreamResponse(headers={**headers, "Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    pieces = [sse.event(chunk) for chunk in chunks_of(answer.body) if chunk["choices"] or usage]
+    version = f": {MODEL_VERSION}={answer.model_version}\n\n".encode()
+    await response.write(b"".join(pieces) + version + sse.DONE)
+    await response.write_eof()
+    return response
+
+
+async def _body(request: web.Request) -> dict[str, Any]:
+    try:
+        body = await request.json()
+    except json.JSONDecodeError as error:
+        raise _refused(f"the body is not JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise _refused("the body has to be a JSON object")
+    return body
+
+
+def _refused(message: str) -> web.HTTPBadRequest:
+    return web.HTTPBadRequest(text=json.dumps(error_body(message, 400)), content_type="application/json")

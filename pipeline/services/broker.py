@@ -1,0 +1,180 @@
+"""A FastStream broker for processors of one's own: it reads and writes our records, and skips none.
+
+broker = ms.broker(ms.load_settings())
+
+@broker.subscriber("millstream.events", group_id="failures")
+async def count(record): ...
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Final
+
+from aiokafka.structs import ConsumerRecord
+from faststream import AckPolicy, BaseMiddleware
+from faststream.exceptions import IgnoredException
+from faststream.kafka import KafkaBroker
+from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
+
+from millstream.consumers.dead_letters import dead_letter, letter_key
+from millstream.consumers.log.kafka import record_key
+from millstream.producers.log.kafka_config import BATCH_OVERHEAD, aiokafka_config
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import CodecError, WrongType
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
+from millstream.schemas.wire.records import RECORD_TYPES, Record
+
+logger = logging.getLogger(__name__)
+
+TRIES: Final = 5
+BACKOFF_S: Final = 0.1  # after the first try; it doubles
+SASL: Final = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
+
+
+class Undecodable(CodecError):
+    """A subscriber met a body that is no record of ours."""
+
+
+class Codec:
+    """Bodies are Avro single-object encoding. Batches leave out records of other ``types``, and send on to the dead
+    letters what can't be decoded, so that the rest of the batch can be used."""
+
+    def __init__(self, broker: "Broker", types: Iterable[type[Record]] = RECORD_TYPES) -> None:
+        self._broker = broker
+        self._types = frozenset(types)
+
+    async def decode(self, msg: Any) -> Any:
+        try:
+            return codec.decode(msg.body)
+        except CodecError as error:
+            raise Undecodable(str(error)) from error
+
+    async def decode_batch(self, msg: Any) -> list[Any]:
+        records = []
+        for raw in msg.raw_message:
+            try:
+                if codec.type_of(raw.value or b"") in self._types:
+                    records.append(codec.decode(raw.value))
+            except CodecError as error:
+                await self._broker.refuse(raw, "undecodable", error)
+        return records
+
+    async def encode(self, msg: Any, serializer: Any = None) -> tuple[bytes, None]:
+        if isinstance(msg, bytes):
+            return msg, None
+        if type(msg) not in codec.CODECS:
+            raise WrongType(
+                f"{type(msg).__name__} can't be published: publish bytes, or a record of millstream.schemas"
+            )
+        return codec.encode(msg), None
+
+    async def encode_batch(self, msgs: Sequence[Any], serializer: Any = None) -> list[tuple[bytes, None]]:
+        return [await self.encode(msg) for msg in msgs]
+
+
+class Broker(KafkaBroker):
+    """FastStream's Kafka broker. A subscriber with a ``group_id`` starts with the oldest record, reads what is
+    committed, and meets each record at least once: one whose handler raises is read again, up to ``tries`` times in
+    all, and then goes to the dead-letter topic, with the handler's name as its role. A subscriber without a group only
+    watches: it starts with the next record, commits nothing, and logs what it can't use."""
+
+    def __init__(self, settings: Settings, tries: int = TRIES) -> None:
+        self._settings = settings
+        self._tries = tries
+        self._failed: dict[tuple[str | None, str, int], tuple[int, int]] = {}  # partition → offset, tries
+        super().__init__(
+            settings.kafka_bootstrap_servers.split(","),
+            security=_security(settings),
+            codec=Codec(self),
+            parser=_parse,
+            middlewares=(partial(_Guard, self),),
+            allow_auto_create_topics=False,  # it would create them with one partition
+            acks="all",
+            enable_idempotence=True,
+            compression_type=None if settings.compression == "none" else settings.compression,
+            max_request_size=settings.max_record_bytes + BATCH_OVERHEAD,
+            logger=logger,
+        )
+
+    def subscriber(self, *topics: Any, **options: Any) -> Any:
+        """As in FastStream; every option there may be given here."""
+        defaults = {
+            "auto_offset_reset": "earliest" if options.get("group_id") else "latest",
+            "ack_policy": AckPolicy.NACK_ON_ERROR if options.get("group_id") else AckPolicy.MANUAL,
+            "isolation_level": "read_committed",
+            "max_partition_fetch_bytes": self._settings.max_record_bytes + BATCH_OVERHEAD,
+        }
+        return super().subscriber(*topics, **defaults | options)
+
+    async def failed(self, raw: Any, error: Exception) -> bool:
+        """Whether the record is done with: else it has to be read again. ``raw`` is a record, or a batch of them."""
+        records: tuple[ConsumerRecord, ...] = raw if isinstance(raw, tuple) else (raw,)
+        first, group = records[0], self.context.get_local("handler_").group_id
+        place = group, first.topic, first.partition
+        offset, tries = self._failed.get(place, (-1, 0))
+        tries = tries + 1 if offset == first.offset else 1
+        self._failed[place] = first.offset, tries
+        undecodable = isinstance(error, Undecodable)
+        if group is not None and tries < self._tries and not undecodable:
+            await asyncio.sleep(BACKOFF_S * 2 ** (tries - 1))
+            return False
+        for record in records:
+            await self.refuse(record, "undecodable" if undecodable else "handler", error)
+        return True
+
+    async def refuse(self, raw: ConsumerRecord, reason: str, error: Exception) -> None:
+        """Sends a record to the dead letters, if whoever can't use it is in a group."""
+        subscriber = self.context.get_local("handler_")
+        name = subscriber.calls[0].name
+        headers = {key: value or b"" for key, value in raw.headers}
+        place, key = Partition(raw.topic, raw.partition), record_key(raw.key)
+        record = LogRecord(place, raw.offset, raw.timestamp, key, raw.value or b"", headers)
+        logger.error("%s can't use %s: %s: %s", name, record.place, type(error).__name__, error)
+        if subscriber.group_id is not None:
+            letter = dead_letter(record, name, reason, f"{type(error).__name__}: {error}")
+            raw_key = (letter_key(letter) or "").encode() or None
+            await self.publish(letter, self._settings.topics.dead, key=raw_key, headers={KIND_HEADER: reason})
+
+
+async def _parse(msg: Any, original: Callable[[Any], Awaitable[Any]]) -> Any:
+    """FastStream's own parser wants headers in UTF-8; a record that it can't parse would be skipped."""
+    parsed = await original(tuple(map(_readable, msg)) if isinstance(msg, tuple) else _readable(msg))
+    parsed.raw_message = msg
+    return parsed
+
+
+def _readable(raw: ConsumerRecord) -> ConsumerRecord:
+    return replace(raw, headers=[(key, (value or b"").decode(errors="replace").encode()) for key, value in raw.headers])
+
+
+class _Guard(BaseMiddleware):
+    """Around one record: its parsing, its handler and what that publishes. True from here counts as success."""
+
+    def __init__(self, broker: Broker, msg: Any, /, *, context: Any) -> None:
+        super().__init__(msg, context=context)
+        self._broker = broker
+
+    async def after_processed(self, exc_type: Any = None, exc_val: Any = None, exc_tb: Any = None) -> bool:
+        if not isinstance(exc_val, Exception) or isinstance(exc_val, IgnoredException):
+            return False  # FastStream's own signals, such as NackMessage
+        return await self._broker.failed(self.msg, exc_val)
+
+
+def _security(settings: Settings) -> BaseSecurity:
+    config = aiokafka_config(settings)
+    context = config.get("ssl_context")
+    if "sasl_mechanism" not in config:
+        return BaseSecurity(context)
+    user, password = config["sasl_plain_username"], config["sasl_plain_password"]
+    return SASL[config["sasl_mechanism"]](user, password, context)
+
+
+def broker(settings: Settings, tries: int = TRIES) -> Broker:
+    """A FastStream broker that is connected, secured and limited as the settings say, and whose bodies are our records
+    (handlers get them decoded, publish takes them as they are). What becomes of a record whose handler raises: see
+    `Broker`."""
+    return Broker(settings, tries)

@@ -1,0 +1,65 @@
+"""A rollout's spans as they come, from the log."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from millstream.consumers.log.port import Log
+from millstream.schemas.errors import CodecError
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import Partition
+from millstream.schemas.wire.records import RolloutEnd, Span
+from millstream.schemas.wire.topics import Topics, partition_of
+
+logger = logging.getLogger(__name__)
+
+POLL_RECORDS = 1000
+POLL_S = 1.0
+
+
+class Stored(Protocol):
+    """What a store knows of a rollout's place in the log."""
+
+    def first_offset(self, rollout_id: str, partition: Partition) -> int:
+        """Nothing of the rollout lies before it."""
+
+    def end_offset(self, rollout_id: str, partition: Partition) -> int | None:
+        """Where its end lies; None if the store has none."""
+
+    def spans_before(self, rollout_id: str, offset: int) -> list[Span]:
+        """Its stored spans with lower offsets, in log order."""
+
+
+async def follow_spans(log: Log, topics: Topics, rollout_id: str, stored: Stored) -> AsyncIterator[Span]:
+    """Ends with the rollout. What retention has taken out of the log comes from the store. A record of the rollout that
+    can't be decoded is left out with a warning: the sink puts it away."""
+    partition = Partition(topics.events, partition_of(rollout_id, topics.partitions))
+    consumer = log.consumer()
+    try:
+        await consumer.assign([partition])
+        beginning = (await consumer.beginning_offsets([partition]))[partition]
+        start = await asyncio.to_thread(stored.first_offset, rollout_id, partition)
+        if start < beginning:
+            for span in await asyncio.to_thread(stored.spans_before, rollout_id, beginning):
+                yield span
+            end = await asyncio.to_thread(stored.end_offset, rollout_id, partition)
+            if end is not None and end < beginning:
+                return
+        high = (await consumer.end_offsets([partition]))[partition]  # a topic made anew has less than the store
+        await consumer.seek(partition, min(max(start, beginning), high))
+        while True:
+            for record in await consumer.poll(POLL_RECORDS, POLL_S):
+                if record.key != rollout_id:
+                    continue
+                try:
+                    value = codec.decode(record.value)
+                except CodecError as error:
+                    logger.warning("%s of rollout %s can't be decoded: %s", record.place, rollout_id, error)
+                    continue
+                if isinstance(value, Span):
+                    yield value
+                elif isinstance(value, RolloutEnd):
+                    return
+    finally:
+        await consumer.close()

@@ -1,0 +1,256 @@
+"""The questions that Millstream itself asks the store."""
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any, Final, TypeVar
+
+from millstream.pipeline.store.results import Result, Store
+from millstream.schemas.resources import Resources
+from millstream.schemas.wire.log import Partition
+from millstream.schemas.wire.records import Control, Record, Span, SpanEvent, SpanLink, Triplet
+
+Ask = Callable[[str, Mapping[str, Any]], Result]
+R = TypeVar("R", bound=Record)
+
+# How the reward went from version to version.
+REWARDS_BY_VERSION: Final = """
+SELECT
+    model_version,
+    count() AS rollouts,
+    avg(reward) AS mean,
+    quantileExact(0.1)(reward) AS p10,
+    quantileExact(0.5)(reward) AS p50,
+    quantileExact(0.9)(reward) AS p90
+FROM rollouts
+WHERE reward IS NOT NULL
+    AND ({experiment_id:String} = '' OR experiment_id = {experiment_id:String})
+    AND ({mode:String} = '' OR mode = {mode:String})
+GROUP BY model_version
+ORDER BY min(ended_at), model_version
+"""
+
+# The arms of a model side by side: rewards of the rollouts that succeeded (none given counts as 0), with the normal
+# approximation's 95 % confidence interval. A rollout that met two versions is no arm's: `mixed`.
+COMPARE_VERSIONS: Final = """
+WITH arms AS (
+    SELECT
+        RolloutId AS rollout_id,
+        if(uniqExact(ModelVersion) > 1, 'mixed', any(assumeNotNull(ModelVersion))) AS version
+    FROM spans
+    WHERE Source = 'proxy' AND SpanAttributes['gen_ai.request.model'] = {model:String} AND ModelVersion IS NOT NULL
+    GROUP BY RolloutId
+)
+SELECT
+    version AS model_version,
+    count() AS rollouts,
+    countIf(status = 'failed') AS failures,
+    round(avgIf(ifNull(reward, 0), status = 'succeeded'), 4) AS mean_reward,
+    round(1.96 * stddevSampIf(ifNull(reward, 0), status = 'succeeded') / sqrt(rollouts - failures), 4) AS plus_minus,
+    round(mean_reward - plus_minus, 4) AS ci95_low,
+    round(mean_reward + plus_minus, 4) AS ci95_high
+FROM arms
+INNER JOIN rollouts ON arms.rollout_id = rollouts.rollout_id
+WHERE status IN ('succeeded', 'failed')
+GROUP BY version
+ORDER BY min(rollouts.created_at), version
+"""
+
+_TIMES = ("created_at", "started_at", "ended_at", "last_seen", "time")
+
+
+OF_TASKS: Final = {"rollout_id", "group_id", "experiment_id", "mode"}  # what a rollout's task says already
+
+
+def read(
+    ask: Ask,
+    record: type[R],
+    view: str,
+    filters: Mapping[str, Any],
+    *,
+    order: str,
+    limit: int | None = None,
+    offset: int = 0,
+) -> list[R]:
+    """Rows of a view whose columns are called as the record's fields; the rest as for `read_columns`."""
+    names = [f.name for f in fields(record)]
+    return [record(**row) for row in read_columns(ask, names, view, filters, order=order, limit=limit, offset=offset)]
+
+
+def read_columns(
+    ask: Ask,
+    names: Iterable[str],
+    view: str,
+    filters: Mapping[str, Any],
+    *,
+    order: str,
+    limit: int | None = None,
+    offset: int = 0,
+) -> list[dict[str, Any]]:
+    """Rows of a table or view, times as ns since the epoch. ``filters``: column → value, any of a list, or None for no
+    condition. All but their values stands in the text: it must not come from a user."""
+    columns = [f"toUnixTimestamp64Nano({name}) AS {name}" if name in _TIMES else name for name in names]
+    where, parameters = _conditions(filters)
+    sql = f"SELECT {', '.join(columns)} FROM {view} WHERE {where} ORDER BY {order}"  # noqa: S608
+    return ask(sql + _limit(limit, offset), parameters).records()
+
+
+def read_newest(ask: Ask, filters: Mapping[str, Any], direction: str, limit: int, offset: int) -> list[str]:
+    """Ids of the rollouts that were published last (``direction`` DESC) or first; ``filters`` as for `read`, but only
+    `OF_TASKS`."""
+    where, parameters = _conditions(filters)
+    order = f"min(created_at) {direction}, rollout_id {direction}"
+    sql = f"SELECT rollout_id FROM tasks_raw WHERE {where} GROUP BY rollout_id ORDER BY {order}"  # noqa: S608
+    return [row["rollout_id"] for row in ask(sql + _limit(limit, offset), parameters).records()]
+
+
+def read_spans(ask: Ask, filters: Mapping[str, Any], before: int | None = None) -> list[Span]:
+    """Spans in log order; ``before``: with lower offsets only."""
+    return [span for _, span in read_placed_spans(ask, filters, before)]
+
+
+def read_placed_spans(
+    ask: Ask, filters: Mapping[str, Any], before: int | None = None
+) -> Iterator[tuple[tuple[Partition, int], Span]]:
+    """The same, each with its partition and offset."""
+    where, parameters = _conditions(filters)
+    found = ask(_SPANS.format(where=where), {**parameters, "before": -1 if before is None else before})
+    return ((place_of(row), _span(row)) for row in found.records())
+
+
+def place_of(row: dict[str, Any]) -> tuple[Partition, int]:
+    """Takes partition and offset out of a row."""
+    return Partition(row.pop("topic"), row.pop("partition")), row.pop("offset")
+
+
+def read_triplets(ask: Ask, filters: Mapping[str, Any], limit: int | None) -> list[Triplet]:
+    """Triplets with whole prompts."""
+    names = ", ".join(f.name for f in fields(Triplet))
+    where, parameters = _conditions(filters)
+    sql = f"SELECT {names} FROM triplets WHERE {where} ORDER BY rollout_id, attempt_id, turn"  # noqa: S608
+    found = [Triplet(**_with_token_bytes(row)) for row in ask(sql + _limit(limit), parameters).records()]
+    going_on = {t.rollout_id for t in found if t.prefix_turn is not None}
+    if not going_on:
+        return found
+    where, parameters = _conditions({"rollout_id": sorted(going_on)})
+    rows = ask(f"SELECT * FROM triplet_prompts WHERE {where}", parameters).records()  # noqa: S608
+    whole = {(row["rollout_id"], row["turn"]): row for row in rows}
+    return [
+        triplet if triplet.prefix_turn is None else _whole(triplet, whole[triplet.rollout_id, triplet.turn])
+        for triplet in found
+    ]
+
+
+def _whole(triplet: Triplet, row: Mapping[str, Any]) -> Triplet:
+    tokens = struct.pack(f"<{len(row['prompt_token_ids'])}i", *row["prompt_token_ids"]) or None
+    return replace(
+        triplet,
+        prompt=row["prompt"],
+        prompt_token_ids=tokens,
+        tools=row["tools"],
+        prefix_turn=None,
+        prefix_tokens=0,
+        prefix_characters=0,
+    )
+
+
+def read_latest_resources(ask: Ask, experiment_id: str | None) -> Resources | None:
+    filters = {"kind": "resources", "experiment_id": experiment_id}
+    found = read(ask, Control, "controls_raw FINAL", filters, order="name DESC", limit=1)
+    return Resources.from_control(found[0]) if found else None
+
+
+def _conditions(filters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """SQL with a bound parameter for each filter that is given."""
+    given = {name: value for name, value in filters.items() if value is not None}
+    conditions = [
+        f"{name} IN {{f_{name}:Array(String)}}"
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else f"{name} = {{f_{name}:{'Bool' if isinstance(value, bool) else 'String'}}}"
+        for name, value in given.items()
+    ]
+    return " AND ".join(conditions) or "1", {
+        f"f_{name}": value if isinstance(value, str | bool) else list(value) for name, value in given.items()
+    }
+
+
+def _limit(limit: int | None, offset: int = 0) -> str:
+    """Both are numbers, so they may stand in the text."""
+    return (f" LIMIT {int(limit)}" if limit is not None else "") + (f" OFFSET {int(offset)}" if offset else "")
+
+
+_SPANS = """
+SELECT
+    s.TraceId AS trace_id, s.SpanId AS span_id, s.ParentSpanId AS parent_id, s.TraceState AS trace_state,
+    s.SpanName AS name, s.Kind AS kind, s.SpanKind AS span_kind,
+    toUnixTimestamp64Nano(s.Timestamp) AS start, start + toInt64(s.Duration) AS end,
+    s.StatusCode AS status, s.StatusMessage AS status_message, s.SpanAttributes AS attributes,
+    arrayMap(t -> toUnixTimestamp64Nano(t), s.`Events.Timestamp`) AS event_times,
+    arrayZip(s.`Events.Name`, event_times, s.`Events.Attributes`) AS events,
+    arrayZip(s.`Links.TraceId`, s.`Links.SpanId`, s.`Links.Attributes`) AS links,
+    s.ResourceAttributes AS resource, s.ScopeName AS scope_name, s.ScopeVersion AS scope_version,
+    s.RolloutId AS rollout_id, s.AttemptId AS attempt_id, s.Source AS source, s.Sequence AS sequence,
+    t.prompt_token_ids AS prompt_token_ids, t.has_prompt AS has_prompt,
+    t.response_token_ids AS response_token_ids, t.has_response AS has_response,
+    t.response_logprobs AS response_logprobs, t.has_logprobs AS has_logprobs,
+    s.Reward AS reward, s.RewardName AS reward_name, s.ModelVersion AS model_version,
+    s.Topic AS topic, s.Partition AS partition, s.Offset AS offset
+FROM (SELECT *, RolloutId AS rollout_id, AttemptId AS attempt_id FROM spans WHERE {where}) AS s
+LEFT JOIN (SELECT * FROM token_ids WHERE {where}) AS t
+    ON s.AttemptId = t.attempt_id AND s.Source = t.source AND s.Sequence = t.sequence AND s.SpanId = t.span_id
+WHERE {{before:Int64}} < 0 OR s.Offset < {{before:Int64}}
+ORDER BY s.Offset
+"""
+
+
+def _span(row: dict[str, Any]) -> Span:
+    kept = {"prompt_token_ids": "has_prompt", "response_token_ids": "has_response", "response_logprobs": "has_logprobs"}
+    has = {name: row.pop(flag) for name, flag in kept.items()}
+    row.pop("event_times")
+    events = tuple(SpanEvent(name=name, time=time, attributes=kv) for name, time, kv in row.pop("events"))
+    links = tuple(SpanLink(trace_id=trace, span_id=span, attributes=kv) for trace, span, kv in row.pop("links"))
+    tokens = {name: value if has[name] else None for name, value in _packed(row).items()}
+    return Span(**{**row, **tokens, "events": events, "links": links})
+
+
+def _with_token_bytes(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, **{name: value or None for name, value in _packed(row).items()}}
+
+
+def _packed(row: dict[str, Any]) -> dict[str, bytes]:
+    """The record's little-endian int32 and float32, from arrays."""
+    formats = {"prompt_token_ids": "i", "response_token_ids": "i", "response_logprobs": "f"}
+    return {name: struct.pack(f"<{len(row[name])}{code}", *row[name]) for name, code in formats.items()}
+
+
+def granules_read(store: Store, query: str) -> Result:
+    """What a query reads of each table, once per reading: parts and granules, and the indexes that chose them.
+
+    Raises `StoreError`, also for what can't be explained.
+    """
+    plan = "".join(row[0] for row in store.sql(f"EXPLAIN json = 1, indexes = 1 {query}").rows)
+    rows = []
+    for node in _nodes(json.loads(plan)[0]["Plan"]):
+        if node["Node Type"] == "ReadFromMergeTree":
+            # Each index leaves less to the next. That of the last step is what is read, of the first what there is.
+            steps = node["Indexes"]
+            first, last = steps[0], steps[-1]
+            used = [s.get("Name", s["Type"]) for s in steps if s["Selected Granules"] < s["Initial Granules"]]
+            rows.append(
+                (
+                    node["Description"],
+                    last["Selected Parts"],
+                    first["Initial Parts"],
+                    last["Selected Granules"],
+                    first["Initial Granules"],
+                    ", ".join(used),
+                )
+            )
+    return Result(("table", "parts_read", "parts", "granules_read", "granules", "indexes"), rows)
+
+
+def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    yield plan
+    for child in plan.get("Plans", []):
+        yield from _nodes(child)

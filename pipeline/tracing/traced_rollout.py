@@ -1,0 +1,223 @@
+"""One rollout without a runner: what its code does is recorded as an attempt, and can be looked at when it is over."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, asynccontextmanager, contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from millstream.consumers.adapter.rewards import Reward, rewards_of
+from millstream.consumers.adapter.triplets import Trace, TripletMaker
+from millstream.consumers.log.port import Log
+from millstream.consumers.log.read_to_end import read_to_end
+from millstream.consumers.runner.attempt import Outcome, raised, returned, stopped_by
+from millstream.consumers.runner.attempt_writer import AttemptWriter
+from millstream.consumers.runner.claims import Claim, preparing
+from millstream.consumers.runner.proxies import Proxies, ProxyNotClosed
+from millstream.pipeline.blocking import run_blocking
+from millstream.pipeline.tracing.reward_functions import Completions
+from millstream.producers.agent.attempt import Attempt, Rollout
+from millstream.producers.agent.process_tracer import ProcessTracer
+from millstream.producers.blob_store import Blobs
+from millstream.producers.workers import new_worker_id
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import MillstreamError
+from millstream.schemas.ids import new_id
+from millstream.schemas.resources import Resources
+from millstream.schemas.wire import codec, status
+from millstream.schemas.wire.log import KIND_HEADER, Partition
+from millstream.schemas.wire.records import AttemptEvent, RolloutTask, Span, Triplet
+from millstream.schemas.wire.topics import partition_of
+
+logger = logging.getLogger(__name__)
+
+
+class TracedRollout:
+    """A rollout of `Tracer.trace`: entered once, by ``with``, or by ``async with`` where the event loop must not wait.
+
+    An exception ends it as failed and goes on its way. When it has been left, ``status`` says how it ended, and
+    ``spans`` are all that the log holds of it, in its order, the proxy's among them.
+    """
+
+    def __init__(
+        self,
+        task: RolloutTask,
+        log: Log,
+        settings: Settings,
+        process: ProcessTracer,
+        completions: Completions,
+        proxy_url: str = "",
+    ) -> None:
+        # Nobody beats for it: its lease is its time limit.
+        task = replace(task, lease_s=max(task.lease_s, task.timeout_s))
+        self.status = ""
+        self._log = log
+        self._settings = settings
+        self._process = process
+        self._completions = completions
+        self._proxy_url = proxy_url
+        self._proxies = Proxies([proxy_url] if proxy_url else [], settings.proxy_secret.get_secret_value())
+        self._claim = Claim(task, new_id(), Resources(resources_id="", experiment_id=task.experiment_id, items={}))
+        self._producer = log.producer()
+        self._worker_id = new_worker_id()
+        self._blobs = Blobs(settings.blob_url)
+        self._writer = AttemptWriter(self._claim, self._producer, settings.topics, self._worker_id, self._blobs)
+        self._entered = False
+        self._start = 0  # offset of its claim
+        self._outcome = Outcome(status.SUCCEEDED)
+        self._attempt = Attempt(
+            task,
+            self._claim.attempt_id,
+            self._writer.emit,
+            self._writer.save_state,
+            on_calling=self._writer.calling,
+            proxy_url=proxy_url,
+            proxy_key=self._proxies.key(self._claim) if proxy_url else "",
+        )
+        self._seen = completions.watch(self._attempt)
+        self.spans: Sequence[Span] = self._seen.spans
+
+    @property
+    def rollout(self) -> Rollout:
+        """What an agent is told of it."""
+        return self._attempt.rollout
+
+    @property
+    def result(self) -> Any:
+        """What the agent returned. A body that does not call the tracer may set it: the reward functions are then
+        called at the end."""
+        return self._seen.result
+
+    @result.setter
+    def result(self, result: Any) -> None:
+        self._seen.result = result
+
+    @property
+    def rewards(self) -> list[Reward]:
+        """With ``name`` and ``value``, in the order in which they were given."""
+        return rewards_of(self.spans)
+
+    @property
+    def triplets(self) -> list[Triplet]:
+        """By the settings' rules, one for each model call; ``reason`` says why one is not trainable."""
+        return TripletMaker(self._settings.triplets)(Trace(self._claim.task, self._claim.attempt_id, self.spans))
+
+    def __enter__(self) -> "TracedRollout":
+        self._sync = self._running()
+        self._sync.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._sync.__exit__(kind, error, tb)
+
+    async def __aenter__(self) -> "TracedRollout":
+        self._async = self._running_async()
+        await self._async.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self._async.__aexit__(kind, error, tb)
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        self._begin()
+        try:
+            with self._recorded():
+                yield
+                if self._reward_is_due():
+                    self._completions.reward(self._attempt, self.result)
+        finally:
+            run_blocking(self._finish())
+
+    @asynccontextmanager
+    async def _running_async(self) -> AsyncIterator[None]:
+        self._begin()
+        try:
+            with self._recorded():
+                yield
+                if self._reward_is_due():
+                    await self._completions.reward_async(self._attempt, self.result)
+        finally:
+            await self._finish()
+
+    def _begin(self) -> None:
+        if self._entered:
+            raise MillstreamError("a trace is entered once; Tracer.trace makes another")
+        self._entered = True
+        claim, topics = self._claim, self._settings.topics
+
+        def on_ack(error: Exception | None, offset: int) -> None:
+            self._start = offset
+
+        self._producer.send(
+            topics.events,
+            preparing(claim.task, claim.attempt_id, self._worker_id),
+            key=claim.task.rollout_id,
+            headers={KIND_HEADER: status.PREPARING.encode()},
+            on_ack=on_ack,
+        )
+        self._writer.started()
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Its body is the attempt, as in a runner."""
+        try:
+            with self._process.attempt(self._attempt):
+                yield
+                self._outcome = returned(self._attempt, self.result)
+        except BaseException as error:
+            self._outcome = raised(error, cancellable=True)
+            raise
+
+    def _reward_is_due(self) -> bool:
+        if self._seen.rewarded or not self._completions:
+            return False
+        if self.result is None:
+            logger.warning(
+                "%s: the reward functions have nothing to judge: call the tracer in place of the agent, or set the "
+                "trace's result",
+                self._writer.name,
+            )
+        return self.result is not None
+
+    async def _finish(self) -> None:
+        """Writes its end behind everything else, and reads all of it. Raises `LogError` if the log does not take it."""
+        outcome, proxy_spans = replace(self._outcome, spans=self._writer.spans), None
+        if self._proxy_url:
+            try:
+                key = self._attempt.proxy_key
+                proxy_spans = await self._proxies.close_attempt(self._claim, self._proxy_url, key)
+            except ProxyNotClosed as error:
+                outcome = stopped_by(status.LOST, "proxy", str(error))
+        try:
+            final = await self._writer.finish(outcome, proxy_spans)
+            self.spans = await self._read()
+        finally:
+            await asyncio.to_thread(self._producer.close)
+            self._blobs.close()
+            await self._proxies.close()
+        self.status = final.status
+        if final.error is not None and final.status != self._outcome.status:  # else the caller has the exception
+            logger.warning("%s: %s, %s: %s", self._writer.name, final.status, final.error.type, final.error.message)
+
+    async def _read(self) -> list[Span]:
+        """The attempt's spans between its claim and its end."""
+        topics, rollout_id = self._settings.topics, self._claim.task.rollout_id
+        partition = Partition(topics.events, partition_of(rollout_id, topics.partitions))
+        spans: list[Span] = []
+        async with aclosing(read_to_end(self._log, [partition], {partition: self._start})) as records:
+            async for record in records:
+                if record.key != rollout_id:
+                    continue
+                value = codec.decode(record.value)
+                if not isinstance(value, Span | AttemptEvent) or value.attempt_id != self._claim.attempt_id:
+                    continue
+                if isinstance(value, Span):
+                    spans.append(value)
+                elif value.status in status.TERMINAL:
+                    break
+        return spans

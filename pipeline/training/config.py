@@ -1,0 +1,161 @@
+"""``millstream train CONFIG.toml``: a training run as a file says."""
+
+import asyncio
+import dataclasses
+import json
+import tomllib
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+
+from millstream.consumers.log.port import Log
+from millstream.pipeline.models.server import ModelServer
+from millstream.pipeline.models.vllm_process import Transfer, VllmOptions
+from millstream.pipeline.services.health import watched
+from millstream.pipeline.training.progress import LiveView
+from millstream.pipeline.training.trainer import Strategy, Summary, Trainer, strategy_of
+from millstream.schemas.config.settings import Settings, load_settings, problems_of
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.import_path import load_object
+
+
+class GrpoConfig(BaseModel):
+    """Arguments of `millstream.pipeline.algorithms.grpo.GRPO`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: Path = Field(description="Hugging Face folder of the policy.")
+    groups_per_step: int = Field(16, ge=1)
+    group_size: int = Field(8, ge=2)
+    lr: float = Field(5e-4, ge=0)
+    entropy: float = Field(0.1, ge=0)
+    epochs: int = Field(2, ge=1)
+    minibatch: int = Field(128, ge=1, description="Turns; rows with merge_turns.")
+    merge_turns: bool = Field(False, description="One row of turns that go on from each other.")
+    seed: int = 0
+
+
+class ModelConfig(BaseModel):
+    """What serves the policy: the demo engine, or a vLLM (`make vllm`) that the trainer starts on this machine."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    server: Literal["engine", "vllm"] = "engine"
+    names: tuple[str, ...] = Field(default=("policy",), min_length=1, description="That agents ask vLLM for.")
+    args: tuple[str, ...] = Field(default=(), description='Switches of vLLM, as "--dtype", "float32".')
+    replicas: int = Field(
+        default=1,
+        ge=1,
+        description="vLLM processes, at model_url and the ports after it; [upstreams] names them all.",
+    )
+    transfer: Transfer = Field(
+        default="file", description="How new weights reach vLLM; nccl and ipc are untested on GPU."
+    )
+
+
+class TrainConfig(BaseModel):
+    """The file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run: str = Field("run", pattern=r"^[A-Za-z0-9_-]+$", description="First part of every model version.")
+    run_dir: Path = Path("runs/default")
+    strategy: Literal["memory", "kafka"] = "kafka"
+    agent: str | None = Field(None, description="module:attribute; over Kafka the runners have it.")
+    hooks: list[str] = Field([], description="module:attribute of each, in order; they need an `agent` here.")
+    tasks: Path = Field(description="JSON lines, as for `millstream publish`.")
+    val_tasks: Path | None = None
+    max_steps: int = Field(100, ge=0)
+    stop_reward: float | None = None
+    patience: int = Field(3, ge=1)
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    grpo: GrpoConfig
+
+
+class WatchedStrategy:
+    """Another one, where the trainer is a process: with probes, and ended if it is stuck."""
+
+    def __init__(self, inner: Strategy, health_port: int) -> None:
+        self._inner = inner
+        self._health_port = health_port
+
+    @asynccontextmanager
+    async def running(self, settings: Settings, **options: Any) -> AsyncIterator[tuple[Log, ModelServer | None]]:
+        async with (
+            self._inner.running(settings, **options) as (log, server),
+            # A step of training may take as long as it likes.
+            watched(log, settings.topics, "trainer", self._health_port, asyncio.Event(), rests=True) as health,
+        ):
+            yield health.log, server
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Raises `ConfigError` naming the file and every wrong entry."""
+    try:
+        return TrainConfig(**tomllib.loads(path.read_text("utf-8")))
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from error
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {problems_of(error)}") from None
+
+
+def read_inputs(path: Path, settings: Settings) -> list[Any]:
+    """The inputs of a tasks file, in order."""
+    from millstream.producers.tasks import read_tasks
+
+    return [json.loads(task.input) for task in read_tasks(path, settings)[0]]
+
+
+def train_from(path: Path, console: Console | None = None, adapter: str = "", health_port: int = 0) -> Summary:
+    """Trains with a live view and writes ``train.json`` into the run's folder. ``adapter`` is ``module:attribute`` of a
+    function from traces to triplets, for runs in memory. ``health_port``: as `watched` serves it.
+
+    Raises `ConfigError` for what is wrong with the file, or if the `train` extra is missing.
+    """
+    config = load_config(path)
+    settings = load_settings()
+    tasks = read_inputs(config.tasks, settings)
+    val_tasks = read_inputs(config.val_tasks, settings) if config.val_tasks else []
+    with LiveView(console or Console(), config.run) as view:
+        trainer = Trainer(
+            algorithm=make_grpo(config.grpo),
+            agent=config.agent,
+            strategy=WatchedStrategy(strategy_of(config.strategy), health_port),
+            hooks=config.hooks,
+            max_steps=config.max_steps,
+            stop_reward=config.stop_reward,
+            patience=config.patience,
+            run=config.run,
+            run_dir=config.run_dir,
+            adapter=load_object("adapter", adapter, str(Path.cwd())) if adapter else None,
+            seed=config.seed,
+            settings=settings,
+            on_step=view.on_step,
+            vllm=vllm_options(config.model),
+        )
+        summary = trainer.fit(tasks, val_tasks)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    (config.run_dir / "train.json").write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    return summary
+
+
+def vllm_options(config: ModelConfig) -> VllmOptions | None:
+    if config.server == "engine":
+        return None
+    return VllmOptions(names=config.names, args=config.args, transfer=config.transfer, replicas=config.replicas)
+
+
+def make_grpo(config: GrpoConfig) -> Any:
+    """The algorithm. Raises `ConfigError` without the `train` extra."""
+    try:
+        from millstream.pipeline.algorithms.grpo import GRPO
+    except ImportError as error:
+        raise ConfigError(f"training needs torch: install millstream[train] ({error})") from error
+    return GRPO(**config.model_dump())

@@ -1,0 +1,65 @@
+"""What a person sees while a run trains: the last steps, and where it stands."""
+
+from collections import deque
+from types import TracebackType
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from millstream.pipeline.training.trainer import StepReport
+
+SHOWN_STEPS = 12
+BAR_WIDTH = 12  # the table fits 80 columns
+
+
+class LiveView:
+    """A table that follows the run on a terminal; a line for each step anywhere else."""
+
+    def __init__(self, console: Console, title: str) -> None:
+        self._console = console
+        self._title = title
+        self._steps: deque[StepReport] = deque(maxlen=SHOWN_STEPS)
+        self._live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+
+    def __enter__(self) -> "LiveView":
+        if self._live is not None:
+            self._live.start()
+            self._live.update(Text(f"{self._title}: waiting for the first step …"))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def on_step(self, report: StepReport) -> None:
+        """Shows one more step."""
+        self._steps.append(report)
+        if self._live is not None:
+            self._live.update(self._table())
+            return
+        self._console.print(
+            f"step {report.step:3d}  reward {report.reward:.3f}  {report.rollouts_per_second:6.1f} rollouts/s  "
+            f"{report.spans} spans  policy {report.model_version}"
+            + (f"  {report.failed} failed" * bool(report.failed)),
+            highlight=False,
+        )
+
+    def _table(self) -> Group:
+        last = self._steps[-1]
+        table = Table("step", "policy", "reward", "", "failed", "entropy", "seconds")
+        for step in self._steps:
+            bar = "█" * round(step.reward * BAR_WIDTH)
+            entropy = step.metrics.get("entropy")
+            table.add_row(
+                str(step.step),
+                step.model_version,
+                f"{step.reward:.3f}",
+                Text(bar, style="green"),
+                str(step.failed or ""),
+                "" if entropy is None else f"{entropy:.2f}",
+                f"{step.seconds:.1f}",
+            )
+        line = f"{self._title} · {last.rollouts_per_second:.0f} rollouts/s · {last.spans} spans · "
+        return Group(table, Text(line + f"policy {last.model_version}"))

@@ -1,0 +1,114 @@
+"""Spans of AutoGen's teams and tool calls. Its agents' spans are its own, and its model calls are the SDK's.
+
+AutoGen (0.7) makes spans of tool calls that hold neither arguments nor result. OpenInference's instrumentation has
+them, but says Ok of a tool that failed, and repeats the model calls of the SDK and the spans of the agents.
+"""
+
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any, cast
+
+import wrapt
+from opentelemetry import context as otel
+from opentelemetry import trace
+from opentelemetry.trace import Span, Status, StatusCode, Tracer, TracerProvider, set_span_in_context
+
+from millstream.producers.agent.span_processor import as_text
+from millstream.schemas.spans import semconv
+
+_OUR_TOOL_CALL = otel.create_key("millstream.autogen.tool")
+
+
+class AutogenInstrumentor:
+    """Like an instrumentor of OpenTelemetry's."""
+
+    def instrument(self, *, tracer_provider: TracerProvider, **_options: Any) -> None:
+        """Once in a process. Raises AttributeError or ImportError if this AutoGen is another than we know."""
+        tracer = tracer_provider.get_tracer("millstream.autogen")
+        wrap = wrapt.wrap_function_wrapper
+        wrap("autogen_agentchat.teams", "BaseGroupChat.run_stream", partial(_run_team, tracer))
+        wrap("autogen_agentchat.agents", "AssistantAgent._execute_tool_call", partial(_call_tool, tracer))
+        wrap("autogen_core.tools._base", "trace_tool_span", _inner_tool_span)
+        wrapt.register_post_import_hook(_wrap_mcp, "autogen_ext.tools.mcp._workbench")
+
+
+def _wrap_mcp(module: ModuleType) -> None:
+    wrapt.wrap_function_wrapper(module, "trace_tool_span", _inner_tool_span)
+
+
+async def _run_team(
+    tracer: Tracer, wrapped: Any, team: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AsyncIterator[Any]:
+    """The span is current while the team works, and not while the caller looks at a message."""
+    attributes = {semconv.OPERATION: "invoke_workflow", semconv.WORKFLOW_NAME: team.name}
+    span = tracer.start_span(f"invoke_workflow {team.name}", attributes=attributes)
+    inside = set_span_in_context(span)
+    messages = wrapped(*args, **kwargs)
+    try:
+        while True:
+            token = otel.attach(inside)
+            try:
+                message = await anext(messages)
+            except StopAsyncIteration:
+                return
+            finally:
+                otel.detach(token)
+            if stop_reason := getattr(message, "stop_reason", None):
+                span.set_attribute("autogen.stop_reason", stop_reason)
+            yield message
+    except Exception as error:
+        _failed(span, error)
+        raise
+    finally:
+        await messages.aclose()
+        span.end()
+
+
+async def _call_tool(tracer: Tracer, wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    call = kwargs["tool_call"]
+    attributes = {
+        semconv.OPERATION: "execute_tool",
+        semconv.TOOL_NAME: call.name,
+        semconv.TOOL_CALL_ID: call.id,
+        semconv.TOOL_ARGUMENTS: call.arguments,
+        semconv.AGENT_NAME: kwargs["agent_name"],
+    }
+    with tracer.start_as_current_span(f"execute_tool {call.name}", attributes=attributes) as span:
+        token = otel.attach(otel.set_value(_OUR_TOOL_CALL, span))
+        try:
+            answer = await wrapped(*args, **kwargs)
+        finally:
+            otel.detach(token)
+        result = answer[1]
+        span.set_attribute(semconv.TOOL_RESULT, as_text(result.content))
+        if result.is_error:
+            span.set_status(Status(StatusCode.ERROR, as_text(result.content)))
+    return answer
+
+
+def _inner_tool_span(
+    wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> AbstractContextManager[Any]:
+    """Within a tool call of ours, AutoGen's span of the same call is left out."""
+    ours = otel.get_value(_OUR_TOOL_CALL)
+    if ours is None or ours is not trace.get_current_span():
+        return cast("AbstractContextManager[Any]", wrapped(*args, **kwargs))
+    return _noting_errors(ours)
+
+
+@contextmanager
+def _noting_errors(span: Span) -> Iterator[Span]:
+    """The agent turns a tool's exception into text for the model: here it can still be seen."""
+    try:
+        yield span
+    except Exception as error:
+        _failed(span, error)
+        raise
+
+
+def _failed(span: Span, error: Exception) -> None:
+    span.record_exception(error)
+    span.set_attribute(semconv.ERROR_TYPE, type(error).__name__)
+    span.set_status(Status(StatusCode.ERROR, str(error)))

@@ -1,0 +1,46 @@
+"""What a process that an agent starts has to know to be part of the agent's attempt, in whatever language it is."""
+
+import os
+from urllib.parse import quote
+
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from millstream.producers.agent.attempt import current_attempt
+from millstream.producers.agent.client_binding import OutsideRollout
+from millstream.schemas.spans import semconv
+
+
+def attempt_environment() -> dict[str, str]:
+    """Environment variables for a process of the current attempt: ``Popen(…, env=os.environ | attempt_environment())``.
+
+    ``OPENAI_…`` and ``ANTHROPIC_…``: the attempt's address at the proxy, with its key. ``OTEL_…``: where an OTLP
+    exporter has to send spans, with the key and the attempt as resource attributes; only where ``monitor_url`` is set.
+    ``TRACEPARENT``: the current span, as the parent of the process's own. Spans count if the process has flushed its
+    exporter before the agent returns.
+
+    Raises `OutsideRollout`.
+    """
+    attempt = current_attempt()
+    if attempt is None or attempt.ended:
+        raise OutsideRollout("attempt_environment() has to be called within a rollout, whose attempt it describes")
+    carrier: dict[str, str] = {}
+    TraceContextTextMapPropagator().inject(carrier)
+    variables = {"TRACEPARENT": carrier["traceparent"]} if carrier else {}
+    if base := attempt.base_url:
+        variables |= {
+            "OPENAI_BASE_URL": f"{base}/v1",
+            "OPENAI_API_KEY": attempt.proxy_key,
+            "ANTHROPIC_BASE_URL": base,
+            "ANTHROPIC_API_KEY": attempt.proxy_key,
+        }
+    if attempt.monitor_url:
+        ids = {semconv.ROLLOUT_ID: attempt.task.rollout_id, semconv.ATTEMPT_ID: attempt.attempt_id}
+        inherited = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+        described = [inherited] * bool(inherited) + [f"{name}={quote(value)}" for name, value in ids.items()]
+        variables |= {
+            "OTEL_RESOURCE_ATTRIBUTES": ",".join(described),
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": attempt.monitor_url.rstrip("/") + "/v1/traces",
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "OTEL_EXPORTER_OTLP_TRACES_HEADERS": f"authorization=Bearer%20{attempt.proxy_key}",
+        }
+    return variables

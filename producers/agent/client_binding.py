@@ -1,0 +1,105 @@
+"""One HTTP client serves every attempt: a request to the proxy gets the path and the key of the attempt that makes it.
+
+Agents make their client once, at import, when there is no attempt yet; so what binds a call to its attempt is put in
+when the request is sent, from OpenTelemetry's context.
+"""
+
+import inspect
+import threading
+from collections.abc import Awaitable
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+import wrapt
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from millstream.producers.agent.attempt import Attempt, current_attempt
+from millstream.producers.agent.shared_threads import note_call
+from millstream.schemas.errors import ConfigError, MillstreamError
+
+HTTP_CLIENTS = ("httpx", "httpx2")  # openai 3 and anthropic 2 use httpx2
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+_Origin = tuple[str, str, int]
+
+_proxies: dict[_Origin, bytes] = {}  # → the path below which the proxy lives, mostly empty
+_wrapped: set[str] = set()
+_trace_context = TraceContextTextMapPropagator()
+
+
+class OutsideRollout(MillstreamError, RuntimeError):
+    """A model was called through the proxy by code that belongs to no attempt, or to one that has ended."""
+
+
+def bind_clients(proxy_url: str) -> None:
+    """From now on, binds every request to this proxy. Raises `ConfigError` if it is not a URL."""
+    origin, base = _place(proxy_url)
+    _proxies[origin] = base
+    for name in HTTP_CLIENTS:
+        if name not in _wrapped:
+            _wrapped.add(name)
+            wrapt.register_post_import_hook(_wrap, name)
+
+
+@lru_cache(maxsize=64)
+def _place(proxy_url: str) -> tuple[_Origin, bytes]:
+    parts = urlsplit(proxy_url)
+    if parts.scheme not in _DEFAULT_PORTS or not parts.hostname:
+        raise ConfigError(f"proxy_url {proxy_url!r} is not an address like http://host:8400")
+    return (parts.scheme, parts.hostname, parts.port or _DEFAULT_PORTS[parts.scheme]), parts.path.rstrip("/").encode()
+
+
+def _wrap(module: ModuleType) -> None:
+    # The wrapped function of an AsyncClient returns a coroutine: the request is bound when it is made, in the context
+    # of the caller, which is the one that counts.
+    wrapt.wrap_function_wrapper(module, "Client.send", _send)
+    wrapt.wrap_function_wrapper(module, "AsyncClient.send", _send)
+
+
+def _send(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    attempt = _bind(args[0] if args else kwargs["request"])
+    if attempt is None or attempt.task.unresponsive_s is None:  # nobody wants to know how long it takes
+        return wrapped(*args, **kwargs)
+    if inspect.iscoroutinefunction(wrapped):
+        return _awaited(attempt, wrapped(*args, **kwargs))
+    with attempt.calling():
+        return wrapped(*args, **kwargs)
+
+
+async def _awaited(attempt: Attempt, answer: Awaitable[Any]) -> Any:
+    with attempt.calling():
+        return await answer
+
+
+def _bind(request: Any) -> Attempt | None:
+    """Its attempt, if the request goes to the proxy."""
+    url = request.url
+    origin = url.scheme, url.host, url.port or _DEFAULT_PORTS.get(url.scheme, 0)
+    base = _proxies.get(origin)
+    if base is None:
+        return None
+    attempt = current_attempt()
+    bound = url.raw_path.startswith(base + b"/rollout/")  # by `clients`, or sent again by the caller
+    if bound and (attempt is None or not url.raw_path.startswith(base + attempt.path.encode() + b"/")):
+        return None  # to the attempt that its client was made for, which is not the one whose code this is
+    if attempt is None:
+        raise OutsideRollout(
+            f"{request.method} {url}: the model can be called only within a rollout, because the proxy records each "
+            "call for its rollout. Move the call into the agent function, or start threads from within it."
+        )
+    if attempt.ended:
+        raise OutsideRollout(
+            f"{request.method} {url}: thread {threading.current_thread().name!r} belongs to a rollout that has ended. "
+            "If it works for other rollouts too, let a ThreadPoolExecutor be the worker, which knows whose work it is."
+        )
+    note_call(attempt)
+    if not bound:
+        (scheme, host, port), own_base = _place(attempt.proxy_url)
+        path = own_base + attempt.path.encode() + url.raw_path[len(base) :]
+        request.url = url.copy_with(scheme=scheme, host=host, port=port, raw_path=path)
+        request.headers["Host"] = request.url.netloc.decode()
+    request.headers["Authorization"] = f"Bearer {attempt.proxy_key}"
+    request.headers["x-api-key"] = attempt.proxy_key
+    _trace_context.inject(request.headers)  # the proxy's span becomes a child of the client's
+    return attempt

@@ -1,0 +1,202 @@
+"""What an agent says for itself: rewards, and spans of its own making.
+
+All of it returns at once, so it is for ``async def`` as much as for ``def``, and raises `EmitError` for what can't be
+recorded. Outside a rollout it does nothing but warn, once in a process.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from traceback import TracebackException
+from typing import Any
+
+from opentelemetry import trace
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.trace.status import StatusCode
+from pydantic_core import PydanticSerializationError, to_json
+
+from millstream.producers.agent.attempt import Attempt, current_attempt
+from millstream.producers.agent.shared_threads import note_call
+from millstream.producers.agent.span_processor import as_text, texts, to_record
+from millstream.schemas.errors import MillstreamError
+from millstream.schemas.spans import semconv
+
+logger = logging.getLogger(__name__)
+_warned = threading.Event()
+
+# Long contents go to the blob store, and through the agent's process and its runner on their way.
+MAX_ATTRIBUTE_BYTES = 64 << 20
+MAX_SPAN_BYTES = 128 << 20
+
+
+class EmitError(MillstreamError, ValueError):
+    """What was given can't be recorded; the message names the span and the attribute."""
+
+
+class RewardError(EmitError):
+    """A reward that is not a finite number."""
+
+
+def attempt_or_warning(what: str) -> Attempt | None:
+    """The attempt that the calling code belongs to. Without one, says so once in a process."""
+    attempt = current_attempt()
+    if attempt is None and not _warned.is_set():
+        _warned.set()
+        logger.warning("%s is recorded nowhere: this code does not run within a rollout", what)
+    return attempt
+
+
+def emit_reward(value: float | Mapping[str, float], name: str | None = None, *, for_call: str | None = None) -> None:
+    """Records a reward for what the agent has just done: it counts for the latest model call that ended before it, or
+    for the one whose response id is ``for_call`` (``completion.id``).
+
+    ``value`` is a number, called ``reward`` unless ``name`` says otherwise; or several by their names, each of which
+    becomes a reward of its own. May be called any number of times. Raises `RewardError`, and records none of them,
+    unless each is a finite number.
+    """
+    if not isinstance(value, Mapping):
+        rewards = {name or "reward": value}
+    elif name is not None or not value:
+        raise RewardError(
+            f"rewards {dict(value)!r}: a dict holds at least one, and their names; leave out name={name!r}"
+        )
+    else:
+        rewards = dict(value)
+    numbers = {each: _finite(each, number) for each, number in rewards.items()}
+    for each, number in numbers.items():
+        emit_span(
+            each,
+            {
+                semconv.OPERATION: "evaluation",
+                semconv.EVALUATION_NAME: each,
+                semconv.EVALUATION_SCORE: number,
+                semconv.AGL_REWARD_NAME: each,
+                semconv.AGL_REWARD_VALUE: number,
+                **({} if for_call is None else {semconv.REWARD_FOR: for_call}),
+            },
+        )
+
+
+def emit_span(name: str, attributes: Mapping[str, Any] | None = None) -> None:
+    """Records a moment: a span without length, below the current one.
+
+    ``attributes`` hold anything JSON does, at most `MAX_ATTRIBUTE_BYTES` each and `MAX_SPAN_BYTES` together.
+    ``gen_ai.operation.name`` says what it is (``execute_tool``: a tool call), ``error.type`` makes it a failure.
+    """
+    given = checked(name, attributes)
+    _moment(name, given, given.get(semconv.ERROR_TYPE))
+
+
+def emit_otel_span(name: str, attributes_or_span: Mapping[str, Any] | ReadableSpan | None = None) -> None:
+    """Records a span that was made elsewhere with OpenTelemetry, by another process say, under this name: with its own
+    times, status, events and links. It keeps its parent, or hangs below the current span if it has none. Attributes
+    instead of a span are recorded as `emit_span` does.
+
+    Spans that are made here with OpenTelemetry's global tracer provider are recorded without it.
+    """
+    span = attributes_or_span
+    if not isinstance(span, ReadableSpan):
+        emit_span(name, span)
+        return
+    checked(name, span.attributes)
+    if span.get_span_context() is None or span.end_time is None:
+        raise EmitError(f"span {name!r}: a span can be recorded when it has ended, and this one has not")
+    attempt = attempt_or_warning(f"span {name!r}")
+    if attempt is None:
+        return
+    note_call(attempt)
+    record = replace(to_record(span, attempt, texts(span.resource.attributes)), name=name)
+    here = trace.get_current_span().get_span_context()
+    if here.is_valid:
+        parent = record.parent_id or f"{here.span_id:016x}"
+        record = replace(record, trace_id=f"{here.trace_id:032x}", parent_id=parent)
+    attempt.emit(record)
+
+
+def emit_message(message: str, attributes: Mapping[str, Any] | None = None) -> None:
+    """Records a line of text: what the agent would log."""
+    if not isinstance(message, str):
+        raise EmitError(f"a message is text, not {type(message).__name__}: emit_object records anything else")
+    emit_span(semconv.AGL_MESSAGE, {semconv.AGL_MESSAGE_BODY: message, **(attributes or {})})
+
+
+def emit_object(value: Any, attributes: Mapping[str, Any] | None = None) -> None:
+    """Records a value as JSON, with its type: what JSON holds, and besides dataclasses, pydantic models, dates, sets
+    and bytes (in base64)."""
+    kind = type(value)
+    full_name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    try:
+        text = to_json(value, bytes_mode="base64").decode()
+    except (PydanticSerializationError, ValueError, RecursionError) as error:
+        raise EmitError(f"span {semconv.AGL_OBJECT!r}: an object of type {full_name} is no JSON: {error}") from error
+    given = {semconv.AGL_OBJECT_TYPE: full_name, semconv.AGL_OBJECT_JSON: text}
+    emit_span(semconv.AGL_OBJECT, given | dict(attributes or {}))
+
+
+def emit_exception(exception: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
+    """Records an error that the agent has dealt with: a failed span with its type, message and stack."""
+    told = TracebackException.from_exception(exception)
+    kind, message = type(exception).__name__, str(told)
+    given = {
+        semconv.ERROR_TYPE: kind,
+        semconv.EXCEPTION_TYPE: kind,
+        semconv.EXCEPTION_MESSAGE: message,
+        semconv.EXCEPTION_STACK: "".join(told.format()),
+        **(attributes or {}),
+    }
+    _moment(semconv.AGL_EXCEPTION, checked(semconv.AGL_EXCEPTION, given), f"{kind}: {message}")
+
+
+def emit_annotation(attributes: Mapping[str, Any]) -> None:
+    """Records what is to be known about the rollout at this point: tags, notes, measurements."""
+    emit_span(semconv.AGL_ANNOTATION, attributes)
+
+
+def checked(name: str, attributes: Mapping[str, Any] | None) -> dict[str, str]:
+    """The attributes as texts. Raises `EmitError` for what is no JSON or too large."""
+    given: dict[str, str] = {}
+    total = len(name)
+    for key, value in (attributes or {}).items():
+        if not isinstance(key, str):
+            raise EmitError(f"span {name!r}: attribute {key!r}: its name is not a string")
+        try:
+            given[key] = text = as_text(value)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise EmitError(f"span {name!r}: attribute {key!r} is no JSON: {error}") from error
+        size = len(text) if text.isascii() else len(text.encode())
+        if size > MAX_ATTRIBUTE_BYTES:
+            raise _too_large(f"span {name!r}: attribute {key!r}", size, MAX_ATTRIBUTE_BYTES)
+        total += len(key) + size
+    if total > MAX_SPAN_BYTES:
+        raise _too_large(f"span {name!r}: its attributes", total, MAX_SPAN_BYTES)
+    return given
+
+
+def _too_large(what: str, size: int, limit: int) -> EmitError:
+    return EmitError(
+        f"{what}: {size:,} bytes, of at most {limit:,}. Keep it in a file or object store of yours, and its name here"
+    )
+
+
+def _finite(name: str, value: Any) -> float:
+    try:
+        number = float(value) if hasattr(value, "__float__") else math.nan  # not from text
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise RewardError(f"reward {name!r} is {value!r}; it has to be a finite number")
+    return number
+
+
+def _moment(name: str, given: Mapping[str, str], failure: str | None) -> None:
+    attempt = attempt_or_warning(f"span {name!r}")
+    if attempt is None:
+        return
+    now = time.time_ns()
+    span = attempt.tracer.start_span(name, attributes=given, start_time=now)
+    if failure is not None:
+        span.set_status(StatusCode.ERROR, failure)
+    span.end(now)

@@ -1,0 +1,144 @@
+"""Tracing of other people's packages. What is missing or broken costs its spans and a warning, never the run."""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import wrapt
+from opentelemetry.instrumentation.threading import ThreadingInstrumentor
+from opentelemetry.trace import TracerProvider
+
+from millstream.producers.agent.shared_threads import follow_threads
+from millstream.schemas.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Framework:
+    """A package that agents are made with, and what traces it."""
+
+    name: str  # for --instrument
+    module: str  # whoever imports it uses the framework
+    instrumentor: str  # module:class, an instrumentor as OpenTelemetry's
+    requirement: str  # what to install for it
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def installed(self) -> bool:
+        return find_spec(self.module.partition(".")[0]) is not None
+
+    def traceable(self) -> bool:
+        """Its instrumentation is installed."""
+        try:
+            metadata.version(re.split("[=<>]", self.requirement)[0])
+        except metadata.PackageNotFoundError:
+            return False
+        return True
+
+
+_GENAI = "opentelemetry.instrumentation.genai"
+_GENAI_PACKAGE = "opentelemetry-instrumentation-genai"
+
+# Beta releases: pinned as they were tested together (the extra `frameworks`).
+FRAMEWORKS = {
+    framework.name: framework
+    for framework in (
+        Framework("openai", "openai", f"{_GENAI}.openai:OpenAIInstrumentor", f"{_GENAI_PACKAGE}-openai==1.3b0"),
+        Framework(
+            "anthropic", "anthropic", f"{_GENAI}.anthropic:AnthropicInstrumentor", f"{_GENAI_PACKAGE}-anthropic==1.3b0"
+        ),
+        # LangGraph's callbacks are LangChain's.
+        Framework(
+            "langchain",
+            "langchain_core",
+            f"{_GENAI}.langchain:LangChainInstrumentor",
+            f"{_GENAI_PACKAGE}-langchain==1.3b0",
+        ),
+        Framework(
+            "openai-agents",
+            "agents.tracing",  # not "agents": that may be a package of the user's
+            f"{_GENAI}.openai_agents:OpenAIAgentsInstrumentor",
+            f"{_GENAI_PACKAGE}-openai-agents==1.3b0",
+            options={"disable_openai_trace_export": True},  # it would send every trace to OpenAI, with our key
+        ),
+        Framework(
+            "autogen",
+            "autogen_agentchat",
+            "millstream.producers.agent.autogen:AutogenInstrumentor",
+            "autogen-agentchat>=0.7.5,<0.8",
+        ),
+        Framework(
+            "crewai",
+            "crewai",
+            "openinference.instrumentation.crewai:CrewAIInstrumentor",
+            "openinference-instrumentation-crewai==1.1.21",
+        ),
+    )
+}
+
+_hooked: set[str] = set()
+
+
+def chosen(names: str | None) -> tuple[str, ...]:
+    """What ``--instrument`` asks for: a comma-separated list of `FRAMEWORKS`, ``none``, or None for all of them.
+
+    Raises `ConfigError` for a name that nobody knows.
+    """
+    if names is None:
+        return tuple(FRAMEWORKS)
+    asked = tuple(name.strip() for name in names.split(",") if name.strip())
+    if asked == ("none",):
+        return ()
+    for name in asked:
+        if name not in FRAMEWORKS:
+            raise ConfigError(f"--instrument {names}: known are {', '.join(FRAMEWORKS)}; or none, alone")
+    if not asked:
+        raise ConfigError(f"--instrument is empty: known are {', '.join(FRAMEWORKS)}; or none, alone")
+    return asked
+
+
+def report(names: Iterable[str]) -> None:
+    """Says in the log what will be traced, and what could be if something were installed."""
+    installed = [FRAMEWORKS[name] for name in names if FRAMEWORKS[name].installed()]
+    traced = [framework.name for framework in installed if framework.traceable()]
+    logger.info("instruments what the agent imports of: %s", ", ".join(traced) or "nothing")
+    for framework in installed:
+        if not framework.traceable():
+            logger.warning(
+                "%s is installed, but its calls can't be traced: pip install %s", framework.name, framework.requirement
+            )
+
+
+def instrument(provider: TracerProvider, names: Iterable[str]) -> None:
+    """Has threads carry the context, and traces each of these frameworks once the agent imports it. Once in a process:
+    what a later call would change is the provider, and the first one's goes on serving every attempt."""
+    threads = ThreadingInstrumentor()
+    if not threads.is_instrumented_by_opentelemetry:
+        threads.instrument()
+        follow_threads()
+    for name in names:
+        framework = FRAMEWORKS[name]
+        if name not in _hooked and framework.traceable():
+            _hooked.add(name)
+            wrapt.register_post_import_hook(partial(_instrument, provider, framework), framework.module)
+
+
+def _instrument(provider: TracerProvider, framework: Framework, module: ModuleType) -> None:
+    where, _, name = framework.instrumentor.partition(":")
+    try:
+        instrumentor = getattr(import_module(where), name)()
+        instrumentor.instrument(tracer_provider=provider, raise_exception_on_conflict=True, **framework.options)
+    except Exception as error:  # whatever a beta release of somebody else's raises
+        logger.warning(
+            "the calls of %s can't be traced (%s: %s): pip install %s",
+            framework.name,
+            type(error).__name__,
+            error,
+            framework.requirement,
+        )

@@ -1,0 +1,121 @@
+"""The tracer of a process that runs attempts: a TracerProvider of our own, and one root span for each attempt."""
+
+import concurrent.futures.thread  # noqa: F401 - see `_provider`
+import logging
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+
+from opentelemetry import context as otel
+from opentelemetry import trace
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+
+from millstream.producers.agent import shared_threads
+from millstream.producers.agent.attempt import Attempt, enter, leave
+from millstream.producers.agent.client_binding import bind_clients
+from millstream.producers.agent.instrumentation import FRAMEWORKS
+from millstream.producers.agent.instrumentation import instrument as instrument_frameworks
+from millstream.producers.agent.span_processor import AttemptSpanProcessor
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.spans import semconv
+
+logger = logging.getLogger(__name__)
+
+# What frameworks read when they are imported. Whoever has set one knows better.
+SWITCHES = {
+    "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": "SPAN_ONLY",
+    "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "100000",  # at 128, long conversations lose their oldest messages
+    "ANTHROPIC_OPEN_TELEMETRY": "false",  # these two trace on their own: every span would come twice
+    "AUTOGEN_DISABLE_RUNTIME_TRACING": "true",
+    # CrewAI tells its makers of each run, may ask at the terminal whether to send them more, and looks for updates.
+    "CREWAI_DISABLE_TELEMETRY": "true",
+    "CREWAI_TRACING_ENABLED": "false",
+    "CREWAI_DISABLE_VERSION_CHECK": "true",
+}
+PLACEHOLDER_KEY = "millstream"  # the SDKs want a key; the attempt's own takes its place in each request
+
+
+class ProcessTracer:
+    """Make it before the agent is imported, call `adopt_global_provider` after that."""
+
+    def __init__(
+        self, agent_name: str, proxy_urls: Sequence[str] = (), instrument: Iterable[str] = tuple(FRAMEWORKS)
+    ) -> None:
+        """Prepares the environment for the agent's import, its SDKs and its HTTP clients. ``instrument``: names of
+        `FRAMEWORKS`.
+
+        Raises `ConfigError` if the environment disables OpenTelemetry: nothing would be recorded.
+        """
+        if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+            raise ConfigError("OTEL_SDK_DISABLED is true: attempts can't be traced; unset it")
+        self.agent_name = agent_name
+        for name, value in SWITCHES.items():
+            os.environ.setdefault(name, value)
+        if proxy_urls:
+            os.environ["OPENAI_BASE_URL"] = f"{proxy_urls[0]}/v1"
+            os.environ["OPENAI_API_KEY"] = PLACEHOLDER_KEY
+            if "ANTHROPIC_BASE_URL" not in os.environ:
+                os.environ["ANTHROPIC_BASE_URL"] = proxy_urls[0]
+                os.environ["ANTHROPIC_API_KEY"] = PLACEHOLDER_KEY
+        for proxy_url in proxy_urls:
+            bind_clients(proxy_url)
+        self._tracer = _provider().get_tracer("millstream")
+        self._root_name = f"invoke_agent {agent_name}"
+        self._root_attributes = {semconv.OPERATION: "invoke_agent", semconv.AGENT_NAME: agent_name}
+        instrument_frameworks(_provider(), instrument)
+
+    @contextmanager
+    def attempt(self, attempt: Attempt) -> Iterator[None]:
+        """The body runs as part of the attempt, below its root span, which records how it went.
+
+        Raises `SharedWorker`.
+        """
+        attempt.tracer = self._tracer
+        token = enter(attempt)
+        shared_threads.began(attempt)
+        try:
+            with self._tracer.start_as_current_span(self._root_name, attributes=self._root_attributes):
+                attempt.context = otel.get_current()
+                yield
+                shared_threads.refuse_shared(attempt)
+        finally:
+            shared_threads.ended(attempt)
+            leave(token)
+
+
+def adopt_global_provider() -> None:
+    """Takes in the spans that the agent's own code makes with OpenTelemetry's global tracer provider: ours, or the one
+    that the agent has set up for itself by now, which keeps its exporters."""
+    provider = trace.get_tracer_provider()
+    if isinstance(provider, trace.ProxyTracerProvider):
+        trace.set_tracer_provider(_provider())
+    elif not isinstance(provider, TracerProvider):
+        logger.warning(
+            "the agent's global tracer provider (%s) is not OpenTelemetry's SDK: spans made with it are not recorded",
+            type(provider).__name__,
+        )
+    elif provider not in _tapped:
+        provider.add_span_processor(_processor)
+        _tapped.append(provider)
+
+
+# One of each in a process: the processor finds a span's attempt in its context, whoever runs the attempt.
+_processor = AttemptSpanProcessor()
+_tapped: list[TracerProvider] = []
+
+
+@cache
+def _provider() -> TracerProvider:
+    """Made at first use, when the switches are set.
+
+    OpenTelemetry's handler in a forked process uses an executor, whose module holds its lock over the fork. Handlers
+    run in the order of their registration: that module has to be imported before, or the forked process hangs."""
+    provider = TracerProvider(
+        sampler=ALWAYS_ON, resource=Resource({"service.name": "millstream-agent"}), shutdown_on_exit=False
+    )
+    provider.add_span_processor(_processor)
+    _tapped.append(provider)
+    return provider

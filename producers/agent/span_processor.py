@@ -1,0 +1,163 @@
+"""OpenTelemetry spans → `Span` records, handed over one by one as they end.
+
+OpenTelemetry's own BatchSpanProcessor drops spans under load and its ``force_flush`` says nothing of it; here a span is
+in its attempt's hands when the call that ended it returns.
+"""
+
+import base64
+import json
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from opentelemetry.context import Context
+from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
+from opentelemetry.sdk.trace import Span as SdkSpan
+from opentelemetry.trace import SpanKind
+from opentelemetry.trace.status import StatusCode
+
+from millstream.producers.agent.attempt import Attempt, current_attempt
+from millstream.producers.agent.shared_threads import note_call
+from millstream.schemas.spans import semconv
+from millstream.schemas.spans.dialects import kind_of, rewards_of
+from millstream.schemas.wire.records import Span, SpanEvent, SpanLink
+
+MAX_OPEN = 100_000  # spans that began and did not end; beyond it the oldest are given up, so that a leak stays small
+
+_SPAN_KIND = {kind: kind.name.capitalize() for kind in SpanKind}
+_STATUS = {StatusCode.UNSET: "Unset", StatusCode.OK: "Ok", StatusCode.ERROR: "Error"}
+
+
+@lru_cache(maxsize=1 << 10)
+def _trace_id(trace_id: int) -> str:
+    return f"{trace_id:032x}"
+
+
+@lru_cache(maxsize=1 << 10)
+def _parent_id(span_id: int) -> str:
+    return f"{span_id:016x}"
+
+
+class AttemptSpanProcessor(SpanProcessor):
+    """Gives each span to the attempt in whose context it began, wherever it ends. Others are ignored."""
+
+    def __init__(self) -> None:
+        self._open: dict[int, Attempt] = {}  # by span id
+        self._resource: tuple[object, dict[str, str]] = (None, {})  # the last one seen: there is hardly ever another
+
+    def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
+        attempt = current_attempt(parent_context) or current_attempt()
+        if attempt is None:
+            return
+        note_call(attempt, parent_context)
+        if len(self._open) >= MAX_OPEN:
+            self._open.pop(next(iter(self._open)), None)
+        self._open[span.get_span_context().span_id] = attempt
+
+    def on_end(self, span: ReadableSpan) -> None:
+        context = span.get_span_context()
+        attempt = self._open.pop(context.span_id, None) if context is not None else None
+        if attempt is None:
+            return
+        source, resource = self._resource
+        if source is not span.resource:
+            resource = texts(span.resource.attributes)
+            self._resource = (span.resource, resource)
+        attempt.emit(to_record(span, attempt, resource))
+
+    def shutdown(self) -> None:
+        self._open.clear()
+
+    def force_flush(self, timeout_millis: int = 30000) -> bool:
+        return True  # nothing is held back
+
+
+def to_record(span: ReadableSpan, attempt: Attempt, resource: Mapping[str, str]) -> Span:
+    """A finished span as the attempt's next record."""
+    context = span.get_span_context()
+    assert context is not None
+    attributes = texts(span.attributes)
+    kind = kind_of(attributes)
+    reward = reward_name = None
+    if kind == semconv.REWARD and (rewards := rewards_of(attributes)):
+        reward_name, reward = rewards[0]
+        attempt.rewarded = True
+    parent, status, scope = span.parent, span.status, span.instrumentation_scope
+    # Nearly always empty, and the SDK copies them twice under a lock. Should it hide them elsewhere, they are read.
+    events = span.events if getattr(span, "_events", True) else ()
+    links = span.links if getattr(span, "_links", True) else ()
+    return Span(
+        trace_id=_trace_id(context.trace_id),
+        span_id=f"{context.span_id:016x}",
+        parent_id=_parent_id(parent.span_id) if parent is not None else "",
+        trace_state=context.trace_state.to_header() if context.trace_state else "",
+        name=utf8(span.name),
+        kind=kind,
+        span_kind=_SPAN_KIND[span.kind],
+        start=span.start_time or 0,
+        end=span.end_time or 0,
+        status=_STATUS[status.status_code],
+        status_message=utf8(status.description or ""),
+        attributes=attributes,
+        events=tuple([SpanEvent(name=e.name, time=e.timestamp, attributes=texts(e.attributes)) for e in events])
+        if events
+        else (),
+        links=tuple(
+            [
+                SpanLink(
+                    trace_id=f"{link.context.trace_id:032x}",
+                    span_id=f"{link.context.span_id:016x}",
+                    attributes=texts(link.attributes),
+                )
+                for link in links
+            ]
+        )
+        if links
+        else (),
+        resource=resource,
+        scope_name=scope.name if scope is not None else "",
+        scope_version=(scope.version or "") if scope is not None else "",
+        rollout_id=attempt.task.rollout_id,
+        attempt_id=attempt.attempt_id,
+        source=semconv.SOURCE_AGENT,
+        sequence=next(attempt.sequence),
+        reward=reward,
+        reward_name=reward_name,
+    )
+
+
+def texts(values: Mapping[str, Any] | None) -> dict[str, str]:
+    """Attributes as records hold them: strings as they are, everything else as JSON text."""
+    if not values:
+        return {}
+    # The SDK's own mappings copy themselves fast, but are read slowly.
+    plain = values.copy() if hasattr(values, "copy") else dict(values)
+    return {
+        key: utf8(value) if type(value) is str else str(value) if type(value) is int else utf8(_json(value))
+        for key, value in plain.items()
+    }
+
+
+def as_text(value: Any) -> str:
+    """A string as it is; anything else as JSON text (bytes in base64, what JSON does not know as ``str`` shows it)."""
+    return utf8(value if isinstance(value, str) else str(value) if type(value) is int else _json(value))
+
+
+def utf8(text: str) -> str:
+    """Without lone surrogates (half a character, as a model may write one), which no record can hold."""
+    if text.isascii():
+        return text
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, bytes | bytearray):
+        return base64.b64encode(value).decode()
+    if isinstance(value, set | frozenset):
+        return list(value)
+    return str(value)
+
+
+_json = json.JSONEncoder(ensure_ascii=False, default=_plain).encode  # json.dumps would make an encoder for each value

@@ -1,0 +1,226 @@
+"""The producer port on Kafka, by confluent-kafka: any thread may send, and a hand-over costs some microseconds."""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from functools import partial as bind
+from typing import Any, Final
+
+from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import Producer as Client
+
+from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, log_error, raised
+from millstream.producers.log.port import LINGER_MS, OnAck
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import BufferFull, LogError, LogUnavailable, TooLarge, TransactionAborted
+from millstream.schemas.wire.codec import encode
+from millstream.schemas.wire.log import Headers, Partition
+from millstream.schemas.wire.records import Record
+from millstream.schemas.wire.topics import LIBRDKAFKA_PARTITIONER
+
+logger = logging.getLogger(__name__)
+
+BUFFER_WAIT_S: Final = 60.0  # how long a sender waits for room; the port's promise
+BUFFER_RECORDS: Final = 100_000
+BUFFER_KB: Final = 128 << 10
+DELIVERY_TIMEOUT_MS: Final = 180_000  # a record outlives a broker that is away for two minutes
+POLL_S: Final = 0.1
+# A frozen process holds up the readers of its open transaction for this long.
+TRANSACTION_TIMEOUT_MS: Final = 10_000
+
+
+class KafkaProducer:
+    """An idempotent producer, acknowledged by all replicas."""
+
+    def __init__(self, settings: Settings, *, linger_ms: float = LINGER_MS) -> None:
+        """Connects in the background: a broker that is away shows when records are not acknowledged."""
+        self._limit = settings.max_record_bytes
+        # Without a key and a partition records go round: librdkafka itself would keep a burst on one partition.
+        self._next = {t.name: itertools.count(time.monotonic_ns()) for t in settings.topics.all}
+        self._partitions = {t.name: t.partitions for t in settings.topics.all}
+        self._client = Client(
+            librdkafka_config(
+                settings,
+                acks="all",
+                enable_idempotence=True,
+                partitioner=LIBRDKAFKA_PARTITIONER,
+                compression_type=settings.compression,
+                linger_ms=linger_ms,
+                message_max_bytes=self._limit + BATCH_OVERHEAD,
+                queue_buffering_max_messages=BUFFER_RECORDS,
+                queue_buffering_max_kbytes=max(BUFFER_KB, 2 * self._limit >> 10),
+            )
+            | self._config()
+        )
+        self._unsettled = 0
+        self._settled = threading.Condition()
+        self._closed = threading.Event()
+        # Daemon: acknowledgements must not keep a process alive whose main thread has ended.
+        self._thread = threading.Thread(target=self._serve, name="millstream-producer", daemon=True)
+        self._thread.start()
+
+    def _config(self) -> dict[str, Any]:
+        return {"delivery.timeout.ms": DELIVERY_TIMEOUT_MS}
+
+    def send(
+        self,
+        topic: str,
+        value: Record | bytes,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Headers | None = None,
+        on_ack: OnAck | None = None,
+    ) -> None:
+        if self._closed.is_set():
+            raise LogError(f"sending to {topic}: this producer is closed")
+        body = value if isinstance(value, bytes) else encode(value)
+        raw_key = None if key is None else key.encode("utf-8", "surrogateescape")
+        size = len(body) + len(raw_key or b"") + sum(len(k) + len(v) for k, v in (headers or {}).items())
+        if size > self._limit:
+            raise TooLarge(f"{topic}, key {key}: the record has {size:,} bytes, max_record_bytes is {self._limit:,}")
+        if partition is None:
+            rounds = self._next.get(topic) if key is None else None
+            partition = -1 if rounds is None else next(rounds) % self._partitions[topic]
+        with self._settled:
+            self._unsettled += 1
+        try:
+            self._produce(topic, body, raw_key, partition, headers, bind(self._delivered, topic, on_ack))
+        except BaseException:
+            self._settle()
+            raise
+
+    def _produce(
+        self,
+        topic: str,
+        body: bytes,
+        key: bytes | None,
+        partition: int,
+        headers: Headers | None,
+        on_delivery: Callable[[KafkaError | None, Message], None],
+    ) -> None:
+        deadline = time.monotonic() + BUFFER_WAIT_S
+        fields: list[tuple[str, str | bytes | None]] = list((headers or {}).items())
+        while True:
+            try:
+                self._client.produce(topic, body, key, partition, headers=fields, on_delivery=on_delivery)
+                return
+            except BufferError:
+                if time.monotonic() > deadline:
+                    raise BufferFull(
+                        f"{topic}: the buffer ({BUFFER_RECORDS:,} records) has been full for {BUFFER_WAIT_S:.0f} s; "
+                        "are the brokers reachable (kafka_bootstrap_servers)?"
+                    ) from None
+                self._client.poll(0.01)
+            except KafkaException as error:
+                raise self._refused(error, f"sending to {topic}") from error
+
+    def _refused(self, error: KafkaException, doing: str) -> LogError:
+        return raised(error, doing)
+
+    def _delivered(self, topic: str, on_ack: OnAck | None, error: KafkaError | None, message: Message) -> None:
+        try:
+            failed = None if error is None else log_error(error, f"sending to {topic}")
+            if on_ack is not None:
+                on_ack(failed, -1 if failed else message.offset() or 0)
+            elif failed is not None:
+                logger.error("a record was not stored: %s", failed)
+        except Exception:
+            logger.exception("on_ack of a record of %s raised", topic)
+        finally:
+            self._settle()
+
+    def _settle(self) -> None:
+        with self._settled:
+            self._unsettled -= 1
+            if not self._unsettled:
+                self._settled.notify_all()
+
+    def _serve(self) -> None:
+        while not self._closed.is_set():
+            try:
+                self._client.poll(POLL_S)
+            except Exception:  # from a callback; the next acknowledgements still have to be served
+                logger.exception("serving acknowledgements")
+
+    def flush(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        self._client.flush(timeout_s)
+        # librdkafka may have handed the last callbacks to the other thread: wait until they have returned.
+        with self._settled:
+            if not self._settled.wait_for(lambda: not self._unsettled, max(0.0, deadline - time.monotonic())):
+                raise LogUnavailable(
+                    f"{self._unsettled} records are not acknowledged after {timeout_s:g} s; "
+                    "are the brokers reachable (kafka_bootstrap_servers)?"
+                )
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        if self._closed.is_set():
+            return
+        try:
+            self.flush(timeout_s)
+        except LogUnavailable:
+            self._client.purge()
+            self._client.flush(1)  # whoever waits for an acknowledgement hears that there is none
+            raise
+        finally:
+            # The client goes with this object: closing it here could pull it from under a thread that is just sending.
+            self._closed.set()
+            self._thread.join()
+
+
+class KafkaTransactionalProducer(KafkaProducer):
+    """One transaction at a time, by one thread. ``transactional_id`` is stable per replica."""
+
+    def __init__(self, settings: Settings, transactional_id: str) -> None:
+        self._id = transactional_id
+        self._open = False
+        super().__init__(settings, linger_ms=0.0)
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "transactional.id": self._id,
+            "transaction.timeout.ms": TRANSACTION_TIMEOUT_MS,
+            "retry.backoff.ms": 10,  # librdkafka otherwise pauses 100 ms between two transactions
+        }
+
+    def _refused(self, error: KafkaException, doing: str) -> LogError:
+        failed = raised(error, doing)
+        if self._open and error.args[0].code() == KafkaError._STATE:  # an earlier error has doomed the transaction
+            return TransactionAborted(str(failed))
+        return failed
+
+    def init_transactions(self, timeout_s: float) -> None:
+        self._call("starting transactions", self._client.init_transactions, timeout_s)
+
+    def begin_transaction(self) -> None:
+        self._call("beginning a transaction", self._client.begin_transaction)
+        self._open = True
+
+    def send_offsets(self, offsets: Mapping[Partition, int], group: Any, timeout_s: float) -> None:
+        positions = [TopicPartition(p.topic, p.number, offset) for p, offset in offsets.items()]
+        self._call("adding offsets", self._client.send_offsets_to_transaction, positions, group, timeout_s)
+
+    def commit_transaction(self, timeout_s: float) -> None:
+        self._call("committing", self._client.commit_transaction, timeout_s)
+        self._open = False
+
+    def abort_transaction(self, timeout_s: float) -> None:
+        self._call("aborting", self._client.abort_transaction, timeout_s)
+        self._open = False
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        if self._open and not self._closed.is_set():
+            try:
+                self.abort_transaction(timeout_s)
+            except LogError as error:  # the broker aborts it, or a newer process has
+                logger.warning("%s", error)
+        super().close(timeout_s)
+
+    def _call(self, doing: str, function: Callable[..., Any], *arguments: Any) -> None:
+        try:
+            function(*arguments)
+        except KafkaException as error:
+            raise self._refused(error, f"{doing} ({self._id})") from error

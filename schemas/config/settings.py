@@ -1,0 +1,179 @@
+"""Settings of a deployment: arguments over ``MILLSTREAM_…`` environment over a TOML file over the defaults."""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+from millstream.schemas.config.routing import Limits, Upstream
+from millstream.schemas.config.triplet_rules import TripletRules
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.spans.blobs import DEFAULT_URL
+from millstream.schemas.wire.topics import Topics
+
+ENV_PREFIX = "MILLSTREAM_"
+CONFIG_VARIABLE = "MILLSTREAM_CONFIG"  # path of the TOML file; not a setting itself
+DEFAULT_CONFIG = "millstream.toml"
+
+RetentionTable = Literal[
+    "tasks", "attempts", "rollout_ends", "spans", "token_ids", "triplets", "workers", "dead_letters"
+]
+
+
+class Settings(BaseSettings):
+    """What every role reads. Use `load_settings`, which turns what is wrong into one clear error."""
+
+    model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
+
+    # The log
+    kafka_bootstrap_servers: str = Field("127.0.0.1:9092", description="Brokers, host:port, comma-separated.")
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    kafka_security_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    kafka_security_username: str = ""
+    kafka_security_password: SecretStr = SecretStr("")
+    kafka_security_ca_file: Path | None = Field(None, description="PEM file of the brokers' authority.")
+    kafka_security_cert_file: Path | None = Field(None, description="PEM file of this client's certificate.")
+    kafka_security_key_file: Path | None = Field(None, description="PEM file of this client's key.")
+    topic_prefix: str = Field("millstream", pattern=r"^[a-zA-Z0-9._-]{1,200}$")
+    kafka_partitions: int = Field(8, ge=1, description="Partitions of tasks, events and triplets; fixed for good.")
+    kafka_replication_factor: int = Field(1, ge=1)
+    compression: Literal["none", "lz4", "zstd", "gzip", "snappy"] = "lz4"
+    max_record_bytes: int = Field(16 << 20, ge=1 << 16, description="Limit of topics, producers and fetchers alike.")
+
+    # The store
+    clickhouse_dsn: str = Field(
+        "chdb://runs/store",
+        description="clickhouse://user@host:8123, or chdb://folder (embedded; one process a folder).",
+    )
+    clickhouse_database: str = Field("millstream", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
+    clickhouse_password: SecretStr = SecretStr("")
+    clickhouse_secure: bool = Field(False, description="TLS to the ClickHouse server.")
+    store_connection_pool: int = Field(8, ge=1, description="HTTP connections a process keeps to ClickHouse.")
+    span_batch_size: int = Field(10_000, ge=1, description="Records that the sink stores at once, at most.")
+    retention_days: dict[RetentionTable, Annotated[int, Field(ge=1, le=10_000)]] = Field(
+        {}, description='Days that a table keeps its rows, as JSON: {"spans": 30}; for ever if it isn\'t named.'
+    )
+    parquet_url: str = Field("runs/lake", description="Where the parquet sink writes: a folder, s3://bucket/folder …")
+
+    blob_url: str = Field(
+        DEFAULT_URL,
+        description="Where contents of more than 256 KB are kept: a folder that all roles see, s3://bucket/folder …",
+    )
+    otlp_endpoint: str = Field("", description="Where the otlp sink sends spans: http://collector:4318/v1/traces.")
+    otlp_headers: dict[str, SecretStr] = Field(
+        {}, description='Headers that go with them, as JSON: {"authorization": "Bearer …"}.'
+    )
+
+    # Rollouts
+    runner_concurrency: int = Field(8, ge=1, description="Attempts at a time in one agent process.")
+    runner_processes: int = Field(1, ge=0, description="Agent processes of a runner; 0: threads of the runner itself.")
+    retry_max_attempts: int = Field(1, ge=1, description="Attempts that a task gets unless it says otherwise.")
+    # Generous: what dies with its machine is not the task's fault. Finite: a task that kills its runners has to end.
+    retry_max_losses: int = Field(10, ge=0, description="Lost attempts of a task that are forgiven.")
+    timeout_seconds: float = Field(600.0, gt=0, description="Seconds an attempt may run, unless its task says.")
+    lease_seconds: float = Field(30.0, gt=0, description="Seconds without a heartbeat until an attempt is lost.")
+
+    triplets: TripletRules = Field(TripletRules(), description="Which calls train and what they earn.")
+
+    # The model
+    proxy_url: str = Field(
+        "http://127.0.0.1:8400",
+        description="Where runners reach the LLM proxy; several, comma-separated, share the work.",
+    )
+    proxy_secret: SecretStr = Field(SecretStr(""), description="Signs attempt keys; runners and proxies share it.")
+    model_url: str = Field("http://127.0.0.1:8500", description="The policy's server, unless `upstreams` are given.")
+    upstreams: dict[str, Upstream] = Field({}, description="Model servers by name: `[upstreams.NAME]`.")
+    routes: dict[str, str] = Field({}, description="Model name, or glob, → upstream; the first that fits counts.")
+    key_limits: Limits = Field(Limits(), description="What a proxy lets each attempt do.")
+    route_limits: dict[str, Limits] = Field({}, description="Model name, or glob of `routes` → what is let through.")
+    proxy_shared_key: SecretStr = Field(SecretStr(""), description="A key that fits every attempt, for laptops.")
+    proxy_admin_token: SecretStr = Field(SecretStr(""), description="Bearer token of the proxy's admin port.")
+    vllm_python: Path = Field(Path(".venv-vllm/bin/python"), description="Interpreter that has vLLM: `make vllm`.")
+    weights_root: Path = Field(Path("runs"), description="Folder that weights have to lie below.")
+    cache_ttl: float = Field(0.0, ge=0, description="Seconds the proxy repeats answers of temperature 0; 0: never.")
+
+    # The monitor
+    monitor_token: SecretStr = Field(SecretStr(""), description="Bearer token that the monitor asks for.")
+    monitor_url: str = Field("", description="Where agents' own processes send spans by OTLP; empty: nowhere.")
+
+    @property
+    def proxy_urls(self) -> tuple[str, ...]:
+        return tuple(url.strip().rstrip("/") for url in self.proxy_url.split(",") if url.strip())
+
+    @property
+    def topics(self) -> Topics:
+        return Topics(self.topic_prefix, self.kafka_partitions, 1 if self.kafka_partitions <= 8 else 8)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file())
+
+
+def _config_file() -> Path:
+    return Path(os.environ.get(CONFIG_VARIABLE, DEFAULT_CONFIG))
+
+
+def load_settings(**overrides: Any) -> Settings:
+    """Settings from everywhere; ``overrides`` (None means "not given") come first.
+
+    Raises `ConfigError` naming each unknown or malformed setting and where it was set.
+    """
+    known = Settings.model_fields
+    if CONFIG_VARIABLE in os.environ and not _config_file().is_file():
+        raise ConfigError(f"{CONFIG_VARIABLE} names {_config_file()}, which is not a file")
+    _refuse_unknown(
+        (key for key in os.environ if key.upper().startswith(ENV_PREFIX) and key != CONFIG_VARIABLE),
+        {ENV_PREFIX + name.upper() for name in known},
+        "environment variable",
+    )
+    if _config_file().is_file():
+        try:
+            names = tomllib.loads(_config_file().read_text("utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{_config_file()} is not TOML: {error}") from error
+        _refuse_unknown(names, set(known), f"setting in {_config_file()}:")
+    try:
+        return Settings(**{key: value for key, value in overrides.items() if value is not None})
+    except SettingsError as error:  # a variable that should hold JSON
+        raise ConfigError(f"{error}: {error.__cause__}") from error
+    except ValidationError as error:
+        raise ConfigError(
+            "; ".join(
+                f"setting {'.'.join(map(str, e['loc']))} ({ENV_PREFIX}{str(e['loc'][0]).upper()}): {e['msg']}"
+                for e in error.errors(include_url=False, include_input=False)
+            )
+        ) from None
+
+
+def problems_of(error: ValidationError) -> str:
+    """What is wrong with each entry, in one line."""
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"]
+        for e in error.errors(include_url=False, include_input=False)
+    )
+
+
+def _refuse_unknown(names: Iterable[str], known: set[str], what: str) -> None:
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ConfigError(f"unknown {what} {name}{hint}")

@@ -1,0 +1,95 @@
+"""Long contents by reference: what an attribute says instead of 256 KB and more of text, an image say.
+
+The reference is text, and where an attribute holds JSON it takes the place of the long strings in it: so messages stay
+messages, and an image that comes back in each turn is one content. An attribute that is still too long goes as a whole.
+Contents are named by their SHA-256. Pure; `producers.blob_store` keeps them.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from millstream.schemas.wire.records import Span
+
+DEFAULT_URL: Final = "runs/blobs"
+LIMIT: Final = 256 << 10  # bytes of an attribute
+PART: Final = 32 << 10  # bytes of a string within JSON that goes by itself
+_REFERENCE: Final = re.compile(r"millstream-blob sha256:([0-9a-f]{64}) \(\d+ bytes\)")
+
+
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def is_reference(text: str) -> bool:
+    return _REFERENCE.fullmatch(text) is not None
+
+
+def kept_apart(span: Span) -> tuple[Span, Mapping[str, bytes]]:
+    """The span with references, and the contents that they mean, by digest; the span itself if nothing is too long."""
+    if _short(span.attributes) and all(_short(event.attributes) for event in span.events):
+        return span, {}
+    contents: dict[str, bytes] = {}
+    events = tuple(replace(event, attributes=_apart(event.attributes, contents)) for event in span.events)
+    attributes = _apart(span.attributes, contents)
+    return (replace(span, attributes=attributes, events=events) if contents else span), contents
+
+
+def whole(text: str, get: Callable[[str], bytes]) -> str:
+    """The text with the contents in place of their references; ``get`` finds one by its digest."""
+    if (found := _REFERENCE.fullmatch(text)) is not None:
+        text = get(found[1]).decode()
+    if _REFERENCE.search(text) is None:
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text  # somebody speaks of a reference
+
+    def part(inner: str) -> str:
+        found = _REFERENCE.fullmatch(inner)
+        return inner if found is None else get(found[1]).decode()
+
+    return json.dumps(_mapped(value, part), ensure_ascii=False)
+
+
+def _apart(attributes: Mapping[str, str], contents: dict[str, bytes]) -> Mapping[str, str]:
+    def refer(text: str) -> str:
+        content = text.encode()
+        digest = digest_of(content)
+        contents[digest] = content
+        return f"millstream-blob sha256:{digest} ({len(content)} bytes)"
+
+    def shortened(value: str) -> str:
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            return refer(value)
+        parts = _mapped(parsed, lambda text: text if _fits(text, PART) else refer(text))
+        shorter = json.dumps(parts, ensure_ascii=False)
+        return shorter if _fits(shorter, LIMIT) else refer(shorter)
+
+    return {name: value if _fits(value, LIMIT) else shortened(value) for name, value in attributes.items()}
+
+
+def _short(attributes: Mapping[str, str]) -> bool:
+    """Certainly nothing to do: a character has four bytes at most."""
+    return max(map(len, attributes.values()), default=0) <= LIMIT // 4
+
+
+def _fits(text: str, limit: int) -> bool:
+    return len(text) <= limit // 4 or len(text.encode()) <= limit
+
+
+def _mapped(value: Any, change: Callable[[str], str]) -> Any:
+    """A JSON value with its strings changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_mapped(inner, change) for inner in value]
+    if isinstance(value, dict):
+        return {name: _mapped(inner, change) for name, inner in value.items()}
+    return value

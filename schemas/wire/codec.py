@@ -1,0 +1,249 @@
+"""Avro single-object encoding: ``C3 01``, the schema's CRC-64-AVRO fingerprint (8 bytes), the body.
+
+A reader finds the writer's schema among the packaged ``.avsc`` files (``avro/``, and those of earlier releases in
+``released/``), so one topic holds several kinds of record and no registry has to run. Specification: Apache Avro 1.11,
+"Single-object encoding".
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from functools import cache, partial
+from importlib.resources import files
+from io import BytesIO
+from operator import attrgetter
+from typing import Any, TypeVar, cast
+
+from fastavro import parse_schema, schemaless_reader, schemaless_writer
+from fastavro.schema import fingerprint, to_parsing_canonical_form
+from fastavro.validation import ValidationError, validate
+
+from millstream.schemas.errors import CodecError, TruncatedRecord, UnknownSchema, WrongType
+from millstream.schemas.wire import records
+from millstream.schemas.wire.records import RECORD_TYPES, Record, Span
+from millstream.schemas.wire.span_codec import UNFIT, span_bytes
+
+MAGIC = b"\xc3\x01"
+HEADER_SIZE = 10  # magic and fingerprint
+
+R = TypeVar("R", bound=Record)
+
+# fastavro's writer takes any object for a boolean; writer and reader take wider numbers than an int has.
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "boolean": lambda value: isinstance(value, bool),
+    "int": lambda value: -(1 << 31) <= value < 1 << 31,
+}
+
+
+def _checks(schema: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Any], bool]]]:
+    for field in schema["fields"]:
+        kind = field["type"]
+        if kind in ("int", "boolean"):
+            yield field["name"], CHECKS[kind]
+        elif kind == ["null", "int"]:
+            yield field["name"], lambda value: value is None or CHECKS["int"](value)
+
+
+class RecordCodec:
+    """Encoder and decoder of one record type; with ``written``, decoder of what an earlier release wrote by that."""
+
+    def __init__(
+        self, record_type: type[Record], schema: dict[str, Any], written: dict[str, Any] | None = None
+    ) -> None:
+        self.record_type = record_type
+        self.name = record_type.__name__
+        self.schema = cast("dict[str, Any]", parse_schema(schema))
+        self._written = self.schema if written is None else cast("dict[str, Any]", parse_schema(written))
+        self._resolve_to = None if written is None else self.schema
+        self.fingerprint = fingerprint_of(self._written)
+        self.prefix = MAGIC + self.fingerprint
+        self.field_names = tuple(f["name"] for f in schema["fields"])
+        self._values = attrgetter(*self.field_names)
+        self._conversions = _conversions(schema)
+        self._checks = list(_checks(schema))
+
+    def encode(self, record: Record) -> bytes:
+        """The record with its header. Raises `WrongType` naming the field."""
+        datum = dict(zip(self.field_names, self._values(record), strict=True))
+        out = BytesIO()
+        out.write(self.prefix)
+        try:
+            for name, (to_plain, _) in self._conversions.items():
+                datum[name] = to_plain(datum[name])
+            for name, fits in self._checks:
+                if not fits(datum[name]):
+                    raise TypeError(name)
+            schemaless_writer(out, self.schema, datum)
+        except Exception as error:
+            raise self._wrong_type(datum, error) from error
+        return out.getvalue()
+
+    def decode_dict(self, data: bytes) -> dict[str, Any]:
+        """Field values of an encoded record; nested records stay dicts, fields it was written without are defaults."""
+        source = BytesIO(data)
+        source.seek(HEADER_SIZE)
+        try:
+            datum = cast("dict[str, Any]", schemaless_reader(source, self._written, self._resolve_to))
+        except Exception as error:
+            raise self._unreadable(data, error) from error
+        if source.tell() != len(data):
+            raise WrongType(
+                f"{self.name}: {len(data) - source.tell()} bytes are left over behind the record", record=self.name
+            )
+        for name, fits in self._checks:
+            if not fits(datum[name]):
+                raise WrongType(f"{self.name}.{name}: {datum[name]} is no int", record=self.name, field=name)
+        return datum
+
+    def decode(self, data: bytes) -> Record:
+        datum = self.decode_dict(data)
+        for name, (_, to_record) in self._conversions.items():
+            datum[name] = to_record(datum[name])
+        return self.record_type(**datum)
+
+    def _wrong_type(self, datum: Mapping[str, Any], error: Exception) -> WrongType:
+        for part in self.schema["fields"]:
+            name = part["name"]
+            try:
+                validate(datum[name], part["type"])
+                schemaless_writer(BytesIO(), part["type"], datum[name])
+            except (ValidationError, TypeError, ValueError, AttributeError, OverflowError):
+                shown = repr(datum[name])[:100]
+                return WrongType(
+                    f"{self.name}.{name}: {shown} does not fit {json.dumps(part['type'])[:100]}",
+                    record=self.name,
+                    field=name,
+                )
+        return WrongType(f"{self.name}: {error}", record=self.name)
+
+    def _unreadable(self, data: bytes, error: Exception) -> CodecError:
+        """Reads field by field to name the one at which the body breaks."""
+        source = BytesIO(data)
+        source.seek(HEADER_SIZE)
+        for part in self._written["fields"]:
+            try:
+                schemaless_reader(source, part["type"], None)
+            except Exception as cause:
+                # Within a number fastavro raises IndexError; the last byte then says that more should follow.
+                within_number = isinstance(cause, IndexError) and source.tell() == len(data) and data[-1] & 0x80
+                if isinstance(cause, EOFError) or within_number:
+                    return TruncatedRecord(
+                        f"{self.name}.{part['name']}: the body ends here, after {len(data)} bytes",
+                        record=self.name,
+                        field=part["name"],
+                    )
+                return WrongType(
+                    f"{self.name}.{part['name']}: {type(cause).__name__}: {cause}",
+                    record=self.name,
+                    field=part["name"],
+                )
+        return CodecError(f"{self.name}: {type(error).__name__}: {error}", record=self.name)
+
+
+Conversion = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+
+
+def _conversions(schema: dict[str, Any]) -> dict[str, Conversion]:
+    """For fields that hold a record or an array: the ways to plain data and back."""
+    found: dict[str, Conversion] = {}
+    for part in schema["fields"]:
+        match part["type"]:
+            case ["null", {"type": "record", "name": name}]:
+                found[part["name"]] = _optional_plain, partial(_optional, getattr(records, name))
+            case {"type": "array", "items": {"type": "record", "name": name}}:
+                found[part["name"]] = _all_plain, partial(_all, getattr(records, name))
+            case {"type": "array"}:
+                found[part["name"]] = list, tuple
+    return found
+
+
+def _optional_plain(value: Any) -> Any:
+    return None if value is None else _plain(value)
+
+
+def _optional(cls: type, value: Any) -> Any:
+    return None if value is None else cls(**value)
+
+
+def _all_plain(values: Any) -> Any:
+    return [_plain(value) for value in values]
+
+
+def _all(cls: type, values: Any) -> Any:
+    return tuple([cls(**value) for value in values])
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return {f.name: getattr(value, f.name) for f in fields(value)}
+
+
+def load_schema(name: str) -> dict[str, Any]:
+    """The packaged ``.avsc`` of a record."""
+    return cast("dict[str, Any]", json.loads(files(__package__).joinpath("avro", f"{name}.avsc").read_text("utf-8")))
+
+
+def released_schemas() -> Iterator[dict[str, Any]]:
+    """The packaged schemas of every release so far."""
+    for release in files(__package__).joinpath("released").iterdir():
+        yield from (json.loads(file.read_text("utf-8")) for file in release.iterdir())
+
+
+def fingerprint_of(schema: dict[str, Any]) -> bytes:
+    """CRC-64-AVRO, as it stands in the header of a record. Defaults and docs are not in it."""
+    return bytes.fromhex(fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO"))
+
+
+CODECS: dict[type[Record], RecordCodec] = {t: RecordCodec(t, load_schema(t.__name__)) for t in RECORD_TYPES}
+_SPAN_PREFIX = CODECS[Span].prefix
+_BY_FINGERPRINT: dict[bytes, RecordCodec] = {c.fingerprint: c for c in CODECS.values()}
+
+
+@cache
+def _earlier() -> dict[bytes, RecordCodec]:
+    """By fingerprint, for what earlier releases wrote; read from the package when the first such record comes."""
+    types = {t.__name__: t for t in RECORD_TYPES}
+    earlier = (RecordCodec(types[s["name"]], load_schema(s["name"]), s) for s in released_schemas())
+    return {codec.fingerprint: codec for codec in earlier}
+
+
+def encode(record: Record) -> bytes:
+    """Encodes a record. Raises `WrongType` naming record and field."""
+    if type(record) is Span:
+        try:
+            return _SPAN_PREFIX + span_bytes(record)
+        except UNFIT:
+            pass  # some field does not fit: the general writer names it
+    return CODECS[type(record)].encode(record)
+
+
+def codec_of(data: bytes) -> RecordCodec:
+    """The codec that wrote ``data``, by its header alone. Raises `UnknownSchema`, `TruncatedRecord`."""
+    if data[:2] != MAGIC:
+        raise UnknownSchema(f"not Avro single-object encoding: the record begins with {data[:2].hex() or 'nothing'}")
+    if len(data) < HEADER_SIZE:
+        raise TruncatedRecord(f"the record ends within its header, after {len(data)} bytes")
+    codec = _BY_FINGERPRINT.get(data[2:HEADER_SIZE]) or _earlier().get(data[2:HEADER_SIZE])
+    if codec is None:
+        raise UnknownSchema(
+            f"unknown schema fingerprint {data[2:HEADER_SIZE].hex()}: written by a newer version of Millstream? "
+            "Upgrade this process, then replay the dead letter"
+        )
+    return codec
+
+
+def type_of(value: bytes | Record) -> type[Record]:
+    """The record type of an encoded or a live record; reads no body."""
+    return codec_of(value).record_type if isinstance(value, bytes) else type(value)
+
+
+def decode(value: bytes | Record) -> Record:
+    """Decodes a record; one that never left the process is returned as it is. Raises `CodecError`."""
+    return codec_of(value).decode(value) if isinstance(value, bytes) else value
+
+
+def decode_as(record_type: type[R], value: bytes | Record) -> R:
+    """Decodes a record that has to be of one type. Raises `WrongType` if it is another."""
+    record = decode(value)
+    if not isinstance(record, record_type):
+        raise WrongType(f"expected {record_type.__name__}, found {type(record).__name__}", record=type(record).__name__)
+    return record

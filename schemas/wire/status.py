@@ -1,0 +1,64 @@
+"""One table decides every change of an attempt's status; a rollout's status is a function of its events."""
+
+from collections.abc import Iterable
+from typing import Final
+
+from millstream.schemas.wire.records import AttemptEvent, RolloutEnd
+
+PREPARING: Final = "preparing"
+RUNNING: Final = "running"
+SUCCEEDED: Final = "succeeded"
+FAILED: Final = "failed"
+TIMEOUT: Final = "timeout"
+UNRESPONSIVE: Final = "unresponsive"
+CANCELLED: Final = "cancelled"
+LOST: Final = "lost"
+RETRY: Final = "retry"  # the adapter's mark: the next attempt has been published
+
+TERMINAL: Final = frozenset({SUCCEEDED, FAILED, TIMEOUT, UNRESPONSIVE, CANCELLED, LOST})
+RETRIED: Final = frozenset({FAILED, TIMEOUT, UNRESPONSIVE})  # the agent's own doing: what `retry_on` chooses from
+
+# None is "no event yet". A status may repeat itself while the attempt lives: that is a heartbeat.
+TRANSITIONS: Final[dict[str | None, frozenset[str]]] = {
+    None: frozenset({PREPARING}),
+    PREPARING: frozenset({PREPARING, RUNNING}) | TERMINAL,
+    RUNNING: frozenset({RUNNING}) | TERMINAL,
+    SUCCEEDED: frozenset(),
+    CANCELLED: frozenset(),
+    FAILED: frozenset({RETRY}),
+    TIMEOUT: frozenset({RETRY}),
+    UNRESPONSIVE: frozenset({RETRY}),
+    LOST: frozenset({RETRY}),
+    RETRY: frozenset(),
+}
+
+
+def may_follow(current: str | None, new: str) -> bool:
+    """Whether an attempt in status ``current`` may become ``new``; an unknown status never may."""
+    return new in TRANSITIONS.get(current, frozenset())
+
+
+def rollout_status(events: Iterable[AttemptEvent | RolloutEnd]) -> str:
+    """queued, running, retrying, succeeded, failed or cancelled: a fold over a rollout's events in log order.
+
+    A lease that ran out leaves the attempt without a terminal event; the adapter's mark (``retry``, or the
+    `RolloutEnd`) then decides. Whatever that attempt still writes is ignored, and so is another claim of the same
+    number: its task was delivered twice.
+    """
+    status = "queued"
+    retried = 0  # the highest number of an attempt that has been given up
+    attempts: dict[str, str | None] = {}
+    for event in events:
+        if isinstance(event, RolloutEnd):
+            return event.status
+        if event.attempt <= retried:
+            continue
+        current = attempts.get(event.attempt_id)
+        if event.status == RETRY:
+            retried = event.attempt
+            status = "retrying"
+        elif may_follow(current, event.status):
+            attempts[event.attempt_id] = event.status
+            if event.status in (PREPARING, RUNNING):
+                status = "running"
+    return status

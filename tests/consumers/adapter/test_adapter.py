@@ -1,0 +1,240 @@
+"""The adapter over a log: everything ends once, whatever is on the topic and whoever is restarted."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import pytest
+from factories import call, event, reward, task
+
+from millstream.consumers.adapter import adapter as adapter_module
+from millstream.consumers.adapter.adapter import Adapter
+from millstream.consumers.adapter.triplets import to_triplets
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.consumers.log.memory_log import MemoryLog
+from millstream.consumers.log.port import Log
+from millstream.producers.log.port import send_acknowledged
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.records import DeadLetter, RolloutEnd, RolloutTask, Triplet
+from millstream.schemas.wire.status import rollout_status
+from millstream.schemas.wire.topics import Topics, partition_of
+
+
+@dataclass
+class Bed:
+    """A log and its topics."""
+
+    log: Log
+    topics: Topics
+
+
+@pytest.fixture(params=["live", "encoded", pytest.param("kafka", marks=pytest.mark.kafka)])
+async def bed(request):
+    if request.param != "kafka":
+        topics = Topics("t", partitions=4)
+        return Bed(MemoryLog(topics, encode=request.param == "encoded"), topics)
+    settings = request.getfixturevalue("kafka_settings")()
+    log = KafkaLog(settings)
+    await log.create_topics()
+    return Bed(log, settings.topics)
+
+
+@asynccontextmanager
+async def adapter_on(bed, name="0", **options):
+    adapter = Adapter(bed.log, bed.topics, transactional_id=f"{bed.topics.prefix}-{name}", **options)
+    stop = asyncio.Event()
+    running = asyncio.create_task(adapter.run(stop))
+    await asyncio.wait([running, asyncio.create_task(adapter.wait_ready())], return_when=asyncio.FIRST_COMPLETED)
+    try:
+        yield adapter
+    finally:
+        stop.set()
+        await running
+
+
+async def write(bed, *values):
+    producer = bed.log.producer()
+    for value in values:
+        key = value.rollout_id if not isinstance(value, bytes) else "garbage"
+        await send_acknowledged(producer, bed.topics.events, value, key=key)
+    producer.close()
+
+
+class Reader:
+    """Everything committed on a topic, as it comes."""
+
+    def __init__(self, bed, topic, partitions=4):
+        self.consumer = bed.log.consumer()
+        self.partitions = [Partition(topic, n) for n in range(partitions)]
+        self.found = []
+
+    async def until(self, condition):
+        if not self.consumer.assignment():
+            await self.consumer.assign(self.partitions, "beginning")
+        async with asyncio.timeout(30):
+            while not condition(self.found):
+                for record in await self.consumer.poll(100, 1.0):
+                    assert isinstance(record, LogRecord)
+                    self.found.append((record, codec.decode(record.value)))
+        return [value for _, value in self.found]
+
+    async def rest(self):
+        """Everything, with what nobody expected."""
+        while records := await self.consumer.poll(100, 0.5):
+            self.found += [(record, codec.decode(record.value)) for record in records]
+        return self.found
+
+
+def history(of, attempt="a", value=0.5):
+    return (
+        event(of, attempt, "preparing"),
+        call(of, attempt, "1"),
+        reward(of, attempt, value),
+        event(of, attempt, "succeeded", span_counts={"agent": 1, "proxy": 1}),
+    )
+
+
+async def test_a_rollouts_triplets_come_before_its_one_end_on_the_partition_of_its_events(bed):
+    tasks = [task() for _ in range(20)]
+    reader = Reader(bed, bed.topics.triplets)
+    async with adapter_on(bed):
+        await write(bed, *(record for of in tasks for record in history(of)))
+        await reader.until(lambda found: sum(isinstance(v, RolloutEnd) for _, v in found) == 20)
+    for of in tasks:
+        mine = [(r, v) for r, v in reader.found if v.rollout_id == of.rollout_id]
+        assert [type(v) for _, v in mine] == [Triplet, RolloutEnd]
+        assert {r.partition.number for r, _ in mine} == {partition_of(of.rollout_id, 4)}
+        assert mine[1][1].reward == 0.5
+
+
+async def test_a_restart_repeats_no_decision(bed):
+    tasks = [task() for _ in range(10)]
+    reader = Reader(bed, bed.topics.triplets)
+    ends = lambda found: sum(isinstance(v, RolloutEnd) for _, v in found)  # noqa: E731
+    async with adapter_on(bed):
+        await write(bed, *(record for of in tasks[:5] for record in history(of)))
+        await reader.until(lambda found: ends(found) == 5)
+    async with adapter_on(bed):
+        await write(bed, *(record for of in tasks[5:] for record in history(of)))
+        await write(bed, *history(tasks[0], attempt="again"))
+        await write(bed, *history(last := task()))
+        await reader.until(lambda found: any(v.rollout_id == last.rollout_id for _, v in found) and ends(found) >= 11)
+    assert ends(reader.found) == 11
+
+
+async def test_two_adapters_share_the_work_and_end_each_rollout_once(bed):
+    tasks = [task() for _ in range(40)]
+    reader = Reader(bed, bed.topics.triplets)
+    async with adapter_on(bed, "0"):
+        await write(bed, *(r for of in tasks[:20] for r in history(of)))
+        async with adapter_on(bed, "1"):
+            await write(bed, *(r for of in tasks[20:] for r in history(of)))
+            await reader.until(lambda found: sum(isinstance(v, RolloutEnd) for _, v in found) >= 40)
+    ended = [v.rollout_id for _, v in reader.found if isinstance(v, RolloutEnd)]
+    assert sorted(ended) == sorted(of.rollout_id for of in tasks)
+
+
+async def test_an_attempt_that_falls_silent_ends_as_failed(bed):
+    of = task(lease_s=0.2)
+    reader = Reader(bed, bed.topics.triplets)
+    async with adapter_on(bed):
+        await write(bed, event(of, "a", "preparing"), event(of, "a", "running"))
+        (end,) = await reader.until(lambda found: len(found) == 1)
+    assert (end.status, end.reason) == ("failed", "lost: no heartbeat for 0.2 s")
+
+
+async def test_garbage_goes_to_the_dead_letter_topic_once_and_the_rest_goes_on(bed):
+    of = task()
+    dead, ends = Reader(bed, bed.topics.dead, 1), Reader(bed, bed.topics.triplets)
+    for _ in range(2):  # a restarted adapter reads it again
+        async with adapter_on(bed):
+            if not ends.found:
+                await write(bed, b"garbage", *history(of))
+            await ends.until(lambda found: len(found) == 2)
+            (letter,) = await dead.until(lambda found: len(found) >= 1)
+    async with adapter_on(bed):
+        await write(bed, *history(task()))
+        await ends.until(lambda found: len(found) == 4)
+    assert len(dead.found) == 1
+    assert isinstance(letter, DeadLetter)
+    assert (letter.value, letter.role, letter.reason) == (b"garbage", "adapter", "undecodable")
+    assert "not Avro single-object encoding" in letter.error
+    assert letter.topic == bed.topics.events
+
+
+async def test_a_users_own_function_makes_the_triplets(bed):
+    reader = Reader(bed, bed.topics.triplets)
+    zero = lambda trace: [replace(t, reward=0.0) for t in to_triplets(trace)]  # noqa: E731
+    async with adapter_on(bed, to_triplets=zero):
+        await write(bed, *history(task()))
+        triplet, end = await reader.until(lambda found: len(found) == 2)
+    assert (triplet.reward, end.reward) == (0.0, 0.5)
+
+
+async def test_an_attempt_that_failed_goes_back_to_its_tasks_and_the_next_one_ends_the_rollout(bed):
+    tasks = [task(max_attempts=2, priority="high", rollout_id=f"rollout-{n}") for n in range(20)]
+    again, events, ends = (
+        Reader(bed, bed.topics.tasks("high")),
+        Reader(bed, bed.topics.events),
+        Reader(bed, bed.topics.triplets),
+    )
+    async with adapter_on(bed) as adapter:
+        firsts = [(event(of, "a", "preparing"), event(of, "a", "failed", state=b"s")) for of in tasks]
+        await write(bed, *chain(*firsts))
+        await again.until(lambda found: len(found) == 20)
+    assert adapter.stats.retries == {"failed": 20}
+    assert len({record.partition for record, _ in again.found}) == 4
+    marks = await events.until(lambda found: sum(getattr(v, "status", "") == "retry" for _, v in found) == 20)
+    assert rollout_status(v for v in marks if v.rollout_id == tasks[0].rollout_id) == "retrying"
+    async with adapter_on(bed) as adapter:  # the successor doesn't make them again
+        assert {(of.attempt, of.losses, of.state) for _, of in again.found} == {(2, 0, b"s")}
+        await write(bed, *chain(*(history(of, attempt="b") for _, of in again.found)))
+        await write(bed, *(event(of, "a", "succeeded") for of in tasks))
+        found = await ends.until(lambda found: sum(isinstance(v, RolloutEnd) for _, v in found) == 20)
+        await write(bed, event(last := task(), "z", "preparing"), event(last, "z", "cancelled"))
+        await ends.until(lambda found: found[-1][1].rollout_id == last.rollout_id)
+    assert {(v.status, v.attempts) for v in found if isinstance(v, RolloutEnd)} == {("succeeded", 2)}
+    assert len(await again.rest()) == 20
+    assert (adapter.stats.ended, adapter.stats.retries, adapter.stats.zombie_results_ignored) == (21, {}, 20)
+
+
+async def test_a_task_that_kills_its_runners_ends_as_one_dead_letter(bed):
+    of = task(max_losses=2, lease_s=0.1)
+    again, dead, ends = (
+        Reader(bed, bed.topics.tasks("normal")),
+        Reader(bed, bed.topics.dead, 1),
+        Reader(bed, bed.topics.triplets),
+    )
+    async with adapter_on(bed) as adapter:
+        await write(bed, event(of, "a1", "preparing"), event(of, "a1", "running"))
+        for attempt in (2, 3):
+            *_, of = await again.until(lambda found, n=attempt: len(found) == n - 1)
+            await write(bed, event(of, f"a{attempt}", "preparing"), event(of, f"a{attempt}", "running"))
+        (end,) = await ends.until(lambda found: len(found) == 1)
+    assert (end.status, end.attempts, end.losses) == ("failed", 3, 3)
+    (letter,) = await dead.until(lambda found: len(found) == 1)
+    assert (letter.reason, letter.error) == ("losses_exhausted", "lost: no heartbeat for 0.1 s")
+    assert codec.decode_as(RolloutTask, letter.value) == of
+    assert (adapter.stats.losses, adapter.stats.retries, adapter.stats.dead_letters) == (3, {"lost": 2}, 1)
+    async with adapter_on(bed):  # a restart reads it all again
+        await write(bed, event(last := task(), "z", "preparing"), event(last, "z", "cancelled"))
+        await ends.until(lambda found: len(found) == 2)
+    assert len(await dead.rest()) == 1
+
+
+async def test_when_memory_runs_out_the_largest_attempt_fails_and_the_others_go_on(bed, monkeypatch):
+    monkeypatch.setattr(adapter_module, "PROCESS_BYTES", 20_000)
+    large, small = task(), task()
+    ends = Reader(bed, bed.topics.triplets)
+    async with adapter_on(bed):
+        await write(bed, event(small, "s", "preparing"), event(large, "l", "preparing"))
+        await write(bed, *(reward(large, "l", 0.0) for _ in range(100)))
+        (end,) = await ends.until(lambda found: len(found) == 1)
+        await write(bed, event(large, "l", "succeeded", span_counts={"agent": 100}))
+        await write(bed, *history(small, attempt="s")[1:])
+        await ends.until(lambda found: len(found) == 3)
+    assert (end.rollout_id, end.status) == (large.rollout_id, "failed")
+    assert end.reason.startswith("failed: too_large: ")
+    assert ends.found[-1][1].status == "succeeded"

@@ -1,0 +1,387 @@
+"""The adapter's decisions: how a rollout ends, for each history of its events."""
+
+from dataclasses import replace
+
+import pytest
+from factories import call, event, reward, span, task
+
+from millstream.consumers.adapter import settle
+from millstream.consumers.adapter.settle import PartitionFold
+from millstream.consumers.adapter.triplets import to_triplets
+from millstream.schemas.errors import CodecError, UnknownSchema
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import LogRecord, Partition
+
+EVENTS = Partition("millstream.events", 0)
+TASK = task()
+RID = TASK.rollout_id
+
+
+class Feeder:
+    """A partition fed record by record, encoded as on Kafka."""
+
+    def __init__(self, adapter=to_triplets, random=lambda: 1.0):
+        self.fold = PartitionFold(adapter, random)
+        self.offset = 0
+
+    def __call__(self, *values, now=0.0):
+        for value in values:
+            data = value if isinstance(value, bytes) else codec.encode(value)
+            key = getattr(value, "rollout_id", RID)
+            record = LogRecord(EVENTS, self.offset, 0, key, data)
+            self.offset += 1
+            self.fold.apply(record, now)
+        return self
+
+    def end(self):
+        return self.fold.decided[RID].end
+
+    def retry(self):
+        """Writes the retry that has been decided, as the adapter does; the next attempt's task."""
+        retry = self.fold.decided[RID].retry
+        self.fold.written(RID, self.offset)
+        self(retry.mark)
+        return retry.task
+
+
+@pytest.fixture
+def feed():
+    return Feeder()
+
+
+def test_success_ends_with_triplets_and_the_total_reward(feed):
+    feed(
+        event(TASK, "a", "preparing"),
+        event(TASK, "a", "running"),
+        call(TASK, "a", "1"),
+        reward(TASK, "a", 0.5),
+        event(TASK, "a", "succeeded", span_counts={"agent": 1, "proxy": 1}),
+    )
+    decision = feed.fold.decided[RID]
+    assert decision.end.status == "succeeded"
+    assert (decision.end.reward, decision.end.turns, decision.end.spans) == (0.5, 1, 2)
+    assert (decision.end.model_version, decision.end.trainable, decision.end.attempt_id) == ("run.0.1", True, "a")
+    assert [t.reward for t in decision.triplets] == [0.5]
+
+
+def test_exported_spans_are_not_counted_and_one_that_was_sent_twice_is_used_once(feed):
+    exported = replace(reward(TASK, "a", 0.5), source="otlp")
+    feed(
+        event(TASK, "a", "preparing"),
+        call(TASK, "a", "1"),
+        exported,
+        exported,
+        event(TASK, "a", "succeeded", span_counts={"proxy": 1}),
+    )
+    decision = feed.fold.decided[RID]
+    assert (decision.end.reward, decision.end.spans, decision.end.reason) == (0.5, 2, None)
+    assert [t.reward for t in decision.triplets] == [0.5]
+
+
+def test_a_missing_span_makes_the_attempt_untrainable_and_says_so(feed):
+    feed(
+        event(TASK, "a", "preparing"),
+        call(TASK, "a", "1"),
+        event(TASK, "a", "succeeded", span_counts={"agent": 1, "proxy": 1}),
+    )
+    decision = feed.fold.decided[RID]
+    assert not decision.end.trainable
+    assert not decision.triplets[0].trainable
+    assert "the attempt wrote {'agent': 1, 'proxy': 1}, the log holds {'proxy': 1}" in decision.end.reason
+
+
+@pytest.mark.parametrize(
+    ("status", "outcome", "losses"),
+    [("failed", "failed", 0), ("timeout", "failed", 0), ("lost", "failed", 1), ("cancelled", "cancelled", 0)],
+)
+def test_other_ends(feed, status, outcome, losses):
+    feed(event(TASK, "a", "preparing"), event(TASK, "a", status))
+    assert (feed.end().status, feed.end().losses, feed.end().trainable) == (outcome, losses, False)
+    assert feed.end().reason.startswith(f"{status}: ")
+
+
+def test_the_first_terminal_status_is_final(feed):
+    feed(event(TASK, "a", "preparing"), event(TASK, "a", "failed"), event(TASK, "a", "succeeded"))
+    assert feed.end().status == "failed"
+    assert feed.fold.ignored["late_event"] == 1
+
+
+def test_a_lease_that_runs_out_ends_the_rollout(feed):
+    feed(event(TASK, "a", "preparing"), event(TASK, "a", "running", lease_s=10.0), now=100.0)
+    feed.fold.expire(now=110.0, not_before=0.0, time_ns=1)
+    assert RID not in feed.fold.decided
+    feed.fold.expire(now=110.1, not_before=0.0, time_ns=1)
+    assert feed.end().reason == "lost: no heartbeat for 10 s"
+
+
+def test_a_claim_that_never_ran_is_given_up_later_than_its_task_is_delivered_again(feed):
+    feed(event(TASK, "a", "preparing", lease_s=10.0), now=100.0)
+    feed.fold.expire(now=130.0, not_before=0.0, time_ns=1)
+    assert RID not in feed.fold.decided
+    feed.fold.expire(now=130.1, not_before=0.0, time_ns=1)
+    assert feed.end().reason == "lost: no heartbeat for 30 s"
+
+
+def test_a_heartbeat_renews_the_lease(feed):
+    feed(event(TASK, "a", "preparing"), now=100.0)
+    feed(event(TASK, "a", "running"), now=109.0)
+    feed.fold.expire(now=118.0, not_before=0.0, time_ns=1)
+    assert RID not in feed.fold.decided
+
+
+def test_nobody_expires_for_a_silence_that_was_the_logs(feed):
+    feed(event(TASK, "a", "preparing"), now=100.0)
+    feed.fold.expire(now=200.0, not_before=195.0, time_ns=1)
+    assert RID not in feed.fold.decided
+
+
+def test_a_zombies_claim_does_not_end_the_rollout_that_another_runner_works_on(feed):
+    """A runner whose commit failed has written `preparing` and runs nothing; the task's new owner claims it again."""
+    feed(event(TASK, "zombie", "preparing"), now=0.0)
+    feed(event(TASK, "b", "preparing"), now=8.0)
+    feed.fold.expire(now=11.0, not_before=0.0, time_ns=1)
+    assert RID not in feed.fold.decided
+    feed(call(TASK, "b", "1"), event(TASK, "b", "succeeded", span_counts={"proxy": 1}), now=12.0)
+    assert (feed.end().status, feed.end().attempt_id) == ("succeeded", "b")
+
+
+def test_only_the_chosen_attempts_spans_are_used(feed):
+    feed(event(TASK, "a", "preparing"), call(TASK, "a", "1"), event(TASK, "b", "preparing"), call(TASK, "b", "2"))
+    feed(event(TASK, "b", "succeeded", span_counts={"proxy": 1}))
+    assert [t.attempt_id for t in feed.fold.decided[RID].triplets] == ["b"]
+
+
+def test_after_the_mark_everything_is_late(feed):
+    feed(event(TASK, "a", "preparing"), event(TASK, "a", "failed"))
+    feed(feed.end())
+    feed(event(TASK, "b", "preparing"), span(TASK, "b"), event(TASK, "b", "succeeded"))
+    assert feed.fold.decided == {}
+    assert feed.fold.open == {}
+    assert feed.fold.ignored == {"late_event": 2, "late_span": 1, "zombie_result": 1}
+
+
+def test_marks_found_by_the_first_pass_keep_a_decision_from_being_made_again(feed):
+    feed(event(TASK, "a", "preparing"), event(TASK, "a", "failed"))
+    mark = LogRecord(EVENTS, 9, 0, RID, codec.encode(feed.end()))
+    successor = Feeder()
+    successor.fold.scan(mark)
+    successor(event(TASK, "a", "preparing"), event(TASK, "a", "failed"))
+    assert successor.fold.decided == {}
+
+
+def test_garbage_is_refused_and_changes_nothing(feed):
+    feed(event(TASK, "a", "preparing"))
+    with pytest.raises(UnknownSchema):
+        feed(b"garbage")
+    with pytest.raises(CodecError, match="has no place among the events"):
+        feed(task())
+    with pytest.raises(CodecError, match="task"):
+        feed(replace(event(task(), "x", "preparing"), task=None))
+    with pytest.raises(CodecError, match="another rollout"):
+        feed(replace(event(task(), "x", "preparing"), task=codec.encode(task())))
+    feed(event(TASK, "a", "succeeded"))
+    assert feed.end().status == "succeeded"
+
+
+def test_a_broken_span_of_an_open_rollout_is_kept_for_the_dead_letter_topic(feed):
+    feed(event(TASK, "a", "preparing"), codec.encode(span(TASK, "a"))[:-3])
+    feed(event(TASK, "a", "succeeded", span_counts={"agent": 1}))
+    ((record, reason, error),) = feed.fold.decided[RID].dead
+    assert (record.offset, reason) == (1, "undecodable")
+    assert "Span" in error
+    assert not feed.end().trainable
+
+
+def test_a_broken_span_of_no_rollout_is_refused(feed):
+    with pytest.raises(CodecError, match="Span"):
+        feed(codec.encode(span(task(), "a"))[:-3])
+
+
+def test_an_adapter_that_raises_still_ends_the_rollout():
+    def broken(trace):
+        raise KeyError("oops")
+
+    feed = Feeder(broken)
+    feed(event(TASK, "a", "preparing"), event(TASK, "a", "succeeded"))
+    assert (feed.end().status, feed.end().trainable) == ("succeeded", False)
+    assert feed.end().reason == "the adapter's function failed: KeyError: 'oops'"
+
+
+def test_the_oldest_open_rollout_holds_the_offset_back(feed):
+    other = task()
+    feed(event(TASK, "a", "preparing"), event(other, "b", "preparing"))
+    assert feed.fold.oldest_open(set()) == 0
+    assert feed.fold.oldest_open({RID}) == 1
+    assert feed.fold.oldest_open({RID, other.rollout_id}) is None
+
+
+# --- another attempt
+
+
+def test_a_failed_attempt_is_made_again_after_its_backoff_and_goes_on_from_its_state(feed):
+    of = replace(TASK, max_attempts=3, seed=7)
+    feed(event(of, "a", "preparing"), event(of, "a", "running", state=b"step 1"), event(of, "a", "failed"), now=100.0)
+    decision = feed.fold.decided[RID]
+    assert decision.retry.task == replace(of, attempt=2, state=b"step 1")
+    assert (decision.retry.mark.status, decision.retry.mark.attempt_id, decision.retry.mark.attempt) == (
+        "retry",
+        "a",
+        1,
+    )
+    assert list(feed.fold.ready(now=100.9)) == []
+    assert list(feed.fold.ready(now=101.0)) == [(RID, decision)]
+    assert feed.fold.oldest_open(set()) == 0  # a successor has to decide it again
+
+
+def test_attempts_that_fail_end_the_rollout_once_there_are_no_more(feed):
+    of = replace(TASK, max_attempts=2)
+    feed(event(of, "a", "preparing"), event(of, "a", "timeout"))
+    of = feed.retry()
+    assert feed.fold.open == {}  # it waits in tasks, and holds no offset back
+    feed(event(of, "b", "preparing"), event(of, "b", "failed", state=b"s"))
+    assert (feed.end().status, feed.end().attempts, feed.end().attempt_id) == ("failed", 2, "b")
+    ((record, reason, error),) = feed.fold.decided[RID].dead
+    assert (reason, error) == ("attempts_exhausted", feed.end().reason)
+    assert record.value == replace(of, state=b"s")
+    assert record.offset == 3  # the claim's
+
+
+def test_losses_have_a_budget_of_their_own(feed):
+    of = replace(TASK, max_attempts=2, max_losses=2)
+    for how in ("lost", "failed", "lost"):
+        feed(event(of, how + str(of.attempt), "preparing"), event(of, how + str(of.attempt), how))
+        of = feed.retry()
+    assert (of.attempt, of.losses) == (4, 2)
+    feed(event(of, "d", "preparing"), event(of, "d", "lost"))
+    assert (feed.end().status, feed.end().attempts, feed.end().losses) == ("failed", 4, 3)
+    assert feed.fold.decided[RID].dead[0][1] == "losses_exhausted"
+
+
+@pytest.mark.parametrize(("how", "again"), [("failed", False), ("timeout", True), ("unresponsive", False)])
+def test_a_task_may_say_what_is_made_again(feed, how, again):
+    of = replace(TASK, max_attempts=5, retry_on=("timeout",))
+    feed(event(of, "a", "preparing"), event(of, "a", how))
+    decision = feed.fold.decided[RID]
+    assert (decision.retry is not None) == again
+    assert again or decision.dead[0][1] == "not_retried"
+
+
+def test_what_was_cancelled_is_not_made_again(feed):
+    of = replace(TASK, max_attempts=5, max_losses=5, retry_on=("cancelled",))
+    feed(event(of, "a", "preparing"), event(of, "a", "cancelled"))
+    assert (feed.end().status, feed.fold.decided[RID].retry, feed.fold.decided[RID].dead) == ("cancelled", None, ())
+
+
+def test_a_lost_attempts_late_success_is_ignored_for_good_and_counted(feed):
+    of = replace(TASK, max_losses=1)
+    feed(event(of, "a", "preparing"))
+    feed.fold.expire(now=100.0, not_before=0.0, time_ns=1)
+    late = (span(of, "a"), event(of, "a", "succeeded", span_counts={"agent": 1}))
+    feed(*late)  # before the retry is written,
+    second = feed.retry()
+    feed(*late)  # while it waits in tasks,
+    feed(event(second, "b", "preparing"), *late)  # and while it runs
+    assert RID not in feed.fold.decided
+    feed(call(of, "b", "1"), event(second, "b", "succeeded", span_counts={"proxy": 1}))
+    assert (feed.end().attempt_id, feed.end().attempts, feed.end().losses, feed.end().trainable) == ("b", 2, 1, True)
+    feed(feed.end(), *late)
+    assert feed.fold.ignored["zombie_result"] == 4
+
+
+def test_reading_the_deciding_success_again_counts_no_zombie(feed):
+    feed(event(TASK, "a", "preparing"), event(TASK, "a", "succeeded"))
+    successor = Feeder()
+    successor.fold.scan(LogRecord(EVENTS, 9, 0, RID, codec.encode(feed.end())))
+    successor(event(TASK, "a", "preparing"), event(TASK, "a", "succeeded"))
+    assert successor.fold.ignored == {"late_event": 2}
+
+
+def test_a_retry_mark_found_by_the_first_pass_keeps_the_attempt_from_being_made_again_twice(feed):
+    of = replace(TASK, max_attempts=3)
+    first = (event(of, "a", "preparing"), event(of, "a", "failed"))
+    feed(*first)
+    retry = feed.fold.decided[RID].retry
+    successor = Feeder()
+    successor.fold.scan(LogRecord(EVENTS, 2, 0, RID, codec.encode(retry.mark), {"kind": b"retry"}))
+    successor(*first, retry.mark, event(of, "again", "preparing"))  # the first task was delivered twice
+    assert (successor.fold.decided, successor.fold.open) == ({}, {})
+    successor(event(retry.task, "b", "preparing"))
+    assert successor.fold.oldest_open(set()) == 4
+
+
+def test_of_two_retry_marks_the_first_pass_keeps_the_last(feed):
+    of = replace(TASK, max_attempts=5)
+    feed(event(of, "a", "preparing"), event(of, "a", "failed"))
+    marks = [feed.fold.decided[RID].retry.mark]
+    second = feed.retry()
+    feed(event(second, "b", "preparing"), event(second, "b", "failed"))
+    marks.append(feed.fold.decided[RID].retry.mark)
+    successor = Feeder()
+    for offset, mark in zip((2, 5), marks, strict=True):
+        successor.fold.scan(LogRecord(EVENTS, offset, 0, RID, codec.encode(mark), {"kind": b"retry"}))
+    successor(event(of, "a", "preparing"), event(of, "a", "failed"), marks[0])
+    successor(
+        event(second, "b", "preparing"), event(second, "b", "failed")
+    )  # the last mark has not been read again yet
+    assert (successor.fold.decided, successor.fold.open) == ({}, {})
+
+
+def test_a_task_delivered_again_during_the_backoff_is_enough(feed):
+    """Its first claimer died before it committed; the second has the task already."""
+    of = replace(TASK, max_losses=3)
+    feed(event(of, "a", "preparing"))
+    feed.fold.expire(now=100.0, not_before=0.0, time_ns=1)
+    feed(event(of, "b", "preparing"), event(of, "b", "succeeded"), now=100.0)
+    assert (feed.end().status, feed.end().attempt_id, feed.end().losses) == ("succeeded", "b", 0)
+    assert feed.fold.decided[RID].retry is None
+
+
+def test_a_next_attempt_that_cannot_be_published_ends_the_rollout(feed):
+    of = replace(TASK, max_attempts=3)
+    feed(event(of, "a", "preparing"), event(of, "a", "failed"))
+    feed.fold.oversized(RID, "too_large: 17 MB")
+    decision = feed.fold.decided[RID]
+    assert (decision.retry, decision.end.status, decision.end.reason) == (None, "failed", "too_large: 17 MB")
+    assert decision.dead[0][1] == "too_large"
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_an_attempt_with_too_many_spans_fails_and_frees_its_memory(monkeypatch, live):
+    monkeypatch.setattr(settle, "ATTEMPT_BYTES", 10_000)
+    feed = Feeder()
+    feed(event(TASK, "a", "preparing"))
+    for n in range(40):
+        one = span(TASK, "a", attributes={"x": "y" * 1000})
+        feed.fold.apply(LogRecord(EVENTS, 1 + n, 0, RID, one if live else codec.encode(one)), 0.0)
+        assert feed.fold.size <= 12_000
+    feed(event(TASK, "a", "succeeded"))
+    assert (feed.end().status, feed.end().reason) == (
+        "failed",
+        "failed: too_large: the adapter keeps at most 10,000 bytes of an attempt",
+    )
+    assert feed.fold.size == 0
+
+
+def test_memory_is_accounted_for_to_the_end(feed):
+    of = replace(TASK, max_attempts=2)
+    feed(event(of, "a", "preparing"), call(of, "a", "1"), event(of, "a", "running", state=b"x" * 100))
+    size = feed.fold.size
+    feed(event(of, "a", "running", state=b"x" * 150))
+    assert feed.fold.size == size + 50
+    assert feed.fold.largest() == (size + 50, RID)
+    feed(event(of, "a", "failed"))
+    feed(event(feed.retry(), "b", "preparing"), call(of, "b", "1"))
+    feed(replace(_ended(of), status="cancelled"))
+    assert (feed.fold.size, feed.fold.open) == (0, {})
+
+
+def _ended(of):
+    other = Feeder()
+    other(event(of, "z", "preparing"), event(of, "z", "succeeded"))
+    return other.end()
+
+
+def test_a_hook_decides_whether_a_failure_is_made_again(feed):
+    of = task(rollout_id=RID, max_attempts=3)
+    feed(event(of, "a", "preparing"), event(of, "a", "failed", metadata={"retry": "no"}))
+    assert feed.fold.decided[RID].retry is None

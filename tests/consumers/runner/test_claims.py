@@ -1,0 +1,276 @@
+"""Claims: who gets the free slots, and what is written in which order."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from factories import task
+from hypothesis import given
+from hypothesis import strategies as st
+from runner_rig import Rig, settings_for_tests
+
+from millstream.consumers.control import ControlFollower
+from millstream.consumers.log.memory_log import MemoryLog
+from millstream.consumers.runner import claims as claims_module
+from millstream.consumers.runner.claims import Claims, Starvation, WeightedTurns
+from millstream.producers.control import pause_record, publish_control, publish_resources
+from millstream.producers.log.port import Producer
+from millstream.schemas.errors import LogUnavailable, TransactionAborted
+from millstream.schemas.ids import derived_id, new_id
+from millstream.schemas.resources import Resources
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.records import DeadLetter, RolloutTask
+
+SETTINGS = settings_for_tests()
+TOPICS = SETTINGS.topics
+
+
+@given(st.lists(st.integers(0, 40), max_size=40))
+def test_every_thirteen_slots_in_a_row_are_dealt_eight_four_one(slots: list[int]) -> None:
+    turns = WeightedTurns()
+    dealt: Counter[str] = Counter()
+    for n in slots:
+        share = turns.take(n)
+        assert sum(share.values()) == n
+        dealt.update(share)
+        whole = sum(dealt.values()) / 13
+        for priority, weight in (("high", 8), ("normal", 4), ("low", 1)):
+            assert abs(dealt[priority] - weight * whole) < 1.5
+
+
+@asynccontextmanager
+async def claiming(log: Any) -> AsyncIterator[Claims]:
+    control = ControlFollower(log, TOPICS)
+    claims = Claims(log, TOPICS, log.producer(), control, "w")
+    await control.start()
+    await claims.start()
+    yield claims
+    await claims.close()
+    await control.close()
+
+
+async def all_events(log: MemoryLog, topic: str) -> list[Any]:
+    consumer = log.consumer()
+    await consumer.assign([Partition(topic, n) for n in range(log.counts[topic])])
+    return [codec.decode(r.value) for r in await consumer.poll(1000, 0.01) if isinstance(r, LogRecord)]
+
+
+async def test_with_a_backlog_everywhere_low_never_starves() -> None:
+    log = MemoryLog(TOPICS)
+    await Rig(log, SETTINGS).publish_tasks([task(priority=p) for p in ("high", "normal", "low") for _ in range(60)])
+    taken: Counter[str] = Counter()
+    async with claiming(log) as claims:
+        for slots in (1,) * 13 + (5,) * 13:
+            got = await claims.claim(slots, 1.0)
+            assert len(got) == slots
+            taken.update(claim.task.priority for claim in got)
+            if sum(taken.values()) == 13:
+                assert taken == {"high": 8, "normal": 4, "low": 1}
+    assert taken == {"high": 48, "normal": 24, "low": 6}
+
+
+async def test_what_one_priority_leaves_the_others_get() -> None:
+    log = MemoryLog(TOPICS)
+    await Rig(log, SETTINGS).publish_tasks([task(priority="low") for _ in range(20)])
+    async with claiming(log) as claims:
+        assert len(await claims.claim(16, 1.0)) == 16
+        assert len(await claims.claim(16, 1.0)) == 4
+        assert await claims.claim(16, 0.01) == []
+
+
+async def test_a_claim_waits_for_a_task_and_takes_no_more_than_its_slots() -> None:
+    log = MemoryLog(TOPICS)
+    async with claiming(log) as claims:
+        publishing = Rig(log, SETTINGS).publish_tasks([task() for _ in range(5)])
+        asyncio.get_running_loop().call_later(0.05, asyncio.ensure_future, publishing)
+        assert len(await claims.claim(2, 30.0)) == 2
+
+
+def test_only_a_lag_that_grows_while_nothing_is_got_is_starvation() -> None:
+    now = 0.0
+    starvation = Starvation(lambda: now)
+    for lag in (3, 3, 2):
+        starvation.saw(lag)
+    assert starvation.seconds == 0
+    now = 20.0
+    starvation.saw(4)
+    now = 50.0
+    starvation.saw(4)
+    assert starvation.seconds == 30
+    starvation.saw(2)
+    assert starvation.seconds == 0
+    starvation.saw(5)
+    starvation.ended()
+    starvation.saw(9)
+    assert starvation.seconds == 0
+
+
+class DeafLog(MemoryLog):
+    """Its runner's consumer polls and gets nothing, until it is healed."""
+
+    deaf = True
+
+    def consumer(self, group: str | None = None, **options: Any) -> Any:
+        consumer = super().consumer(group, **options)
+        poll = consumer.poll
+
+        async def maybe(max_records: int, timeout_s: float, topics: Any = None) -> Any:
+            return await poll(max_records, timeout_s, () if self.deaf and group is not None else topics)
+
+        consumer.poll = maybe
+        return consumer
+
+
+async def test_a_consumer_that_gets_nothing_although_there_is_more_and_more_starves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(claims_module, "LAG_S", 0.0)
+    log = DeafLog(TOPICS)
+    rig = Rig(log, SETTINGS)
+    async with claiming(log) as claims:
+        for n in range(3):  # the first look is at partitions that have just been assigned
+            await rig.publish([n])
+            assert await claims.claim(1, 0.01) == []
+        assert claims.starvation.seconds > 0
+        await claims.stay(0)  # no slot is free: nothing is missed
+        assert claims.starvation.seconds == 0
+        for n in range(2):
+            await rig.publish([n])
+            assert await claims.claim(1, 0.01) == []
+        assert claims.starvation.seconds > 0
+        log.deaf = False
+        assert len(await claims.claim(1, 1.0)) == 1
+        assert claims.starvation.seconds == 0
+
+
+async def test_what_a_pause_holds_back_is_nothing_to_starve_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(claims_module, "LAG_S", 0.0)
+    log = MemoryLog(TOPICS)
+    rig, control = Rig(log, SETTINGS), log.producer()
+    await publish_control(control, TOPICS, pause_record("held", True))
+    async with claiming(log) as claims:
+        for n in range(12):
+            await rig.publish([n], "held")
+            assert await claims.claim(8, 0.01) == []
+        assert claims.starvation.seconds == 0
+
+
+class SpyLog:
+    """A log whose runner's consumer tells when it commits, or fails to."""
+
+    def __init__(self, inner: MemoryLog, failure: Exception | None = None) -> None:
+        self.inner = inner
+        self.failure = failure
+        self.committed: list[tuple[Mapping[Partition, int], int]] = []  # offsets, events on the log by then
+
+    def producer(self) -> Producer:
+        return self.inner.producer()
+
+    def consumer(self, group: str | None = None, **options: Any) -> Any:
+        consumer = self.inner.consumer(group, **options)
+        if group is not None:
+            commit = consumer.commit
+
+            async def spied(offsets: Mapping[Partition, int], timeout_s: float = 10.0) -> None:
+                self.committed.append((offsets, len(await all_events(self.inner, TOPICS.events))))
+                if self.failure is not None:
+                    raise self.failure
+                await commit(offsets, timeout_s)
+
+            consumer.commit = spied  # type: ignore[method-assign]
+        return consumer
+
+
+async def test_preparing_with_the_task_is_on_the_log_before_the_commit() -> None:
+    log = SpyLog(MemoryLog(TOPICS))
+    tasks = [task(attempt=2) for _ in range(3)]
+    await Rig(log.inner, SETTINGS).publish_tasks(tasks)
+    async with claiming(log) as claims:
+        got = await claims.claim(8, 1.0)
+    assert [n for _, n in log.committed] == [3]  # one commit for the three, behind all of them
+    events = await all_events(log.inner, TOPICS.events)
+    assert {(e.rollout_id, e.attempt_id, e.attempt, e.status, e.worker_id) for e in events} == {
+        (c.task.rollout_id, c.attempt_id, 2, "preparing", "w") for c in got
+    }
+    assert sorted(codec.decode_as(RolloutTask, e.task).rollout_id for e in events) == sorted(
+        t.rollout_id for t in tasks
+    )
+
+
+@pytest.mark.parametrize("failure", [TransactionAborted("the partition is lost"), LogUnavailable("no answer")])
+async def test_a_claim_whose_commit_fails_is_given_up(failure: Exception) -> None:
+    log = SpyLog(MemoryLog(TOPICS), failure)
+    await Rig(log.inner, SETTINGS).publish_tasks([task(), task()])
+    async with claiming(log) as claims:
+        assert await claims.claim(8, 1.0) == []
+    assert [e.status for e in await all_events(log.inner, TOPICS.events)] == ["preparing"] * 2
+
+
+async def test_a_frozen_member_runs_nothing_of_what_its_successor_has_claimed() -> None:
+    now = 0.0
+    log = MemoryLog(TOPICS, clock=lambda: now, session_timeout_s=10.0)
+    tasks = [task() for _ in range(4)]
+    await Rig(log, SETTINGS).publish_tasks(tasks)
+    async with claiming(log) as old, claiming(log) as successor:
+        poll = old._poll
+        taken: list[LogRecord] = []
+
+        async def poll_and_freeze(slots: int, timeout_s: float) -> list[LogRecord]:
+            nonlocal now
+            while len(taken) < 1:  # until the two have shared the partitions out
+                taken.extend(await poll(slots, timeout_s))
+                await successor.stay(0)
+            now += 60.0
+            await successor.stay(0)  # evicts the one that was silent for so long
+            return taken
+
+        old._poll = poll_and_freeze  # type: ignore[method-assign]
+        assert await old.claim(4, 0.01) == []
+        assert taken
+        claimed = [c.task.rollout_id for _ in range(3) for c in await successor.claim(4, 0.01)]
+    assert sorted(claimed) == sorted(t.rollout_id for t in tasks)
+
+
+async def test_an_undecodable_task_goes_to_dead_and_the_others_run() -> None:
+    log = MemoryLog(TOPICS)
+    producer = log.producer()
+    producer.send(TOPICS.tasks("normal"), b"garbage", partition=0)
+    good = task()
+    producer.send(TOPICS.tasks("normal"), good, partition=0)
+    async with claiming(log) as claims:
+        assert [c.task.rollout_id for c in await claims.claim(8, 1.0)] == [good.rollout_id]
+        (letter,) = await all_events(log, TOPICS.dead)
+        assert isinstance(letter, DeadLetter)
+        assert (letter.topic, letter.offset, letter.value) == (TOPICS.tasks("normal"), 0, b"garbage")
+        assert (letter.role, letter.reason) == ("runner", "undecodable")
+    async with claiming(log) as successor:
+        assert await successor.claim(8, 0.01) == []
+
+
+async def test_resources_are_the_pinned_or_the_latest_of_the_experiment() -> None:
+    log = MemoryLog(TOPICS)
+    versions = [Resources(resources_id=derived_id(n * 10**9), experiment_id="e", items={"n": {"v": n}}) for n in (1, 2)]
+    async with claiming(log) as claims:
+        for resources in versions:  # published after the runner's start: it has to catch up
+            await publish_resources(log.producer(), TOPICS, resources)
+        tasks = {
+            "pinned": task(experiment_id="e", resources_id=versions[0].resources_id),
+            "latest": task(experiment_id="e"),
+            "other": task(experiment_id="o"),
+            "missing": task(experiment_id="e", resources_id=new_id()),
+        }
+        await Rig(log, SETTINGS).publish_tasks([tasks["pinned"]])
+        pinned = await claims.claim(1, 1.0)  # by now all of them are read
+        await Rig(log, SETTINGS).publish_tasks([t for name, t in tasks.items() if name != "pinned"])
+        got = {c.task.rollout_id: c for c in pinned + await claims.claim(8, 1.0)}
+    assert got[tasks["pinned"].rollout_id].resources == versions[0]
+    latest = got[tasks["latest"].rollout_id]
+    assert (latest.resources, latest.task.resources_id) == (versions[1], versions[1].resources_id)
+    other = got[tasks["other"].rollout_id]
+    assert other.resources is not None
+    assert (other.resources.items, other.task.resources_id) == ({}, None)
+    assert got[tasks["missing"].rollout_id].resources is None

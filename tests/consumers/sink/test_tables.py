@@ -1,0 +1,344 @@
+"""The schema: migrations, retention, roll-ups that stay exact, and the names that others rely on."""
+
+import json
+import threading
+from uuid import uuid4
+
+import factories
+import pytest
+from typer.testing import CliRunner
+
+from millstream.consumers.sink import migrations
+from millstream.consumers.sink.migrations import locked, packaged_migrations
+from millstream.consumers.sink.rows import to_rows
+from millstream.pipeline.cli.main import app
+from millstream.pipeline.store.clickhouse import ClickHouseStore
+from millstream.pipeline.store.queries import COMPARE_VERSIONS, granules_read
+from millstream.schemas.config.settings import load_settings
+from millstream.schemas.errors import ConfigError, StoreError
+from millstream.schemas.ids import derived_id, new_id
+from millstream.schemas.wire import codec, status
+from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.records import Control, RolloutEnd, Worker
+
+EVENTS = "millstream.events"
+DAY_NS = 86_400 * 10**9
+
+
+@pytest.fixture
+def settings(folder):
+    return load_settings(clickhouse_dsn=f"chdb://{folder}", clickhouse_database=f"d{uuid4().hex}")
+
+
+def logged(*values, topic=EVENTS):
+    return [LogRecord(Partition(topic, 0), at, 1, None, codec.encode(value)) for at, value in enumerate(values)]
+
+
+def insert(store, records):
+    tables, unusable = to_rows(records, EVENTS)
+    assert not unusable
+    for rows in tables:
+        rows.insert(store, new_id())
+
+
+# --- roll-ups
+
+
+def run(count):
+    """Rollouts of two versions over three minutes: for each a call, a tool, a reward and an end."""
+    values = []  # rewards are 64ths: their sums don't depend on the order
+    for n in range(count):
+        task, at = factories.task(), factories.T0 + n % 3 * 60 * 10**9
+        version = f"run.0.{n % 2}"
+        values += [
+            factories.call(task, "a", str(n), sequence=1, start=at, end=at + n * 10**6, model_version=version),
+            factories.span(task, "a", kind="tool", name="add", sequence=2, start=at, end=at + 10**6),
+            factories.reward(task, "a", n / 64),
+            RolloutEnd(
+                rollout_id=task.rollout_id,
+                group_id="g",
+                group_size=1,
+                status="failed" if n % 5 == 0 else "succeeded",
+                attempts=1,
+                reward=n / 64,
+                model_version=version,
+                created_at=at,
+                started_at=at,
+                ended_at=at + n * 10**6,
+            ),
+        ]
+    return logged(*values)
+
+
+ROLL_UPS = ["rollouts_per_minute", "rewards_per_minute", "tokens_per_minute", "latency_per_minute"]
+
+
+def rolled_up(store):
+    return {view: sorted(store.sql(f"SELECT * FROM {view}").rows, key=str) for view in ROLL_UPS}
+
+
+def test_roll_ups_stay_exact_when_blocks_come_again_with_other_boundaries(store):
+    records = run(60)
+    insert(store, records)
+    before = rolled_up(store)
+    rewards = store.sql(
+        "SELECT model_version, sum(rollouts), sum(rollouts * reward_mean) / sum(rollouts) FROM rewards_per_minute "
+        "GROUP BY model_version ORDER BY model_version"
+    ).rows
+    assert rewards == [("run.0.0", 30, 29 / 64), ("run.0.1", 30, 30 / 64)]
+    tokens = store.sql("SELECT sum(calls), sum(prompt_tokens), sum(response_tokens) FROM tokens_per_minute").rows
+    assert tokens == [(60, 180, 60)]
+    ended = store.sql("SELECT status, sum(rollouts) FROM rollouts_per_minute GROUP BY status ORDER BY status").rows
+    assert ended == [("failed", 12), ("succeeded", 48)]
+    assert [len(rows) for rows in before.values()] == [6, 6, 6, 7]
+    for cut in (17, 90):  # as after a crash: what was not committed comes again, cut anew
+        insert(store, records[cut : cut + 70])
+        insert(store, records[cut + 31 :])
+        assert rolled_up(store) == before
+    assert store.sql("SELECT count() FROM spans_raw").rows > [(180,)]  # it is the views that are exact
+
+
+def test_a_roll_up_of_some_minutes_leaves_the_rest_unread(store):
+    at = f"toDateTime64('{2027 + 1}-01-01 00:00:00', 9)"
+    insert(store, run(6))
+    for view in ROLL_UPS:
+        read = granules_read(store, f"SELECT * FROM {view} WHERE minute >= {at}")
+        assert [(row[3], "idx_time" in row[5]) for row in read.rows] == [(0, True)], view
+
+
+def test_versions_of_a_model_are_compared_by_the_rollouts_that_each_served(store):
+    values = []
+    for versions, rewards in ((["m.0.1"], [0, 1, 0, 1, None]), (["m.0.2"], [1, 1, 1]), (["m.0.1", "m.0.2"], [1, 0])):
+        for reward in rewards:
+            task = factories.task()
+            values += [factories.event(task, "a", status.PREPARING, time=factories.T0)]
+            for n, version in enumerate(versions):
+                said = {"gen_ai.request.model": "policy"}
+                values += [factories.call(task, "a", str(n), sequence=n, attributes=said, model_version=version)]
+            other = {"gen_ai.request.model": "gpt"}  # is no arm of the policy
+            values += [factories.call(task, "a", "x", sequence=7, attributes=other, model_version="gpt.0.0")]
+            values += [
+                RolloutEnd(
+                    rollout_id=task.rollout_id,
+                    group_id="g",
+                    group_size=1,
+                    status="failed" if reward is None else "succeeded",
+                    attempts=1,
+                    reward=reward,
+                    created_at=factories.T0,
+                    started_at=factories.T0,
+                    ended_at=factories.T0 + 1,
+                )
+            ]
+    insert(store, logged(*values))
+    compared = store.sql(COMPARE_VERSIONS, {"model": "policy"}).records()
+    assert [(row["model_version"], row["rollouts"], row["failures"]) for row in compared] == [
+        ("m.0.1", 5, 1),
+        ("m.0.2", 3, 0),
+        ("mixed", 2, 0),
+    ]
+    first, second, _ = compared
+    half = 1.96 * (1 / 3) ** 0.5 / 2  # of 0, 1, 0, 1
+    assert (first["mean_reward"], first["ci95_low"], first["ci95_high"]) == pytest.approx(
+        (0.5, 0.5 - half, 0.5 + half), abs=1e-4
+    )
+    assert (second["mean_reward"], second["ci95_low"], second["ci95_high"]) == (1, 1, 1)
+
+
+# --- what others rely on
+
+
+def test_the_traces_have_the_names_and_types_of_the_collectors_exporter(store):
+    text, attributes = "LowCardinality(String)", "Map(LowCardinality(String), String)"
+    assert [row[:2] for row in store.sql("DESCRIBE TABLE otel_traces").rows] == [
+        ("Timestamp", "DateTime64(9)"),
+        ("TraceId", "String"),
+        ("SpanId", "String"),
+        ("ParentSpanId", "String"),
+        ("TraceState", "String"),
+        ("SpanName", text),
+        ("SpanKind", text),
+        ("ServiceName", text),
+        ("ResourceAttributes", attributes),
+        ("ScopeName", "String"),
+        ("ScopeVersion", "String"),
+        ("SpanAttributes", attributes),
+        ("Duration", "UInt64"),
+        ("StatusCode", text),
+        ("StatusMessage", "String"),
+        ("Events.Timestamp", "Array(DateTime64(9))"),
+        ("Events.Name", f"Array({text})"),
+        ("Events.Attributes", f"Array({attributes})"),
+        ("Links.TraceId", "Array(String)"),
+        ("Links.SpanId", "Array(String)"),
+        ("Links.TraceState", "Array(String)"),
+        ("Links.Attributes", f"Array({attributes})"),
+    ]
+    assert [row[:2] for row in store.sql("DESCRIBE TABLE otel_traces_trace_id_ts").rows] == [
+        ("TraceId", "String"),
+        ("Start", "SimpleAggregateFunction(min, DateTime)"),
+        ("End", "SimpleAggregateFunction(max, DateTime)"),
+    ]
+    task = factories.task()
+    spans = [factories.span(task, "a", trace_id="t1", sequence=n, start=factories.T0 + n * 10**9) for n in range(3)]
+    insert(store, logged(*spans))
+    insert(store, logged(*spans))
+    assert store.sql("SELECT count() FROM otel_traces WHERE TraceId = 't1'").rows == [(3,)]
+    assert store.sql("SELECT TraceId, End - Start FROM otel_traces_trace_id_ts").rows == [("t1", 2)]
+
+
+def test_workers_and_experiments(store):
+    worker = Worker(worker_id="w", role="runner", host="h", version="1", slots=4, running=1, started=1, last_seen=5)
+    insert(store, logged(worker, topic="millstream.workers"))
+    insert(store, logged(Worker(**{**vars_of(worker), "running": 2, "last_seen": 9}), topic="millstream.workers"))
+    assert store.sql("SELECT worker_id, slots, running, toUnixTimestamp64Nano(last_seen) FROM workers").rows == [
+        ("w", 4, 2, 9)
+    ]
+    body = {"run": "calc", "seed": 3, "algorithm": "Grpo", "settings": {"a": 1}, "millstream": "0.1.0"}
+    experiment = Control(kind="experiment", name="e", experiment_id="e", body=json.dumps(body), created_at=1)
+    insert(store, logged(experiment, topic="millstream.control"))
+    ((*found, configuration),) = store.sql(
+        "SELECT experiment_id, run, algorithm, seed, version, configuration FROM experiments"
+    ).rows
+    assert (found, json.loads(configuration)) == (["e", "calc", "Grpo", 3, "0.1.0"], body)
+
+
+def vars_of(record):
+    return {name: getattr(record, name) for name in record.__dataclass_fields__}
+
+
+def test_explain_says_what_a_query_reads(store, settings, monkeypatch):
+    task = factories.task()
+    insert(store, logged(*[factories.span(task, "a", sequence=n) for n in range(3)]))
+    store.close()
+    monkeypatch.setenv("MILLSTREAM_CLICKHOUSE_DSN", settings.clickhouse_dsn)
+    monkeypatch.setenv("MILLSTREAM_CLICKHOUSE_DATABASE", settings.clickhouse_database)
+
+    def explain(query):
+        answer = CliRunner().invoke(app, ["store", "explain", query, "--json"])
+        assert answer.exit_code == 0, answer.output
+        return [(row["table"].partition(".")[2], row["granules_read"]) for row in json.loads(answer.output)]
+
+    assert explain(f"SELECT * FROM spans WHERE RolloutId = '{task.rollout_id}'") == [("spans_raw", 1)]
+    assert explain("SELECT * FROM spans WHERE RolloutId = '0'") == [("spans_raw", 0)]
+    assert explain("SELECT 1") == []
+
+
+# --- migrations
+
+
+def test_a_store_of_the_first_version_keeps_its_rows(settings):
+    store = ClickHouseStore(settings)
+    store.migrate(packaged_migrations()[:1])
+    task, attempt = factories.task(), new_id()
+    day = "toDate(UUIDv7ToDateTime(toUUID('" + task.rollout_id + "'), 'UTC'))"
+    for statement in (
+        f"INSERT INTO tasks_raw (date, rollout_id, attempt, input) SELECT {day}, '{task.rollout_id}', 1, 'q'",
+        "INSERT INTO attempts_raw (date, rollout_id, attempt_id, status, attempt, offset) "
+        f"SELECT {day}, '{task.rollout_id}', '{attempt}', '{status.PREPARING}', 1, 1",
+        "INSERT INTO rollout_ends_raw (date, rollout_id, status, reward, offset) "
+        f"SELECT {day}, '{task.rollout_id}', 'succeeded', 0.5, 2",
+        f"INSERT INTO spans_raw (Date, RolloutId, SpanName, Reward) SELECT {day}, '{task.rollout_id}', 'work', 0.5",
+        f"INSERT INTO token_ids_raw (date, rollout_id, prompt_token_ids) SELECT {day}, '{task.rollout_id}', [1, 2]",
+        f"INSERT INTO triplets_raw (date, rollout_id, response_bytes) "
+        f"SELECT {day}, '{task.rollout_id}', unhex('07000000')",
+        "INSERT INTO controls_raw (kind, name, body) SELECT 'resources', 'v1', '{}'",
+        "INSERT INTO workers_raw (worker_id) SELECT 'w'",
+        "INSERT INTO dead_letters_raw (source_topic, reason) SELECT 't', 'undecodable'",
+    ):
+        store._writer.command(statement)
+    assert store.migrate() == [m.name for m in packaged_migrations()[1:]]
+    for query, expected in {
+        "SELECT status, reward, input FROM rollouts": ("succeeded", 0.5, "q"),
+        "SELECT SpanName FROM spans": ("work",),
+        "SELECT value FROM rewards": (0.5,),
+        "SELECT prompt_token_ids FROM token_ids": ([1, 2],),
+        "SELECT response_token_ids, response_tokens FROM triplets": ([7], 1),
+        "SELECT resources_id FROM resources": ("v1",),
+        "SELECT worker_id FROM workers": ("w",),
+        "SELECT reason FROM dead_letters": ("undecodable",),
+    }.items():
+        assert store.sql(query).rows == [expected], query
+    store.close()
+
+
+def test_processes_that_start_at_once_migrate_once(settings):
+    stores = [ClickHouseStore(settings) for _ in range(4)]
+    gate, applied, failed = threading.Barrier(len(stores)), [], []
+
+    def start(store):
+        gate.wait()
+        try:
+            applied.extend(store.migrate())
+        except StoreError as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=start, args=(store,)) for store in stores]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    assert sorted(applied) == [m.name for m in packaged_migrations()]
+    assert stores[0].sql("SELECT count() FROM migrations").rows == [(len(applied),)]
+    assert stores[0].sql("SELECT name FROM system.tables WHERE name LIKE 'migration_lock%'").rows == []
+    for store in stores:
+        store.close()
+
+
+def test_a_lock_is_waited_for_and_that_of_a_dead_process_is_taken_over(store, monkeypatch):
+    monkeypatch.setattr(migrations, "LOCK_WAIT_S", 0.3)
+    store._writer.command("CREATE TABLE migration_lock (held UInt8) ENGINE = Memory COMMENT 'a dead process'")
+    with pytest.raises(StoreError, match="drop its table migration_lock"), locked(store._writer, "d"):
+        pass
+    monkeypatch.setattr(migrations, "LOCK_STALE_S", -1)
+    with locked(store._writer, "d"):
+        assert store.sql("SELECT comment FROM system.tables WHERE name = 'migration_lock'").rows != [
+            ("a dead process",)
+        ]
+    assert store.sql("SELECT name FROM system.tables WHERE name LIKE 'migration_lock%'").rows == []
+
+
+# --- retention
+
+
+def test_retention_is_what_the_settings_say_now(settings):
+    old, new = (factories.task(rollout_id=derived_id(factories.T0 + day * DAY_NS, day)) for day in (-3000, 0))
+    undated = factories.task(rollout_id="mine")
+
+    def left(**days):
+        store = ClickHouseStore(settings.model_copy(update={"retention_days": days}))
+        store.migrate()
+        for table in ("spans_raw", "attempts_raw"):
+            store._writer.command(f"OPTIMIZE TABLE {table} FINAL")
+        found = [row[0] for row in store.sql("SELECT RolloutId FROM spans ORDER BY RolloutId").rows]
+        attempts = store.sql("SELECT count() FROM attempts_raw").rows[0][0]
+        store.close()
+        return found, attempts
+
+    everything = sorted(t.rollout_id for t in (old, new, undated))
+    assert left() == ([], 0)
+    store = ClickHouseStore(settings)
+    insert(
+        store,
+        logged(*[v for t in (old, new, undated) for v in (factories.span(t, "a"), factories.event(t, "a", "failed"))]),
+    )
+    store.close()
+    assert left() == (everything, 3)
+    assert left(spans=10_000) == (everything, 3)
+    assert left(spans=1000) == (sorted([new.rollout_id, "mine"]), 3)
+    assert left() == (sorted([new.rollout_id, "mine"]), 3)  # and from here on everything stays
+    engine = ClickHouseStore(settings)
+    assert engine.sql("SELECT count() FROM system.tables WHERE engine_full LIKE '%TTL%'").rows == [(0,)]
+    engine.close()
+
+
+def test_retention_of_a_table_that_there_is_not(monkeypatch):
+    monkeypatch.setenv("MILLSTREAM_RETENTION_DAYS", '{"spanz": 3}')
+    with pytest.raises(ConfigError, match=r"retention_days.*spanz"):
+        load_settings()
+    monkeypatch.setenv("MILLSTREAM_RETENTION_DAYS", "30 days")
+    with pytest.raises(ConfigError, match="retention_days"):
+        load_settings()
+    monkeypatch.setenv("MILLSTREAM_RETENTION_DAYS", '{"spans": 3, "dead_letters": 7}')
+    assert load_settings().retention_days == {"spans": 3, "dead_letters": 7}

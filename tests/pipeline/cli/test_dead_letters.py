@@ -1,0 +1,153 @@
+"""Dead letters, as somebody finds them and sends them again."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from dataclasses import asdict, replace
+from io import BytesIO
+
+import pytest
+from factories import event, task
+from fastavro import schemaless_writer
+
+from millstream.consumers.adapter.adapter import Adapter
+from millstream.consumers.dead_letters import dead_letter, replay, send_dead_letter
+from millstream.consumers.log.memory_log import MemoryLog
+from millstream.pipeline.cli.dead_letters import find, listed
+from millstream.producers.log.port import send_acknowledged
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.records import RolloutTask
+from millstream.schemas.wire.topics import Topics
+
+TOPICS = Topics("t", partitions=2, dead_partitions=2)
+
+
+@pytest.fixture
+def log():
+    return MemoryLog(TOPICS, encode=True)
+
+
+def letter(value=b"garbage", role="runner", reason="undecodable", topic="t.tasks.low"):
+    return dead_letter(LogRecord(Partition(topic, 1), 5, 7, "k\udcff", value, {"h": b"\xfe"}), role, reason, "why")
+
+
+def records(log, topic):
+    return [record for part in log.partitions[topic] for record in part.records]
+
+
+async def test_listing_by_reason_and_role(log):
+    assert await listed(log, TOPICS, None, None) == []
+    producer = log.producer()
+    for role, reason in (("runner", "undecodable"), ("adapter", "undecodable"), ("adapter", "attempts_exhausted")):
+        send_dead_letter(producer.send, TOPICS, letter(role=role, reason=reason))
+    producer.send(TOPICS.dead, b"no dead letter", partition=0)
+    assert len(await listed(log, TOPICS, None, None)) == 3
+    assert len(await listed(log, TOPICS, "undecodable", None)) == 2
+    ((place, *rest),) = await listed(log, TOPICS, "undecodable", "runner")
+    assert rest == ["runner", "undecodable", "k\N{REPLACEMENT CHARACTER}", "t.tasks.low[1]@5", "why"]
+    (found,) = await find(log, TOPICS, [place])
+    assert found.value == b"garbage"
+    with pytest.raises(ConfigError, match="no dead letter at 0:99, x"):
+        await find(log, TOPICS, [place, "0:99", "x"])
+
+
+async def test_a_refused_record_is_sent_again_as_it_was(log):
+    said = await replay(log.producer(), TOPICS, letter())
+    (record,) = records(log, TOPICS.tasks("low"))
+    assert (record.key, record.value, record.headers) == ("k\udcff", b"garbage", {"h": b"\xfe"})
+    assert said == "sent to t.tasks.low as it was, at offset 0 of its partition"
+
+
+async def test_a_failed_rollouts_task_becomes_a_new_rollout_with_fresh_budgets(log):
+    ended = task(attempt=4, losses=2, state=b"s", max_attempts=2, priority="high", metadata={"a": "b"}, seed=3)
+    await replay(log.producer(), TOPICS, letter(ended, "adapter", "attempts_exhausted", TOPICS.events))
+    (record,) = records(log, TOPICS.tasks("high"))
+    again = codec.decode_as(RolloutTask, record.value)
+    assert again.rollout_id != ended.rollout_id
+    assert (again.attempt, again.losses, again.state) == (1, 0, None)
+    assert again.metadata == {"a": "b", "replay_of": ended.rollout_id}
+    assert (
+        replace(
+            ended,
+            **{n: getattr(again, n) for n in ("rollout_id", "attempt", "losses", "state", "metadata", "created_at")},
+        )
+        == again
+    )
+
+
+@asynccontextmanager
+async def adapter_on(log):
+    stop = asyncio.Event()
+    running = asyncio.create_task(Adapter(log, TOPICS, transactional_id="a").run(stop))
+    yield
+    stop.set()
+    await running
+
+
+async def first(log, topic):
+    """Waits for the first record of a topic."""
+    consumer = log.consumer()
+    await consumer.assign([Partition(topic, n) for n in range(2)])
+    return (await consumer.poll(1, 10.0))[0]
+
+
+@pytest.fixture
+def newer(monkeypatch):
+    """The schema of an AttemptEvent to come, and what upgrades this process to the release that has it."""
+    schema = codec.load_schema("AttemptEvent")
+    schema["fields"].append({"name": "mood", "type": "string", "doc": "New.", "default": ""})
+
+    def upgrade():
+        monkeypatch.setattr(codec, "released_schemas", lambda: iter([schema]))
+        codec._earlier.cache_clear()
+
+    yield schema, upgrade
+    codec._earlier.cache_clear()
+
+
+async def test_what_a_newer_version_wrote_is_replayed_after_an_upgrade(log, newer):
+    of, producer, (schema, upgrade) = task(), log.producer(), newer
+    body = BytesIO()
+    schemaless_writer(body, schema, asdict(event(of, "a", "succeeded")) | {"mood": "fine"})
+    value = codec.MAGIC + codec.fingerprint_of(schema) + body.getvalue()
+    async with adapter_on(log):
+        await send_acknowledged(producer, TOPICS.events, event(of, "a", "preparing"), key=of.rollout_id)
+        await send_acknowledged(producer, TOPICS.events, value, key=of.rollout_id, headers={"kind": b"succeeded"})
+        await first(log, TOPICS.dead)
+    ((place, _, reason, _, _, error),) = await listed(log, TOPICS, None, None)
+    assert reason == "undecodable"
+    assert codec.fingerprint_of(schema).hex() in error
+
+    upgrade()
+    said = await replay(producer, TOPICS, (await find(log, TOPICS, [place]))[0])
+    assert said.startswith(f"sent to {TOPICS.events} as it was")
+    refused, again = [r for r in records(log, TOPICS.events) if r.value == value]
+    assert (refused.partition, refused.key, refused.headers) == (again.partition, again.key, again.headers)
+    async with adapter_on(log):
+        end = codec.decode((await first(log, TOPICS.triplets)).value)
+    assert (end.rollout_id, end.status) == (of.rollout_id, "succeeded")
+    assert len(await listed(log, TOPICS, None, None)) == 1
+
+
+async def test_what_an_adapter_gives_up_can_be_replayed(log):
+    of = task()
+    async with adapter_on(log):
+        for what in ("preparing", "failed"):
+            await send_acknowledged(log.producer(), TOPICS.events, event(of, "a", what), key=of.rollout_id)
+        await first(log, TOPICS.dead)
+    ((place, role, reason, key, _, error),) = await listed(log, TOPICS, None, None)
+    assert (role, reason, key, error) == ("adapter", "attempts_exhausted", of.rollout_id, "failed: ValueError: no")
+    said = await replay(log.producer(), TOPICS, (await find(log, TOPICS, [place]))[0])
+    (record,) = records(log, TOPICS.tasks("normal"))
+    assert said == f"rollout {of.rollout_id} is run again as {codec.decode_as(RolloutTask, record.value).rollout_id}"
+
+
+@pytest.mark.parametrize(
+    ("refused", "why"),
+    [(replace(letter(), value=None), "without its body"), (letter(role="sink", reason="unstorable"), "the sink alone")],
+)
+async def test_what_must_not_be_sent_again_is_refused(log, refused, why):
+    with pytest.raises(ConfigError, match=why):
+        await replay(log.producer(), TOPICS, refused)
+    assert records(log, TOPICS.tasks("low")) == []

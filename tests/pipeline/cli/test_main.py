@@ -1,0 +1,118 @@
+"""The command line as somebody at a terminal meets it."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from millstream.pipeline.cli.main import app
+
+COMMANDS = [
+    ["topics", "create"],
+    ["publish"],
+    ["runner"],
+    ["adapter"],
+    ["sink"],
+    ["proxy"],
+    ["train"],
+    ["rollouts"],
+    ["spans"],
+    ["triplets"],
+    ["rewards"],
+    ["sql"],
+    ["explain", "rollout"],
+    ["dataset", "messages"],
+    ["dataset", "preferences"],
+    ["dataset", "text"],
+    ["diff"],
+    ["export"],
+    ["dead", "list"],
+    ["dead", "show"],
+    ["dead", "replay"],
+    ["cancel"],
+    ["pause"],
+    ["resume"],
+    ["workers"],
+    ["lag"],
+    ["kafka", "up"],
+    ["kafka", "down"],
+    ["kafka", "status"],
+]
+
+
+def millstream(*arguments, cwd=None, **environment):
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MILLSTREAM_")}
+    return subprocess.run(
+        [sys.executable, "-m", "millstream.pipeline", *map(str, arguments)],
+        cwd=cwd,
+        env=clean | {"COLUMNS": "200"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example(command):
+    from typer.testing import CliRunner
+
+    result = CliRunner().invoke(app, [*command, "--help"])
+    assert result.exit_code == 0
+    assert "Example:" in result.output
+    assert f"millstream {' '.join(command)}" in result.output
+
+
+def test_a_broken_line_publishes_nothing_and_is_named(tmp_path):
+    file = tmp_path / "tasks.jsonl"
+    file.write_text('{"input": 1}\n{"input": \n')
+    result = millstream("publish", file, MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:1")
+    assert result.returncode == 1
+    assert f"{file}:2" in result.stderr
+    assert "Nothing was published" in result.stderr
+
+
+def test_a_broker_that_is_down_is_said_within_ten_seconds(tmp_path):
+    began = time.monotonic()
+    result = millstream("adapter", cwd=tmp_path, MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:1")
+    assert time.monotonic() - began < 10 + 3  # and the interpreter's start
+    assert result.returncode == 1
+    assert "127.0.0.1:1" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_an_unknown_setting_is_named(tmp_path):
+    result = millstream("sink", cwd=tmp_path, MILLSTREAM_CLICKHOUSE_DSM="chdb://x")
+    assert result.returncode == 1
+    assert "MILLSTREAM_CLICKHOUSE_DSM; did you mean MILLSTREAM_CLICKHOUSE_DSN?" in result.stderr
+
+
+def test_train_names_what_is_wrong_with_its_file(tmp_path):
+    (tmp_path / "train.toml").write_text('tasks = "t.jsonl"\nsteps = 3\n[grpo]\nmodel = "m"\nlr = -1\n')
+    result = millstream("train", "train.toml", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "train.toml: grpo.lr: Input should be greater than or equal to 0" in result.stderr
+    assert "steps: Extra inputs are not permitted" in result.stderr
+
+
+def test_sql_and_rollouts_on_an_empty_store(tmp_path):
+    dsn = {"MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{tmp_path / 'store'}"}
+    from millstream.pipeline.store.clickhouse import ClickHouseStore
+    from millstream.schemas.config.settings import load_settings
+
+    store = ClickHouseStore(load_settings(clickhouse_dsn=dsn["MILLSTREAM_CLICKHOUSE_DSN"]))
+    store.migrate()
+    store.close()
+    assert millstream("rollouts", "--json", **dsn).stdout.strip() == "[]"
+    assert millstream("sql", "--format", "csv", "SELECT 1 AS a, 'x' AS b", **dsn).stdout.split() == ['"a","b"', '1,"x"']
+    wrong = millstream("sql", "SELEC 1", **dsn)
+    assert wrong.returncode == 1
+    assert "Traceback" not in wrong.stderr
+
+
+def test_status_without_a_broker_says_how_to_start_one(tmp_path):
+    result = millstream("kafka", "status", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "millstream kafka up" in result.stderr

@@ -1,0 +1,93 @@
+"""Starting vLLM where there is none, and watching over what stands in for it."""
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("safetensors")
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from millstream.pipeline.models import vllm_process, vllm_server
+from millstream.pipeline.models.server import UpdateFailed
+from millstream.pipeline.models.vllm_process import VllmOptions, VllmProcess
+from millstream.pipeline.models.vllm_server import Replica
+from millstream.pipeline.models.weights import Weights
+from millstream.schemas.config.settings import load_settings
+from millstream.schemas.errors import ConfigError, MillstreamError
+
+
+def process(tmp_path, python):
+    return VllmProcess(tmp_path, VllmOptions(), load_settings(vllm_python=python), tmp_path, "vllm")
+
+
+async def test_a_missing_environment_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"no vLLM at .*nowhere \(setting vllm_python\); `make vllm` sets it up"):
+        await process(tmp_path, Path("/nowhere")).start()
+
+
+async def test_what_ends_at_once_says_why(tmp_path):
+    vllm = process(tmp_path, Path(sys.executable))
+    with pytest.raises(MillstreamError, match="No module named 'vllm'"):
+        await vllm.start()
+    assert vllm.pid is None
+
+
+@pytest.fixture
+async def replica(tmp_path, monkeypatch):
+    """Of a stand-in, with short patience."""
+    monkeypatch.setattr(vllm_process, "PROBE_S", 0.2)
+    monkeypatch.setattr(vllm_server, "PROBE_S", 0.2)
+    monkeypatch.setattr(vllm_server, "CALL_S", 2.0)
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parents[2] / "support" / "vllm_standin.py"} "$@"\n'
+    )
+    python.chmod(0o755)
+    replica = Replica(process(tmp_path, python), VllmOptions(), version(tmp_path, 0))
+    await replica.start()
+    yield replica
+    await replica.close()
+
+
+def version(folder, number):
+    place = folder / str(number)
+    place.mkdir()
+    save_file({"a": np.ones(2)}, place / "model.safetensors")
+    return Weights(f"run.0.{number}", place)
+
+
+async def until_restarted(replica):
+    while replica.restarts == 0:  # noqa: ASYNC110 - nothing tells of it
+        await asyncio.sleep(0.05)
+
+
+async def test_one_that_hangs_is_ended_and_comes_back_with_the_last_good_version(replica, tmp_path):
+    await replica.load(version(tmp_path, 1))
+    hung = replica.process.pid
+    os.kill(hung, signal.SIGSTOP)
+    await until_restarted(replica)
+    with pytest.raises(ProcessLookupError):
+        os.kill(hung, 0)
+    await replica._canary("policy", "run.0.1")
+
+
+async def test_one_that_hangs_in_an_update_is_ended_at_once(replica, tmp_path):
+    os.kill(replica.process.pid, signal.SIGSTOP)
+    with pytest.raises(UpdateFailed, match=r"run\.0\.1 did not go live.*TimeoutError.*anew with it"):
+        await replica.load(version(tmp_path, 1))
+    await until_restarted(replica)
+    await replica._canary("policy", "run.0.0")
+
+
+async def test_weights_that_have_gone_are_never_said_to_be_served(replica, tmp_path):
+    gone = version(tmp_path, 1)
+    (gone.folder / "model.safetensors").unlink()
+    with pytest.raises(UpdateFailed, match=r"run\.0\.1 did not go live.*do not fit the model: a; run\.0\.0 is back"):
+        await replica.load(gone)
+    await replica._canary("policy", "run.0.0")

@@ -1,0 +1,330 @@
+"""What an agent, or whoever has found the proxy's port, might try. Over raw sockets: no client tidies it up."""
+
+import asyncio
+import gzip
+import json
+import logging
+import socket
+
+import aiohttp
+import openai
+import pytest
+from policy_server import Fault
+from proxy_rig import ANYWHERE, SECRET, Rig, rig_of
+
+from millstream.pipeline.proxy.app import check_open
+from millstream.pipeline.services.serving import serve
+from millstream.schemas.attempt_keys import KEY_GRACE_S, attempt_key, attempt_path
+from millstream.schemas.config.settings import load_settings
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.ids import new_id
+from millstream.schemas.wire import codec
+
+ASKED = {"model": "policy", "messages": [{"role": "user", "content": "say one two three"}]}
+BODY = json.dumps(ASKED).encode()
+CHAT = "/v1/chat/completions"
+
+
+async def raw(rig: Rig, data: bytes) -> tuple[int, bytes]:
+    """The status of the first answer, and all that came until the proxy closed the connection."""
+    reader, writer = await asyncio.open_connection(*rig.url.removeprefix("http://").split(":"))
+    writer.write(data)
+    async with asyncio.timeout(20):
+        answer = await reader.read()
+    writer.close()
+    return int(answer.split(b" ", 2)[1]) if answer else 0, answer
+
+
+def head(rig: Rig, target: str, *lines: str, method: str = "POST") -> bytes:
+    fixed = (f"{method} {target} HTTP/1.1", "Host: x", f"Authorization: Bearer {rig.key}", "Connection: close")
+    return "\r\n".join([*fixed, *lines, "", ""]).encode("latin-1")
+
+
+def post(rig: Rig, target: str, *lines: str) -> bytes:
+    return head(rig, target, *lines, f"Content-Length: {len(BODY)}") + BODY
+
+
+# --- Paths
+
+
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "/pause",
+        "/collective_rpc",
+        "//pause",
+        "/v1/../pause",
+        "/v1/%2e%2e/pause",
+        "/v1/..%2fpause",
+        "/v1/chat/completions/../../../pause",
+        "/v1/chat/completions/../../pause",
+        "/v1/chat/completions%2f..%2f..%2f..%2fpause",
+        "/v1/chat/completions;/pause",
+        "/v1/chat/completions\\..\\pause",
+        "/v1/models/../../pause",
+        "/V1/CHAT/COMPLETIONS",
+        "/v1/chat/completions/",
+        "/./pause",
+        "/%70ause",
+        "/update_weights",
+        "/start_weight_update",
+        "/v1/load_lora_adapter",
+        "/tokenize",
+        "/server_info",
+    ],
+)
+async def test_nothing_but_the_surface_can_be_reached(rig, rest):
+    status, _ = await raw(rig, post(rig, rig.base.removeprefix(rig.url) + rest))
+    assert 400 <= status < 500
+    assert rig.model.paths == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/rollout/{other}/../{rollout}/attempt/{attempt}",
+        "/rollout/{other}%2f..%2f{rollout}/attempt/{attempt}",
+        "/rollout/{rollout}/attempt/{attempt}/../{other}",
+        "/rollout/{rollout}/attempt/{attempt}%2f..%2f{other}",
+        "/rollout/{rollout}%00/attempt/{attempt}",
+        "/rollout/{rollout}/attempt/{attempt}%0d%0ax:y",
+        "/../rollout/{other}/attempt/{attempt}",
+        "/x/../rollout/{other}/attempt/{attempt}",
+        "http://elsewhere/rollout/{other}/attempt/{attempt}",
+    ],
+)
+async def test_a_path_in_disguise_is_nobody_elses_attempt(rig, path):
+    path = path.format(rollout=rig.rollout, attempt=rig.attempt, other=new_id())
+    status, _ = await raw(rig, post(rig, path + CHAT))
+    assert 400 <= status < 500
+    assert rig.model.requests == []
+    assert await rig.spans() == []
+
+
+# --- Requests that two servers might read in two ways
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ("Transfer-Encoding: chunked", f"Content-Length: {len(BODY)}"),
+        (f"Content-Length: {len(BODY)}", "Transfer-Encoding: chunked"),
+        (f"Content-Length: {len(BODY)}", "Content-Length: 5"),
+        (f"Content-Length: {len(BODY)}", "Transfer-Encoding: xchunked"),
+        (f"Content-Length: {len(BODY)}", "X-A: b\r\n folded: c"),
+        (f"Content-Length: {len(BODY)}", "X-A : b"),
+        (f"Content-Length: +{len(BODY)}",),
+        ("Content-Length: -1",),
+        (f"Content-Length: {len(BODY)}", "X-A: b\rX-B: c"),
+        (f"Content-Length: {len(BODY)}", "X-A: b\x00c"),
+    ],
+)
+async def test_ambiguous_requests_are_refused(rig, lines):
+    target = rig.base.removeprefix(rig.url) + CHAT
+    status, answer = await raw(rig, head(rig, target, *lines) + BODY)
+    assert status == 400, answer
+    assert answer.count(b"HTTP/1.") == 1
+    assert rig.model.requests == []
+
+
+async def test_a_malformed_request_is_logged_without_its_key(rig, caplog):
+    target = rig.base.removeprefix(rig.url) + CHAT
+    status, _ = await raw(rig, head(rig, target, f"x-api-key: {rig.key}\x00", "Content-Length: 0"))
+    assert status == 400
+    assert "malformed request from 127.0.0.1" in caplog.text
+    assert rig.key not in caplog.text
+
+
+async def test_what_is_forwarded_of_a_client_adds_no_header(rig):
+    """Values that are handed on can't hold a line's end, and the client's key and headers stay here."""
+    lines = ("anthropic-beta: a%0d%0ax-smuggled: 1", "x-smuggled: 1", "traceparent: 00-\u00e9-1-1")
+    seen = []
+    original = rig.model._begin
+
+    async def begin(request):
+        seen.append(dict(request.headers))
+        return await original(request)
+
+    rig.model._begin = begin
+    status, _ = await raw(rig, post(rig, rig.base.removeprefix(rig.url) + CHAT, *lines))
+    assert status == 200
+    (headers,) = seen
+    assert "x-smuggled" not in {name.lower() for name in headers}
+    assert rig.key not in json.dumps(headers)
+
+
+# --- Keys
+
+
+async def test_only_the_attempts_own_key_opens_it(rig):
+    other = attempt_key(SECRET, rig.rollout, new_id(), valid_s=60)
+    expired = attempt_key(SECRET, rig.rollout, rig.attempt, valid_s=60, now=1000.0)
+    forged = attempt_key("guess", rig.rollout, rig.attempt, valid_s=60)
+    longer = rig.key.replace(rig.key.split(".")[2], str(int(rig.key.split(".")[2]) + 9999))
+    for key in (other, expired, forged, longer, "", "x", "ms1....", "Bearer", rig.key + "x", rig.key[:-1]):
+        with pytest.raises((openai.AuthenticationError, openai.APIConnectionError)) as refused:
+            await rig.client.with_options(api_key=key or " ").chat.completions.create(**ASKED)
+        assert SECRET not in str(refused.value)
+    target = rig.base.removeprefix(rig.url) + CHAT
+    noise = head(rig, target, f"Content-Length: {len(BODY)}").replace(rig.key.encode(), b"ms1.\xff\xfe.\xc3\xa9")
+    assert (await raw(rig, noise + BODY))[0] == 401
+    assert rig.model.requests == []
+    await rig.client.chat.completions.create(**ASKED)  # and what was refused locks nobody out
+    assert (await rig.close_attempt(other))[0] == 401
+
+
+async def test_a_key_that_was_good_expires_under_its_holder(rig):
+    await rig.client.chat.completions.create(**ASKED)
+    expires = float(rig.key.split(".")[2])
+    rig.proxy._attempts._clock = lambda: expires + 1
+    with pytest.raises(openai.AuthenticationError, match="has expired"):
+        await rig.client.chat.completions.create(**ASKED)
+    assert KEY_GRACE_S > 0
+
+
+async def test_a_shared_key_opens_every_attempt_and_only_that_key_does():
+    async with rig_of(proxy_shared_key="laptop") as rig:
+        shared = rig.client.with_options(api_key="laptop")
+        await shared.chat.completions.create(**ASKED)
+        anywhere = openai.AsyncOpenAI(
+            base_url=f"{rig.url}{attempt_path('my-run', '1')}/v1", api_key="laptop", max_retries=0
+        )
+        await anywhere.chat.completions.create(**ASKED)
+        with pytest.raises(openai.AuthenticationError):
+            await anywhere.with_options(api_key="laptop2").chat.completions.create(**ASKED)
+        await rig.client.chat.completions.create(**ASKED)  # an attempt's own goes on to fit
+
+
+def test_a_proxy_that_asks_for_no_secret_is_for_this_machine_alone():
+    open_, closed = load_settings(), load_settings(proxy_secret="s", proxy_admin_token="t")
+    check_open(open_, "127.0.0.1", "localhost")
+    check_open(closed, "0.0.0.0", "0.0.0.0")
+    with pytest.raises(ConfigError, match="MILLSTREAM_PROXY_SECRET"):
+        check_open(open_, "0.0.0.0")
+    with pytest.raises(ConfigError, match="proxy_admin_token"):
+        check_open(load_settings(proxy_secret="s"), "127.0.0.1", "10.0.0.1")
+
+
+# --- Too much, too slow
+
+
+async def test_bodies_that_are_too_large_are_refused_packed_or_not():
+    async with rig_of(max_record_bytes=1 << 16) as rig:
+        target = rig.base.removeprefix(rig.url) + CHAT
+        large = json.dumps(ASKED | {"padding": "x" * (1 << 17)}).encode()
+        bomb = gzip.compress(b'{"a": "' + bytes(64 << 20) + b'"}')
+        assert len(bomb) < 1 << 17
+        chunked = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (large[:4096], large[4096:])) + b"0\r\n\r\n"
+        for lines, body in (
+            ((f"Content-Length: {len(large)}",), large),
+            (("Transfer-Encoding: chunked",), chunked),
+            ((f"Content-Length: {len(bomb)}", "Content-Encoding: gzip"), bomb),
+        ):
+            status, answer = await raw(rig, head(rig, target, *lines) + body)
+            assert status == 413, answer
+            assert b"max_record_bytes" in answer
+        packed = gzip.compress(BODY)
+        assert (await raw(rig, head(rig, target, f"Content-Length: {len(packed)}", "Content-Encoding: gzip") + packed))[
+            0
+        ] == 200
+        deep = b'{"a":' + b"[" * 30_000 + b"]" * 30_000 + b"}"
+        assert (await raw(rig, head(rig, target, f"Content-Length: {len(deep)}") + deep))[0] == 400
+        assert len(rig.model.requests) == 1
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(rig, monkeypatch):
+    monkeypatch.setattr("millstream.pipeline.proxy.app.BODY_S", 0.2)
+    target = rig.base.removeprefix(rig.url) + CHAT
+    status, answer = await raw(rig, head(rig, target, f"Content-Length: {len(BODY)}") + BODY[:10])
+    assert (status, rig.model.requests) == (408, [])
+    assert b"did not arrive" in answer
+
+
+async def test_a_head_that_does_not_come_is_not_waited_for(rig):
+    async with serve(rig.model.app, ANYWHERE, head_s=0.3) as url:
+        reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
+        async with asyncio.timeout(10):
+            writer.write(b"POST / HTTP/1.1\r\nHost: x\r\nX-Slow: ")
+            assert await reader.read() == b""
+        writer.close()
+
+
+async def test_a_client_that_does_not_read_its_stream_blocks_nobody_and_is_let_go():
+    """What it does not read stays at the model server; at the call's deadline it is cut off, and the call recorded."""
+    async with rig_of(upstreams={"model": {"urls": ["{url}"], "timeout_s": 4.0}}) as rig:
+        loop = asyncio.get_running_loop()
+        host, port = rig.url.removeprefix("http://").split(":")
+        lazy = socket.socket()
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.setblocking(False)
+        await loop.sock_connect(lazy, (host, int(port)))
+        words = ("x" * 40_000 + " ") * 300
+        body = json.dumps({**ASKED, "stream": True, "messages": [{"role": "user", "content": f"say {words}"}]}).encode()
+        target = rig.base.removeprefix(rig.url) + CHAT
+        await loop.sock_sendall(lazy, head(rig, target, f"Content-Length: {len(body)}") + body)
+        await rig.model.asked.wait()
+        answer = await rig.client.chat.completions.create(**ASKED)  # others are served meanwhile
+        assert answer.choices[0].message.content == "one two three"
+        async with asyncio.timeout(30):
+            assert await rig.close_attempt() == (200, {"spans": 2})
+        lazy.close()
+        errors = [span.status_message for span in await rig.spans() if span.status == "Error"]
+        assert len(errors) == 1
+
+
+# --- Secrets
+
+UPSTREAM_KEY = "sk-upstream-3f9a"
+ADMIN_TOKEN = "admin-77b1"
+
+
+async def test_no_secret_is_in_any_span_log_line_answer_or_admin_page(monkeypatch, caplog):
+    """A full run through all surfaces, with servers that tell the key they were given."""
+    caplog.set_level(logging.DEBUG)
+    monkeypatch.setenv("UPSTREAM_KEY", UPSTREAM_KEY)
+    monkeypatch.setattr("millstream.pipeline.proxy.replicas.BACKOFF_S", 0.01)
+    told: list[str] = []
+    kinds = {kind: {"urls": ["{url}"], "kind": kind, "key_env": "UPSTREAM_KEY"} for kind in ("vllm", "openai")}
+    routes = {"policy": "vllm", "*": "openai"}
+    async with rig_of(
+        upstreams=kinds, routes=routes, proxy_admin_token=ADMIN_TOKEN, proxy_shared_key="shared-5d"
+    ) as rig:
+        headers = {"Authorization": f"Bearer {rig.key}"}
+        leaks = {"error": {"message": f"Incorrect API key provided: {UPSTREAM_KEY}", "type": "x"}}
+        async with aiohttp.ClientSession(headers=headers) as session:
+
+            async def ask(path, body):
+                async with session.post(rig.base + path, json=body) as response:
+                    told.append(f"{response.headers} {await response.text()}")
+
+            for model in ("policy", "other"):
+                for stream in (False, True):
+                    messages = {"model": model, "stream": stream, "messages": ASKED["messages"], "max_tokens": 5}
+                    await ask(CHAT, messages)
+                    await ask("/v1/messages", messages)
+                    await ask("/v1/responses", {"model": model, "stream": stream, "input": "say a b"})
+                    await ask("/v1/completions", {"model": model, "stream": stream, "prompt": "say a b"})
+                    for status in (401, 500, 400):
+                        rig.model.faults.extend([Fault(status, leaks)] * (6 if status == 500 else 1))
+                        await ask(CHAT, messages)
+                        rig.model.faults.clear()
+                await ask("/v1/embeddings", {"model": model, "input": "x"})
+                await ask("/v1/messages/count_tokens", {"model": model, "messages": ASKED["messages"]})
+            for key in ("wrong", rig.key[:-2]):
+                async with session.post(rig.base + CHAT, json=ASKED, headers={"x-api-key": key}) as response:
+                    told.append(await response.text())
+            await ask("/close", {})
+            async with serve(rig.proxy.admin(), ANYWHERE) as admin:
+                for token, status in ((ADMIN_TOKEN, 200), ("admin", 401), ("\u00e9", 401), (rig.key, 401)):
+                    for page in ("/routing", "/replicas", "/attempts"):
+                        async with session.get(admin + page, headers={"Authorization": f"Bearer {token}"}) as response:
+                            assert response.status == status
+                            told.append(await response.text())
+                async with session.get(admin + "/v1/models") as response:
+                    assert response.status == 401
+        spans = await rig.spans()
+        assert len(spans) > 20
+        told += [codec.encode(span).decode("latin-1") for span in spans]
+        told += [record.getMessage() + (record.exc_text or "") for record in caplog.records]
+        for secret in (UPSTREAM_KEY, ADMIN_TOKEN, SECRET, "shared-5d", rig.key, rig.key.rpartition(".")[2]):
+            assert [text for text in told if secret in text] == []

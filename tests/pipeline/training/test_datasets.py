@@ -1,0 +1,100 @@
+"""Triplets as data sets: OpenAI's fine-tuning and preference formats, and dialogues."""
+
+import json
+from dataclasses import replace
+
+import factories
+import pytest
+
+from millstream.pipeline.cli.dataset import whole
+from millstream.pipeline.training.datasets import messages, preferences, texts
+from millstream.producers.blob_store import Blobs
+from millstream.schemas.errors import CodecError
+from millstream.schemas.spans.blobs import LIMIT
+from millstream.schemas.wire.records import Triplet
+
+SYSTEM = {"role": "system", "content": "Add."}
+USER = {"role": "user", "content": "1 + 2?"}
+CALLS = [{"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+ASKS = {"role": "assistant", "content": None, "tool_calls": CALLS}
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "3"}
+
+
+def triplet(rollout, turn, prompt, response, **fields):
+    texts_ = {"prompt": json.dumps(prompt), "response": json.dumps(response), "tools": json.dumps(TOOLS)}
+    return Triplet(
+        **{"rollout_id": rollout, "attempt_id": "a", "group_id": "g", "turn": turn, "span_id": "s"} | texts_ | fields
+    )
+
+
+def said(text):
+    return {"role": "assistant", "content": text, "refusal": None}
+
+
+RIGHT = [triplet("r", 0, [SYSTEM, USER], ASKS), triplet("r", 1, [SYSTEM, USER, ASKS, RESULT], said("3"), reward=1.0)]
+WRONG = [triplet("w", 0, [SYSTEM, USER], said("4"), reward=0.0)]
+
+
+def test_each_answer_is_an_example_that_is_learnt_once():
+    first, second = messages([RIGHT, WRONG], min_reward=0.5)
+    assert first == {"messages": [SYSTEM, USER, ASKS], "tools": TOOLS}
+    assert second["messages"] == [SYSTEM, USER, ASKS | {"weight": 0}, RESULT, {"role": "assistant", "content": "3"}]
+    assert len(list(messages([RIGHT, WRONG]))) == 3
+
+
+def test_tools_in_the_form_of_the_semantic_conventions_become_openais():
+    flat = json.dumps([{"type": "function", "name": "add", "parameters": {}}])
+    (example,) = messages([[triplet("r", 0, [USER], said("3"), tools=flat)]])
+    assert example["tools"] == TOOLS
+
+
+def test_what_is_not_trainable_is_in_no_data_set():
+    useless = [triplet("r", 0, [USER], said("x"), reward=1.0, trainable=False, reason="empty response")]
+    assert list(messages([useless])) == list(preferences([useless, WRONG])) == list(texts([useless])) == []
+
+
+def test_the_best_and_the_worst_answer_to_a_prompt_make_a_pair():
+    middle = [triplet("m", 0, [SYSTEM, USER], said("2"), reward=0.5)]
+    (pair,) = preferences([middle, RIGHT, WRONG])
+    assert pair == {
+        "input": {"messages": [SYSTEM, USER], "tools": TOOLS},
+        "preferred_output": [ASKS],
+        "non_preferred_output": [{"role": "assistant", "content": "4"}],
+    }
+
+
+def test_other_groups_and_equal_rewards_make_no_pair():
+    elsewhere = [triplet("e", 0, [SYSTEM, USER], said("9"), reward=1.0, group_id="h")]
+    equal = [triplet("q", 0, [SYSTEM, USER], said("5"), reward=0.0)]
+    assert list(preferences([WRONG, elsewhere, equal])) == []
+
+
+def test_a_rollout_as_a_dialogue():
+    (text,) = texts([RIGHT])
+    assert text.startswith('## Call 0\nsystem: Add.\nuser: 1 + 2?\nassistant: add({"a": 1})\nreward: 1\n\n## Call 1')
+
+
+def test_the_semantic_conventions_parts_become_openais_messages():
+    prompt = [
+        {"role": "user", "parts": [{"type": "text", "content": "1 + 2?"}]},
+        {"role": "assistant", "parts": [{"type": "tool_call", "id": "c1", "name": "add", "arguments": {"a": 1}}]},
+        {"role": "tool", "parts": [{"type": "tool_call_response", "id": "c1", "response": 3}]},
+    ]
+    answer = [{"role": "assistant", "parts": [{"type": "text", "content": "3"}], "finish_reason": "stop"}]
+    (example,) = messages([[triplet("r", 0, prompt, answer)]])
+    assert example["messages"] == [USER, ASKS | {"weight": 0}, RESULT, {"role": "assistant", "content": "3"}]
+
+
+def test_a_text_without_messages_is_named():
+    with pytest.raises(CodecError, match="rollout r, turn 0: its response holds no messages"):
+        list(texts([[triplet("r", 0, [USER], {})]]))
+
+
+async def test_long_contents_are_in_the_data_set_and_not_in_the_triplet(tmp_path):
+    blobs = Blobs(str(tmp_path))
+    long = json.dumps([USER | {"content": "x" * LIMIT}])
+    span = await blobs.keep(factories.span(factories.task(), "a", attributes={"messages": long}))
+    kept = replace(RIGHT[1], prompt=span.attributes["messages"])
+    assert len(kept.prompt) < 200
+    assert whole(kept, blobs) == replace(kept, prompt=long)

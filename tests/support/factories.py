@@ -1,0 +1,78 @@
+"""Records as the roles write them, for tests."""
+
+import struct
+from typing import Any
+
+from millstream.schemas.ids import new_id
+from millstream.schemas.spans import semconv
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.records import AttemptEvent, ErrorInfo, RolloutTask, Span
+
+T0 = 1_800_000_000_000_000_000  # ns
+
+
+def task(**fields: Any) -> RolloutTask:
+    rollout_id = fields.pop("rollout_id", None) or new_id()
+    defaults: dict[str, Any] = {
+        "rollout_id": rollout_id,
+        "group_id": rollout_id,
+        "input": "{}",
+        "timeout_s": 60.0,
+        "lease_s": 10.0,
+        "created_at": T0,
+    }
+    return RolloutTask(**{**defaults, **fields})
+
+
+def event(of: RolloutTask, attempt_id: str, status: str, **fields: Any) -> AttemptEvent:
+    defaults: dict[str, Any] = {
+        "rollout_id": of.rollout_id,
+        "attempt_id": attempt_id,
+        "attempt": of.attempt,
+        "status": status,
+        "worker_id": "w",
+        "time": T0 + 5,
+        "lease_s": of.lease_s,
+        "task": codec.encode(of) if status == "preparing" else None,
+        "error": ErrorInfo(type="ValueError", message="no", stack="") if status == "failed" else None,
+    }
+    return AttemptEvent(**{**defaults, **fields})
+
+
+def span(of: RolloutTask, attempt_id: str, **fields: Any) -> Span:
+    defaults: dict[str, Any] = {
+        "trace_id": "0" * 32,
+        "span_id": new_id().replace("-", "")[-16:],
+        "name": "work",
+        "kind": semconv.SPAN,
+        "start": T0 + 1,
+        "end": T0 + 2,
+        "rollout_id": of.rollout_id,
+        "attempt_id": attempt_id,
+        "source": semconv.SOURCE_AGENT,
+        "sequence": 1,
+    }
+    return Span(**{**defaults, **fields})
+
+
+def call(of: RolloutTask, attempt_id: str, response_id: str, **fields: Any) -> Span:
+    """An LLM call as the proxy records it: prompt tokens 1 2 3, one response token."""
+    defaults: dict[str, Any] = {
+        "kind": semconv.LLM,
+        "source": semconv.SOURCE_PROXY,
+        "status": "Ok",
+        "attributes": {
+            semconv.RESPONSE_ID: response_id,
+            semconv.REQUEST_MESSAGES: '[{"role": "user", "content": "hi"}]',
+            semconv.RESPONSE_MESSAGE: '{"role": "assistant", "content": "add"}',
+        },
+        "prompt_token_ids": struct.pack("<3i", 1, 2, 3),
+        "response_token_ids": struct.pack("<i", 7),
+        "response_logprobs": struct.pack("<f", -0.5),
+        "model_version": "run.0.1",
+    }
+    return span(of, attempt_id, **{**defaults, **fields})
+
+
+def reward(of: RolloutTask, attempt_id: str, value: float) -> Span:
+    return span(of, attempt_id, kind=semconv.REWARD, reward=value, reward_name="reward", name="reward")

@@ -1,0 +1,67 @@
+"""A monitor with a real Kafka behind it, over HTTP."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import uvicorn
+
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.pipeline.services.gateway import Monitor
+from millstream.pipeline.services.health import Health
+from millstream.producers.log.port import Producer, send_acknowledged
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.wire.records import AttemptEvent, RolloutEnd
+
+
+class Client:
+    def __init__(
+        self, http: aiohttp.ClientSession, log: KafkaLog, producer: Producer, settings: Settings, health: Health
+    ) -> None:
+        self.http, self.log, self.producer, self.settings, self.health = http, log, producer, settings, health
+        self.url = str(http._base_url)
+
+    async def get(self, path: str, **headers: str) -> tuple[int, Any]:
+        async with self.http.get(path, headers=headers) as answer:
+            as_json = answer.content_type == "application/json"
+            return answer.status, await (answer.json() if as_json else answer.text())
+
+    async def post(self, path: str, body: Any) -> tuple[int, Any]:
+        async with self.http.post(path, json=body) as answer:
+            return answer.status, await answer.json()
+
+    async def until(self, path: str, fits: Callable[[Any], bool]) -> Any:
+        """Asks until the answer fits."""
+        async with asyncio.timeout(30):
+            while True:
+                _, answer = await self.get(path)
+                if fits(answer):
+                    return answer
+                await asyncio.sleep(0.02)
+
+    async def send(self, *records: AttemptEvent | RolloutEnd) -> None:
+        for record in records:
+            await send_acknowledged(self.producer, self.settings.topics.events, record, key=record.rollout_id)
+
+
+@asynccontextmanager
+async def monitored(settings: Settings) -> AsyncIterator[Client]:
+    log = KafkaLog(settings)
+    await log.create_topics()
+    producer = log.producer()
+    health = Health(log, asyncio.Event())
+    server = uvicorn.Server(uvicorn.Config(Monitor(producer, settings, health).app, log_config=None))
+    listener = socket.create_server(("127.0.0.1", 0))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{listener.getsockname()[1]}") as http:
+            client = Client(http, log, producer, settings, health)
+            await client.until("/readyz", lambda answer: answer == {"status": "ok"})
+            yield client
+    finally:
+        server.should_exit = True
+        await serving
+        await asyncio.to_thread(producer.close)
