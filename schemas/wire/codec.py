@@ -179,12 +179,12 @@ def _plain(value: Any) -> dict[str, Any]:
 
 def load_schema(name: str) -> dict[str, Any]:
     """The packaged ``.avsc`` of a record."""
-    return cast("dict[str, Any]", json.loads(files(__package__).joinpath("avro", f"{name}.avsc").read_text("utf-8")))
+    return cast("dict[str, Any]", json.loads(files("millstream.schemas").joinpath("avro", f"{name}.avsc").read_text("utf-8")))
 
 
 def released_schemas() -> Iterator[dict[str, Any]]:
     """The packaged schemas of every release so far."""
-    for release in files(__package__).joinpath("released").iterdir():
+    for release in files("millstream.schemas").joinpath("released").iterdir():
         yield from (json.loads(file.read_text("utf-8")) for file in release.iterdir())
 
 
