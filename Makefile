@@ -60,7 +60,6 @@ test-all: test setup-crewai vllm
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/millstream schemas check schemas/released
 
 types: setup
 	$(BIN)/mypy -p millstream

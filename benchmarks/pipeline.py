@@ -68,7 +68,7 @@ def tasks(count: int, settings: Any, value: Any = None) -> list[RolloutTask]:
                 group_id=rollout_id,
                 input=json.dumps(value),
                 timeout_s=600.0,
-                lease_s=settings.lease_seconds,
+                lease_s=settings.lease_s,
                 created_at=time.time_ns(),
             )
         )

@@ -26,7 +26,7 @@ from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
 import millstream as ms
 from millstream.consumers.runner.agent_process import _Channel, _Running
-from millstream.producers.agent.attempt import Attempt
+from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.process_tracer import ProcessTracer
 from millstream.schemas.ids import new_id
 from millstream.schemas.wire.records import RolloutTask
@@ -49,12 +49,12 @@ def drain(connection: socket.socket) -> None:
         pass
 
 
-def new_attempt() -> Attempt:
+def new_attempt() -> AttemptContext:
     ours, theirs = socket.socketpair()
     multiprocessing.Process(target=drain, args=(theirs,), daemon=True).start()
     task = RolloutTask(rollout_id=new_id(), group_id="g", input="null", timeout_s=1.0, lease_s=1.0, created_at=0)
     running = _Running(1, _Channel(ours))
-    return Attempt(task, new_id(), running.emit, running.save)
+    return AttemptContext(task, new_id(), running.emit, running.save)
 
 
 def in_turns(works: dict[str, Callable[[int], None]], count: int) -> dict[str, float]:

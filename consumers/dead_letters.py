@@ -83,7 +83,7 @@ async def replay(producer: Producer, topics: Topics, letter: DeadLetter) -> str:
             ended,
             rollout_id=new_id(),
             attempt=1,
-            losses=0,
+            lost_attempts=0,
             state=None,
             metadata={**ended.metadata, "replay_of": ended.rollout_id},
             created_at=time.time_ns(),

@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from prometheus_client import Counter, Histogram
 
 from millstream.consumers.runner.hooks import WISHES, Hook, RunnerInfo, TraceSummary
-from millstream.producers.agent.attempt import Rollout
+from millstream.producers.agent.attempt import RolloutInfo
 from millstream.producers.agent.emit import emit_span
 from millstream.producers.files import files_at
 from millstream.schemas.errors import ConfigError
@@ -54,7 +54,7 @@ class WarmUp(Hook, Generic[T]):
                 self._loaded.append(self._load())
             return self._loaded[0]
 
-    def on_rollout_start(self, agent: Agent, runner: RunnerInfo, rollout: Rollout) -> None:
+    def on_rollout_start(self, agent: Agent, runner: RunnerInfo, rollout: RolloutInfo) -> None:
         _ = self.value
 
 
@@ -75,7 +75,7 @@ class PerformanceMonitor(Hook):
         self._threshold_s = threshold_s
         self._webhook = webhook
 
-    def on_trace_end(self, agent: Agent, runner: RunnerInfo, tracer: TraceSummary, rollout: Rollout) -> None:
+    def on_trace_end(self, agent: Agent, runner: RunnerInfo, tracer: TraceSummary, rollout: RolloutInfo) -> None:
         SECONDS.labels(runner.agent, tracer.status).observe(tracer.duration_s)
         TOKENS.labels(runner.agent, "input").inc(tracer.input_tokens)
         TOKENS.labels(runner.agent, "output").inc(tracer.output_tokens)
@@ -119,7 +119,9 @@ class ErrorHandler(Hook):
                 raise ConfigError(f"ErrorHandler: {action!r} for {kind.__name__} is none of {', '.join(WISHES)}")
         self._actions = dict(actions)
 
-    async def on_error(self, agent: Agent, runner: RunnerInfo, rollout: Rollout, error: BaseException) -> str | None:
+    async def on_error(
+        self, agent: Agent, runner: RunnerInfo, rollout: RolloutInfo, error: BaseException
+    ) -> str | None:
         return next((self._actions[kind] for kind in type(error).__mro__ if kind in self._actions), None)
 
 
@@ -136,10 +138,12 @@ class StateBackup(Hook):
         # Kept until the attempt's end by the attempt itself.
         self._traces: WeakValueDictionary[str, TraceSummary] = WeakValueDictionary()
 
-    async def on_trace_start(self, agent: Agent, runner: RunnerInfo, tracer: TraceSummary, rollout: Rollout) -> None:
+    async def on_trace_start(
+        self, agent: Agent, runner: RunnerInfo, tracer: TraceSummary, rollout: RolloutInfo
+    ) -> None:
         self._traces[rollout.attempt_id] = tracer
 
-    def on_rollout_end(self, agent: Agent, runner: RunnerInfo, rollout: Rollout, status: str) -> None:
+    def on_rollout_end(self, agent: Agent, runner: RunnerInfo, rollout: RolloutInfo, status: str) -> None:
         trace = self._traces.get(rollout.attempt_id) or TraceSummary()  # else it was cancelled before its trace began
         state = {
             "rollout_id": rollout.rollout_id,

@@ -40,7 +40,7 @@ class TaskLine(BaseModel):
     priority: Annotated[str, _one_of(*PRIORITIES)] | None = None
     resources_id: str | None = None
     max_attempts: int | None = Field(None, ge=1)
-    max_losses: int | None = Field(None, ge=0)
+    max_lost_attempts: int | None = Field(None, ge=0)
     retry_on: list[Annotated[str, _one_of(*sorted(status.RETRIED))]] = []
     timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
     lease_s: float | None = Field(None, gt=0, allow_inf_nan=False)
@@ -65,9 +65,11 @@ def group_of(
             priority=line.priority or priority,
             resources_id=line.resources_id,
             max_attempts=line.max_attempts or settings.retry_max_attempts,
-            max_losses=settings.retry_max_losses if line.max_losses is None else line.max_losses,
-            timeout_s=line.timeout_s or settings.timeout_seconds,
-            lease_s=line.lease_s or settings.lease_seconds,
+            max_lost_attempts=settings.retry_max_lost_attempts
+            if line.max_lost_attempts is None
+            else line.max_lost_attempts,
+            timeout_s=line.timeout_s or settings.timeout_s,
+            lease_s=line.lease_s or settings.lease_s,
             unresponsive_s=line.unresponsive_s,
             retry_on=tuple(line.retry_on),
             seed=line.seed,

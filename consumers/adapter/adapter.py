@@ -82,7 +82,7 @@ class AdapterStats:
 
     ended: int = 0
     retries: Counter[str] = field(default_factory=Counter)  # by the status of the attempt that is made again
-    losses: int = 0  # attempts that were lost, made again or not
+    lost_attempts: int = 0  # attempts that were lost, made again or not
     transactions: int = 0
     aborted: int = 0
     dead_letters: int = 0
@@ -315,7 +315,7 @@ class Adapter:
                 self.stats.dead_letters += len(decision.dead)
             else:
                 self.stats.retries[decision.how] += 1
-            self.stats.losses += decision.how == status.LOST
+            self.stats.lost_attempts += decision.how == status.LOST
             if part := self._parts.get(partition):
                 part.fold.written(rollout_id, part.position)
         for partition, at, _ in work.dead:
@@ -326,14 +326,14 @@ class Adapter:
                 part.committed = offset
                 part.fold.prune(offset)
 
-    def _committable(self, part: _Part, boxed: set[str], now: float) -> int:
+    def _committable(self, part: _Part, in_flight: set[str], now: float) -> int:
         """The offset that a successor has to begin at to know what we know."""
         while len(part.horizon) > 1 and part.horizon[1][0] <= now - HORIZON_S:
             part.horizon.popleft()
         held = [part.position]
         if part.horizon:
             held.append(part.horizon[0][1])
-        if (oldest := part.fold.oldest_open(boxed)) is not None:
+        if (oldest := part.fold.oldest_open(in_flight)) is not None:
             held.append(oldest)
         return min(held)
 

@@ -14,7 +14,7 @@ from millstream.schemas.wire.topics import Topics, partition_of
 
 
 @dataclass(slots=True)
-class _Attempt:
+class _LoggedAttempt:
     task: RolloutTask
     spans: list[Span] = field(default_factory=list)
     over: bool = False
@@ -35,7 +35,7 @@ def trace_of(
 ) -> tuple[Trace, RolloutEnd | None]:
     """As `read_trace`, from the rollout's records in log order. Spans behind an attempt's terminal event are late and
     left out, as the adapter does; so are records that can't be read."""
-    attempts: dict[str, _Attempt] = {}
+    attempts: dict[str, _LoggedAttempt] = {}
     end = None
     for record in records:
         try:
@@ -49,7 +49,7 @@ def trace_of(
                 attempts[value.attempt_id].spans.append(value)
         elif isinstance(value, AttemptEvent):
             if value.task is not None and value.attempt_id not in attempts:
-                attempts[value.attempt_id] = _Attempt(codec.decode_as(RolloutTask, value.task))
+                attempts[value.attempt_id] = _LoggedAttempt(codec.decode_as(RolloutTask, value.task))
             elif value.attempt_id in attempts and value.status in status.TERMINAL:
                 attempts[value.attempt_id].over = True
     chosen = attempt_id or (end and end.attempt_id) or next(reversed(attempts), None)

@@ -29,7 +29,7 @@ class Replayed:
 
 
 @dataclass(slots=True)
-class _Rollout:
+class _LoggedRollout:
     claims: dict[str, tuple[RolloutTask, int]] = field(default_factory=dict)  # by attempt: its task, when it began
     spans: list[LogRecord] = field(default_factory=list)
     successes: dict[str, tuple[AttemptEvent, int]] = field(default_factory=dict)  # and how many spans came before
@@ -43,7 +43,7 @@ class Replay:
         self._experiment_id = experiment_id
         self._function = function
         self._reward = reward
-        self._open: dict[str, _Rollout] = {}
+        self._open: dict[str, _LoggedRollout] = {}
         self.replayed: set[str] = set()  # rollouts
         self.incomplete: set[str] = set()  # rollouts whose end was recorded, but not everything before it
         self.unreadable = 0  # records; the adapter has put them away
@@ -73,7 +73,7 @@ class Replay:
         if event.status == status.PREPARING and event.task is not None:
             task = codec.decode_as(RolloutTask, event.task)
             if task.experiment_id == self._experiment_id and event.rollout_id not in self.replayed:
-                rollout = self._open.setdefault(event.rollout_id, _Rollout())
+                rollout = self._open.setdefault(event.rollout_id, _LoggedRollout())
                 rollout.claims.setdefault(event.attempt_id, (task, event.time))
         elif rollout is None:
             return
@@ -85,7 +85,7 @@ class Replay:
     def _end(self, mark: RolloutEnd, partition: int) -> Replayed | None:
         if mark.experiment_id != self._experiment_id or mark.rollout_id in self.replayed:
             return None
-        rollout = self._open.pop(mark.rollout_id, _Rollout())
+        rollout = self._open.pop(mark.rollout_id, _LoggedRollout())
         if mark.status != status.SUCCEEDED:
             self.replayed.add(mark.rollout_id)
             return Replayed(partition, mark)

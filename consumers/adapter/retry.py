@@ -2,8 +2,8 @@
 
 Two budgets. An attempt that failed by the agent's own doing (`status.RETRIED`, or what the task's ``retry_on`` names of
 it) is made again while fewer than ``max_attempts`` have failed so. One that was lost through no doing of the agent is
-made again ``max_losses`` times, at no cost to the first budget. Each attempt has a number of its own, so those that
-failed are ``attempt - losses``. What was cancelled is never made again.
+made again ``max_lost_attempts`` times, at no cost to the first budget. Each attempt has a number of its own, so
+those that failed are ``attempt - lost_attempts``. What was cancelled is never made again.
 """
 
 from collections.abc import Callable
@@ -32,15 +32,15 @@ def backoff_s(how: str, times: int, random: Callable[[], float]) -> float:
     return random() * min(cap, base * 2.0 ** min(times - 1, 32))
 
 
-def refusal(task: RolloutTask, how: str, wish: str | None = None) -> str | None:
-    """Why there is no other attempt after one of ``task`` that ended as ``how``; None if there is one. ``wish`` is what
-    a hook of the agent's wants: "yes" or "no" in place of ``retry_on``. The budgets hold all the same."""
+def refusal(task: RolloutTask, how: str, retry_override: str | None = None) -> str | None:
+    """Why there is no other attempt after one of ``task`` that ended as ``how``; None if there is one. ``retry_override``
+    is what a hook of the agent's wants: "yes" or "no" in place of ``retry_on``. The budgets hold all the same."""
     if how == status.LOST:
-        return None if task.losses < task.max_losses else "losses_exhausted"
-    wanted = how in (task.retry_on or status.RETRIED) if wish is None else wish == "yes"
+        return None if task.lost_attempts < task.max_lost_attempts else "lost_attempts_exhausted"
+    wanted = how in (task.retry_on or status.RETRIED) if retry_override is None else retry_override == "yes"
     if how not in status.RETRIED or not wanted:
         return "not_retried"
-    return None if task.attempt - task.losses < task.max_attempts else "attempts_exhausted"
+    return None if task.attempt - task.lost_attempts < task.max_attempts else "attempts_exhausted"
 
 
 def next_task(task: RolloutTask, how: str, state: bytes | None) -> RolloutTask:
@@ -48,7 +48,7 @@ def next_task(task: RolloutTask, how: str, state: bytes | None) -> RolloutTask:
     return replace(
         task,
         attempt=task.attempt + 1,
-        losses=task.losses + (how == status.LOST),
+        lost_attempts=task.lost_attempts + (how == status.LOST),
         state=state,
         priority=task.priority if task.priority in PRIORITIES else "normal",  # some other publisher's
     )

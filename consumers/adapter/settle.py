@@ -35,7 +35,7 @@ SPAN_BYTES: Final = 500  # that a span takes beside its body
 
 
 @dataclass(slots=True)
-class Attempt:
+class FoldedAttempt:
     """A claim of an attempt that has not ended."""
 
     attempt_id: str
@@ -54,7 +54,7 @@ class OpenRollout:
 
     first_offset: int
     number: int  # of the attempt that is claimed
-    attempts: dict[str, Attempt] = field(default_factory=dict)  # those that live; none once it is decided
+    attempts: dict[str, FoldedAttempt] = field(default_factory=dict)  # those that live; none once it is decided
     seen: set[str] = field(default_factory=set)  # every attempt ever claimed
     spans: list[LogRecord] = field(default_factory=list)
     size: int = 0  # bytes, estimated
@@ -258,8 +258,8 @@ class PartitionFold:
                 self._decide(event.rollout_id, rollout, decision)
             elif event.status in status.TERMINAL:
                 error = event.error or ErrorInfo(type=event.status, message="no reason given", stack="")
-                wish = event.metadata.get("retry")
-                self._finish(event.rollout_id, rollout, attempt, event.status, error, event.time, now, wish)
+                retry_override = event.metadata.get("retry")
+                self._finish(event.rollout_id, rollout, attempt, event.status, error, event.time, now, retry_override)
 
     def _claim(self, event: AttemptEvent, rollout: OpenRollout | None, record: LogRecord, now: float) -> None:
         if event.task is None:
@@ -288,7 +288,7 @@ class PartitionFold:
             rollout.number = task.attempt
         rollout.seen.add(event.attempt_id)
         self._grow(rollout, len(event.task))
-        rollout.attempts[event.attempt_id] = Attempt(
+        rollout.attempts[event.attempt_id] = FoldedAttempt(
             event.attempt_id,
             task,
             event.status,
@@ -303,12 +303,12 @@ class PartitionFold:
         self,
         rollout_id: str,
         rollout: OpenRollout,
-        attempt: Attempt,
+        attempt: FoldedAttempt,
         how: str,
         error: ErrorInfo,
         ended: int,
         now: float,
-        wish: str | None = None,
+        retry_override: str | None = None,
     ) -> None:
         """An attempt is over without success. A claim whose runner lost the task leaves another one alive: the rollout
         then goes on with that."""
@@ -321,19 +321,19 @@ class PartitionFold:
         reason = f"{how}: {error.message}" if error.type == LEASE else f"{how}: {error.type}: {error.message}"
         end = replace(
             _end(task, attempt.attempt_id, attempt.claimed, outcome, ended),
-            losses=task.losses + (how == status.LOST),
+            lost_attempts=task.lost_attempts + (how == status.LOST),
             trainable=False,
             reason=reason,
         )
         if how == status.CANCELLED:
             self._decide(rollout_id, rollout, Decision(how, end))
             return
-        refused = refusal(task, how, wish)
+        refused = refusal(task, how, retry_override)
         dead = (replace(attempt.claim, value=replace(task, state=attempt.state)), refused or TOO_LARGE, reason)
         retry = None
         if refused is None:
             following = next_task(task, how, attempt.state)
-            times = following.losses if how == status.LOST else task.attempt - task.losses
+            times = following.lost_attempts if how == status.LOST else task.attempt - task.lost_attempts
             mark = AttemptEvent(
                 rollout_id=rollout_id,
                 attempt_id=attempt.attempt_id,
@@ -428,7 +428,7 @@ def _end(task: RolloutTask, attempt_id: str, claimed: int, outcome: str, ended: 
         status=outcome,
         attempt_id=attempt_id,
         attempts=task.attempt,
-        losses=task.losses,
+        lost_attempts=task.lost_attempts,
         created_at=task.created_at,
         started_at=claimed,
         ended_at=ended,

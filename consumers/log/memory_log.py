@@ -1,8 +1,8 @@
 """The log in memory: partitions, groups, commits and transactions within this process.
 
 For a laptop, a debugger and tests. Records are the frozen objects themselves, so sending one costs a few microseconds.
-It keeps the promises of the two ports as Kafka does (`tests/consumers/log/` runs against both) with two differences that
-follow from being one process: it is never unavailable, and it holds everything until the process ends.
+It keeps the promises of the two ports as Kafka does (`tests/consumers/log/` runs against both) with two differences
+that follow from being one process: it is never unavailable, and it holds everything until the process ends.
 """
 
 import threading

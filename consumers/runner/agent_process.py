@@ -20,7 +20,7 @@ from functools import lru_cache
 
 from millstream.consumers.runner.attempt import AgentConfig, AttemptRunner, Outcome, open_agent
 from millstream.consumers.runner.frames import Frame, FrameReader, Kind, pack
-from millstream.producers.agent.attempt import Attempt
+from millstream.producers.agent.attempt import AttemptContext
 from millstream.schemas.errors import CodecError, ConfigError
 from millstream.schemas.resources import Resources
 from millstream.schemas.spans import blobs
@@ -168,7 +168,7 @@ class _Agent:
         head = json.loads(frame.head)
         task = codec.decode_as(RolloutTask, frame.body[: head["task_bytes"]])
         running = _Running(frame.number, self._channel)
-        attempt = Attempt(
+        attempt = AttemptContext(
             task,
             head["attempt_id"],
             running.emit,

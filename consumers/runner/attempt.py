@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from millstream.consumers.runner.hooks import IGNORE, RETRY, Hook, HookedAttempt, Hooks, RunnerInfo
-from millstream.producers.agent.attempt import Attempt
+from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.emit import emit_reward
 from millstream.producers.agent.instrumentation import FRAMEWORKS
 from millstream.producers.agent.process_tracer import ProcessTracer, adopt_global_provider
@@ -137,7 +137,7 @@ class AttemptRunner:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._pid = os.getpid()
 
-    def start(self, attempt: Attempt, on_end: Callable[[Outcome], None]) -> None:
+    def start(self, attempt: AttemptContext, on_end: Callable[[Outcome], None]) -> None:
         """Begins an attempt; call it on the loop's thread. ``on_end`` is called on whichever thread it ended."""
         if self._is_async:
             task = self._loop.create_task(self._run(attempt, on_end))
@@ -153,12 +153,12 @@ class AttemptRunner:
         if task is not None:
             task.cancel()
 
-    def _run_sync(self, attempt: Attempt, on_end: Callable[[Outcome], None]) -> None:
+    def _run_sync(self, attempt: AttemptContext, on_end: Callable[[Outcome], None]) -> None:
         """In a thread of its own, where nothing suspends: the coroutine runs through in one go."""
         with suppress(StopIteration):
             self._run(attempt, on_end).send(None)
 
-    async def _run(self, attempt: Attempt, on_end: Callable[[Outcome], None]) -> None:
+    async def _run(self, attempt: AttemptContext, on_end: Callable[[Outcome], None]) -> None:
         hooks = HookedAttempt(self._hooks, self._agent, attempt, self._loop, self._is_async)
         try:
             await hooks.rollout_start()
@@ -190,13 +190,13 @@ class AttemptRunner:
     async def _judged(self, error: BaseException, hooks: HookedAttempt) -> Outcome:
         hooks.trace.error = error
         outcome = raised(error, cancellable=self._is_async)
-        if outcome.status != status.FAILED or (wish := await hooks.wish(error)) is None:
+        if outcome.status != status.FAILED or (retry_override := await hooks.retry_override(error)) is None:
             return outcome
-        if wish == IGNORE:
+        if retry_override == IGNORE:
             return Outcome(status.SUCCEEDED, metadata={"ignored": f"{type(error).__name__}: {error_message(error)}"})
-        return replace(outcome, metadata={"retry": "yes" if wish == RETRY else "no"})
+        return replace(outcome, metadata={"retry": "yes" if retry_override == RETRY else "no"})
 
-    def _arguments(self, attempt: Attempt) -> dict[str, Any]:
+    def _arguments(self, attempt: AttemptContext) -> dict[str, Any]:
         return {name: getattr(attempt, name) for name in self._optional}
 
 
@@ -227,7 +227,7 @@ def raised(error: BaseException, *, cancellable: bool) -> Outcome:
     return Outcome(status.CANCELLED if cancelled else status.FAILED, info)
 
 
-def returned(attempt: Attempt, result: Any) -> Outcome:
+def returned(attempt: AttemptContext, result: Any) -> Outcome:
     """Within the attempt: a number that the agent returns is its reward, unless it has emitted some."""
     if inspect.isgenerator(result) or inspect.isasyncgen(result) or inspect.isawaitable(result):
         raise TypeError(f"the agent returned {result!r}, which nobody runs; it has to return its result")

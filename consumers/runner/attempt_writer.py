@@ -179,7 +179,7 @@ class AttemptWriter:
                 self._producer.send(self._topics.alerts, span, key=self.claim.task.rollout_id, headers=_HEADERS[kind])
         except TooLarge as error:
             self.refuse("too_large", str(error))
-            self._bury(str(error))
+            self._dead_letter(str(error))
         except CodecError as error:
             self.refuse("undecodable", str(error))
         except LogError as error:
@@ -268,7 +268,7 @@ class AttemptWriter:
             metadata={} if outcome is None else outcome.metadata,
         )
 
-    def _bury(self, error: str) -> None:
+    def _dead_letter(self, error: str) -> None:
         """The dead letter of a record too large for any topic: all but its body."""
         key = self.claim.task.rollout_id
         letter = DeadLetter(

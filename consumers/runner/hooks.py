@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
-from millstream.producers.agent.attempt import Attempt, Rollout
+from millstream.producers.agent.attempt import AttemptContext, RolloutInfo
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.dialects import normalised
 from millstream.schemas.wire.records import Span
@@ -93,25 +93,27 @@ class Hook:
         if timeout_s is not None:
             self.timeout_s = timeout_s
 
-    def on_rollout_start(self, agent: Callable[..., Any], runner: RunnerInfo, rollout: Rollout) -> Any:
+    def on_rollout_start(self, agent: Callable[..., Any], runner: RunnerInfo, rollout: RolloutInfo) -> Any:
         """First of all, outside the attempt's trace."""
 
     def on_trace_start(
-        self, agent: Callable[..., Any], runner: RunnerInfo, tracer: TraceSummary, rollout: Rollout
+        self, agent: Callable[..., Any], runner: RunnerInfo, tracer: TraceSummary, rollout: RolloutInfo
     ) -> Any:
         """Just before the agent is called. What `emit_span` records here belongs to the attempt."""
 
-    def on_error(self, agent: Callable[..., Any], runner: RunnerInfo, rollout: Rollout, error: BaseException) -> Any:
+    def on_error(
+        self, agent: Callable[..., Any], runner: RunnerInfo, rollout: RolloutInfo, error: BaseException
+    ) -> Any:
         """The agent raised ``error``. The answer says what becomes of the attempt: "ignore": it succeeds, without
         output; "fail": it fails and is not run again; "retry": it fails and is run again whatever ``retry_on`` says,
         as long as attempts are left; None: as without hooks. The first hook with an answer decides."""
 
     def on_trace_end(
-        self, agent: Callable[..., Any], runner: RunnerInfo, tracer: TraceSummary, rollout: Rollout
+        self, agent: Callable[..., Any], runner: RunnerInfo, tracer: TraceSummary, rollout: RolloutInfo
     ) -> Any:
         """The agent is done; how, is in ``tracer``. Its spans are complete but for the root span."""
 
-    def on_rollout_end(self, agent: Callable[..., Any], runner: RunnerInfo, rollout: Rollout, status: str) -> Any:
+    def on_rollout_end(self, agent: Callable[..., Any], runner: RunnerInfo, rollout: RolloutInfo, status: str) -> Any:
         """Last, before the result is handed over. The runner may know better than ``status``: an attempt that it
         ended, for a time-out say, is "cancelled" here."""
 
@@ -132,7 +134,7 @@ class HookedAttempt:
         self,
         hooks: Hooks,
         agent: Callable[..., Any],
-        attempt: Attempt,
+        attempt: AttemptContext,
         loop: asyncio.AbstractEventLoop,
         on_loop: bool,
     ) -> None:
@@ -152,7 +154,7 @@ class HookedAttempt:
         await self._call("on_trace_start", self.trace, before=True)
         self.trace.begin()
 
-    async def wish(self, error: BaseException) -> str | None:
+    async def retry_override(self, error: BaseException) -> str | None:
         """What the hooks want to become of an attempt whose agent raised ``error``."""
         for answer in await self._call("on_error", error):
             if answer in WISHES:

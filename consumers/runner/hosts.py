@@ -27,7 +27,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from millstream.consumers.runner.attempt import AgentConfig, AttemptRunner, Outcome, open_agent, stopped_by
 from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.frames import Frame, FrameReader, Kind, pack
-from millstream.producers.agent.attempt import Attempt
+from millstream.producers.agent.attempt import AttemptContext
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.resources import Resources
 from millstream.schemas.wire import codec, status
@@ -112,7 +112,7 @@ class ThreadHost:
     def run(self, writer: AttemptWriter) -> None:
         assert self._attempts is not None, "start() first"
         claim = writer.claim
-        attempt = Attempt(
+        attempt = AttemptContext(
             claim.task,
             claim.attempt_id,
             writer.emit,
@@ -150,7 +150,7 @@ class ThreadHost:
                 await asyncio.to_thread(self._thread.join)
             self._loop.close()
 
-    def _begin(self, attempts: AttemptRunner, attempt: Attempt, writer: AttemptWriter) -> None:
+    def _begin(self, attempts: AttemptRunner, attempt: AttemptContext, writer: AttemptWriter) -> None:
         """On the agents' loop."""
         writer.started()
 

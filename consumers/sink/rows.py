@@ -209,7 +209,16 @@ TABLES: dict[type[Record], Table] = {
         "tasks_raw",
         _DATE
         | _copied("rollout_id", "attempt", "group_id", "group_size", "input", "mode", "priority", "resources_id")
-        | _copied("max_attempts", "losses", "max_losses", "timeout_s", "lease_s", "unresponsive_s", "retry_on", "seed")
+        | _copied(
+            "max_attempts",
+            "lost_attempts",
+            "max_lost_attempts",
+            "timeout_s",
+            "lease_s",
+            "unresponsive_s",
+            "retry_on",
+            "seed",
+        )
         | _copied("experiment_id", "metadata", "created_at", "claimed")
         | _PLACE,
     ),

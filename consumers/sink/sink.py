@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 POLL_RECORDS = 1000
 POLL_S = 0.2
-REST_S = 0.02  # after a poll that found little: the sink is in no hurry, and others need the CPU
+IDLE_S = 0.02  # after a poll that found little: the sink is in no hurry, and others need the CPU
 RETRY_S = 0.2  # bound of the first wait after the store or the log failed; doubles, and chance picks below it
 RETRY_MAX_S = 10.0
 SLOW_S = 10.0  # a store that takes longer for a batch is in trouble
@@ -189,7 +189,7 @@ class SinkRole:
         before = self._gathered.records
         await self._poll(min(POLL_S, self._policy.age_s))
         if self._gathered.records - before < POLL_RECORDS // 2 and not self._due():
-            await asyncio.sleep(REST_S)
+            await asyncio.sleep(IDLE_S)
 
     async def _hold(self) -> None:
         """Waits a moment for the delivery. Stays in the group: polls, with everything paused."""
@@ -246,7 +246,7 @@ class SinkRole:
                     unusable = await asyncio.to_thread(self._write, batch)
                     self.stats.unusable += len(unusable)
                 while unusable:
-                    await self._bury(unusable[0])
+                    await self._dead_letter(unusable[0])
                     del unusable[0]
         self.stats.records += len(batch.records)
         self.stats.flushes += 1
@@ -264,7 +264,7 @@ class SinkRole:
         self.stats.retries += 1
         self._warn("%d records wait, trying again: %s", self.waiting, error)
 
-    async def _bury(self, item: Unusable) -> None:
+    async def _dead_letter(self, item: Unusable) -> None:
         """Raises `LogError` unless the dead letter is acknowledged."""
         if item.reason == "undecodable" and item.record.partition.topic == self._topics.events:
             return  # the adapter's to put away: it reads that too

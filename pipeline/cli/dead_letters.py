@@ -24,7 +24,7 @@ Place = Annotated[str, typer.Argument(help="partition:offset, as `millstream dea
 COLUMNS = ("place", "role", "reason", "key", "from", "error")
 
 
-@app.command("list", epilog="Example: millstream dead list --reason losses_exhausted")
+@app.command("list", epilog="Example: millstream dead list --reason lost_attempts_exhausted")
 def dead_list(
     reason: Annotated[str | None, typer.Option(help="Only these: undecodable, attempts_exhausted, …")] = None,
     role: Annotated[str | None, typer.Option(help="Only what this role refused: runner, adapter, sink.")] = None,

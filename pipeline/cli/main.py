@@ -29,7 +29,6 @@ from millstream.pipeline.cli.model import app as model_app
 from millstream.pipeline.cli.open import with_log
 from millstream.pipeline.cli.output import Json, err, out, print_rows
 from millstream.pipeline.cli.replay import app as replay_app
-from millstream.pipeline.cli.schemas import app as schemas_app
 from millstream.pipeline.cli.store import app as store_app
 from millstream.pipeline.cli.workers import app as workers_app
 from millstream.pipeline.services.health import Health, watched
@@ -46,7 +45,6 @@ app.add_typer(dead_app, name="dead")
 app.add_typer(explain_app, name="explain")
 app.add_typer(dataset_app, name="dataset")
 app.add_typer(model_app, name="model")
-app.add_typer(schemas_app, name="schemas")
 app.add_typer(store_app, name="store")
 app.add_typer(ask_app)
 app.add_typer(control_app)
@@ -237,7 +235,7 @@ def sink(
 @app.command(epilog="Example: MILLSTREAM_MODEL_URL=http://127.0.0.1:8500 millstream proxy")
 def proxy(
     listen: Annotated[str, typer.Option(help="Where to listen; else at the first of proxy_url.")] = "",
-    admin: Annotated[str, typer.Option(help="Where the admin surface listens, http://HOST:PORT.")] = "",
+    admin: Annotated[str, typer.Option(help="Where the admin endpoint listens, http://HOST:PORT.")] = "",
     drain_s: Annotated[float, typer.Option(min=0, help="Seconds that calls under way get at the end.")] = 60.0,
     health_port: HealthPort = 0,
 ) -> None:

@@ -35,7 +35,7 @@ class Writer(Protocol):
 
 
 @dataclass(frozen=True)
-class Surface:
+class Endpoint:
     """One interface of a client's. ``native``: kinds of servers that have it."""
 
     path: str
@@ -48,21 +48,21 @@ class Surface:
     writer: Callable[[Json], Writer] | None = None  # of chat completions
 
 
-CHAT: Final = Surface(
+CHAT: Final = Endpoint(
     "/v1/chat/completions",
     "chat",
     frozenset({"vllm", "openai", "anthropic"}),
     lambda asked: ChatReader(choices_asked(asked)),
     lambda asked: asked.get("messages") or [],
 )
-COMPLETIONS: Final = Surface(
+COMPLETIONS: Final = Endpoint(
     "/v1/completions",
     "text_completion",
     frozenset({"vllm", "openai"}),
     lambda asked: ChatReader(choices_asked(asked), text=True),
     openai.prompt_messages,
 )
-RESPONSES: Final = Surface(
+RESPONSES: Final = Endpoint(
     "/v1/responses",
     "chat",
     frozenset({"openai"}),
@@ -71,7 +71,7 @@ RESPONSES: Final = Surface(
     to_chat=responses.to_chat,
     writer=responses.ResponsesWriter,
 )
-MESSAGES: Final = Surface(
+MESSAGES: Final = Endpoint(
     "/v1/messages",
     "chat",
     frozenset({"anthropic"}),
@@ -81,10 +81,10 @@ MESSAGES: Final = Surface(
     to_chat=anthropic.to_chat,
     writer=anthropic.AnthropicWriter,
 )
-EMBEDDINGS: Final = Surface(
+EMBEDDINGS: Final = Endpoint(
     "/v1/embeddings", "embeddings", frozenset({"vllm", "openai"}), lambda _asked: UsageReader(), lambda _asked: []
 )
-SURFACES: Final = {surface.path: surface for surface in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS)}
+ENDPOINTS: Final = {endpoint.path: endpoint for endpoint in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS)}
 MALFORMED: Final = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 COUNT_TOKENS: Final = "/v1/messages/count_tokens"
 
@@ -102,21 +102,21 @@ class Plan:
     rechunk: bool = False  # the client wants a stream, the server is asked for a whole answer
 
 
-def plan(surface: Surface, asked: Json, kind: str) -> Plan:
+def plan(endpoint: Endpoint, asked: Json, kind: str) -> Plan:
     """Raises `BadRequest`."""
     try:
-        return _plan(surface, asked, kind)
+        return _plan(endpoint, asked, kind)
     except MALFORMED as error:  # a list where an object belongs, and the like
-        raise BadRequest(f"the request has not the form of {surface.path}: {error!r}") from error
+        raise BadRequest(f"the request has not the form of {endpoint.path}: {error!r}") from error
 
 
-def _plan(surface: Surface, asked: Json, kind: str) -> Plan:
-    translated = kind not in surface.native
-    if translated and surface.to_chat is None:
-        raise BadRequest(f"the server of model {asked.get('model')!r} has no {surface.path}")
-    chat = surface.to_chat(asked) if translated and surface.to_chat is not None else asked
-    spoken = CHAT if translated else surface
-    translate = surface.writer
+def _plan(endpoint: Endpoint, asked: Json, kind: str) -> Plan:
+    translated = kind not in endpoint.native
+    if translated and endpoint.to_chat is None:
+        raise BadRequest(f"the server of model {asked.get('model')!r} has no {endpoint.path}")
+    chat = endpoint.to_chat(asked) if translated and endpoint.to_chat is not None else asked
+    spoken = CHAT if translated else endpoint
+    translate = endpoint.writer
     writer: Callable[[], Writer] | None = None
     if translated and translate is not None:
         writer = lambda: translate(asked)  # noqa: E731
@@ -134,16 +134,16 @@ def _plan(surface: Surface, asked: Json, kind: str) -> Plan:
         path=spoken.path,
         asked=chat,
         request=request,
-        messages=_messages(surface, asked),
+        messages=_messages(endpoint, asked),
         reader=lambda: spoken.reader(chat),
         writer=writer,
         rechunk=rechunk,
     )
 
 
-def _messages(surface: Surface, asked: Json) -> list[Any]:
+def _messages(endpoint: Endpoint, asked: Json) -> list[Any]:
     try:
-        found = surface.messages(asked)
+        found = endpoint.messages(asked)
     except (BadRequest, *MALFORMED):  # what only its own server understands, if anybody, is recorded as it is
         found = asked.get("messages") or asked.get("input") or []
     return found if isinstance(found, list) else [found]

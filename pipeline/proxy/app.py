@@ -20,9 +20,9 @@ from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.port import Log
 from millstream.pipeline.protocols import anthropic, openai
 from millstream.pipeline.protocols.answers import Json
-from millstream.pipeline.protocols.endpoints import COUNT_TOKENS, MALFORMED, SURFACES
+from millstream.pipeline.protocols.endpoints import COUNT_TOKENS, ENDPOINTS, MALFORMED
 from millstream.pipeline.protocols.openai import BadRequest
-from millstream.pipeline.proxy.attempts import Attempt, Attempts
+from millstream.pipeline.proxy.attempts import Attempts, ProxiedAttempt
 from millstream.pipeline.proxy.calls import CallError, Calls
 from millstream.pipeline.proxy.replicas import Failed
 from millstream.pipeline.proxy.targets import Targets
@@ -80,7 +80,7 @@ class Proxy:
     async def _lifespan(self, _app: web.Application) -> AsyncIterator[None]:
         self._producer = self._log.producer(linger_ms=BURST_MS)
         blobs = Blobs(self._settings.blob_url)
-        self._calls = Calls(self._producer, self._settings.topics, self._targets, blobs, self._settings.cache_ttl)
+        self._calls = Calls(self._producer, self._settings.topics, self._targets, blobs, self._settings.cache_ttl_s)
         await self._control.start()
         yield
         await self._calls.close()
@@ -91,26 +91,28 @@ class Proxy:
 
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         rest = "/" + request.match_info["rest"]
-        surface = SURFACES.get(rest)
+        endpoint = ENDPOINTS.get(rest)
         error_body = anthropic.error_body if rest.startswith("/v1/messages") else openai.error_body
         try:
             attempt = self._authorised(request)
-            if request.method == "POST" and surface is not None:
+            if request.method == "POST" and endpoint is not None:
                 self._refuse_closed(attempt)
-                return await self._calls.make(request, attempt, surface, await _body(request))
+                return await self._calls.make(request, attempt, endpoint, await _body(request))
             if request.method == "POST" and rest == "/close":
                 return await self._close(attempt)
             if request.method == "POST" and rest == COUNT_TOKENS:
                 return await self._count_tokens(request, attempt, await _body(request))
             if request.method == "GET" and rest.startswith("/v1/models"):
                 return await self._models(rest.removeprefix("/v1/models").strip("/"))
-            raise CallError(404, f"{request.method} {rest} is not to be had here; there are POST {', '.join(SURFACES)}")
+            raise CallError(
+                404, f"{request.method} {rest} is not to be had here; there are POST {', '.join(ENDPOINTS)}"
+            )
         except CallError as error:
             return web.json_response(error_body(str(error), error.status), status=error.status, headers=error.headers)
         except BadRequest as error:
             return web.json_response(error_body(str(error), 400), status=400)
 
-    def _authorised(self, request: web.Request) -> Attempt:
+    def _authorised(self, request: web.Request) -> ProxiedAttempt:
         given = request.headers.get("x-api-key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
         if not given.isascii():
             raise CallError(401, "the API key is none of this proxy's: it holds something else than ASCII")
@@ -120,11 +122,11 @@ class Proxy:
             raise CallError(401, str(error)) from error
 
     @staticmethod
-    def _refuse_closed(attempt: Attempt) -> None:
+    def _refuse_closed(attempt: ProxiedAttempt) -> None:
         if attempt.closed:  # 410: a status that no SDK retries
             raise CallError(410, f"attempt {attempt.attempt_id} has ended; it can't call a model any more")
 
-    async def _close(self, attempt: Attempt) -> web.Response:
+    async def _close(self, attempt: ProxiedAttempt) -> web.Response:
         if self._attempts.may_have_lost_calls(attempt):
             raise CallError(409, f"attempt {attempt.attempt_id} is older than this proxy, which can't count its calls")
         attempt.closed = True
@@ -132,7 +134,7 @@ class Proxy:
             await attempt.drained.wait()
         return web.json_response({"spans": attempt.spans})
 
-    async def _count_tokens(self, request: web.Request, attempt: Attempt, asked: Json) -> web.StreamResponse:
+    async def _count_tokens(self, request: web.Request, attempt: ProxiedAttempt, asked: Json) -> web.StreamResponse:
         target = self._targets.of(str(asked.get("model") or ""), attempt.rollout_id, attempt.resources_id)
         path, body = COUNT_TOKENS, {**asked, "model": target.served_as}
         if target.replicas.upstream.kind == "vllm":

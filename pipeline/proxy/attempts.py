@@ -17,7 +17,7 @@ SKEW_S: Final = 5.0  # that a runner's clock may be behind ours
 
 
 @dataclass(slots=True)
-class Attempt:
+class ProxiedAttempt:
     """One attempt, as this proxy knows it."""
 
     rollout_id: str
@@ -62,7 +62,7 @@ class Attempts:
         self._limits = limits or Limits()
         self._clock = clock
         self._started = clock()
-        self._known: OrderedDict[str, Attempt] = OrderedDict()  # the one longest untouched first
+        self._known: OrderedDict[str, ProxiedAttempt] = OrderedDict()  # the one longest untouched first
 
     @property
     def in_flight(self) -> int:
@@ -71,7 +71,7 @@ class Attempts:
     def __len__(self) -> int:
         return len(self._known)
 
-    def authorised(self, rollout_id: str, attempt_id: str, key: str) -> Attempt:
+    def authorised(self, rollout_id: str, attempt_id: str, key: str) -> ProxiedAttempt:
         """Raises `BadKey`."""
         attempt = self._known.get(attempt_id)
         if attempt is None or attempt.rollout_id != rollout_id:
@@ -85,18 +85,18 @@ class Attempts:
         self._forget_old()
         return attempt
 
-    def may_have_lost_calls(self, attempt: Attempt) -> bool:
+    def may_have_lost_calls(self, attempt: ProxiedAttempt) -> bool:
         """It began before this proxy did: another process may have counted calls of it that we know nothing of."""
         return attempt.issued < self._started - SKEW_S
 
-    def _new(self, rollout_id: str, attempt_id: str, key: str) -> Attempt:
+    def _new(self, rollout_id: str, attempt_id: str, key: str) -> ProxiedAttempt:
         limiter = Limiter(f"attempt {attempt_id}", self._limits) if limited(self._limits) else None
         if self._shared_key and hmac.compare_digest(key.encode(), self._shared_key):
-            return Attempt(rollout_id, attempt_id, key.encode(), float("inf"), self._clock(), limiter=limiter)
+            return ProxiedAttempt(rollout_id, attempt_id, key.encode(), float("inf"), self._clock(), limiter=limiter)
         if not key:
             raise BadKey(f"no API key was given; that of attempt {attempt_id} is needed")
         claims = claims_of(self._secret, rollout_id, attempt_id, key, now=self._clock())
-        return Attempt(
+        return ProxiedAttempt(
             rollout_id, attempt_id, key.encode(), claims.expires, claims.issued, claims.resources_id, limiter
         )
 

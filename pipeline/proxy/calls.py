@@ -23,12 +23,12 @@ from aiohttp import web
 from millstream.pipeline.protocols import sse
 from millstream.pipeline.protocols.answers import UPSTREAM_ENDED, Answer, ChatReader, Json, Reader, error_text
 from millstream.pipeline.protocols.completion import MODEL_VERSION
-from millstream.pipeline.protocols.endpoints import COMPLETIONS, MALFORMED, Plan, Surface, Writer, plan
+from millstream.pipeline.protocols.endpoints import COMPLETIONS, MALFORMED, Endpoint, Plan, Writer, plan
 from millstream.pipeline.protocols.openai import BadRequest, chunks_of
-from millstream.pipeline.proxy.attempts import Attempt
+from millstream.pipeline.proxy.attempts import ProxiedAttempt
 from millstream.pipeline.proxy.http_client import Exchange
 from millstream.pipeline.proxy.limits import Busy, all_of
-from millstream.pipeline.proxy.migration import Rest, may_go_on, rest_of
+from millstream.pipeline.proxy.migration import Remainder, may_go_on, remainder_of
 from millstream.pipeline.proxy.replicas import Failed, Replica, Replicas, Tries
 from millstream.pipeline.proxy.spans import CallFacts, call_span, version_of
 from millstream.pipeline.proxy.targets import Target, Targets
@@ -68,8 +68,8 @@ class _Call:
     """One call under way."""
 
     request: web.Request
-    attempt: Attempt
-    surface: Surface
+    attempt: ProxiedAttempt
+    endpoint: Endpoint
     target: Target
     plan: Plan
     deadline: float
@@ -81,7 +81,7 @@ class _Call:
     version: str | None = None
     end_version: str | None = None
     version_before: str | None = None  # of what other replicas have said of it
-    rest: Rest | None = None  # what the present replica was asked for, if another one had begun
+    remainder: Remainder | None = None  # what the present replica was asked for, if another one had begun
     response: web.StreamResponse | None = None  # once something has been sent
     held: list[bytes] = field(default_factory=list)  # the end of a stream, until the span is stored
 
@@ -99,18 +99,18 @@ class _Call:
         self.version = self.end_version = self.facts.first_token = None
         self.held = []
 
-    def go_on(self, rest: Rest) -> None:
-        """What there is of a stream counts, and another replica says the rest."""
-        if rest.made > (self.rest.made if self.rest is not None else 0):
+    def go_on(self, remainder: Remainder) -> None:
+        """What there is of a stream counts, and another replica says the remainder."""
+        if remainder.made > (self.remainder.made if self.remainder is not None else 0):
             self.version_before = version_of(self.version_before, version_of(self.version, self.end_version))
         self.version = self.end_version = None
         assert isinstance(self.reader, ChatReader)
-        self.reader.go_on(rest.dropped, ended=rest.request is None)
-        self.rest = rest
+        self.reader.go_on(remainder.dropped, ended=remainder.request is None)
+        self.remainder = remainder
 
     @property
     def may_go_on(self) -> bool:
-        return self.target.replicas.upstream.policy and may_go_on(self.plan)
+        return self.target.replicas.upstream.trainable and may_go_on(self.plan)
 
     def client_id(self) -> str:
         answer_id = self.answer.id
@@ -121,26 +121,28 @@ class Calls:
     """Makes and records them."""
 
     def __init__(
-        self, producer: Producer, topics: Topics, targets: Targets, blobs: Blobs, cache_ttl: float = 0.0
+        self, producer: Producer, topics: Topics, targets: Targets, blobs: Blobs, cache_ttl_s: float = 0.0
     ) -> None:
-        """For ``cache_ttl`` seconds a request of temperature 0 to a model that is nobody's policy is answered again
+        """For ``cache_ttl_s`` seconds a request of temperature 0 to a model that is nobody's policy is answered again
         without it."""
         self._sends = AcknowledgedSends(producer, RECORD_S)
         self._topics = topics
         self._targets = targets
         self._blobs = blobs
-        self._cache_ttl = cache_ttl
+        self._cache_ttl_s = cache_ttl_s
         self._cache: OrderedDict[bytes, tuple[float, bytes]] = OrderedDict()  # oldest first
         self._recording: set[asyncio.Task[None]] = set()
         self.recorded = 0
         self.unrecorded = 0
 
-    async def make(self, request: web.Request, attempt: Attempt, surface: Surface, asked: Json) -> web.StreamResponse:
+    async def make(
+        self, request: web.Request, attempt: ProxiedAttempt, endpoint: Endpoint, asked: Json
+    ) -> web.StreamResponse:
         """Answers the client. Raises `CallError` if it has been sent nothing yet and gets no answer."""
         start = time.time_ns()
         try:
             target = self._targets.of(str(asked.get("model") or ""), attempt.rollout_id, attempt.resources_id)
-            call = self._planned(request, attempt, surface, target, asked, start)
+            call = self._planned(request, attempt, endpoint, target, asked, start)
         except BadRequest as error:
             raise CallError(400, str(error)) from error
         limiters = [*([attempt.limiter] if attempt.limiter is not None else []), *target.limiters]
@@ -204,16 +206,16 @@ class Calls:
             await asyncio.wait(self._recording)
 
     def _planned(
-        self, request: web.Request, attempt: Attempt, surface: Surface, target: Target, asked: Json, start: int
+        self, request: web.Request, attempt: ProxiedAttempt, endpoint: Endpoint, target: Target, asked: Json, start: int
     ) -> _Call:
         upstream = target.replicas.upstream
-        if target.sampling and upstream.policy:
+        if target.sampling and upstream.trainable:
             asked = {**target.sampling, **asked}
-        made = plan(surface, asked, upstream.kind)
+        made = plan(endpoint, asked, upstream.kind)
         if made.request.get("model") != target.served_as:
             made.request = {**made.request, "model": target.served_as}
         facts = CallFacts(
-            operation=surface.operation,
+            operation=endpoint.operation,
             asked=made.asked,
             messages=made.messages,
             upstream=target.replicas.name,
@@ -223,7 +225,7 @@ class Calls:
             stream=bool(asked.get("stream")),
         )
         deadline = time.monotonic() + upstream.timeout_s
-        return _Call(request, attempt, surface, target, made, deadline, facts, facts.stream)
+        return _Call(request, attempt, endpoint, target, made, deadline, facts, facts.stream)
 
     async def _made(self, call: _Call) -> web.StreamResponse:
         replicas, body = call.target.replicas, orjson.dumps(call.plan.request)
@@ -250,10 +252,10 @@ class Calls:
     async def _continued(self, call: _Call, tries: Tries, headers: dict[str, str]) -> web.StreamResponse:
         """Has another replica say the rest of a stream that one has begun to, and again, as long as there are tries."""
         replicas = call.target.replicas
-        while replicas.upstream.policy and (rest := rest_of(call.plan, call.reader)) is not None:
-            call.go_on(rest)
-            call.held += [self._tell(call, chunk) for chunk in rest.chunks]
-            if rest.request is None:
+        while replicas.upstream.trainable and (remainder := remainder_of(call.plan, call.reader)) is not None:
+            call.go_on(remainder)
+            call.held += [self._tell(call, chunk) for chunk in remainder.chunks]
+            if remainder.request is None:
                 return await self._finished(call)
             if told := b"".join(call.held):
                 await self._send(call, told, {})
@@ -261,9 +263,9 @@ class Calls:
             if (replica := await tries.next()) is None:
                 break
             try:
-                request = rest.request
+                request = remainder.request
                 if "max_tokens" not in request:
-                    request = rest.fitting(await self._context(call, replica, headers))
+                    request = remainder.fitting(await self._context(call, replica, headers))
                 body = orjson.dumps(request)
                 async with replicas.post(replica, COMPLETIONS.path, body, headers, call.deadline) as upstream:
                     if upstream.status != 200:
@@ -319,7 +321,7 @@ class Calls:
             return await self._ended(call)
         await self._record(call)
         if key is not None:
-            self._cache[key] = (time.monotonic() + self._cache_ttl, body)
+            self._cache[key] = (time.monotonic() + self._cache_ttl_s, body)
             if len(self._cache) > CACHED_ANSWERS:
                 self._cache.popitem(last=False)
         return web.Response(
@@ -362,7 +364,7 @@ class Calls:
         if call.answer.aborted and (call.response is None or call.may_go_on):
             raise Failed("a weight update has ended the call", broken=False)
         if call.answer.error:
-            if call.target.replicas.upstream.policy:  # its engine may have died
+            if call.target.replicas.upstream.trainable:  # its engine may have died
                 raise Failed(call.answer.error)
             return await self._broken(call, call.answer.error, early, told)
         return await self._finished(call, early, told)
@@ -414,8 +416,8 @@ class Calls:
             if whole:
                 call.reader.whole(data)
             else:
-                if call.rest is not None:
-                    data = call.rest.chunk(data)
+                if call.remainder is not None:
+                    data = call.remainder.chunk(data)
                 call.reader.event(data)
         except MALFORMED as error:
             name = call.target.replicas.name
@@ -444,7 +446,7 @@ class Calls:
     async def _broken(
         self, call: _Call, message: str, early: bytes = b"", told: dict[str, str] | None = None, record: bool = True
     ) -> web.StreamResponse:
-        """The client has part of the answer: it gets an error as the rest."""
+        """The client has part of the answer: it gets an error as the remainder."""
         call.answer.error = message
         if record and not call.recorded:
             call.answer.finish_reasons = ["error"]
@@ -453,7 +455,7 @@ class Calls:
         if writer is not None:
             error = writer.error(message)
         else:
-            error = sse.event(call.surface.error_body(message, 502), "error")
+            error = sse.event(call.endpoint.error_body(message, 502), "error")
         await self._send(call, early + error, told or {})
         return await self._ended(call)
 
@@ -469,10 +471,10 @@ class Calls:
         call.answer.error = message
         await self._record(call)
         headers = {"Retry-After": str(math.ceil(retry_after_s))} if retry_after_s else {}
-        if data is not None and call.plan.path == call.surface.path and isinstance(data.get("error"), dict):
+        if data is not None and call.plan.path == call.endpoint.path and isinstance(data.get("error"), dict):
             safe = self._without_key(call, body.decode("utf-8", "replace"))
             return web.Response(text=safe, status=status, content_type="application/json", headers=headers)
-        return web.json_response(call.surface.error_body(message, status), status=status, headers=headers)
+        return web.json_response(call.endpoint.error_body(message, status), status=status, headers=headers)
 
     @staticmethod
     def _without_key(call: _Call, text: str) -> str:
@@ -518,8 +520,8 @@ class Calls:
     # --- Answers that are given again
 
     def _cache_key(self, call: _Call, body: bytes) -> bytes | None:
-        policy = call.target.replicas.upstream.policy
-        if not self._cache_ttl or policy or call.wants_stream or call.plan.request.get("temperature") != 0:
+        policy = call.target.replicas.upstream.trainable
+        if not self._cache_ttl_s or policy or call.wants_stream or call.plan.request.get("temperature") != 0:
             return None
         return hashlib.sha256(call.plan.path.encode() + b"\0" + call.target.replicas.name.encode() + body).digest()
 

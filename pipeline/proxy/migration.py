@@ -2,7 +2,7 @@
 
 It is asked for by the ids of the prompt and of what there is of the answer, at vLLM's ``/v1/completions``, and told in
 the form of the stream that it continues. That samples what the first replica would have: only where the tokens so far,
-and nothing else, decide what comes next. Any other call has no rest.
+and nothing else, decide what comes next. Any other call has no remainder.
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from millstream.pipeline.protocols.endpoints import CHAT, COMPLETIONS, Plan
 from millstream.pipeline.protocols.openai import choices_asked
 
 DEFAULT_MAX_TOKENS: Final = 16  # of completions
-# Request fields that mean the same for the rest. A repetition penalty counts prompt and answer alike; the other two
-# penalties count the answer alone, and the rest would not know of its beginning.
+# Request fields that mean the same for the remainder. A repetition penalty counts prompt and answer alike; the other
+# two penalties count the answer alone, and the rest would not know of its beginning.
 _SAME: Final = frozenset({
     "model", "user", "priority", "cache_salt", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "logit_bias", "allowed_token_ids", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
@@ -41,7 +41,7 @@ _NEUTRAL: Final[Json] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
+class Remainder:
     """What is missing of a stream."""
 
     made: int  # tokens that there are
@@ -102,7 +102,7 @@ def may_go_on(plan: Plan) -> bool:
     return all(_only_text(message) for message in request.get("messages") or ())
 
 
-def rest_of(plan: Plan, reader: Reader) -> Rest | None:
+def remainder_of(plan: Plan, reader: Reader) -> Remainder | None:
     """What is missing of a stream that has begun; None if that can't be said exactly."""
     if not isinstance(reader, ChatReader) or not may_go_on(plan):
         return None
@@ -129,9 +129,9 @@ def rest_of(plan: Plan, reader: Reader) -> Rest | None:
         ended = True
     if ended:
         chunks.append({**head, "choices": [], "usage": _usage(len(prompt), made)})
-    rest = None if ended else _request(request, [*prompt, *ids[:made]], made, limit, text)
+    remainder = None if ended else _request(request, [*prompt, *ids[:made]], made, limit, text)
     top = None if text else request.get("top_logprobs") or 0
-    return Rest(made, dropped, chunks, rest, head, len(prompt), len(said) + len(untold), top)
+    return Remainder(made, dropped, chunks, remainder, head, len(prompt), len(said) + len(untold), top)
 
 
 def cut(pieces: list[tuple[str, list[str]]], said: str, stops: list[str], held: int) -> tuple[int, str] | None:

@@ -25,8 +25,8 @@ from millstream.schemas.ids import rank
 logger = logging.getLogger(__name__)
 
 FAILURES: Final = 3
-REST_S: Final = 1.0  # of a replica that failed, doubled each time up to
-MAX_REST_S: Final = 30.0
+COOLDOWN_S: Final = 1.0  # of a replica that failed, doubled each time up to
+MAX_COOLDOWN_S: Final = 30.0
 HEALTH_S: Final = 2.0  # for an answer of /health
 TRIES: Final = 6
 BACKOFF_S: Final = 0.25  # doubled with each try, and of that a random part ("full jitter")
@@ -57,11 +57,11 @@ class Replica:
     server: Server
     in_flight: int = 0
     failures: int = 0  # in a row
-    rests_until: float = 0.0
+    cooldown_until: float = 0.0
     trying: bool = False  # one call finds out whether it is back
 
     def usable(self, now: float) -> bool:
-        return self.failures < FAILURES or (now >= self.rests_until and not self.trying)
+        return self.failures < FAILURES or (now >= self.cooldown_until and not self.trying)
 
 
 class Replicas:
@@ -98,11 +98,11 @@ class Replicas:
     def tries(self, rollout_id: str, deadline: float) -> "Tries":
         return Tries(self, rollout_id, deadline, self._clock)
 
-    def rest_left_s(self) -> float:
+    def cooldown_left_s(self) -> float:
         """Until a replica may be tried again; all of them rest."""
-        if self.upstream.policy:  # its health is looked at
-            return REST_S
-        return max(0.0, min(replica.rests_until for replica in self.all) - self._clock())
+        if self.upstream.trainable:  # its health is looked at
+            return COOLDOWN_S
+        return max(0.0, min(replica.cooldown_until for replica in self.all) - self._clock())
 
     def post(self, replica: Replica, path: str, body: bytes, headers: dict[str, str], deadline: float) -> "Post":
         exchange = replica.server.request("POST", path, headers, body)
@@ -138,10 +138,10 @@ class Replicas:
         replica.failures += 1
         if replica.failures < FAILURES:
             return
-        rest = min(MAX_REST_S, REST_S * 2 ** (replica.failures - FAILURES))
-        replica.rests_until = self._clock() + rest
-        logger.warning("replica %s of %s is left alone for %.0f s: %s", replica.url, self.name, rest, error)
-        if self.upstream.policy and replica not in self._checks:
+        cooldown = min(MAX_COOLDOWN_S, COOLDOWN_S * 2 ** (replica.failures - FAILURES))
+        replica.cooldown_until = self._clock() + cooldown
+        logger.warning("replica %s of %s is not used for %.0f s: %s", replica.url, self.name, cooldown, error)
+        if self.upstream.trainable and replica not in self._checks:
             check = asyncio.create_task(self._until_healthy(replica))
             self._checks[replica] = check
             check.add_done_callback(lambda _: self._checks.pop(replica, None))
@@ -151,7 +151,7 @@ class Replicas:
 
     async def _until_healthy(self, replica: Replica) -> None:
         while replica.failures >= FAILURES:
-            await asyncio.sleep(REST_S)
+            await asyncio.sleep(COOLDOWN_S)
             try:
                 async with asyncio.timeout(HEALTH_S), replica.server.request("GET", "/health", {}) as answer:
                     if answer.status == 200:
@@ -238,7 +238,7 @@ class Tries:
             self._replica = self._replicas.pick(self._rollout_id, avoid)
             if self._replica is not None:
                 return self._replica
-            self._pause_s = self._replicas.rest_left_s()
+            self._pause_s = self._replicas.cooldown_left_s()
         return None
 
     def failed(self, error: Failed) -> None:

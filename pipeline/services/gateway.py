@@ -235,7 +235,9 @@ class Monitor:
             ended.add_metric(labels, count)
         yield ended
         yield CounterMetricFamily("millstream_retries", "Of ended rollouts.", self.kpis.retries)
-        yield CounterMetricFamily("millstream_losses", "Attempts lost, of ended rollouts.", self.kpis.losses)
+        yield CounterMetricFamily(
+            "millstream_lost_attempts", "Attempts lost, of ended rollouts.", self.kpis.lost_attempts
+        )
 
 
 def _described(topics: Topics) -> KafkaBroker:

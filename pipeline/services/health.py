@@ -39,15 +39,15 @@ CHECK_S = 1.0
 class Health:
     """Of one process. ``log`` is what the role has to use: its consumers tell when they poll.
 
-    ``rests``: between two polls the role may be busy with something else for as long as it likes; a poll may not.
+    ``allow_idle``: between two polls the role may be busy with something else for as long as it likes; a poll may not.
     """
 
-    def __init__(self, log: Log, stop: asyncio.Event, *, rests: bool = False) -> None:
+    def __init__(self, log: Log, stop: asyncio.Event, *, allow_idle: bool = False) -> None:
         self.log = cast(Log, _WatchedLog(log, self))
         self.registry = CollectorRegistry()
         self._stop = stop
         self.trouble: Callable[[], str | None] = lambda: None  # what keeps the role from its work; any thread may ask
-        self._rests = rests
+        self._allow_idle = allow_idle
         self._polls: dict[object, float | None] = {}  # when each was last heard of; None: not yet
         self._ages: dict[Metric, tuple[Callable[[], float], float | None]] = {}  # each with its limit
         self._closed = threading.Event()
@@ -121,11 +121,11 @@ class Health:
         self._polls[consumer] = None
 
     def polling(self, consumer: object) -> None:
-        if self._rests:
+        if self._allow_idle:
             self.heard(consumer)
 
     def polled(self, consumer: object) -> None:
-        self._polls[consumer] = math.inf if self._rests else time.monotonic()
+        self._polls[consumer] = math.inf if self._allow_idle else time.monotonic()
 
     def heard(self, who: object) -> None:
         """Somebody lives who has to be heard of every `STUCK_S`, like a consumer."""
@@ -137,11 +137,11 @@ class Health:
 
 @asynccontextmanager
 async def watched(
-    log: Log, topics: Topics, role: str, port: int, stop: asyncio.Event, *, rests: bool = False
+    log: Log, topics: Topics, role: str, port: int, stop: asyncio.Event, *, allow_idle: bool = False
 ) -> AsyncIterator[Health]:
     """A role's process for as long as the body runs: served to probes at ``port``, ended if it is stuck, and told of on
     the workers topic (a runner tells of itself). Raises `ConfigError` if the port is taken."""
-    health = Health(log, stop, rests=rests)
+    health = Health(log, stop, allow_idle=allow_idle)
     health.start(port)
 
     def load() -> tuple[int, int]:

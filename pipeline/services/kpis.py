@@ -24,7 +24,7 @@ class _Ended(NamedTuple):
     latency_s: float
     queued_s: float | None
     retries: int
-    losses: int
+    lost_attempts: int
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class Kpis:
         self._workers: OrderedDict[str, Worker] = OrderedDict()
         self.ended: Counter[tuple[str, str]] = Counter()  # (mode, status) → rollouts, since the start
         self.retries = 0  # of those rollouts
-        self.losses = 0
+        self.lost_attempts = 0
 
     def add(self, record: object) -> None:
         """Takes in a record; those of kinds that say nothing here are left out."""
@@ -90,10 +90,10 @@ class Kpis:
         retries = max(0, end.attempts - 1)
         ok, latency_s = end.status == status.SUCCEEDED, (end.ended_at - end.created_at) / 1e9
         group = end.experiment_id, end.mode
-        self._ends.append(_Ended(group, end.ended_at, ok, latency_s, queued_s, retries, end.losses))
+        self._ends.append(_Ended(group, end.ended_at, ok, latency_s, queued_s, retries, end.lost_attempts))
         self.ended[end.mode, end.status] += 1
         self.retries += retries
-        self.losses += end.losses
+        self.lost_attempts += end.lost_attempts
 
     def rollout(self, rollout_id: str) -> dict[str, Any] | None:
         """Where a rollout stands, as JSON; None if it is unknown, or forgotten."""
@@ -152,7 +152,7 @@ class Kpis:
             "latency_s": quantiles(end.latency_s for end in ends),
             "queued_s": quantiles(end.queued_s for end in ends if end.queued_s is not None),
             "retries": sum(end.retries for end in ends),
-            "losses": sum(end.losses for end in ends),
+            "lost_attempts": sum(end.lost_attempts for end in ends),
         }
 
 

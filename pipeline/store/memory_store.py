@@ -217,7 +217,7 @@ class MemoryStore(Store):
             resources_id=latest.resources_id,
             status=end.status if end else status.rollout_status(events),
             attempts=end.attempts if end else len(tried),
-            losses=end.losses if end else latest.losses,
+            lost_attempts=end.lost_attempts if end else latest.lost_attempts,
             turns=end.turns if end else 0,
             spans=end.spans if end else 0,
             reward=end.reward if end else None,

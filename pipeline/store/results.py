@@ -67,7 +67,7 @@ class Rollout:
     resources_id: str | None
     status: str  # queued, running, retrying, succeeded, failed, cancelled
     attempts: int
-    losses: int
+    lost_attempts: int
     turns: int  # 0 until it has ended, as are ``spans``
     spans: int
     reward: float | None  # the sum of what its deciding attempt emitted

@@ -8,7 +8,7 @@ from weakref import WeakKeyDictionary
 
 from millstream.consumers.runner.attempt import optional_parameters
 from millstream.pipeline.blocking import run_blocking
-from millstream.producers.agent.attempt import Attempt
+from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.emit import emit_reward
 from millstream.schemas.wire.records import Span
 
@@ -24,12 +24,12 @@ class Seen:
     rewarded: bool = False  # the reward functions have been called
 
 
-class Completions:
+class RewardFunctions:
     """Reward functions, in the order in which they were added, for any number of attempts at once."""
 
     def __init__(self) -> None:
         self._functions: list[tuple[Callable[..., Any], tuple[str, ...]]] = []
-        self._seen: WeakKeyDictionary[Attempt, Seen] = WeakKeyDictionary()
+        self._seen: WeakKeyDictionary[AttemptContext, Seen] = WeakKeyDictionary()
 
     def __bool__(self) -> bool:
         return bool(self._functions)
@@ -37,7 +37,7 @@ class Completions:
     def add(self, function: Callable[..., Any]) -> None:
         self._functions.append((function, optional_parameters(function, PARAMETERS)))
 
-    def watch(self, attempt: Attempt | None) -> Seen:
+    def watch(self, attempt: AttemptContext | None) -> Seen:
         """From now on, keeps the attempt's spans."""
         if attempt is None:
             return Seen()
@@ -47,16 +47,16 @@ class Completions:
             attempt.emit = _both(seen.spans.append, attempt.emit)
         return seen
 
-    def reward(self, attempt: Attempt | None, result: Any) -> None:
+    def reward(self, attempt: AttemptContext | None, result: Any) -> None:
         """Emits what the functions make of the result; whatever one of them raises is raised."""
         for name, answer in self._answers(attempt, result):
             _emit(name, run_blocking(answer) if inspect.isawaitable(answer) else answer)
 
-    async def reward_async(self, attempt: Attempt | None, result: Any) -> None:
+    async def reward_async(self, attempt: AttemptContext | None, result: Any) -> None:
         for name, answer in self._answers(attempt, result):
             _emit(name, await answer if inspect.isawaitable(answer) else answer)
 
-    def _answers(self, attempt: Attempt | None, result: Any) -> Iterator[tuple[str, Any]]:
+    def _answers(self, attempt: AttemptContext | None, result: Any) -> Iterator[tuple[str, Any]]:
         seen = self.watch(attempt)
         seen.result, seen.rewarded = result, True
         for function, names in self._functions:

@@ -17,8 +17,8 @@ from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.claims import Claim, preparing
 from millstream.consumers.runner.proxies import Proxies, ProxyNotClosed
 from millstream.pipeline.blocking import run_blocking
-from millstream.pipeline.tracing.reward_functions import Completions
-from millstream.producers.agent.attempt import Attempt, Rollout
+from millstream.pipeline.tracing.reward_functions import RewardFunctions
+from millstream.producers.agent.attempt import AttemptContext, RolloutInfo
 from millstream.producers.agent.process_tracer import ProcessTracer
 from millstream.producers.blob_store import Blobs
 from millstream.producers.workers import new_worker_id
@@ -47,7 +47,7 @@ class TracedRollout:
         log: Log,
         settings: Settings,
         process: ProcessTracer,
-        completions: Completions,
+        completions: RewardFunctions,
         proxy_url: str = "",
     ) -> None:
         # Nobody beats for it: its lease is its time limit.
@@ -67,7 +67,7 @@ class TracedRollout:
         self._entered = False
         self._start = 0  # offset of its claim
         self._outcome = Outcome(status.SUCCEEDED)
-        self._attempt = Attempt(
+        self._attempt = AttemptContext(
             task,
             self._claim.attempt_id,
             self._writer.emit,
@@ -80,7 +80,7 @@ class TracedRollout:
         self.spans: Sequence[Span] = self._seen.spans
 
     @property
-    def rollout(self) -> Rollout:
+    def rollout(self) -> RolloutInfo:
         """What an agent is told of it."""
         return self._attempt.rollout
 

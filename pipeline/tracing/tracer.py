@@ -10,9 +10,9 @@ from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.port import Log
 from millstream.consumers.runner.attempt import AGENT_PARAMETERS, AgentFunction, agent_name, optional_parameters
-from millstream.pipeline.tracing.reward_functions import Completions
+from millstream.pipeline.tracing.reward_functions import RewardFunctions
 from millstream.pipeline.tracing.traced_rollout import TracedRollout
-from millstream.producers.agent.attempt import Attempt, current_attempt
+from millstream.producers.agent.attempt import AttemptContext, current_attempt
 from millstream.producers.agent.instrumentation import chosen
 from millstream.producers.agent.process_tracer import ProcessTracer, adopt_global_provider
 from millstream.producers.tasks import TaskLine, group_of
@@ -46,7 +46,7 @@ class Tracer:
         update_wrapper(self, agent)  # its name, its parameters, and whether it is async are the agent's
         self._agent = agent
         self._parameters = optional_parameters(agent, AGENT_PARAMETERS)
-        self._completions = Completions()
+        self._completions = RewardFunctions()
         self._log = log
         self._settings = settings
         self._proxy_url = proxy_url
@@ -72,7 +72,7 @@ class Tracer:
         self._completions.reward(attempt, result)
         return result
 
-    async def _awaited(self, attempt: Attempt | None, result: Awaitable[Any]) -> Any:
+    async def _awaited(self, attempt: AttemptContext | None, result: Awaitable[Any]) -> Any:
         answer = await result
         await self._completions.reward_async(attempt, answer)
         return answer
@@ -107,4 +107,4 @@ class Tracer:
 
     def _new_task(self, given: Any) -> RolloutTask:
         (task,) = group_of(TaskLine.model_validate({"input": given}), self.settings)
-        return replace(task, max_attempts=1, max_losses=0)  # no runner is asked to run it again
+        return replace(task, max_attempts=1, max_lost_attempts=0)  # no runner is asked to run it again

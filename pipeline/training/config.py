@@ -16,7 +16,7 @@ from millstream.consumers.log.port import Log
 from millstream.pipeline.models.server import ModelServer
 from millstream.pipeline.models.vllm_process import Transfer, VllmOptions
 from millstream.pipeline.services.health import watched
-from millstream.pipeline.training.progress import LiveView
+from millstream.pipeline.training.progress import ProgressView
 from millstream.pipeline.training.trainer import Strategy, Summary, Trainer, strategy_of
 from millstream.schemas.config.settings import Settings, load_settings, problems_of
 from millstream.schemas.errors import ConfigError
@@ -89,7 +89,7 @@ class WatchedStrategy:
         async with (
             self._inner.running(settings, **options) as (log, server),
             # A step of training may take as long as it likes.
-            watched(log, settings.topics, "trainer", self._health_port, asyncio.Event(), rests=True) as health,
+            watched(log, settings.topics, "trainer", self._health_port, asyncio.Event(), allow_idle=True) as health,
         ):
             yield health.log, server
 
@@ -123,7 +123,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
     settings = load_settings()
     tasks = read_inputs(config.tasks, settings)
     val_tasks = read_inputs(config.val_tasks, settings) if config.val_tasks else []
-    with LiveView(console or Console(), config.run) as view:
+    with ProgressView(console or Console(), config.run) as view:
         trainer = Trainer(
             algorithm=make_grpo(config.grpo),
             agent=config.agent,

@@ -14,7 +14,7 @@ SHOWN_STEPS = 12
 BAR_WIDTH = 12  # the table fits 80 columns
 
 
-class LiveView:
+class ProgressView:
     """A table that follows the run on a terminal; a line for each step anywhere else."""
 
     def __init__(self, console: Console, title: str) -> None:
@@ -23,7 +23,7 @@ class LiveView:
         self._steps: deque[StepReport] = deque(maxlen=SHOWN_STEPS)
         self._live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
 
-    def __enter__(self) -> "LiveView":
+    def __enter__(self) -> "ProgressView":
         if self._live is not None:
             self._live.start()
             self._live.update(Text(f"{self._title}: waiting for the first step …"))

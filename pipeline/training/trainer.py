@@ -353,9 +353,9 @@ class _Run:
             mode=mode,
             resources_id=self._resources_id,
             max_attempts=self._settings.retry_max_attempts,
-            max_losses=self._settings.retry_max_losses,
-            timeout_s=self._settings.timeout_seconds,
-            lease_s=self._settings.lease_seconds,
+            max_lost_attempts=self._settings.retry_max_lost_attempts,
+            timeout_s=self._settings.timeout_s,
+            lease_s=self._settings.lease_s,
             experiment_id=self.summary.experiment_id,
             created_at=time.time_ns(),
         )

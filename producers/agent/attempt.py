@@ -23,7 +23,7 @@ _KEY = otel.create_key("millstream.attempt")
 
 
 @dataclass(frozen=True, slots=True)
-class Rollout:
+class RolloutInfo:
     """What an agent is told about its rollout if it asks for a ``rollout``."""
 
     rollout_id: str
@@ -35,7 +35,7 @@ class Rollout:
 
 
 @dataclass(eq=False)
-class Attempt:
+class AttemptContext:
     """One running attempt, as its own code sees it. ``emit`` takes its finished spans and ``save`` its state, from any
     thread."""
 
@@ -88,19 +88,19 @@ class Attempt:
         return self.proxy_url and self.proxy_url.rstrip("/") + self.path
 
     @cached_property
-    def rollout(self) -> Rollout:
+    def rollout(self) -> RolloutInfo:
         task = self.task
-        return Rollout(
+        return RolloutInfo(
             task.rollout_id, self.attempt_id, task.attempt, task.mode, json.loads(task.input), dict(task.metadata)
         )
 
 
-def current_attempt(context: Context | None = None) -> Attempt | None:
+def current_attempt(context: Context | None = None) -> AttemptContext | None:
     """The attempt that ``context`` (the current one) belongs to."""
-    return cast("Attempt | None", otel.get_value(_KEY, context))
+    return cast("AttemptContext | None", otel.get_value(_KEY, context))
 
 
-def enter(attempt: Attempt) -> Token[Context]:
+def enter(attempt: AttemptContext) -> Token[Context]:
     """Makes the running task or thread part of the attempt, in a context that has nothing else in it."""
     return otel.attach(otel.set_value(_KEY, attempt, Context()))
 

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import wrapt
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from millstream.producers.agent.attempt import Attempt, current_attempt
+from millstream.producers.agent.attempt import AttemptContext, current_attempt
 from millstream.producers.agent.shared_threads import note_call
 from millstream.schemas.errors import ConfigError, MillstreamError
 
@@ -67,12 +67,12 @@ def _send(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, 
         return wrapped(*args, **kwargs)
 
 
-async def _awaited(attempt: Attempt, answer: Awaitable[Any]) -> Any:
+async def _awaited(attempt: AttemptContext, answer: Awaitable[Any]) -> Any:
     with attempt.calling():
         return await answer
 
 
-def _bind(request: Any) -> Attempt | None:
+def _bind(request: Any) -> AttemptContext | None:
     """Its attempt, if the request goes to the proxy."""
     url = request.url
     origin = url.scheme, url.host, url.port or _DEFAULT_PORTS.get(url.scheme, 0)

@@ -18,7 +18,7 @@ from opentelemetry.sdk.trace import ReadableSpan
 from opentelemetry.trace.status import StatusCode
 from pydantic_core import PydanticSerializationError, to_json
 
-from millstream.producers.agent.attempt import Attempt, current_attempt
+from millstream.producers.agent.attempt import AttemptContext, current_attempt
 from millstream.producers.agent.shared_threads import note_call
 from millstream.producers.agent.span_processor import as_text, texts, to_record
 from millstream.schemas.errors import MillstreamError
@@ -40,7 +40,7 @@ class RewardError(EmitError):
     """A reward that is not a finite number."""
 
 
-def attempt_or_warning(what: str) -> Attempt | None:
+def attempt_or_warning(what: str) -> AttemptContext | None:
     """The attempt that the calling code belongs to. Without one, says so once in a process."""
     attempt = current_attempt()
     if attempt is None and not _warned.is_set():

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON
 
 from millstream.producers.agent import shared_threads
-from millstream.producers.agent.attempt import Attempt, enter, leave
+from millstream.producers.agent.attempt import AttemptContext, enter, leave
 from millstream.producers.agent.client_binding import bind_clients
 from millstream.producers.agent.instrumentation import FRAMEWORKS
 from millstream.producers.agent.instrumentation import instrument as instrument_frameworks
@@ -68,7 +68,7 @@ class ProcessTracer:
         instrument_frameworks(_provider(), instrument)
 
     @contextmanager
-    def attempt(self, attempt: Attempt) -> Iterator[None]:
+    def attempt(self, attempt: AttemptContext) -> Iterator[None]:
         """The body runs as part of the attempt, below its root span, which records how it went.
 
         Raises `SharedWorker`.

@@ -14,13 +14,13 @@ import wrapt
 from opentelemetry import context as otel
 from opentelemetry.context import Context
 
-from millstream.producers.agent.attempt import Attempt, current_attempt
+from millstream.producers.agent.attempt import AttemptContext, current_attempt
 from millstream.schemas.errors import MillstreamError
 
 GRACE_S = 0.5  # for threads that end just after they have handed over their result
 
 _THREAD = otel.create_key("millstream.thread")
-_running: set[Attempt] = set()
+_running: set[AttemptContext] = set()
 
 
 class SharedWorker(MillstreamError, RuntimeError):
@@ -43,7 +43,7 @@ def _start(wrapped: Any, thread: threading.Thread, args: tuple[Any, ...], kwargs
         otel.detach(token)
 
 
-def began(attempt: Attempt) -> None:
+def began(attempt: AttemptContext) -> None:
     """From any thread. No lock: a process that the agent forks would inherit it, perhaps held."""
     _running.add(attempt)
     together = tuple(_running)
@@ -52,24 +52,24 @@ def began(attempt: Attempt) -> None:
             each.alone = False
 
 
-def ended(attempt: Attempt) -> None:
+def ended(attempt: AttemptContext) -> None:
     attempt.ended = True
     _running.discard(attempt)
 
 
-def running_attempt(rollout_id: str) -> Attempt | None:
+def running_attempt(rollout_id: str) -> AttemptContext | None:
     """This rollout's attempt, if it runs in this process."""
     return next((attempt for attempt in tuple(_running) if attempt.task.rollout_id == rollout_id), None)
 
 
-def note_call(attempt: Attempt, context: Context | None = None) -> None:
+def note_call(attempt: AttemptContext, context: Context | None = None) -> None:
     """The attempt's code makes a call or a span here."""
     thread = otel.get_value(_THREAD, context)
     if thread is not None and thread is threading.current_thread():
         attempt.threads.add(threading.current_thread())
 
 
-def refuse_shared(attempt: Attempt) -> None:
+def refuse_shared(attempt: AttemptContext) -> None:
     """Raises `SharedWorker` if what the attempt's threads recorded may be another's. Waits `GRACE_S` at most."""
     if attempt.alone or not attempt.threads:
         return

@@ -16,7 +16,7 @@ from opentelemetry.sdk.trace import Span as SdkSpan
 from opentelemetry.trace import SpanKind
 from opentelemetry.trace.status import StatusCode
 
-from millstream.producers.agent.attempt import Attempt, current_attempt
+from millstream.producers.agent.attempt import AttemptContext, current_attempt
 from millstream.producers.agent.shared_threads import note_call
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.dialects import kind_of, rewards_of
@@ -42,7 +42,7 @@ class AttemptSpanProcessor(SpanProcessor):
     """Gives each span to the attempt in whose context it began, wherever it ends. Others are ignored."""
 
     def __init__(self) -> None:
-        self._open: dict[int, Attempt] = {}  # by span id
+        self._open: dict[int, AttemptContext] = {}  # by span id
         self._resource: tuple[object, dict[str, str]] = (None, {})  # the last one seen: there is hardly ever another
 
     def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
@@ -72,7 +72,7 @@ class AttemptSpanProcessor(SpanProcessor):
         return True  # nothing is held back
 
 
-def to_record(span: ReadableSpan, attempt: Attempt, resource: Mapping[str, str]) -> Span:
+def to_record(span: ReadableSpan, attempt: AttemptContext, resource: Mapping[str, str]) -> Span:
     """A finished span as the attempt's next record."""
     context = span.get_span_context()
     assert context is not None

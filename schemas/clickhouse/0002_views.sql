@@ -141,7 +141,7 @@ WITH
             argMax(input, attempt) AS input,
             argMax(resources_id, attempt) AS resources_id,
             argMax(metadata, attempt) AS metadata,
-            argMax(losses, attempt) AS losses,
+            argMax(lost_attempts, attempt) AS lost_attempts,
             min(created_at) AS created_at
         FROM tasks_raw FINAL
         GROUP BY rollout_id
@@ -183,7 +183,7 @@ SELECT
         'running'
     ) AS status,
     if(end_time IS NOT NULL, ends.attempts, toInt32(tried.attempts)) AS attempts,
-    if(end_time IS NOT NULL, ends.losses, latest.losses) AS losses,
+    if(end_time IS NOT NULL, ends.lost_attempts, latest.lost_attempts) AS lost_attempts,
     ends.turns AS turns,
     ends.spans AS spans,
     ends.reward AS reward,
@@ -282,7 +282,7 @@ SELECT
     status,
     count() AS rollouts,
     sum(attempts) AS attempts,
-    sum(losses) AS losses,
+    sum(lost_attempts) AS lost_attempts,
     sum(turns) AS turns,
     quantileExact(0.5)(dateDiff('nanosecond', started_at, ended_at) / 1e9) AS duration_p50_s,
     quantileExact(0.99)(dateDiff('nanosecond', started_at, ended_at) / 1e9) AS duration_p99_s

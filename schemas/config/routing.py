@@ -64,7 +64,7 @@ class Upstream(BaseModel):
         return self
 
     @property
-    def policy(self) -> bool:
+    def trainable(self) -> bool:
         """Its calls can be trained on: it tells token ids."""
         return self.kind == "vllm"
 

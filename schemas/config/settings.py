@@ -3,7 +3,7 @@
 import difflib
 import os
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,6 +25,10 @@ from millstream.schemas.wire.topics import Topics
 ENV_PREFIX = "MILLSTREAM_"
 CONFIG_VARIABLE = "MILLSTREAM_CONFIG"  # path of the TOML file; not a setting itself
 DEFAULT_CONFIG = "millstream.toml"
+ACCEPTED_NAMES = {
+    "timeout_seconds": "timeout_s",
+    "cache_ttl": "cache_ttl_s",
+}  # accepted too, wherever settings come from
 
 RetentionTable = Literal[
     "tasks", "attempts", "rollout_ends", "spans", "token_ids", "triplets", "workers", "dead_letters"
@@ -80,9 +84,9 @@ class Settings(BaseSettings):
     runner_processes: int = Field(1, ge=0, description="Agent processes of a runner; 0: threads of the runner itself.")
     retry_max_attempts: int = Field(1, ge=1, description="Attempts that a task gets unless it says otherwise.")
     # Generous: what dies with its machine is not the task's fault. Finite: a task that kills its runners has to end.
-    retry_max_losses: int = Field(10, ge=0, description="Lost attempts of a task that are forgiven.")
-    timeout_seconds: float = Field(600.0, gt=0, description="Seconds an attempt may run, unless its task says.")
-    lease_seconds: float = Field(30.0, gt=0, description="Seconds without a heartbeat until an attempt is lost.")
+    retry_max_lost_attempts: int = Field(10, ge=0, description="Lost attempts of a task that are forgiven.")
+    timeout_s: float = Field(600.0, gt=0, description="Seconds an attempt may run, unless its task says.")
+    lease_s: float = Field(30.0, gt=0, description="Seconds without a heartbeat until an attempt is lost.")
 
     triplets: TripletRules = Field(TripletRules(), description="Which calls train and what they earn.")
 
@@ -101,7 +105,7 @@ class Settings(BaseSettings):
     proxy_admin_token: SecretStr = Field(SecretStr(""), description="Bearer token of the proxy's admin port.")
     vllm_python: Path = Field(Path(".venv-vllm/bin/python"), description="Interpreter that has vLLM: `make vllm`.")
     weights_root: Path = Field(Path("runs"), description="Folder that weights have to lie below.")
-    cache_ttl: float = Field(0.0, ge=0, description="Seconds the proxy repeats answers of temperature 0; 0: never.")
+    cache_ttl_s: float = Field(0.0, ge=0, description="Seconds the proxy repeats answers of temperature 0; 0: never.")
 
     # The monitor
     monitor_token: SecretStr = Field(SecretStr(""), description="Bearer token that the monitor asks for.")
@@ -124,7 +128,15 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, _config_file())
+        variables = {new: ENV_PREFIX + old.upper() for old, new in ACCEPTED_NAMES.items()}
+        accepted = {new: os.environ[variable] for new, variable in variables.items() if variable in os.environ}
+        file = TomlConfigSettingsSource(settings_cls, _config_file())
+        sources: list[Any] = [init_settings, env_settings, lambda: accepted, lambda: _canonical(file())]
+        return tuple(sources)
+
+
+def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {ACCEPTED_NAMES.get(name, name): value for name, value in values.items()}
 
 
 def _config_file() -> Path:
@@ -136,7 +148,7 @@ def load_settings(**overrides: Any) -> Settings:
 
     Raises `ConfigError` naming each unknown or malformed setting and where it was set.
     """
-    known = Settings.model_fields
+    known = Settings.model_fields.keys() | ACCEPTED_NAMES.keys()
     if CONFIG_VARIABLE in os.environ and not _config_file().is_file():
         raise ConfigError(f"{CONFIG_VARIABLE} names {_config_file()}, which is not a file")
     _refuse_unknown(
@@ -149,9 +161,9 @@ def load_settings(**overrides: Any) -> Settings:
             names = tomllib.loads(_config_file().read_text("utf-8"))
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{_config_file()} is not TOML: {error}") from error
-        _refuse_unknown(names, set(known), f"setting in {_config_file()}:")
+        _refuse_unknown(names, known, f"setting in {_config_file()}:")
     try:
-        return Settings(**{key: value for key, value in overrides.items() if value is not None})
+        return Settings(**{key: value for key, value in _canonical(overrides).items() if value is not None})
     except SettingsError as error:  # a variable that should hold JSON
         raise ConfigError(f"{error}: {error.__cause__}") from error
     except ValidationError as error:

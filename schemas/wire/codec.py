@@ -1,14 +1,13 @@
 """Avro single-object encoding: ``C3 01``, the schema's CRC-64-AVRO fingerprint (8 bytes), the body.
 
-A reader finds the writer's schema among the packaged ``.avsc`` files (``avro/``, and those of earlier releases in
-``released/``), so one topic holds several kinds of record and no registry has to run. Specification: Apache Avro 1.11,
-"Single-object encoding".
+A reader finds the writer's schema among the packaged ``.avsc`` files (``schemas/avro``), so one topic holds several
+kinds of record and no registry has to run. Specification: Apache Avro 1.11, "Single-object encoding".
 """
 
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from functools import cache, partial
+from functools import partial
 from importlib.resources import files
 from io import BytesIO
 from operator import attrgetter
@@ -45,17 +44,13 @@ def _checks(schema: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Any], bo
 
 
 class RecordCodec:
-    """Encoder and decoder of one record type; with ``written``, decoder of what an earlier release wrote by that."""
+    """Encoder and decoder of one record type."""
 
-    def __init__(
-        self, record_type: type[Record], schema: dict[str, Any], written: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, record_type: type[Record], schema: dict[str, Any]) -> None:
         self.record_type = record_type
         self.name = record_type.__name__
         self.schema = cast("dict[str, Any]", parse_schema(schema))
-        self._written = self.schema if written is None else cast("dict[str, Any]", parse_schema(written))
-        self._resolve_to = None if written is None else self.schema
-        self.fingerprint = fingerprint_of(self._written)
+        self.fingerprint = fingerprint_of(self.schema)
         self.prefix = MAGIC + self.fingerprint
         self.field_names = tuple(f["name"] for f in schema["fields"])
         self._values = attrgetter(*self.field_names)
@@ -79,11 +74,11 @@ class RecordCodec:
         return out.getvalue()
 
     def decode_dict(self, data: bytes) -> dict[str, Any]:
-        """Field values of an encoded record; nested records stay dicts, fields it was written without are defaults."""
+        """Field values of an encoded record; nested records stay dicts."""
         source = BytesIO(data)
         source.seek(HEADER_SIZE)
         try:
-            datum = cast("dict[str, Any]", schemaless_reader(source, self._written, self._resolve_to))
+            datum = cast("dict[str, Any]", schemaless_reader(source, self.schema, None))
         except Exception as error:
             raise self._unreadable(data, error) from error
         if source.tell() != len(data):
@@ -120,7 +115,7 @@ class RecordCodec:
         """Reads field by field to name the one at which the body breaks."""
         source = BytesIO(data)
         source.seek(HEADER_SIZE)
-        for part in self._written["fields"]:
+        for part in self.schema["fields"]:
             try:
                 schemaless_reader(source, part["type"], None)
             except Exception as cause:
@@ -179,13 +174,8 @@ def _plain(value: Any) -> dict[str, Any]:
 
 def load_schema(name: str) -> dict[str, Any]:
     """The packaged ``.avsc`` of a record."""
-    return cast("dict[str, Any]", json.loads(files("millstream.schemas").joinpath("avro", f"{name}.avsc").read_text("utf-8")))
-
-
-def released_schemas() -> Iterator[dict[str, Any]]:
-    """The packaged schemas of every release so far."""
-    for release in files("millstream.schemas").joinpath("released").iterdir():
-        yield from (json.loads(file.read_text("utf-8")) for file in release.iterdir())
+    text = files("millstream.schemas").joinpath("avro", f"{name}.avsc").read_text("utf-8")
+    return cast("dict[str, Any]", json.loads(text))
 
 
 def fingerprint_of(schema: dict[str, Any]) -> bytes:
@@ -196,14 +186,6 @@ def fingerprint_of(schema: dict[str, Any]) -> bytes:
 CODECS: dict[type[Record], RecordCodec] = {t: RecordCodec(t, load_schema(t.__name__)) for t in RECORD_TYPES}
 _SPAN_PREFIX = CODECS[Span].prefix
 _BY_FINGERPRINT: dict[bytes, RecordCodec] = {c.fingerprint: c for c in CODECS.values()}
-
-
-@cache
-def _earlier() -> dict[bytes, RecordCodec]:
-    """By fingerprint, for what earlier releases wrote; read from the package when the first such record comes."""
-    types = {t.__name__: t for t in RECORD_TYPES}
-    earlier = (RecordCodec(types[s["name"]], load_schema(s["name"]), s) for s in released_schemas())
-    return {codec.fingerprint: codec for codec in earlier}
 
 
 def encode(record: Record) -> bytes:
@@ -222,7 +204,7 @@ def codec_of(data: bytes) -> RecordCodec:
         raise UnknownSchema(f"not Avro single-object encoding: the record begins with {data[:2].hex() or 'nothing'}")
     if len(data) < HEADER_SIZE:
         raise TruncatedRecord(f"the record ends within its header, after {len(data)} bytes")
-    codec = _BY_FINGERPRINT.get(data[2:HEADER_SIZE]) or _earlier().get(data[2:HEADER_SIZE])
+    codec = _BY_FINGERPRINT.get(data[2:HEADER_SIZE])
     if codec is None:
         raise UnknownSchema(
             f"unknown schema fingerprint {data[2:HEADER_SIZE].hex()}: written by a newer version of Millstream? "

@@ -36,8 +36,8 @@ class RolloutTask:
     resources_id: str | None = None
     attempt: int = 1
     max_attempts: int = 1
-    losses: int = 0
-    max_losses: int = 0
+    lost_attempts: int = 0
+    max_lost_attempts: int = 0
     timeout_s: float
     lease_s: float
     unresponsive_s: float | None = None
@@ -170,7 +170,7 @@ class RolloutEnd:
     status: str
     attempt_id: str | None = None
     attempts: int
-    losses: int = 0
+    lost_attempts: int = 0
     turns: int = 0
     spans: int = 0
     reward: float | None = None

@@ -182,7 +182,7 @@ class Chaos:
             timeout_s=60.0,
             lease_s=LEASE_S,
             max_attempts=5,
-            max_losses=100,
+            max_lost_attempts=100,
             retry_on=("failed", "timeout", "unresponsive"),
             created_at=time.time_ns(),
         )

@@ -80,7 +80,7 @@ def compare_with_ledger(demo):
     chosen = {row["rollout_id"]: row["attempt_id"] for row in triplets}
     assert chosen.keys() == succeeded.keys()
     assert all(chosen[rollout] in attempts[rollout] for rollout in succeeded)
-    assert all(len(attempts[r]) <= row["losses"] + 1 for r, row in succeeded.items()), "run again without a loss"
+    assert all(len(attempts[r]) <= row["lost_attempts"] + 1 for r, row in succeeded.items()), "run again without a loss"
     ledger = {rollout: by_attempt[attempt] for rollout, attempt in chosen.items()}
     expected = {rollout: 0.5 * sum(ledger[rollout].values()) for rollout in succeeded}
     assert {rollout: row["reward"] for rollout, row in succeeded.items()} == expected

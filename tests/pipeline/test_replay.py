@@ -105,7 +105,7 @@ async def record_a_run(log, settings):
     """Whatever an experiment may hold. Returns the number of its rollouts."""
     plain = [task(experiment_id=E) for _ in range(12)]
     other, failed, cancelled = task(experiment_id="other"), task(experiment_id=E), task(experiment_id=E)
-    again, silent = task(experiment_id=E, max_attempts=2), task(experiment_id=E, lease_s=0.05, max_losses=1)
+    again, silent = task(experiment_id=E, max_attempts=2), task(experiment_id=E, lease_s=0.05, max_lost_attempts=1)
     lacking, unread, unfinished = (task(experiment_id=E) for _ in range(3))
     async with adapter_on(log, settings) as adapter:
         await write(log, settings, *turns(plain[0], "a"), *turns(other, "a"), b"garbage")
@@ -124,7 +124,7 @@ async def record_a_run(log, settings):
             while adapter.stats.retries != {"failed": 1, "lost": 1}:  # noqa: ASYNC110 - the adapter tells nobody
                 await asyncio.sleep(0.02)
         late = turns(silent, "s", claim=False)  # of the attempt that was given up: the next one counts
-        await write(log, settings, *late, *turns(replace(silent, attempt=2, losses=1), "t"))
+        await write(log, settings, *late, *turns(replace(silent, attempt=2, lost_attempts=1), "t"))
         await write(log, settings, *turns(replace(again, attempt=2), "b"), *late)
         await ended(log, settings, 19)
     return 18

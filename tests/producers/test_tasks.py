@@ -13,7 +13,7 @@ from millstream.schemas.errors import ConfigError
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import RolloutTask
 
-SETTINGS = load_settings(timeout_seconds=77, lease_seconds=7, retry_max_attempts=2)
+SETTINGS = load_settings(timeout_s=77, lease_s=7, retry_max_attempts=2)
 
 
 def write(path: Path, *lines: str) -> Path:

@@ -189,7 +189,7 @@ async def test_an_attempt_that_failed_goes_back_to_its_tasks_and_the_next_one_en
     marks = await events.until(lambda found: sum(getattr(v, "status", "") == "retry" for _, v in found) == 20)
     assert rollout_status(v for v in marks if v.rollout_id == tasks[0].rollout_id) == "retrying"
     async with adapter_on(bed) as adapter:  # the successor doesn't make them again
-        assert {(of.attempt, of.losses, of.state) for _, of in again.found} == {(2, 0, b"s")}
+        assert {(of.attempt, of.lost_attempts, of.state) for _, of in again.found} == {(2, 0, b"s")}
         await write(bed, *chain(*(history(of, attempt="b") for _, of in again.found)))
         await write(bed, *(event(of, "a", "succeeded") for of in tasks))
         found = await ends.until(lambda found: sum(isinstance(v, RolloutEnd) for _, v in found) == 20)
@@ -201,7 +201,7 @@ async def test_an_attempt_that_failed_goes_back_to_its_tasks_and_the_next_one_en
 
 
 async def test_a_task_that_kills_its_runners_ends_as_one_dead_letter(bed):
-    of = task(max_losses=2, lease_s=0.1)
+    of = task(max_lost_attempts=2, lease_s=0.1)
     again, dead, ends = (
         Reader(bed, bed.topics.tasks("normal")),
         Reader(bed, bed.topics.dead, 1),
@@ -213,11 +213,11 @@ async def test_a_task_that_kills_its_runners_ends_as_one_dead_letter(bed):
             *_, of = await again.until(lambda found, n=attempt: len(found) == n - 1)
             await write(bed, event(of, f"a{attempt}", "preparing"), event(of, f"a{attempt}", "running"))
         (end,) = await ends.until(lambda found: len(found) == 1)
-    assert (end.status, end.attempts, end.losses) == ("failed", 3, 3)
+    assert (end.status, end.attempts, end.lost_attempts) == ("failed", 3, 3)
     (letter,) = await dead.until(lambda found: len(found) == 1)
-    assert (letter.reason, letter.error) == ("losses_exhausted", "lost: no heartbeat for 0.1 s")
+    assert (letter.reason, letter.error) == ("lost_attempts_exhausted", "lost: no heartbeat for 0.1 s")
     assert codec.decode_as(RolloutTask, letter.value) == of
-    assert (adapter.stats.losses, adapter.stats.retries, adapter.stats.dead_letters) == (3, {"lost": 2}, 1)
+    assert (adapter.stats.lost_attempts, adapter.stats.retries, adapter.stats.dead_letters) == (3, {"lost": 2}, 1)
     async with adapter_on(bed):  # a restart reads it all again
         await write(bed, event(last := task(), "z", "preparing"), event(last, "z", "cancelled"))
         await ends.until(lambda found: len(found) == 2)

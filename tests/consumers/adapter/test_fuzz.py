@@ -86,7 +86,7 @@ class Fuzz:
             "attempt_id": choice.choice(self.attempts),
             "attempt": 1,
             "max_attempts": choice.choice([1, 2]),
-            "losses": 0,
+            "lost_attempts": 0,
             "lease_s": 1e6,
             "priority": choice.choice(["high", "normal", "low"]),
             "retry_on": (),

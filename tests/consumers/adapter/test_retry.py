@@ -26,8 +26,8 @@ def test_every_status_that_may_be_made_again_has_a_backoff():
     st.integers(1, 5),
     st.integers(0, 5),
 )
-def test_the_budgets_are_kept_apart(ends, max_attempts, max_losses):
-    of = task(max_attempts=max_attempts, max_losses=max_losses)
+def test_the_budgets_are_kept_apart(ends, max_attempts, max_lost_attempts):
+    of = task(max_attempts=max_attempts, max_lost_attempts=max_lost_attempts)
     made = []
     for how in ends:
         made.append(how)
@@ -36,12 +36,12 @@ def test_the_budgets_are_kept_apart(ends, max_attempts, max_losses):
             break
         of = next_task(of, how, None)
         assert of.attempt == len(made) + 1
-    losses = made.count(status.LOST)
-    failures = len(made) - losses
+    lost_attempts = made.count(status.LOST)
+    failures = len(made) - lost_attempts
     if made[-1] == status.CANCELLED:
         assert why == "not_retried"
     elif made[-1] == status.LOST:
-        assert (why, losses) == ("losses_exhausted", max_losses + 1)
+        assert (why, lost_attempts) == ("lost_attempts_exhausted", max_lost_attempts + 1)
     else:
         assert (why, failures) == ("attempts_exhausted", max_attempts)
 
@@ -52,7 +52,7 @@ def test_a_priority_of_no_topic_goes_to_the_normal_ones(priority, to):
 
 
 @pytest.mark.parametrize(
-    ("wish", "retry_on", "attempt", "why"),
+    ("retry_override", "retry_on", "attempt", "why"),
     [
         ("yes", ("timeout",), 1, None),
         ("yes", (), 3, "attempts_exhausted"),
@@ -60,6 +60,6 @@ def test_a_priority_of_no_topic_goes_to_the_normal_ones(priority, to):
         (None, ("timeout",), 1, "not_retried"),
     ],
 )
-def test_a_hooks_wish_stands_in_place_of_retry_on_but_spends_the_same_budget(wish, retry_on, attempt, why):
+def test_a_hooks_wish_stands_in_place_of_retry_on_but_spends_the_same_budget(retry_override, retry_on, attempt, why):
     of = task(max_attempts=3, attempt=attempt, retry_on=retry_on)
-    assert refusal(of, status.FAILED, wish) == why
+    assert refusal(of, status.FAILED, retry_override) == why

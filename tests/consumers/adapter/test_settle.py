@@ -91,12 +91,12 @@ def test_a_missing_span_makes_the_attempt_untrainable_and_says_so(feed):
 
 
 @pytest.mark.parametrize(
-    ("status", "outcome", "losses"),
+    ("status", "outcome", "lost_attempts"),
     [("failed", "failed", 0), ("timeout", "failed", 0), ("lost", "failed", 1), ("cancelled", "cancelled", 0)],
 )
-def test_other_ends(feed, status, outcome, losses):
+def test_other_ends(feed, status, outcome, lost_attempts):
     feed(event(TASK, "a", "preparing"), event(TASK, "a", status))
-    assert (feed.end().status, feed.end().losses, feed.end().trainable) == (outcome, losses, False)
+    assert (feed.end().status, feed.end().lost_attempts, feed.end().trainable) == (outcome, lost_attempts, False)
     assert feed.end().reason.startswith(f"{status}: ")
 
 
@@ -247,14 +247,14 @@ def test_attempts_that_fail_end_the_rollout_once_there_are_no_more(feed):
 
 
 def test_losses_have_a_budget_of_their_own(feed):
-    of = replace(TASK, max_attempts=2, max_losses=2)
+    of = replace(TASK, max_attempts=2, max_lost_attempts=2)
     for how in ("lost", "failed", "lost"):
         feed(event(of, how + str(of.attempt), "preparing"), event(of, how + str(of.attempt), how))
         of = feed.retry()
-    assert (of.attempt, of.losses) == (4, 2)
+    assert (of.attempt, of.lost_attempts) == (4, 2)
     feed(event(of, "d", "preparing"), event(of, "d", "lost"))
-    assert (feed.end().status, feed.end().attempts, feed.end().losses) == ("failed", 4, 3)
-    assert feed.fold.decided[RID].dead[0][1] == "losses_exhausted"
+    assert (feed.end().status, feed.end().attempts, feed.end().lost_attempts) == ("failed", 4, 3)
+    assert feed.fold.decided[RID].dead[0][1] == "lost_attempts_exhausted"
 
 
 @pytest.mark.parametrize(("how", "again"), [("failed", False), ("timeout", True), ("unresponsive", False)])
@@ -267,13 +267,13 @@ def test_a_task_may_say_what_is_made_again(feed, how, again):
 
 
 def test_what_was_cancelled_is_not_made_again(feed):
-    of = replace(TASK, max_attempts=5, max_losses=5, retry_on=("cancelled",))
+    of = replace(TASK, max_attempts=5, max_lost_attempts=5, retry_on=("cancelled",))
     feed(event(of, "a", "preparing"), event(of, "a", "cancelled"))
     assert (feed.end().status, feed.fold.decided[RID].retry, feed.fold.decided[RID].dead) == ("cancelled", None, ())
 
 
 def test_a_lost_attempts_late_success_is_ignored_for_good_and_counted(feed):
-    of = replace(TASK, max_losses=1)
+    of = replace(TASK, max_lost_attempts=1)
     feed(event(of, "a", "preparing"))
     feed.fold.expire(now=100.0, not_before=0.0, time_ns=1)
     late = (span(of, "a"), event(of, "a", "succeeded", span_counts={"agent": 1}))
@@ -283,7 +283,12 @@ def test_a_lost_attempts_late_success_is_ignored_for_good_and_counted(feed):
     feed(event(second, "b", "preparing"), *late)  # and while it runs
     assert RID not in feed.fold.decided
     feed(call(of, "b", "1"), event(second, "b", "succeeded", span_counts={"proxy": 1}))
-    assert (feed.end().attempt_id, feed.end().attempts, feed.end().losses, feed.end().trainable) == ("b", 2, 1, True)
+    assert (feed.end().attempt_id, feed.end().attempts, feed.end().lost_attempts, feed.end().trainable) == (
+        "b",
+        2,
+        1,
+        True,
+    )
     feed(feed.end(), *late)
     assert feed.fold.ignored["zombie_result"] == 4
 
@@ -328,11 +333,11 @@ def test_of_two_retry_marks_the_first_pass_keeps_the_last(feed):
 
 def test_a_task_delivered_again_during_the_backoff_is_enough(feed):
     """Its first claimer died before it committed; the second has the task already."""
-    of = replace(TASK, max_losses=3)
+    of = replace(TASK, max_lost_attempts=3)
     feed(event(of, "a", "preparing"))
     feed.fold.expire(now=100.0, not_before=0.0, time_ns=1)
     feed(event(of, "b", "preparing"), event(of, "b", "succeeded"), now=100.0)
-    assert (feed.end().status, feed.end().attempt_id, feed.end().losses) == ("succeeded", "b", 0)
+    assert (feed.end().status, feed.end().attempt_id, feed.end().lost_attempts) == ("succeeded", "b", 0)
     assert feed.fold.decided[RID].retry is None
 
 

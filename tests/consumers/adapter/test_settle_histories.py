@@ -26,7 +26,7 @@ class World:
         self.log = []
         self.clock = 0.0
         self.tasks = [
-            task(max_attempts=random.randint(1, 3), max_losses=random.randint(0, 2), lease_s=10.0)
+            task(max_attempts=random.randint(1, 3), max_lost_attempts=random.randint(0, 2), lease_s=10.0)
             for _ in range(ROLLOUTS)
         ]
         self.queue = list(self.tasks)
@@ -123,5 +123,5 @@ def test_every_rollout_ends_once_and_is_never_made_again_afterwards(twice, rando
     for of in world.tasks:
         published = [attempt for rollout_id, attempt in retried if rollout_id == of.rollout_id]
         assert published == list(range(1, len(published) + 1))
-        assert len(published) < of.max_attempts + of.max_losses
+        assert len(published) < of.max_attempts + of.max_lost_attempts
     assert (world.fold.open, world.fold.decided, world.fold.size) == ({}, {}, 0)

@@ -1,4 +1,4 @@
-"""What the in-memory log promises beyond the contract that all logs share (test_consumer_contract, test_producer_contract)."""
+"""What the in-memory log promises beyond the contract that all logs share."""
 
 import asyncio
 import threading

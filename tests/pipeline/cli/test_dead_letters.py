@@ -17,7 +17,7 @@ from millstream.producers.log.port import send_acknowledged
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition
-from millstream.schemas.wire.records import RolloutTask
+from millstream.schemas.wire.records import AttemptEvent, RolloutTask
 from millstream.schemas.wire.topics import Topics
 
 TOPICS = Topics("t", partitions=2, dead_partitions=2)
@@ -60,17 +60,20 @@ async def test_a_refused_record_is_sent_again_as_it_was(log):
 
 
 async def test_a_failed_rollouts_task_becomes_a_new_rollout_with_fresh_budgets(log):
-    ended = task(attempt=4, losses=2, state=b"s", max_attempts=2, priority="high", metadata={"a": "b"}, seed=3)
+    ended = task(attempt=4, lost_attempts=2, state=b"s", max_attempts=2, priority="high", metadata={"a": "b"}, seed=3)
     await replay(log.producer(), TOPICS, letter(ended, "adapter", "attempts_exhausted", TOPICS.events))
     (record,) = records(log, TOPICS.tasks("high"))
     again = codec.decode_as(RolloutTask, record.value)
     assert again.rollout_id != ended.rollout_id
-    assert (again.attempt, again.losses, again.state) == (1, 0, None)
+    assert (again.attempt, again.lost_attempts, again.state) == (1, 0, None)
     assert again.metadata == {"a": "b", "replay_of": ended.rollout_id}
     assert (
         replace(
             ended,
-            **{n: getattr(again, n) for n in ("rollout_id", "attempt", "losses", "state", "metadata", "created_at")},
+            **{
+                n: getattr(again, n)
+                for n in ("rollout_id", "attempt", "lost_attempts", "state", "metadata", "created_at")
+            },
         )
         == again
     )
@@ -94,16 +97,19 @@ async def first(log, topic):
 
 @pytest.fixture
 def newer(monkeypatch):
-    """The schema of an AttemptEvent to come, and what upgrades this process to the release that has it."""
+    """The schema of a future AttemptEvent, and a function that upgrades this process to the release that has it."""
     schema = codec.load_schema("AttemptEvent")
     schema["fields"].append({"name": "mood", "type": "string", "doc": "New.", "default": ""})
 
-    def upgrade():
-        monkeypatch.setattr(codec, "released_schemas", lambda: iter([schema]))
-        codec._earlier.cache_clear()
+    class NewerCodec(codec.RecordCodec):
+        def decode_dict(self, data):
+            return {name: value for name, value in super().decode_dict(data).items() if name != "mood"}
 
-    yield schema, upgrade
-    codec._earlier.cache_clear()
+    def upgrade():
+        newer = NewerCodec(AttemptEvent, schema)
+        monkeypatch.setitem(codec._BY_FINGERPRINT, newer.fingerprint, newer)
+
+    return schema, upgrade
 
 
 async def test_what_a_newer_version_wrote_is_replayed_after_an_upgrade(log, newer):

@@ -113,7 +113,7 @@ async def test_completions_embeddings_and_models(rig):
 
 async def test_external_models_answer_again_from_the_cache_and_nobody_trains_on_it():
     external = {"upstreams": {"other": {"urls": ["{url}"], "kind": "openai"}}, "routes": {"*": "other"}}
-    async with rig_of(cache_ttl=60.0, **external) as rig:
+    async with rig_of(cache_ttl_s=60.0, **external) as rig:
         greedy = ASKED | {"temperature": 0}
         answers = [await rig.client.chat.completions.create(**asked) for asked in (greedy, greedy, ASKED, ASKED)]
         assert [a.choices[0].message.content for a in answers] == ["one two three"] * 4
@@ -123,7 +123,7 @@ async def test_external_models_answer_again_from_the_cache_and_nobody_trains_on_
 
 
 async def test_a_policy_is_never_answered_for_from_the_cache():
-    async with rig_of(cache_ttl=60.0) as rig:
+    async with rig_of(cache_ttl_s=60.0) as rig:
         for _ in range(2):
             await rig.client.chat.completions.create(**ASKED, temperature=0)
         assert len(rig.model.requests) == 2

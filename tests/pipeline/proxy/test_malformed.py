@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from policy_server import Fault
 from proxy_rig import rig_of
 
-from millstream.pipeline.protocols.endpoints import SURFACES, plan
+from millstream.pipeline.protocols.endpoints import ENDPOINTS, plan
 from millstream.pipeline.protocols.openai import BadRequest
 
 SCALARS = st.none() | st.booleans() | st.integers(-5, 5) | st.text(max_size=5)
@@ -43,11 +43,11 @@ PARTS = st.recursive(
 
 
 @pytest.mark.parametrize("kind", ["vllm", "openai", "anthropic"])
-@pytest.mark.parametrize("path", SURFACES)
+@pytest.mark.parametrize("path", ENDPOINTS)
 @given(asked=st.dictionaries(NAMES, PARTS, max_size=6))
 def test_any_request_has_a_plan_or_is_refused(path, kind, asked):
     try:
-        made = plan(SURFACES[path], asked, kind)
+        made = plan(ENDPOINTS[path], asked, kind)
     except BadRequest:
         return
     assert made.path.startswith("/v1/")

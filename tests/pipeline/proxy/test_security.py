@@ -279,7 +279,7 @@ ADMIN_TOKEN = "admin-77b1"
 
 
 async def test_no_secret_is_in_any_span_log_line_answer_or_admin_page(monkeypatch, caplog):
-    """A full run through all surfaces, with servers that tell the key they were given."""
+    """A full run through all endpoints, with servers that tell the key they were given."""
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("UPSTREAM_KEY", UPSTREAM_KEY)
     monkeypatch.setattr("millstream.pipeline.proxy.replicas.BACKOFF_S", 0.01)

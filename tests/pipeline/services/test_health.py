@@ -83,7 +83,7 @@ async def test_the_consumer_that_polls_least_counts_and_one_that_is_closed_does_
 async def test_who_rests_between_polls_may_do_so_but_not_within_one(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(health_module.time, "monotonic", lambda: now[0])
-    health = Health(MemoryLog(TOPICS), asyncio.Event(), rests=True)
+    health = Health(MemoryLog(TOPICS), asyncio.Event(), allow_idle=True)
     consumer = health.log.consumer()
     await consumer.assign([Partition(TOPICS.control, 0)])
     await consumer.poll(1, 0)

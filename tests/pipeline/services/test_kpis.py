@@ -41,12 +41,12 @@ def worker(worker_id: str, *, seen: float = 1.0, **fields: Any) -> Worker:
 def test_the_window_holds_the_last_minute_by_experiment_and_mode():
     kpis = Kpis()
     for n in range(30):
-        kpis.add(end(latency=n + 1, status="failed" if n < 6 else "succeeded", experiment_id="a", losses=n == 0))
+        kpis.add(end(latency=n + 1, status="failed" if n < 6 else "succeeded", experiment_id="a", lost_attempts=n == 0))
     kpis.add(end(attempts=3, mode="val"))
     kpis.add(end(ended=61))
     now = kpis.snapshot(NOW)
     assert (now["rollouts"], now["rollouts_per_second"]) == (31, pytest.approx(31 / 60))
-    assert (now["retries"], now["losses"]) == (2, 1)
+    assert (now["retries"], now["lost_attempts"]) == (2, 1)
     val, train = now["groups"]
     assert (val["experiment"], val["mode"], val["retries"]) == ("", "val", 2)
     assert (train["experiment"], train["mode"], train["success_rate"]) == ("a", "train", 0.8)

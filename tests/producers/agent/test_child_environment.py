@@ -4,14 +4,14 @@ import pytest
 from factories import task
 
 import millstream as ms
-from millstream.producers.agent.attempt import Attempt, enter, leave
+from millstream.producers.agent.attempt import AttemptContext, enter, leave
 from millstream.producers.agent.client_binding import OutsideRollout
 
 
 def test_each_part_is_there_if_the_deployment_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "team=blue")
     for proxy, monitor in (("http://proxy/base/", "http://monitor:8600/"), ("", "")):
-        attempt = Attempt(
+        attempt = AttemptContext(
             task(rollout_id="r"), "a", [].append, [].append, proxy_url=proxy, proxy_key="k", monitor_url=monitor
         )
         token = enter(attempt)

@@ -13,7 +13,7 @@ from aiohttp import web
 from factories import task
 
 import millstream as ms
-from millstream.producers.agent.attempt import Attempt
+from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.client_binding import bind_clients
 from millstream.producers.agent.process_tracer import PLACEHOLDER_KEY, ProcessTracer
 from millstream.schemas.errors import ConfigError, MillstreamError
@@ -87,10 +87,12 @@ async def server(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
     await runner.cleanup()
 
 
-def new_attempt(url: str) -> tuple[Attempt, list[Span]]:
+def new_attempt(url: str) -> tuple[AttemptContext, list[Span]]:
     spans: list[Span] = []
     attempt_id = new_id()
-    return Attempt(task(), attempt_id, spans.append, [].append, proxy_url=url, proxy_key=f"key-{attempt_id}"), spans
+    return AttemptContext(
+        task(), attempt_id, spans.append, [].append, proxy_url=url, proxy_key=f"key-{attempt_id}"
+    ), spans
 
 
 def messages(text: str) -> list[Any]:
@@ -114,14 +116,14 @@ async def test_fifty_attempts_share_one_client_and_each_call_and_span_has_its_ow
         assert answer.choices[0].message.content == text
         ms.emit_reward(1.0, text)
 
-    async def one(attempt: Attempt) -> None:
+    async def one(attempt: AttemptContext) -> None:
         me = attempt.task.rollout_id
         with tracer.attempt(attempt):
             await asyncio.gather(acall(me), acall(me))
             await asyncio.to_thread(call, me)
             await asyncio.wrap_future(pool.submit(call, me))
 
-    def one_sync(attempt: Attempt) -> None:
+    def one_sync(attempt: AttemptContext) -> None:
         me = attempt.task.rollout_id
         with tracer.attempt(attempt):
             call(me)

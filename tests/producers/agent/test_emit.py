@@ -11,12 +11,12 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from test_spans import an_attempt
 
 import millstream as ms
 from millstream.producers.agent import emit
 from millstream.producers.agent.emit import EmitError, RewardError
 from millstream.schemas.wire import codec
+from tests.producers.agent.test_span_processor import an_attempt
 
 
 def test_a_dict_is_several_rewards_in_its_order() -> None:

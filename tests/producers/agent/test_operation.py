@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from test_spans import an_attempt
 
 import millstream as ms
 from millstream.producers.agent import emit
 from millstream.schemas.wire.records import Span
+from tests.producers.agent.test_span_processor import an_attempt
 
 
 def told(span: Span) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from factories import task
 from opentelemetry import trace
 
 from millstream.producers.agent import shared_threads
-from millstream.producers.agent.attempt import Attempt
+from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.client_binding import OutsideRollout
 from millstream.producers.agent.process_tracer import ProcessTracer, adopt_global_provider
 from millstream.producers.agent.shared_threads import SharedWorker
@@ -61,9 +61,9 @@ def worker() -> Iterator[Worker]:
     worker.stop()
 
 
-def new_attempt() -> tuple[Attempt, list[Span]]:
+def new_attempt() -> tuple[AttemptContext, list[Span]]:
     spans: list[Span] = []
-    return Attempt(task(), new_id(), spans.append, [].append), spans
+    return AttemptContext(task(), new_id(), spans.append, [].append), spans
 
 
 def span() -> None:
@@ -125,7 +125,7 @@ def test_a_shared_loop_knows_whose_work_it_does() -> None:
     loops[0].call_soon_threadsafe(loops[0].stop)
 
 
-def overlapping(agent: Callable[[], Any]) -> list[tuple[Attempt, list[Span]]]:
+def overlapping(agent: Callable[[], Any]) -> list[tuple[AttemptContext, list[Span]]]:
     """Two attempts that begin one after the other and end in the same order."""
     made = [new_attempt(), new_attempt()]
     inside = threading.Event()
@@ -152,7 +152,7 @@ def overlapping(agent: Callable[[], Any]) -> list[tuple[Attempt, list[Span]]]:
     return made
 
 
-def names_by_rollout(attempt: Attempt, spans: list[Span]) -> list[str]:
+def names_by_rollout(attempt: AttemptContext, spans: list[Span]) -> list[str]:
     assert {s.attempt_id for s in spans} == {attempt.attempt_id}
     return [s.name for s in spans]
 

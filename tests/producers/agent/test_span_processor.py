@@ -15,7 +15,7 @@ from opentelemetry.sdk.trace import TracerProvider
 
 import millstream as ms
 from millstream.producers.agent import emit, process_tracer
-from millstream.producers.agent.attempt import Attempt, current_attempt
+from millstream.producers.agent.attempt import AttemptContext, current_attempt
 from millstream.producers.agent.process_tracer import ProcessTracer, adopt_global_provider
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.ids import new_id
@@ -25,9 +25,9 @@ from millstream.schemas.wire.records import Span
 AGENT = ProcessTracer("demo:agent")
 
 
-def new_attempt() -> tuple[Attempt, list[Span]]:
+def new_attempt() -> tuple[AttemptContext, list[Span]]:
     spans: list[Span] = []
-    return Attempt(task(), new_id(), spans.append, [].append), spans
+    return AttemptContext(task(), new_id(), spans.append, [].append), spans
 
 
 @contextmanager

@@ -43,7 +43,17 @@ def test_arguments_over_environment_over_file_over_default(
     monkeypatch.setenv("MILLSTREAM_SPAN_BATCH_SIZE", "30")
     assert load_settings().runner_concurrency == 3
     found = load_settings(runner_concurrency=4, span_batch_size=None)
-    assert (found.runner_concurrency, found.span_batch_size, found.cache_ttl) == (4, 30, 1.5)
+    assert (found.runner_concurrency, found.span_batch_size, found.cache_ttl_s) == (4, 30, 1.5)
+
+
+def test_accepted_names_obey_the_same_order(write_config: WriteConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config("timeout_seconds = 2\n")
+    assert load_settings().timeout_s == 2
+    monkeypatch.setenv("MILLSTREAM_TIMEOUT_SECONDS", "3")
+    assert load_settings().timeout_s == 3
+    monkeypatch.setenv("MILLSTREAM_TIMEOUT_S", "4")
+    assert load_settings().timeout_s == 4
+    assert load_settings(timeout_seconds=5).timeout_s == 5
 
 
 def test_the_file_beside_us_is_read(tmp_path: Path) -> None:
@@ -78,7 +88,7 @@ def test_an_unknown_argument_is_named() -> None:
         ("store_connection_pool", "0"),
         ("cache_ttl", "-1"),
         ("retry_max_attempts", "0"),
-        ("timeout_seconds", "0"),
+        ("timeout_s", "0"),
         ("compression", "rar"),
         ("kafka_security_protocol", "TLS"),
         ("clickhouse_secure", "perhaps"),
@@ -132,7 +142,7 @@ def test_the_names_that_users_tune() -> None:
         "store_connection_pool",
         "cache_ttl",
         "retry_max_attempts",
-        "timeout_seconds",
+        "timeout_s",
         "compression",
         "clickhouse_secure",
         "kafka_security_protocol",

@@ -14,7 +14,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Link, SpanContext, SpanKind, StatusCode
 
-from millstream.producers.agent.attempt import Attempt
+from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.span_processor import texts, to_record
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.otlp import Malformed, from_otlp, parse_json, parse_protobuf, to_otlp
@@ -47,7 +47,7 @@ def made_by_the_sdk() -> list[ReadableSpan]:
 def test_a_span_by_otlp_is_the_record_that_our_own_processor_makes() -> None:
     spans = made_by_the_sdk()
     records, refused = from_otlp(parse_protobuf(encode_spans(spans).SerializeToString()))
-    attempt = Attempt(task(rollout_id="r"), "a", [].append, [].append)
+    attempt = AttemptContext(task(rollout_id="r"), "a", [].append, [].append)
     expected = [to_record(s, attempt, texts(s.resource.attributes)) for s in spans]
     assert records == [replace(e, source="otlp", sequence=e.start) for e in expected]
     assert [(r.kind, r.reward, r.reward_name) for r in records] == [("reward", 0.25, "right"), ("llm", None, None)]

@@ -275,3 +275,25 @@ def test_nested_records_come_back_as_records() -> None:
     assert span.events == (SpanEvent(name="text", time=7_000_000_000, attributes={"k": "text"}),)
     event = decode_as(records.AttemptEvent, encode(example(records.AttemptEvent)))
     assert event.error == ErrorInfo(type="text", message="text", stack="text")
+
+
+REQUIRED = {
+    "RolloutTask": {"rollout_id", "group_id", "input", "timeout_s", "lease_s", "created_at"},
+    "AttemptEvent": {"rollout_id", "attempt_id", "attempt", "status", "worker_id", "time", "lease_s"},
+    "Span": {
+        *("trace_id", "span_id", "name", "kind", "start", "end", "rollout_id", "attempt_id", "source", "sequence"),
+    },
+    "Triplet": {"rollout_id", "attempt_id", "group_id", "turn", "span_id", "prompt", "response"},
+    "RolloutEnd": {"rollout_id", "group_id", "group_size", "status", "attempts", "created_at", "ended_at"},
+    "Control": {"kind", "name", "body", "created_at"},
+    "Worker": {"worker_id", "role", "host", "version", "started", "last_seen"},
+    "DeadLetter": {"topic", "partition", "offset", "timestamp", "role", "reason", "error", "time"},
+}
+
+
+@by_type
+def test_only_fields_with_defaults_are_added(record_type: type[Record]) -> None:
+    """Records outlive the process that wrote them: a field that is added later needs a default, and a field without one
+    can't be removed. These are the only fields without a default that there may ever be."""
+    schema = load_schema(record_type.__name__)
+    assert {f["name"] for f in schema["fields"] if "default" not in f} == REQUIRED[record_type.__name__]
