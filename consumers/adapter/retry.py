@@ -33,8 +33,9 @@ def backoff_s(how: str, times: int, random: Callable[[], float]) -> float:
 
 
 def refusal(task: RolloutTask, how: str, retry_override: str | None = None) -> str | None:
-    """Why there is no other attempt after one of ``task`` that ended as ``how``; None if there is one. ``retry_override``
-    is what a hook of the agent's wants: "yes" or "no" in place of ``retry_on``. The budgets hold all the same."""
+    """Why ``task``, an attempt of which ended as ``how``, gets no other attempt; None if it gets one.
+
+    ``retry_override`` is what a hook of the agent asks for: "yes" or "no" instead of ``retry_on``, within the budgets."""
     if how == status.LOST:
         return None if task.lost_attempts < task.max_lost_attempts else "lost_attempts_exhausted"
     wanted = how in (task.retry_on or status.RETRIED) if retry_override is None else retry_override == "yes"
