@@ -35,7 +35,7 @@ def backoff_s(how: str, times: int, random: Callable[[], float]) -> float:
 def refusal(task: RolloutTask, how: str, retry_override: str | None = None) -> str | None:
     """Why ``task``, an attempt of which ended as ``how``, gets no other attempt; None if it gets one.
 
-    ``retry_override`` is what a hook of the agent asks for: "yes" or "no" instead of ``retry_on``, within the budgets."""
+    ``retry_override`` is a hook's decision, "yes" or "no", instead of ``retry_on``; the budgets still hold."""
     if how == status.LOST:
         return None if task.lost_attempts < task.max_lost_attempts else "lost_attempts_exhausted"
     wanted = how in (task.retry_on or status.RETRIED) if retry_override is None else retry_override == "yes"
