@@ -1,33 +1,59 @@
-"""The names of all metrics, and what each of them means."""
+"""All Prometheus metrics of the project: their names, types, labels and meanings. Each role registers its own."""
 
-from typing import Final, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 
 class Metric(NamedTuple):
-    """``name`` as Prometheus has it, and its meaning for people."""
+    """One metric family. ``name`` is without the ``_total`` that Prometheus clients append to counters."""
 
     name: str
     meaning: str
+    type: Literal["gauge", "counter", "histogram"] = "gauge"
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()  # upper bounds of a histogram
 
 
-POLL_AGE: Final = Metric("millstream_poll_age_seconds", "Since the consumer that has polled least recently did so")
-HEARTBEAT_AGE: Final = Metric(
-    "millstream_heartbeat_age_seconds", "Since the oldest of the last acknowledged heartbeats"
-)
-TRANSACTION_AGE: Final = Metric("millstream_transaction_call_seconds", "Since the call to the log under way began")
-CALLS_DROPPED: Final = Metric("millstream_calls_dropped", "LLM calls that are not trained on, since the start")
-REWARDS_LEFT_OUT: Final = Metric("millstream_rewards_left_out", "Rewards that no call got, since the start")
+# Every role
+POLL_AGE: Final = Metric("millstream_poll_age_seconds", "Time since the last poll, of the consumer that polled least.")
+HEARTBEAT_AGE: Final = Metric("millstream_heartbeat_age_seconds", "Age of the oldest heartbeat last acknowledged.")
+TRANSACTION_AGE: Final = Metric("millstream_transaction_call_seconds", "Duration of the current call to the log.")
+
+# Runner
+SLOTS: Final = Metric("millstream_slots", "Attempts that this runner can run at once.")
+RUNNING: Final = Metric("millstream_running", "Attempts that this runner has claimed and not ended.")
 STARVING: Final = Metric(
-    "millstream_starving_seconds", "Since the lag began to grow although slots are free and the runner polls"
+    "millstream_starving_seconds", "Time for which the lag has grown although slots are free and the runner polls."
 )
-SLOTS: Final = Metric("millstream_slots", "Attempts that this runner can run at once")
-RUNNING: Final = Metric("millstream_running", "Attempts that this runner has claimed and not ended")
-CALLS_IN_FLIGHT: Final = Metric("millstream_calls_in_flight", "Model calls that this proxy is making")
+
+# Adapter: it sees the end of each rollout exactly once
+ROLLOUT_ENDS: Final = Metric("millstream_rollouts_ended", "Rollouts that have ended.", "counter", ("mode", "status"))
+RETRIES: Final = Metric("millstream_retries", "Retries of the rollouts that have ended.", "counter")
+LOST_ATTEMPTS: Final = Metric("millstream_lost_attempts", "Lost attempts of the rollouts that have ended.", "counter")
+_SECONDS: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
+ROLLOUT_SECONDS: Final = Metric(
+    "millstream_rollout_seconds", "From the publication of a rollout to its end.", "histogram", ("mode",), _SECONDS
+)
+QUEUED_SECONDS: Final = Metric(
+    "millstream_queued_seconds",
+    "From the publication of a rollout to its first claim.",
+    "histogram",
+    ("mode",),
+    _SECONDS,
+)
+CALLS_DROPPED: Final = Metric("millstream_calls_dropped", "LLM calls excluded from training since the start.")
+REWARDS_LEFT_OUT: Final = Metric("millstream_rewards_left_out", "Rewards that matched no call since the start.")
+
+# Proxy
+CALLS_IN_FLIGHT: Final = Metric("millstream_calls_in_flight", "Model calls that this proxy is making.")
 CALLS_UNRECORDED: Final = Metric(
-    "millstream_calls_unrecorded", "Model calls whose span the log did not take, since the start"
+    "millstream_calls_unrecorded", "Model calls whose span the log has not stored since the start."
 )
-SINK_OUTAGE: Final = Metric("millstream_sink_outage_seconds", "Since the store began to fail; 0 while it takes records")
-SINK_WAITING: Final = Metric("millstream_sink_waiting_records", "Read and not yet stored")
-SINK_STORED: Final = Metric("millstream_sink_stored_records", "Stored since the start")
-SINK_RETRIES: Final = Metric("millstream_sink_retries", "Batches that were tried again, since the start")
-SINK_DEAD: Final = Metric("millstream_sink_dead_letters", "Written since the start")
+
+# Sink
+SINK_OUTAGE: Final = Metric(
+    "millstream_sink_outage_seconds", "Time for which the store has been failing; 0 while it accepts records."
+)
+SINK_WAITING: Final = Metric("millstream_sink_waiting_records", "Records read and not yet stored.")
+SINK_STORED: Final = Metric("millstream_sink_stored_records", "Records stored since the start.")
+SINK_RETRIES: Final = Metric("millstream_sink_retries", "Batches retried since the start.")
+SINK_DEAD: Final = Metric("millstream_sink_dead_letters", "Dead letters written since the start.")
