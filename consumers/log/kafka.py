@@ -17,6 +17,7 @@ from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from millstream.consumers.log.kafka_offsets import CALL_TIMEOUT_S, Watermarks
+from millstream.consumers.log.poll_times import PollTimes
 from millstream.consumers.log.port import RebalanceListener
 from millstream.producers.log.kafka_config import BATCH_OVERHEAD, aiokafka_config, limit_aiokafka_logs
 from millstream.schemas.config.settings import Settings
@@ -51,7 +52,8 @@ class AioConsumer:
     """The port by aiokafka. Rebalance callbacks run in the event loop as soon as the group decides: within ``poll``,
     or while the role awaits something else between two polls; a slow role then holds up nobody."""
 
-    def __init__(self, settings: Settings, watermarks: Watermarks, group: str | None = None) -> None:
+    def __init__(self, settings: Settings, watermarks: Watermarks, polls: PollTimes, group: str | None = None) -> None:
+        self.polls = polls
         self._settings = settings
         self._watermarks = watermarks
         self._group = group
@@ -79,6 +81,10 @@ class AioConsumer:
             self._positions[partition] = offset
 
     async def poll(self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None) -> list[LogRecord]:
+        with self.polls:
+            return await self._poll(max_records, timeout_s, topics)
+
+    async def _poll(self, max_records: int, timeout_s: float, topics: Iterable[str] | None) -> list[LogRecord]:
         client = self._joined()
         wanted = None if topics is None else frozenset(topics)
         deadline = time.monotonic() + timeout_s
@@ -207,6 +213,7 @@ class AioConsumer:
         return await self._watermarks.beginning(partitions)
 
     async def close(self) -> None:
+        self.polls.closed = True
         client, self._client = self._client, None
         if client is None:
             return

@@ -19,6 +19,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 from millstream.consumers.log.kafka import AioConsumer
 from millstream.consumers.log.kafka_offsets import Watermarks
 from millstream.consumers.log.kafka_transactional import KafkaTransactionalConsumer
+from millstream.consumers.log.poll_times import OpenConsumers, PollTimes
 from millstream.consumers.log.port import Consumer, TransactionalConsumer
 from millstream.producers.log.kafka import KafkaProducer, KafkaTransactionalProducer
 from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, raised
@@ -40,6 +41,7 @@ class KafkaLog:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._watermarks = Watermarks(settings)
+        self._open = OpenConsumers()
 
     def producer(self, *, linger_ms: float = LINGER_MS) -> Producer:
         return KafkaProducer(self._settings, linger_ms=linger_ms)
@@ -48,10 +50,13 @@ class KafkaLog:
         return KafkaTransactionalProducer(self._settings, transactional_id)
 
     def consumer(self, group: str | None = None) -> Consumer:
-        return AioConsumer(self._settings, self._watermarks, group)
+        return AioConsumer(self._settings, self._watermarks, self._open.add(), group)
 
     def transactional_consumer(self, group: str) -> TransactionalConsumer:
-        return KafkaTransactionalConsumer(self._settings, self._watermarks, group)
+        return KafkaTransactionalConsumer(self._settings, self._watermarks, self._open.add(), group)
+
+    def polls(self) -> list[PollTimes]:
+        return self._open.polls()
 
     async def create_topics(self, more: Sequence[Topic] = ()) -> None:
         await self.check_connection()

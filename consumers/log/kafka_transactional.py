@@ -15,6 +15,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from millstream.consumers.log.kafka import FETCH_BYTES, FETCH_WAIT_MS, SLICE_S, record_key
 from millstream.consumers.log.kafka_offsets import CALL_TIMEOUT_S, Watermarks
+from millstream.consumers.log.poll_times import PollTimes
 from millstream.consumers.log.port import RebalanceListener
 from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, log_error, raised
 from millstream.schemas.config.settings import Settings
@@ -30,7 +31,8 @@ class KafkaTransactionalConsumer:
     """The port by librdkafka, with the group protocol of KIP-848. All calls run in one thread, in order; the
     callbacks run there too, within ``poll`` or ``close``, while the caller awaits it."""
 
-    def __init__(self, settings: Settings, watermarks: Watermarks, group: str) -> None:
+    def __init__(self, settings: Settings, watermarks: Watermarks, polls: PollTimes, group: str) -> None:
+        self.polls = polls
         self._group = group
         self._watermarks = watermarks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="millstream-consumer")
@@ -69,6 +71,10 @@ class KafkaTransactionalConsumer:
         )
 
     async def poll(self, max_records: int, timeout_s: float) -> list[LogRecord | EndOfPartition]:
+        with self.polls:
+            return await self._poll(max_records, timeout_s)
+
+    async def _poll(self, max_records: int, timeout_s: float) -> list[LogRecord | EndOfPartition]:
         deadline = time.monotonic() + timeout_s
         while not self._ready:
             self._cancelled = False
@@ -156,7 +162,7 @@ class KafkaTransactionalConsumer:
     async def close(self) -> None:
         if self._closed:
             return
-        self._closed = True
+        self._closed = self.polls.closed = True
         self._cancelled = True
         try:
             await self._run("closing", self._client.close, timeout_s=CALL_TIMEOUT_S)

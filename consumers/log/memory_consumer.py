@@ -61,6 +61,7 @@ class MemoryConsumer:
     _eof = False  # whether `_poll` tells the ends of partitions
 
     def __init__(self, log: "MemoryLog", group: Group["MemoryConsumer"] | None) -> None:
+        self.polls = log.open.add()
         self._log = log
         self._group = group
         self._topics: tuple[str, ...] = ()
@@ -94,7 +95,8 @@ class MemoryConsumer:
             self._add({log.partition: log.stable_end() if start == "end" else 0 for log in logs})
 
     async def poll(self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None) -> list[LogRecord]:
-        return cast("list[LogRecord]", await self._poll(max_records, timeout_s, topics))
+        with self.polls:
+            return cast("list[LogRecord]", await self._poll(max_records, timeout_s, topics))
 
     async def _poll(
         self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None
@@ -178,7 +180,7 @@ class MemoryConsumer:
         try:
             self._revoke(set(self._positions))
         finally:
-            self._closed = True
+            self._closed = self.polls.closed = True
             if self._group is not None:
                 with self._log.lock:
                     self._group.leave(self)
@@ -302,4 +304,5 @@ class MemoryTransactionalConsumer(MemoryConsumer):
     _eof = True
 
     async def poll(self, max_records: int, timeout_s: float) -> list[LogRecord | EndOfPartition]:  # type: ignore[override]
-        return await self._poll(max_records, timeout_s)
+        with self.polls:
+            return await self._poll(max_records, timeout_s)

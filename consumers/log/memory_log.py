@@ -20,6 +20,7 @@ from millstream.consumers.log.memory_consumer import (
     Waiter,
 )
 from millstream.consumers.log.memory_group import Group
+from millstream.consumers.log.poll_times import OpenConsumers, PollTimes
 from millstream.consumers.log.port import Consumer, TransactionalConsumer
 from millstream.producers.log.port import LINGER_MS, OnAck, Producer, TransactionalProducer
 from millstream.schemas.errors import ConfigError, Fenced, LogError, TooLarge, TransactionAborted
@@ -57,6 +58,7 @@ class MemoryLog:
         self._add(topics.all)
         self.groups: dict[str, Group[MemoryConsumer]] = {}
         self.transactional: dict[str, _MemoryTransactionalProducer] = {}
+        self.open = OpenConsumers()
 
     def producer(self, *, linger_ms: float = LINGER_MS) -> Producer:
         return _MemoryProducer(self)
@@ -69,6 +71,9 @@ class MemoryLog:
 
     def transactional_consumer(self, group: str) -> TransactionalConsumer:
         return MemoryTransactionalConsumer(self, self._group(group))
+
+    def polls(self) -> list[PollTimes]:
+        return self.open.polls()
 
     def _group(self, name: str) -> Group[MemoryConsumer]:
         with self.lock:

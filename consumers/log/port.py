@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
+from millstream.consumers.log.poll_times import PollTimes
 from millstream.producers.log.port import LINGER_MS, Producer, TransactionalProducer
 from millstream.schemas.wire.log import EndOfPartition, LogRecord, Partition
 from millstream.schemas.wire.topics import Topic
@@ -24,6 +25,8 @@ class Consumer(Protocol):
 
     Every call may raise `LogUnavailable`. A record that has been handed out is not committed by that.
     """
+
+    polls: PollTimes
 
     async def subscribe(self, topics: Sequence[str], listener: RebalanceListener | None = None) -> None:
         """Joins the group given at creation; starts at its committed offsets, without one at the beginning."""
@@ -66,6 +69,8 @@ class Consumer(Protocol):
 class TransactionalConsumer(Protocol):
     """A group's member whose offsets a transactional producer commits; what it shares with `Consumer` is the same."""
 
+    polls: PollTimes
+
     async def subscribe(self, topics: Sequence[str], listener: RebalanceListener | None = None) -> None: ...
 
     async def poll(self, max_records: int, timeout_s: float) -> list[LogRecord | EndOfPartition]:
@@ -93,6 +98,9 @@ class Log(Protocol):
     def consumer(self, group: str | None = None) -> Consumer: ...
 
     def transactional_consumer(self, group: str) -> TransactionalConsumer: ...
+
+    def polls(self) -> list[PollTimes]:
+        """The poll times of every consumer that this object has made and that is not closed. Any thread may call it."""
 
     async def create_topics(self, more: Sequence[Topic] = ()) -> None:
         """Creates what is missing of the deployment's topics, and of ``more``. Raises `ConfigError` if one whose

@@ -286,3 +286,22 @@ async def test_a_member_without_partitions_is_told_so(log: LogUnderTest, new_mem
     two = await new_member().join(log.topics.control)
     await poll_until("two has been told", lambda: two.assignments, one, two)
     assert len(one.owned) + len(two.owned) == 1
+
+
+@pytest.mark.parametrize("kind", ["plain", "transactional"])
+async def test_a_log_knows_when_its_open_consumers_polled(log: LogUnderTest, kind: str) -> None:
+    consumer = log.consumer("team") if kind == "plain" else log.transactional_consumer("team")
+    (times,) = log.log.polls()
+    assert times is consumer.polls
+    assert (times.last_poll, times.polling_since) == (None, None)
+    await consumer.subscribe([log.topics.events])
+    before = time.monotonic()
+    poll = asyncio.create_task(consumer.poll(1, 0.05))
+    await asyncio.sleep(0)
+    assert times.polling_since is not None
+    await poll
+    assert times.last_poll is not None
+    assert before <= times.last_poll <= time.monotonic()
+    assert times.polling_since is None
+    await consumer.close()
+    assert log.log.polls() == []
