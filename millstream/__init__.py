@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from millstream.consumers.sink.port import Batch as Batch
     from millstream.consumers.sink.port import Sink as Sink
     from millstream.pipeline.algorithms.grpo import GRPO as GRPO
-    from millstream.pipeline.hooks import ErrorHandler as ErrorHandler
-    from millstream.pipeline.hooks import PerformanceMonitor as PerformanceMonitor
-    from millstream.pipeline.hooks import StateBackup as StateBackup
-    from millstream.pipeline.hooks import WarmUp as WarmUp
     from millstream.pipeline.services.broker import broker as broker
     from millstream.pipeline.store.clickhouse import ClickHouseStore as ClickHouseStore
     from millstream.pipeline.store.memory_store import MemoryStore as MemoryStore
@@ -67,7 +63,6 @@ _NAMES = {
     "pipeline.algorithms.grpo": "GRPO",
     "pipeline.training.algorithm": "Algorithm",
     "pipeline.services.broker": "broker",
-    "pipeline.hooks": "ErrorHandler PerformanceMonitor StateBackup WarmUp",
     "pipeline.store.memory_store": "MemoryStore",
     "pipeline.store.clickhouse": "ClickHouseStore",
     "pipeline.store.results": "AsyncStore Attempt Reward Rollout Store",

@@ -175,8 +175,6 @@ class AttemptWriter:
         try:
             with self._lock:
                 self._spans.send(self._topics.events, span, key=self.claim.task.rollout_id, headers=_HEADERS[kind])
-            if kind == semconv.ALERT:
-                self._producer.send(self._topics.alerts, span, key=self.claim.task.rollout_id, headers=_HEADERS[kind])
         except TooLarge as error:
             self.refuse("too_large", str(error))
             self._dead_letter(str(error))

@@ -1,5 +1,5 @@
-"""Hooks: the user's own code around each attempt, in the agent's process. What goes wrong in one is logged with the
-rollout and never harms the attempt. Those that come with the package are in `millstream.pipeline.hooks`."""
+"""Hooks: the user's own code around each attempt, in the agent's process. An error in a hook is logged with the rollout
+and never fails the attempt. ``examples/hooks`` has some to copy."""
 
 import asyncio
 import inspect

@@ -152,9 +152,7 @@ class SinkRole:
     async def run(self, stop: asyncio.Event) -> None:
         """Runs until ``stop``; then stores and commits what the log holds by that time, and leaves."""
         try:
-            # An alert is a copy of a span on events.
-            names = [topic.name for topic in self._topics.all if topic.name != self._topics.alerts]
-            await self._consumer.subscribe(names, self)
+            await self._consumer.subscribe([topic.name for topic in self._topics.all], self)
             while not stop.is_set():
                 await self._step()
             await self._drain()

@@ -1,9 +1,13 @@
-"""What surrounds each attempt of the agent: the four hooks that come with Millstream, and one of our own."""
+"""The hooks around each attempt of the agent."""
 
 import time
 from typing import Any
 
 import millstream as ms
+from examples.hooks.backup import Backup
+from examples.hooks.errors import ErrorHandler
+from examples.hooks.monitor import Monitor
+from examples.hooks.warm_up import WarmUp
 
 
 def load_index() -> dict[str, str]:
@@ -12,13 +16,13 @@ def load_index() -> dict[str, str]:
 
 
 class Greeter(ms.Hook):
-    """Notes in the trace on which machine the attempt runs."""
+    """Records in the trace which machine the attempt runs on."""
 
     async def on_trace_start(self, agent: Any, runner: Any, tracer: Any, rollout: Any) -> None:
         ms.emit_span("greeting", {"host": runner.host, "attempt": rollout.attempt})
 
 
-index = ms.WarmUp(load_index)
-monitor = ms.PerformanceMonitor(threshold_s=60)  # webhook="https://…" tells people
-errors = ms.ErrorHandler({KeyError: "fail", ConnectionError: "retry", StopIteration: "ignore"})
-backup = ms.StateBackup("runs/hooks")  # or "s3://bucket/folder", where s3fs is installed
+index = WarmUp(load_index)
+monitor = Monitor(threshold_s=60)
+errors = ErrorHandler({KeyError: "fail", ConnectionError: "retry", StopIteration: "ignore"})
+backup = Backup("runs/hooks")

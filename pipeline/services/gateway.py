@@ -249,7 +249,6 @@ def _described(topics: Topics) -> KafkaBroker:
         topics.triplets: records.Triplet | RolloutEnd,
         topics.control: records.Control,
         topics.workers: Worker,
-        topics.alerts: records.Span,
         topics.dead: records.DeadLetter,
     }
     for topic in topics.all:

@@ -28,7 +28,6 @@ from millstream.producers.log.port import Producer
 from millstream.schemas.attempt_keys import BadKey, claims_of
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import CodecError, LogError, TooLarge
-from millstream.schemas.spans import semconv
 from millstream.schemas.spans.otlp import Malformed, from_otlp, parse_json, parse_protobuf
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import KIND_HEADER
@@ -129,13 +128,9 @@ class OtlpReceiver:
         for span in spans:
             headers = {KIND_HEADER: span.kind.encode()}
             try:
-                data = codec.encode(span)
-                written.send(self._topics.events, data, key=span.rollout_id, headers=headers)
+                written.send(self._topics.events, codec.encode(span), key=span.rollout_id, headers=headers)
             except (CodecError, TooLarge) as error:
                 rejected.append(f"span {span.name!r}: {error}")
-                continue
-            if span.kind == semconv.ALERT:
-                written.send(self._topics.alerts, data, key=span.rollout_id, headers=headers)
 
 
 def _unpacked(body: bytes, packed: str) -> bytes:

@@ -29,9 +29,7 @@ async def rebuild(log: Log, store: ClickHouseStore, topics: Topics) -> tuple[int
     tables = [*(table.name for table in TABLES.values()), "spans_raw"]
     if filled := [name for name in tables if store.sql(f"SELECT 1 FROM {name} LIMIT 1").rows]:  # noqa: S608
         raise ConfigError(f"the store isn't empty ({', '.join(filled)}): name another clickhouse_database")
-    # An alert is a copy of a span on events.
-    read = [topic for topic in topics.all if topic.name != topics.alerts]
-    partitions = [Partition(topic.name, n) for topic in read for n in range(topic.partitions)]
+    partitions = [Partition(topic.name, n) for topic in topics.all for n in range(topic.partitions)]
     sink = ClickHouseSink(store, topics.events)
 
     def write() -> int:

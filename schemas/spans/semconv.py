@@ -41,7 +41,7 @@ EXCEPTION_TYPE: Final = "exception.type"
 EXCEPTION_MESSAGE: Final = "exception.message"
 EXCEPTION_STACK: Final = "exception.stacktrace"
 
-# Ours: a span that has this is an alert; the runner writes a copy of it to the alerts topic.
+# Ours: a span that has this is of kind "alert".
 ALERT_NAME: Final = "millstream.alert"
 # Ours: the exact OpenAI messages of a call, as JSON, in the proxy's spans.
 REQUEST_MESSAGES: Final = "millstream.request.messages"

@@ -57,10 +57,6 @@ class Topics:
         return f"{self.prefix}.workers"
 
     @property
-    def alerts(self) -> str:
-        return f"{self.prefix}.alerts"
-
-    @property
     def dead(self) -> str:
         return f"{self.prefix}.dead"
 
@@ -79,6 +75,5 @@ class Topics:
             Topic(self.triplets, n, "delete", "rollout_id"),
             Topic(self.control, 1, "compact", "kind/name"),
             Topic(self.workers, 1, "compact", "worker_id"),
-            Topic(self.alerts, 1, "delete", "rollout_id"),
             Topic(self.dead, self.dead_partitions, "delete", "the original key"),
         )

@@ -24,8 +24,13 @@ pytestmark = pytest.mark.kafka
 AGENT = """
     import asyncio
     import millstream as ms
+    from prometheus_client import Counter
 
-    monitor = ms.PerformanceMonitor()
+    ENDED = Counter("my_ended", "Attempts, by how they ended.", ["status"])
+
+    class Monitor(ms.Hook):
+        def on_trace_end(self, agent, runner, tracer, rollout):
+            ENDED.labels(tracer.status).inc()
 
     async def agent(input):
         ms.emit_span("began")
@@ -69,7 +74,7 @@ async def test_cancel_pause_workers_lag_and_a_second_interrupt(
         "--concurrency",
         "2",
         "--hook",
-        "my_agent:monitor",
+        "my_agent:Monitor",
         "--health-port",
         str(port),
     ]
@@ -89,8 +94,8 @@ async def test_cancel_pause_workers_lag_and_a_second_interrupt(
         found = by_input(await rig.read_until(lambda events: len(terminal(events)) >= 5))
         assert {one.task.rollout_id for one in found.values()} == {t.rollout_id for t in [*paused, slow]}
         counted = await asyncio.to_thread(_get, port, "/metrics")
-        assert 'millstream_agent_seconds_count{agent="my_agent:agent",status="succeeded"} 4.0' in counted
-        assert 'millstream_agent_seconds_count{agent="my_agent:agent",status="cancelled"} 1.0' in counted
+        assert 'my_ended_total{status="succeeded"} 4.0' in counted
+        assert 'my_ended_total{status="cancelled"} 1.0' in counted
         alive = await asyncio.to_thread(_get, port, "/livez")
         assert [line.split()[0] for line in alive.splitlines()] == [
             "millstream_poll_age_seconds",

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
 from prometheus_client import CollectorRegistry
 from runner_rig import Ended, Rig, assert_whole, running, settings_for_tests, write_agent
 
@@ -15,8 +14,6 @@ import millstream as ms
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.runner.runner import Runner
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.wire import codec
-from millstream.schemas.wire.records import Span
 
 AGENT = """
     import asyncio, json, os, time
@@ -239,80 +236,24 @@ async def test_objects_can_not_be_hooks_of_child_processes(tmp_path: Path) -> No
             pass
 
 
-# --- those that come with the package
-
-
-SHIPPED = """
-    import os, time
-    from pathlib import Path
+DECIDES = """
     import millstream as ms
 
-    def load():
-        with open("loaded", "a") as file:
-            file.write(f"{os.getpid()}\\n")
-        time.sleep(0.2)
-        return os.getpid()
-
-    model = ms.WarmUp(load)
-    monitor = ms.PerformanceMonitor(0.05)
-    errors = ms.ErrorHandler({LookupError: "retry", KeyError: "fail", ValueError: "ignore"})
-    backup = ms.StateBackup("backup")
-
-    def warm(input):
-        return {"model": model.value, "pid": os.getpid()}
+    class Decides(ms.Hook):
+        async def on_error(self, agent, runner, rollout, error):
+            return {IndexError: "retry", KeyError: "fail", ValueError: "ignore"}.get(type(error))
 
     async def breaks(input):
         ms.emit_reward(0.25)
         raise {"index": IndexError, "key": KeyError, "value": ValueError, "type": TypeError}[input]("no good")
-
-    def spends(input):
-        if input == "bad":
-            raise ValueError
-        ms.emit_span("call", {"gen_ai.operation.name": "chat", "gen_ai.usage.input_tokens": 7,
-                              "gen_ai.usage.output_tokens": 3})
-        time.sleep(0.1)
-        return {"found": "Zürich"}
 """
 
 
 @HOSTS
-async def test_warm_up_loads_once_in_each_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    name = f"warm_{processes}"
-    write_agent(tmp_path, SHIPPED, f"{name}.py")
-    options: dict[str, Any] = {"processes": processes * 2, "concurrency": 3, "hooks": [f"{name}:model"]}
-    async with running(f"{name}:warm", tmp_path, **options) as rig:
-        await rig.publish(range(12))
-        ended = await rig.ends(12)
-    found = [json.loads(one.last.output or "") for one in ended.values()]
-    assert all(one["model"] == one["pid"] for one in found)
-    loaded = (tmp_path / "loaded").read_text().split()
-    assert sorted(set(loaded)) == sorted(loaded)
-    assert set(loaded) == {str(one["pid"]) for one in found}
-
-
-async def test_warm_up_tries_again_after_a_failure() -> None:
-    tries: list[int] = []
-
-    def load() -> str:
-        tries.append(1)
-        if len(tries) == 1:
-            raise OSError("not there yet")
-        return "ready"
-
-    warm = ms.WarmUp(load)
-    with pytest.raises(OSError, match="not there yet"):
-        _ = warm.value
-    assert [warm.value, warm.value, len(tries)] == ["ready", "ready", 2]
-
-
-@HOSTS
-async def test_error_handler_maps_types_to_outcomes(tmp_path: Path, processes: int) -> None:
-    name = f"errors_{processes}"
-    write_agent(tmp_path, SHIPPED, f"{name}.py")
-    async with running(f"{name}:breaks", tmp_path, processes=processes, hooks=[f"{name}:errors"]) as rig:
+async def test_a_hook_decides_what_becomes_of_an_error(tmp_path: Path, processes: int) -> None:
+    name = f"decides_{processes}"
+    write_agent(tmp_path, DECIDES, f"{name}.py")
+    async with running(f"{name}:breaks", tmp_path, processes=processes, hooks=[f"{name}:Decides"]) as rig:
         await rig.publish(["index", "key", "value", "type"])
         ended = {json.loads(text): one for text, one in (await rig.ends(4)).items()}
     assert_whole(ended)
@@ -328,112 +269,43 @@ async def test_error_handler_maps_types_to_outcomes(tmp_path: Path, processes: i
     assert ended["value"].rewards == [0.25]
 
 
-def test_error_handler_refuses_words_it_does_not_know() -> None:
-    with pytest.raises(ConfigError, match="'again' for ValueError is none of retry, fail, ignore"):
-        ms.ErrorHandler({ValueError: "again"})
+COUNTS = """
+    import millstream as ms
+    from prometheus_client import Counter
+
+    ENDED = Counter("my_ended", "Attempts, by how they ended.", ["status"])
+
+    class Counts(ms.Hook):
+        def on_trace_end(self, agent, runner, tracer, rollout):
+            ENDED.labels(tracer.status).inc()
+            ms.emit_span("slow", {"millstream.alert": "slow"})
+
+    def agent(input):
+        if input == "bad":
+            raise ValueError
+"""
 
 
-async def test_performance_monitor_counts_in_all_processes_and_alerts(tmp_path: Path) -> None:
-    write_agent(tmp_path, SHIPPED, "spends.py")
+async def test_what_hooks_count_is_added_up_over_all_processes(tmp_path: Path) -> None:
+    write_agent(tmp_path, COUNTS, "counts.py")
     options: dict[str, Any] = {
         "processes": 2,
         "concurrency": 2,
-        "max_attempts_per_process": 1,  # what has been counted outlives those that counted
-        "hooks": ["spends:monitor"],
+        "max_attempts_per_process": 1,  # what has been counted outlives the process that counted it
+        "hooks": ["counts:Counts"],
     }
     settings = settings_for_tests()
     log = MemoryLog(settings.topics)
     registry, stop = CollectorRegistry(), asyncio.Event()
-    runner = Runner(log, settings, "spends:spends", folder=tmp_path, **options)
+    runner = Runner(log, settings, "counts:agent", folder=tmp_path, **options)
     rig = Rig(log, settings, runner=asyncio.create_task(runner.run(stop)))
     await rig.publish(["a", "b", "c", "bad"])
     ended = await rig.ends(4)
     registry.register(runner)  # type: ignore[arg-type]
-
-    def value(name: str, **labels: str) -> float | None:
-        return registry.get_sample_value(name, {"agent": "spends:spends", **labels})
-
-    assert value("millstream_agent_seconds_count", status="succeeded") == 3
-    assert value("millstream_agent_seconds_count", status="failed") == 1
-    assert value("millstream_agent_tokens_total", direction="input") == 21
-    assert value("millstream_agent_tokens_total", direction="output") == 9
-    assert value("millstream_agent_slow_total") == 3
+    assert registry.get_sample_value("my_ended_total", {"status": "succeeded"}) == 3
+    assert registry.get_sample_value("my_ended_total", {"status": "failed"}) == 1
     stop.set()
     await rig.runner
     assert not list(registry.collect())
     assert_whole(ended)
-    for text, one in ended.items():
-        alerts = [span for span in one.spans if span.name == "slow_attempt"]
-        assert len(alerts) == (text != '"bad"')
-        for alert in alerts:
-            assert alert.attributes["millstream.alert.rollout_id"] == one.last.rollout_id
-            assert float(alert.attributes["millstream.alert.duration_s"]) >= 0.1
-    told = [codec.decode_as(Span, record.value) for record in log.partitions[settings.topics.alerts][0].records]
-    assert {span.rollout_id for span in told} == {one.last.rollout_id for t, one in ended.items() if t != '"bad"'}
-    assert {span.name for span in told} == {"slow_attempt"}
-
-
-async def test_performance_monitor_tells_a_webhook() -> None:
-    got: list[dict[str, Any]] = []
-
-    async def take(request: web.Request) -> web.Response:
-        got.append(await request.json())
-        return web.Response(status=500 if len(got) == 1 else 200)
-
-    app = web.Application()
-    app.router.add_post("/alerts", take)
-    server = web.AppRunner(app)
-    await server.setup()
-    site = web.TCPSite(server, "127.0.0.1", 0)
-    await site.start()
-    hook = ms.PerformanceMonitor(0.0, webhook=f"{site.name}/alerts")
-    try:
-        async with running(lambda task: None, hooks=[hook], concurrency=1, worker_id="w-1") as rig:
-            await rig.publish([1, 2])
-            ended = await rig.ends(2)
-    finally:
-        await server.cleanup()
-    assert [one.last.status for one in ended.values()] == ["succeeded"] * 2  # although the webhook answered 500
-    assert {one["rollout_id"] for one in got} == {one.last.rollout_id for one in ended.values()}
-    assert {one["worker_id"] for one in got} == {"w-1"}
-    assert all(one["rollout_id"] in one["text"] and one["duration_s"] >= 0 for one in got)
-    with pytest.raises(ConfigError, match="'file:///etc/passwd' is no http or https URL"):
-        ms.PerformanceMonitor(webhook="file:///etc/passwd")
-
-
-@HOSTS
-async def test_state_backup_writes_each_attempt(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    name = f"backed_{processes}"
-    write_agent(tmp_path, SHIPPED, f"{name}.py")
-    async with running(f"{name}:spends", tmp_path, processes=processes, hooks=[f"{name}:backup"]) as rig:
-        await rig.publish(["good", "bad"])
-        ended = await rig.ends(2)
-    states = {text: _state(tmp_path / "backup", one) for text, one in ended.items()}
-    good, bad = states['"good"'], states['"bad"']
-    assert (good["input"], good["status"], good["output"]) == ("good", "succeeded", {"found": "Zürich"})
-    assert (good["spans"], good["tokens"]) == ({"llm": 1, "agent": 1}, {"input": 7, "output": 3})
-    assert good["duration_s"] >= 0.1
-    assert (bad["status"], bad["error"], bad["output"]) == ("failed", "ValueError: ", None)
-
-
-async def test_state_backup_writes_to_an_object_store() -> None:
-    fsspec = pytest.importorskip("fsspec")
-    hook = ms.StateBackup("memory://backup-test/states")
-    async with running(lambda task: {"n": task}, hooks=[hook]) as rig:
-        await rig.publish([1])
-        (one,) = (await rig.ends(1)).values()
-    files = fsspec.filesystem("memory")
-    path = f"/backup-test/states/{one.last.rollout_id}/{one.last.attempt_id}.json"
-    assert files.find("/backup-test") == [path]
-    assert json.loads(files.cat(path))["output"] == {"n": 1}
-    with pytest.raises(ConfigError, match="StateBackup: nosuch://x can't be used"):
-        ms.StateBackup("nosuch://x")
-
-
-def _state(folder: Path, one: Ended) -> Any:
-    (path,) = (folder / one.last.rollout_id).iterdir()  # nothing half-written beside it
-    assert path.name == f"{one.last.attempt_id}.json"
-    return json.loads(path.read_text())
+    assert [[span.kind for span in one.spans if span.name == "slow"] for one in ended.values()] == [["alert"]] * 4

@@ -40,7 +40,6 @@ def test_every_topic_has_the_prefix_and_its_partitions() -> None:
         "mine.triplets": (8, "delete"),
         "mine.control": (1, "compact"),
         "mine.workers": (1, "compact"),
-        "mine.alerts": (1, "delete"),
         "mine.dead": (2, "delete"),
     }
     assert {topics.events, topics.triplets, topics.control, topics.workers, topics.dead} < {t.name for t in topics.all}
