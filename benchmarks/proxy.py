@@ -26,7 +26,8 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from millstream.deploy.kafka.local import LocalKafka, free_port
+from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.addresses import free_port
 from millstream.schemas.attempt_keys import attempt_key, attempt_path
 from millstream.schemas.ids import new_id
 

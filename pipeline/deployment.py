@@ -20,12 +20,12 @@ from millstream.consumers.runner.hooks import Hook
 from millstream.consumers.runner.runner import Runner
 from millstream.consumers.sink.clickhouse import ClickHouseSink
 from millstream.consumers.sink.sink import SinkRole
+from millstream.pipeline.addresses import LOOPBACK, is_loopback
 from millstream.pipeline.models.server import ModelServer
-from millstream.pipeline.models.vllm_process import HOST, VllmOptions
+from millstream.pipeline.models.vllm_process import VllmOptions
 from millstream.pipeline.models.vllm_server import VllmServer
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.proxy.targets import DEFAULT
-from millstream.pipeline.services.http import is_loopback
 from millstream.pipeline.services.serving import serve
 from millstream.pipeline.store.clickhouse import ClickHouseStore
 from millstream.pipeline.training.trainer import Strategy
@@ -105,7 +105,7 @@ async def _model_server(
     if vllm is not None:
         parts = urlsplit(url)
         if parts.hostname is None or not is_loopback(parts.hostname):
-            raise ConfigError(f"model_url {url}: vLLM serves this machine alone, at http://{HOST}:PORT")
+            raise ConfigError(f"model_url {url}: vLLM serves this machine alone, at http://{LOOPBACK}:PORT")
         folder = run_dir / "vllm"
         server = VllmServer(model, vllm, settings, folder, version=BASE_VERSION, port=parts.port or 0)
         stack.push_async_callback(server.close)

@@ -153,10 +153,10 @@ class LocalKafka:
             raise ConfigError("a local Kafka needs Java 17 or newer: install it (java on PATH, or JAVA_HOME)")
         jars = resolve_jars()
         last = self._last()
-        port = self._wanted_port or (last.port if last is not None and _is_free(last.port) else free_port())
+        port = self._wanted_port or (last.port if last is not None and _is_free(last.port) else _free_port())
         if not _is_free(port):
             raise ConfigError(f"port {port} is taken by another program: stop it, or choose another port (--port)")
-        controller_port = last.controller_port if last is not None and _is_free(last.controller_port) else free_port()
+        controller_port = last.controller_port if last is not None and _is_free(last.controller_port) else _free_port()
         config = self._write_config(port, controller_port)
         classpath = [java, HEAP, "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", *_LOGGING]
         classpath += ["-cp", str(jars / "*")]
@@ -323,7 +323,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def free_port() -> int:
+def _free_port() -> int:
     """A port of this machine that nobody listens on, and that no outgoing connection will take."""
     for port in random.sample(FREE_PORTS, 100):
         if _is_free(port):

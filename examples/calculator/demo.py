@@ -27,7 +27,8 @@ from examples.calculator.processes import STOP_S, Processes
 from examples.calculator.reward import LEDGER
 from examples.calculator.tasks import make_tasks
 from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.deploy.kafka.local import LocalKafka, free_port
+from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.addresses import free_port
 from millstream.pipeline.store.clickhouse import ClickHouseStore
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import MillstreamError

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from millstream.pipeline.models.processes import die_with_parent
+from millstream.pipeline.models.vllm_process import die_with_parent
 from millstream.schemas.errors import MillstreamError
 
 STOP_S = 30.0  # how long a role may take to end in good order

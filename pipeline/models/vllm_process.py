@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -15,15 +16,14 @@ from typing import Final, Literal
 import aiohttp
 
 import millstream.deploy.vllm as plugins
-from millstream.deploy.kafka.local import free_port
-from millstream.pipeline.models.processes import die_with_parent
+from millstream.pipeline.addresses import LOOPBACK, free_port
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError, MillstreamError
 
 START_S: Final = 600.0  # large models take minutes to load
 STOP_S: Final = 10.0
 PROBE_S: Final = 10.0  # for an answer that takes milliseconds
-HOST: Final = "127.0.0.1"  # nobody else reaches its development endpoints
+PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 Transfer = Literal["file", "gloo", "nccl", "ipc"]
 ENGINES: Final[Mapping[str, str]] = {
     "file": "millstream",
@@ -57,7 +57,7 @@ class VllmProcess:
         self._root = settings.weights_root.resolve()
         self.log = folder / f"{name}.log"
         self._port = port or free_port()
-        self.url = f"http://{HOST}:{self._port}"
+        self.url = f"http://{LOOPBACK}:{self._port}"
         self.token = token_hex(32)  # that opens its development endpoints
         self._process: asyncio.subprocess.Process | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,7 @@ class VllmProcess:
             *("-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(self._model)),
             *("--served-model-name", *options.names),
-            *("--host", HOST, "--port", str(self._port)),
+            *("--host", LOOPBACK, "--port", str(self._port)),
             *("--middleware", "millstream_middleware.Versions"),
             *("--worker-extension-cls", "millstream_worker.Worker"),
             *("--weight-transfer-config", f'{{"backend": "{ENGINES[options.transfer]}"}}'),
@@ -161,3 +161,9 @@ class VllmProcess:
 
     def _last_lines(self) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-15:])
+
+
+def die_with_parent() -> None:
+    """In the child, between fork and exec: the kernel ends it when its parent ends (Linux)."""
+    if ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM) != 0:
+        os._exit(1)

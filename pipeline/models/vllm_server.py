@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import aiohttp
 
-from millstream.deploy.kafka.local import free_port
+from millstream.pipeline.addresses import free_port
 from millstream.pipeline.models.server import UpdateFailed
 from millstream.pipeline.models.vllm_process import PROBE_S, VllmOptions, VllmProcess
 from millstream.pipeline.models.vllm_transfer import send_file, send_gloo

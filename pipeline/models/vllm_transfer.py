@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from millstream.pipeline.models.vllm_process import HOST
+from millstream.pipeline.addresses import LOOPBACK
 from millstream.pipeline.models.weights import Weights
 
 if TYPE_CHECKING:  # needs the `train` extra
@@ -31,7 +31,7 @@ async def send_gloo(post: Post, tensors: Mapping[str, "Tensor"], workers: int) -
 
     dist: Any = torch.distributed  # its stubs lack half of it
     timeout = timedelta(seconds=GLOO_S)
-    store = dist.TCPStore(HOST, 0, workers + 1, is_master=True, wait_for_workers=False, timeout=timeout)
+    store = dist.TCPStore(LOOPBACK, 0, workers + 1, is_master=True, wait_for_workers=False, timeout=timeout)
     flat = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
     def digest() -> str:
@@ -46,7 +46,7 @@ async def send_gloo(post: Post, tensors: Mapping[str, "Tensor"], workers: int) -
             group.broadcast(tensor, 0).wait()
 
     info = {
-        "host": HOST,
+        "host": LOOPBACK,
         "port": store.port,
         "tensors": [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in flat.items()],
         "sha256": await asyncio.to_thread(digest),

@@ -18,6 +18,7 @@ from aiohttp import web
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.port import Log
+from millstream.pipeline.addresses import is_loopback
 from millstream.pipeline.protocols import anthropic, openai
 from millstream.pipeline.protocols.answers import Json
 from millstream.pipeline.protocols.endpoints import COUNT_TOKENS, ENDPOINTS, MALFORMED
@@ -26,7 +27,6 @@ from millstream.pipeline.proxy.attempts import Attempts, ProxiedAttempt
 from millstream.pipeline.proxy.calls import CallError, Calls
 from millstream.pipeline.proxy.replicas import Failed
 from millstream.pipeline.proxy.targets import Targets
-from millstream.pipeline.services.http import is_loopback
 from millstream.producers.blob_store import Blobs
 from millstream.producers.log.acknowledged import BURST_MS
 from millstream.producers.log.port import Producer

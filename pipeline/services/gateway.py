@@ -32,9 +32,10 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.pipeline.addresses import is_loopback
 from millstream.pipeline.services.broker import Codec, broker
 from millstream.pipeline.services.health import Health, watched
-from millstream.pipeline.services.http import for_this_machine, is_loopback, limited, listen, serve_until_signal
+from millstream.pipeline.services.http import for_this_machine, limited, listen, serve_until_signal
 from millstream.pipeline.services.kpis import QUANTILES, Kpis
 from millstream.pipeline.services.otlp_receiver import PATH as TRACES
 from millstream.pipeline.services.otlp_receiver import OtlpReceiver

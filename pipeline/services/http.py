@@ -1,7 +1,6 @@
 """Serves an ASGI application until a signal ends the process."""
 
 import asyncio
-import ipaddress
 import signal
 import socket
 from typing import Any
@@ -11,18 +10,11 @@ import uvicorn
 from starlette.requests import Request
 from starlette.types import Message
 
+from millstream.pipeline.addresses import is_loopback
 from millstream.schemas.errors import ConfigError
 
 SHUTDOWN_S = 5  # how long requests under way may go on after the signal
 KEEP_ALIVE_S = 30  # of an idle connection, as ClickHouse does: clients that ask now and then find it open
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches that host."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def for_this_machine(request: Request) -> bool:

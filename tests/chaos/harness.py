@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.deploy.kafka.local import LocalKafka, free_port
+from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.addresses import free_port
 from millstream.producers.tasks import TaskPublisher
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import LogError

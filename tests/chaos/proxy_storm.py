@@ -25,7 +25,8 @@ from rich.console import Console
 from storm_replicas import Replicas, Vllm, Words, answers, named
 
 from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.deploy.kafka.local import LocalKafka, free_port
+from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.addresses import free_port
 from millstream.schemas.attempt_keys import attempt_key, attempt_path
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.ids import new_id

@@ -24,7 +24,8 @@ from checker import read, schemas
 from rich.console import Console
 
 from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.deploy.kafka.local import LocalKafka, free_port
+from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.addresses import free_port
 from millstream.producers.log.port import Producer
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.ids import new_id

@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 
 import aiohttp
 
-from millstream.deploy.kafka.local import free_port
+from millstream.pipeline.addresses import free_port
 from millstream.schemas.config.settings import load_settings
 
 TESTS = Path(__file__).parents[1]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.deploy.kafka.local import HOST, LocalKafka, free_port
+from millstream.deploy.kafka.local import HOST, LocalKafka
+from millstream.pipeline.addresses import free_port
 from millstream.producers.log.port import send_acknowledged
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError

@@ -12,7 +12,7 @@ import pytest
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.workers import read_workers
-from millstream.deploy.kafka.local import free_port
+from millstream.pipeline.addresses import free_port
 from millstream.schemas.config.settings import Settings
 
 pytestmark = pytest.mark.kafka

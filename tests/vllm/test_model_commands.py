@@ -14,7 +14,7 @@ pytest.importorskip("torch")
 from vllm_rig import ARGS, PYTHON, Client
 
 from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.deploy.kafka.local import free_port
+from millstream.pipeline.addresses import free_port
 from millstream.pipeline.models.weights import save
 
 pytestmark = [pytest.mark.vllm, pytest.mark.kafka, pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(900)]

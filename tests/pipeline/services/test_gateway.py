@@ -14,7 +14,7 @@ from gateway_rig import Client, monitored
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.deploy.kafka.local import free_port
+from millstream.pipeline.addresses import free_port
 from millstream.pipeline.services import health as health_module
 from millstream.pipeline.services.gateway import serve_monitor
 from millstream.producers.log.port import send_acknowledged

@@ -16,7 +16,7 @@ import pytest
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.port import Log
 from millstream.consumers.workers import read_workers
-from millstream.deploy.kafka.local import free_port
+from millstream.pipeline.addresses import free_port
 from millstream.pipeline.services import health as health_module
 from millstream.pipeline.services.health import EXIT_STUCK, Health, watched
 from millstream.pipeline.training.collector import Collector
