@@ -1,4 +1,4 @@
-"""Extension of vLLM's workers (``--worker-extension-cls millstream_worker.Worker``): weights as files, or by gloo.
+"""Extension of vLLM's workers (``--worker-extension-cls millstream_worker.Worker``): weights as files.
 
 Importing it registers the weight-transfer engines ``millstream`` (for any device), ``millstream_nccl`` and
 ``millstream_ipc``: vLLM's own, which take files as well. The last two are untested on GPU.
@@ -8,7 +8,6 @@ It lives in vLLM's environment, where millstream is not installed: nothing of it
 
 import hashlib
 import os
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,8 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-dist: Any = torch.distributed
 ROOT_VARIABLE = "MILLSTREAM_WEIGHTS_ROOT"  # files lie below it
 CANARY_TOKENS = 8
-GLOO_S = 60.0
 
 
 class Worker:
@@ -43,14 +40,11 @@ class Worker:
 
 
 class _Files:
-    """An engine that also takes ``{"files": {path: sha256}}`` and ``{"gloo": {…}}``. Checked whole before anything of
-    the model is touched."""
+    """An engine that also takes ``{"files": {path: sha256}}``. All files are checked before the model is touched."""
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         if "files" in update_info:
             self._load([tensor for path, digest in update_info["files"].items() for tensor in _read(path, digest)])
-        elif "gloo" in update_info:
-            self._load(self._receive(**update_info["gloo"]))
         else:
             super().update_weights(update_info)  # type: ignore[misc]
 
@@ -65,26 +59,9 @@ class _Files:
                     info.load_numel, info.loaded_weights = 0, []
             raise
 
-    def _receive(self, host: str, port: int, tensors: list[Any], sha256: str) -> list[tuple[str, torch.Tensor]]:
-        """Broadcast by rank 0, one after another; ``tensors`` are name, dtype and shape of each."""
-        parallel = self.parallel_config  # type: ignore[attr-defined]
-        size, timeout = parallel.world_size_across_dp + 1, timedelta(seconds=GLOO_S)
-        rank = 1 + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        store = dist.TCPStore(host, port, size, is_master=False, timeout=timeout)
-        group = dist.ProcessGroupGloo(store, rank, size, timeout)
-        digest, weights = hashlib.sha256(), []
-        for name, dtype, shape in tensors:
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
-            group.broadcast(tensor, 0).wait()
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-            weights.append((name, tensor))
-        if digest.hexdigest() != sha256:
-            raise ValueError("the weights that came do not have the checksum that was said")
-        return weights
-
 
 class FileEngine(_Files, WeightTransferEngine):  # type: ignore[misc]
-    """Nothing but files and gloo."""
+    """Files alone."""
 
     init_info_cls = WeightTransferInitInfo
     update_info_cls = WeightTransferUpdateInfo
@@ -106,7 +83,7 @@ class FileEngine(_Files, WeightTransferEngine):  # type: ignore[misc]
                     layer.quant_method.process_weights_after_loading(layer)
 
     def receive_weights(self, update_info: WeightTransferUpdateInfo) -> None:
-        raise NotImplementedError("the update names neither files nor gloo")
+        raise NotImplementedError("the update names no files")
 
     def shutdown(self) -> None:
         """Nothing is open."""

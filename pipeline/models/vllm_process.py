@@ -24,10 +24,9 @@ START_S: Final = 600.0  # large models take minutes to load
 STOP_S: Final = 10.0
 PROBE_S: Final = 10.0  # for an answer that takes milliseconds
 PR_SET_PDEATHSIG: Final = 1  # prctl(2)
-Transfer = Literal["file", "gloo", "nccl", "ipc"]
+Transfer = Literal["file", "nccl", "ipc"]
 ENGINES: Final[Mapping[str, str]] = {
     "file": "millstream",
-    "gloo": "millstream",
     "nccl": "millstream_nccl",
     "ipc": "millstream_ipc",
 }

@@ -18,7 +18,6 @@ import aiohttp
 from millstream.pipeline.addresses import free_port
 from millstream.pipeline.models.server import UpdateFailed
 from millstream.pipeline.models.vllm_process import PROBE_S, VllmOptions, VllmProcess
-from millstream.pipeline.models.vllm_transfer import send_file, send_gloo
 from millstream.pipeline.models.weights import Weights, allowed, check_fit, check_version, prune, save
 from millstream.pipeline.protocols.completion import MODEL_VERSION
 from millstream.schemas.config.settings import Settings
@@ -173,13 +172,8 @@ class Replica:
         if tensors is None:  # files may have gone since they were written; vLLM would keep what it has in their place
             check_fit(await asyncio.to_thread(weights.shapes), self.shapes)
         await self._post("/pause", params={"mode": "keep"})
-        if tensors is None or self._options.transfer not in ("nccl", "ipc"):
-            await self._post("/start_weight_update")
-            if tensors is None or self._options.transfer == "file":
-                await send_file(self._post, weights)
-            else:
-                await send_gloo(self._post, tensors, await self._workers())
-            await self._post("/finish_weight_update", {"weight_version": weights.version})
+        if tensors is None or self._options.transfer == "file":
+            await self._by_file(weights)
         else:
             await self._by_gpu(tensors, weights.version)
         found = await self._post("/collective_rpc", {"method": "millstream_canary"})
@@ -198,6 +192,13 @@ class Replica:
             await self.process.kill()  # `_keep` does the rest, when the lock is free
             return f"{self.good.version} can't be brought back ({_said(error)}), and vLLM is started anew with it"
         return f"{self.good.version} is back"
+
+    async def _by_file(self, weights: Weights) -> None:
+        """vLLM sees the folder at the same path."""
+        await self._post("/start_weight_update")
+        files = await asyncio.to_thread(weights.checksums)
+        await self._post("/update_weights", {"update_info": {"files": files}})
+        await self._post("/finish_weight_update", {"weight_version": weights.version})
 
     async def _by_gpu(self, tensors: "Mapping[str, Tensor]", version: str) -> None:
         from millstream.pipeline.models.vllm_gpu import GpuSender  # needs vLLM here
@@ -314,11 +315,13 @@ class VllmServer:
         await asyncio.to_thread(prune, self._folder / "versions", [before, saved])
 
     def weights(self, folder: str | Path, version: str, *, lora: bool = False) -> Weights:
-        """Raises `ConfigError` if they are not to be loaded."""
+        """Raises `ConfigError` if they must not be loaded."""
         return allowed(folder, self._root, check_version(version), lora=lora)
 
     async def deploy(self, folder: Path, version: str, *, lora: bool = False) -> str:
-        """See `ModelServer.deploy`. An adapter is served as NAME@VERSION."""
+        """The safetensors of a folder answer from now on; an adapter is added, as NAME@VERSION, to what is served.
+        Returns the name that this version is served as. Raises `UpdateFailed`, or `ConfigError` if the folder must not
+        be loaded."""
         found = self.weights(folder, version, lora=lora)
         name = self._options.names[0]
         if lora:

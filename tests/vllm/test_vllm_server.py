@@ -177,18 +177,6 @@ async def test_going_back_to_a_folder_of_an_earlier_version(server, client, vllm
     assert (answer.start, answer.tokens) == ("tell.0.0", [token(0)] * 2)
 
 
-async def test_weights_by_gloo(server, client, monkeypatch):
-    async def by_file(*args):
-        raise AssertionError("it was to come by gloo")
-
-    replica = server.replicas[0]
-    monkeypatch.setattr(replica, "_options", replica._options.__class__(transfer="gloo", adapters=3))
-    monkeypatch.setattr(vllm_server, "send_file", by_file)
-    await deploy(server, 4)
-    answer = await client.ask(2)
-    assert (answer.start, answer.tokens) == ("tell.1.4", [token(4)] * 2)
-
-
 async def served_until_restarted(server, client):
     """Status and version of each answer that somebody gets until then."""
     before, served = server.replicas[0].restarts, set()
