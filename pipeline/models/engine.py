@@ -17,14 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from millstream.pipeline.models.policy import copy_weights, left_pad, load_model, load_tokenizer, one_thread
-from millstream.pipeline.models.server import UpdateFailed
-from millstream.pipeline.models.weights import Weights
 from millstream.pipeline.protocols.completion import BackendUnavailable, Completion
-from millstream.schemas.errors import ConfigError
 
 READ = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "logprobs"} | {
     "return_token_ids",
@@ -107,19 +103,6 @@ class Engine:
     async def update(self, weights: Mapping[str, Tensor], version: str) -> None:
         """`load`, without holding up the event loop while a batch is in work."""
         await asyncio.to_thread(self.load, weights, version)
-
-    async def deploy(self, folder: Path, version: str, *, lora: bool = False) -> str:
-        """See `ModelServer.deploy`. Raises `ConfigError` for an adapter: the engine knows whole models alone."""
-        if lora:
-            raise ConfigError("the demo engine serves no LoRA adapters; vLLM does")
-        tensors: dict[str, Tensor] = {}
-        for file in Weights(version, folder).files:
-            tensors |= await asyncio.to_thread(load_file, file)
-        try:
-            await self.update(tensors, version)
-        except ValueError as error:
-            raise UpdateFailed(f"{version} did not go live: {error}; {self.version} does") from error
-        return self.name
 
     async def chat(self, request: Mapping[str, Any]) -> Completion:
         """Answers a chat completion request; status 400 with OpenAI's error body for what this engine can't do.

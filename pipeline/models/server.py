@@ -1,7 +1,6 @@
 """What a model is served by: vLLM (`vllm_server`) or the demo engine (`engine`)."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from millstream.schemas.errors import MillstreamError
@@ -24,7 +23,3 @@ class ModelServer(Protocol):
 
     async def update(self, weights: Mapping[str, "Tensor"], version: str) -> None:
         """The new weights answer from now on. Raises `UpdateFailed`."""
-
-    async def deploy(self, folder: Path, version: str, *, lora: bool = False) -> str:
-        """The same with the safetensors of a folder; an adapter is added to what is served. Returns the name that the
-        server knows this version by. Raises `UpdateFailed`, or `ConfigError` if the folder is not to be loaded."""

@@ -220,19 +220,6 @@ async def test_weights_that_do_not_fit_change_nothing(folder: Path, engine: Engi
     assert after["choices"] == before["choices"]
 
 
-async def test_the_safetensors_of_a_folder_are_deployed(engine: Engine, tmp_path: Path) -> None:
-    model.create(tmp_path / "other", seed=2)
-    other = Engine(tmp_path / "other")
-    expected = await body(other, temperature=0, **EXACT)
-    await other.close()
-    await engine.deploy(tmp_path / "other", "run.0.1")
-    answer = await engine.chat(ask(temperature=0, **EXACT))
-    assert answer.model_version == "run.0.1"
-    assert answer.body["choices"] == expected["choices"]
-    with pytest.raises(ConfigError, match="no LoRA adapters"):
-        await engine.deploy(tmp_path / "other", "run.0.2", lora=True)
-
-
 async def test_what_was_asked_is_answered_before_it_closes(folder: Path) -> None:
     engine = Engine(folder, max_batch=2)
     asked = [asyncio.create_task(engine.chat(ask())) for _ in range(9)]
