@@ -13,11 +13,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
 from millstream.consumers.log.port import Log
+from millstream.pipeline.deployment import strategy_of
 from millstream.pipeline.models.server import ModelServer
 from millstream.pipeline.models.vllm_process import Transfer, VllmOptions
 from millstream.pipeline.services.health import watched
 from millstream.pipeline.training.progress import ProgressView
-from millstream.pipeline.training.trainer import Strategy, Summary, Trainer, strategy_of
+from millstream.pipeline.training.report import Summary
+from millstream.pipeline.training.strategy import Setup, Strategy
+from millstream.pipeline.training.trainer import Trainer
 from millstream.schemas.config.settings import Settings, load_settings, problems_of
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.import_path import load_object
@@ -77,21 +80,20 @@ class TrainConfig(BaseModel):
     grpo: GrpoConfig
 
 
-class WatchedStrategy:
-    """Another one, where the trainer is a process: with probes, and ended if it is stuck."""
-
-    def __init__(self, inner: Strategy, health_port: int) -> None:
-        self._inner = inner
-        self._health_port = health_port
+def with_probes(strategy: Strategy, health_port: int) -> Strategy:
+    """The strategy of a trainer that is a process: serves health probes, and ends the process if it is stuck."""
 
     @asynccontextmanager
-    async def running(self, settings: Settings, **options: Any) -> AsyncIterator[tuple[Log, ModelServer | None]]:
+    async def running(setup: Setup) -> AsyncIterator[tuple[Log, ModelServer | None]]:
+        topics = setup.settings.topics
         async with (
-            self._inner.running(settings, **options) as (log, server),
-            # A step of training may take as long as it likes.
-            watched(log, settings.topics, "trainer", self._health_port, asyncio.Event(), allow_idle=True) as health,
+            strategy(setup) as (log, server),
+            # Idle is fine: a step of training may take any time.
+            watched(log, topics, "trainer", health_port, asyncio.Event(), allow_idle=True) as health,
         ):
             yield health.log, server
+
+    return running
 
 
 def load_config(path: Path) -> TrainConfig:
@@ -127,7 +129,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
         trainer = Trainer(
             algorithm=make_grpo(config.grpo),
             agent=config.agent,
-            strategy=WatchedStrategy(strategy_of(config.strategy), health_port),
+            strategy=with_probes(strategy_of(config.strategy), health_port),
             hooks=config.hooks,
             max_steps=config.max_steps,
             stop_reward=config.stop_reward,

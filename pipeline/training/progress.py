@@ -8,7 +8,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from millstream.pipeline.training.trainer import StepReport
+from millstream.pipeline.training.report import StepReport
 
 SHOWN_STEPS = 12
 BAR_WIDTH = 12  # the table fits 80 columns

@@ -15,7 +15,7 @@ import aiohttp
 import openai
 from vllm_rig import ARGS, ENGINE, Client, processes_of
 
-from millstream.pipeline.deployment import MemoryStrategy
+from millstream.pipeline.deployment import in_memory
 from millstream.pipeline.models.vllm_process import VllmOptions
 from millstream.pipeline.training.trainer import Trainer
 
@@ -76,17 +76,16 @@ async def update_while_one_is_frozen(server):
         ] * 2
 
 
-class TwoReplicas(MemoryStrategy):
-    def __init__(self, algorithm):
-        self.algorithm = algorithm
-
+def with_two_replicas(algorithm):
     @asynccontextmanager
-    async def running(self, settings, **options):
-        async with super().running(settings, **options) as (log, server):
+    async def running(setup):
+        async with in_memory(setup) as (log, server):
             await update_while_one_is_frozen(server)
-            self.algorithm.at_version[2] = lambda: os.killpg(server.replicas[0].process.pid, signal.SIGKILL)
+            algorithm.at_version[2] = lambda: os.killpg(server.replicas[0].process.pid, signal.SIGKILL)
             yield log, server
             assert server.replicas[0].restarts == 1
+
+    return running
 
 
 async def test_both_get_each_steps_weights_one_at_a_time_and_a_killed_one_is_waited_for(
@@ -100,7 +99,7 @@ async def test_both_get_each_steps_weights_one_at_a_time_and_a_killed_one_is_wai
     trainer = Trainer(
         algorithm=algorithm,
         agent=agent,
-        strategy=TwoReplicas(algorithm),
+        strategy=with_two_replicas(algorithm),
         run_dir=run_dir,
         max_steps=3,
         settings=vllm_settings,

@@ -15,8 +15,9 @@ import millstream as ms
 from millstream.pipeline.cli import ask as ask_module
 from millstream.pipeline.cli import output
 from millstream.pipeline.cli.main import app
-from millstream.pipeline.deployment import MemoryStrategy
+from millstream.pipeline.deployment import in_memory
 from millstream.pipeline.training.collector import Collector
+from millstream.pipeline.training.strategy import Setup
 from millstream.producers.tasks import TaskPublisher
 from millstream.schemas.errors import ConfigError, StoreError
 
@@ -56,11 +57,8 @@ def dsn(tmp_path_factory):
 
     async def run():
         settings = ms.load_settings()
-        strategy = MemoryStrategy()
-        async with strategy.running(settings, agent=agent, model=None, run_dir=folder, to_triplets=ms.to_triplets) as (
-            log,
-            _,
-        ):
+        setup = Setup(settings=settings, agent=agent, to_triplets=ms.to_triplets, run_dir=folder)
+        async with in_memory(setup) as (log, _):
             producer = log.producer()
             collector = Collector(log, settings.topics, producer)
             await collector.start()

@@ -7,12 +7,13 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import pytest
 
+from millstream.consumers.adapter.triplets import to_triplets
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.port import Log
 from millstream.consumers.workers import read_workers
@@ -20,8 +21,9 @@ from millstream.pipeline.addresses import free_port
 from millstream.pipeline.services import health as health_module
 from millstream.pipeline.services.health import EXIT_STUCK, Health, watched
 from millstream.pipeline.training.collector import Collector
-from millstream.pipeline.training.config import WatchedStrategy
-from millstream.schemas.config.settings import Settings, load_settings
+from millstream.pipeline.training.config import with_probes
+from millstream.pipeline.training.strategy import Setup
+from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.metrics import RUNNING, STARVING
 from millstream.schemas.wire.log import Partition
@@ -123,17 +125,15 @@ async def test_a_role_tells_of_itself_while_it_runs() -> None:
         get(port, "/livez")
 
 
-class Straight:
-    """The log, and nothing else."""
-
-    @asynccontextmanager
-    async def running(self, settings: Settings, **options: Any) -> AsyncIterator[tuple[Log, None]]:
-        yield MemoryLog(settings.topics), None
+@asynccontextmanager
+async def only_a_log(setup: Setup) -> AsyncIterator[tuple[Log, None]]:
+    yield MemoryLog(setup.settings.topics), None
 
 
-async def test_a_trainer_is_probed_and_tells_of_itself() -> None:
+async def test_a_trainer_has_probes_and_reports_its_state(tmp_path: Path) -> None:
     port, settings = free_port(), load_settings()
-    async with WatchedStrategy(Straight(), port).running(settings) as (log, _):
+    setup = Setup(settings=settings, agent=None, to_triplets=to_triplets, run_dir=tmp_path)
+    async with with_probes(only_a_log, port)(setup) as (log, _):
         collector = Collector(log, settings.topics, log.producer())
         await collector.start()
         assert (await asyncio.to_thread(get, port, "/readyz"))[0] == 503

@@ -12,10 +12,11 @@ import millstream as ms
 from millstream.consumers.adapter.adapter import Adapter
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.runner.runner import Runner
-from millstream.pipeline.deployment import ANYWHERE
+from millstream.pipeline.deployment import ANY_PORT
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.services.serving import serve
-from millstream.pipeline.training.trainer import Trainer, mean_reward
+from millstream.pipeline.training.report import mean_reward
+from millstream.pipeline.training.trainer import Trainer
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
 
@@ -42,7 +43,7 @@ async def test_train_can_be_awaited_and_says_what_it_lacks(tmp_path):
         await Trainer(agent=agent, run_dir=tmp_path).train(TASKS)
     with pytest.raises(ConfigError, match="needs tasks"):
         await Trainer(agent=agent, run_dir=tmp_path, algorithm=object()).train([])
-    with pytest.raises(ConfigError, match="'rabbit' is none of memory, kafka"):
+    with pytest.raises(ConfigError, match="unknown strategy 'rabbit': use one of memory, kafka"):
         Trainer(agent=agent, strategy="rabbit")
 
 
@@ -51,7 +52,7 @@ def test_an_agent_that_cannot_be_imported_ends_the_run_with_its_name(tmp_path):
         Trainer(agent="nowhere:agent", run_dir=tmp_path).dev(TASKS)
 
 
-async def test_runners_that_know_no_proxy_go_to_those_that_the_trainer_names(tmp_path, monkeypatch):
+async def test_runners_without_a_proxy_use_those_that_the_trainer_announces(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "")  # what the runner sets is undone after the test
     monkeypatch.setenv("OPENAI_API_KEY", "")
     monkeypatch.setenv("MILLSTREAM_PROXY_SECRET", "secret")
@@ -62,21 +63,18 @@ async def test_runners_that_know_no_proxy_go_to_those_that_the_trainer_names(tmp
         message = {"role": "user", "content": "say three words more"}
         return float(len(openai.OpenAI().chat.completions.create(model="m", messages=[message]).choices))
 
-    class Elsewhere:
-        """Roles that others have started."""
+    @asynccontextmanager
+    async def roles_elsewhere(setup):
+        stop = asyncio.Event()
+        adapter = Adapter(log, setup.settings.topics, transactional_id="adapter")
+        async with asyncio.TaskGroup() as roles:
+            roles.create_task(adapter.run(stop))
+            roles.create_task(Runner(log, load_settings(), asking, processes=0).run(stop))
+            yield log, None
+            stop.set()
 
-        @asynccontextmanager
-        async def running(self, settings, **options):
-            stop = asyncio.Event()
-            adapter = Adapter(log, settings.topics, transactional_id="adapter")
-            async with asyncio.TaskGroup() as roles:
-                roles.create_task(adapter.run(stop))
-                roles.create_task(Runner(log, load_settings(), asking, processes=0).run(stop))
-                yield log, None
-                stop.set()
-
-    async with serve(model.app, ANYWHERE) as url, serve(Proxy(log, load_settings(model_url=url)).app, ANYWHERE) as url:
-        trainer = Trainer(strategy=Elsewhere(), settings=load_settings(proxy_url=url), run_dir=tmp_path)
+    async with serve(model.app, ANY_PORT) as url, serve(Proxy(log, load_settings(model_url=url)).app, ANY_PORT) as url:
+        trainer = Trainer(strategy=roles_elsewhere, settings=load_settings(proxy_url=url), run_dir=tmp_path)
         finished = await trainer._dev(TASKS[:2])
     assert [(f.end.status, f.end.reward, f.end.turns) for f in finished] == [("succeeded", 1.0, 1)] * 2
     assert [len(f.triplets) for f in finished] == [1, 1]
@@ -166,7 +164,7 @@ class TestLearning:
         assert row["ok"] == row["r"]
 
 
-def test_ctrl_c_ends_a_run_in_good_order(tmp_path):
+def test_ctrl_c_ends_a_run_gracefully(tmp_path):
     """What asyncio.run does at Ctrl-C: it cancels the main task."""
 
     started = asyncio.Event()

@@ -1,0 +1,54 @@
+"""What a training run reports: one `StepReport` a step, and a `Summary` at the end."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from millstream.pipeline.training.algorithm import FinishedRollout
+from millstream.schemas.wire import status
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """One step of training. Rewards are means over the rollouts that succeeded."""
+
+    step: int
+    model_version: str  # of the policy that made the rollouts
+    reward: float
+    rollouts: int
+    failed: int
+    rollouts_per_second: float  # since the run started
+    spans: int  # since the run started
+    seconds: float
+    metrics: Mapping[str, float]  # the algorithm's
+
+
+@dataclass(slots=True)
+class Summary:
+    """The results of a run."""
+
+    experiment_id: str
+    steps: list[StepReport] = field(default_factory=list)
+    validation_reward: float | None = None
+    validation_failed: int = 0
+    seconds: float = 0.0
+    rollouts: int = 0
+    spans: int = 0
+
+    @property
+    def first_reward(self) -> float | None:
+        return self.steps[0].reward if self.steps else None
+
+    @property
+    def rollouts_per_second(self) -> float:
+        return self.rollouts / self.seconds if self.seconds else 0.0
+
+
+def mean_reward(finished: Sequence[FinishedRollout]) -> float:
+    """The mean over the rollouts that succeeded, 0 if none did. A rollout without a reward counts as 0."""
+    rewards = [member.end.reward or 0.0 for member in finished if member.end.status == status.SUCCEEDED]
+    return statistics.fmean(rewards) if rewards else 0.0
+
+
+def failures(finished: Sequence[FinishedRollout]) -> int:
+    return sum(member.end.status != status.SUCCEEDED for member in finished)
