@@ -212,6 +212,9 @@ class AioConsumer:
     async def beginning_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         return await self._watermarks.beginning(partitions)
 
+    async def offsets_since(self, partitions: Iterable[Partition], time_ms: int) -> dict[Partition, int]:
+        return await self._watermarks.since(partitions, time_ms)
+
     async def close(self) -> None:
         self.polls.closed = True
         client, self._client = self._client, None

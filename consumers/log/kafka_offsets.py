@@ -31,23 +31,35 @@ class Watermarks:
         return self._client
 
     async def beginning(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        return await self._ask(partitions, end=False)
+        return await self._ask(partitions, OffsetSpec.earliest())  # type: ignore[no-untyped-call]
 
     async def end(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        return await self._ask(partitions, end=True)
+        return await self._ask(partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
 
     async def stable_end(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         """Where the oldest open transaction begins, or the end."""
-        return await self._ask(partitions, end=True, isolation=IsolationLevel.READ_COMMITTED)
+        return await self._ask(
+            partitions,
+            OffsetSpec.latest(),  # type: ignore[no-untyped-call]
+            IsolationLevel.READ_COMMITTED,
+        )
+
+    async def since(self, partitions: Iterable[Partition], time_ms: int) -> dict[Partition, int]:
+        """The first offset with a timestamp of at least ``time_ms``, or the end."""
+        asked = list(partitions)
+        found = await self._ask(asked, OffsetSpec.for_timestamp(time_ms))
+        return found | await self.end(p for p in asked if found[p] < 0)
 
     async def _ask(
-        self, partitions: Iterable[Partition], *, end: bool, isolation: IsolationLevel = IsolationLevel.READ_UNCOMMITTED
+        self,
+        partitions: Iterable[Partition],
+        spec: OffsetSpec,
+        isolation: IsolationLevel = IsolationLevel.READ_UNCOMMITTED,
     ) -> dict[Partition, int]:
         asked = list(partitions)
         if not asked:
             return {}
         doing = f"asking for the offsets of {', '.join(map(str, asked[:3]))}{'…' if asked[3:] else ''}"
-        spec = OffsetSpec.latest() if end else OffsetSpec.earliest()  # type: ignore[no-untyped-call]
         deadline = time.monotonic() + CALL_TIMEOUT_S
         while True:
             futures = self.client.list_offsets(

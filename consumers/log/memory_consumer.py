@@ -169,6 +169,13 @@ class MemoryConsumer:
     async def beginning_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         return {self._log.partition(p).partition: 0 for p in partitions}
 
+    async def offsets_since(self, partitions: Iterable[Partition], time_ms: int) -> dict[Partition, int]:
+        logs = {p: self._log.partition(p).records for p in partitions}
+        return {
+            p: next((i for i, r in enumerate(log) if r is not None and r.timestamp >= time_ms), len(log))
+            for p, log in logs.items()
+        }
+
     def group_metadata(self) -> Any:
         group = self._require_group("group_metadata")
         with self._log.lock:

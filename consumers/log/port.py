@@ -62,6 +62,9 @@ class Consumer(Protocol):
 
     async def beginning_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]: ...
 
+    async def offsets_since(self, partitions: Iterable[Partition], time_ms: int) -> dict[Partition, int]:
+        """The first offset of each partition with a timestamp of at least ``time_ms``; its end if there is none."""
+
     async def close(self) -> None:
         """Leaves the group in good order (``on_revoke`` is called); commits nothing."""
 

@@ -13,14 +13,15 @@ SILENT_S = 10.0  # without anything new before the end: a transaction that someb
 
 
 async def read_to_end(
-    log: Log, partitions: Sequence[Partition], start: Mapping[Partition, int] | None = None
+    log: Log, partitions: Sequence[Partition], start: Mapping[Partition, int] | None = None, *, since_ms: int = 0
 ) -> AsyncGenerator[LogRecord, None]:
     """Every committed record up to the ends as they are now, each partition in its order, from the offsets in
-    ``start`` or the beginning. Raises `LogUnavailable`."""
+    ``start``, else from the first timestamp of at least ``since_ms``. Raises `LogUnavailable`."""
     consumer = log.consumer()
     try:
         await consumer.assign(partitions)
-        for partition, offset in (start or {}).items():
+        first = await consumer.offsets_since(partitions, since_ms) if since_ms else {}
+        for partition, offset in (first | dict(start or {})).items():
             await consumer.seek(partition, offset)
         ends = await consumer.end_offsets(partitions)
         deadline = time.monotonic() + SILENT_S

@@ -177,7 +177,7 @@ class _Agent:
             on_calling=running.calling,
             proxy_url=head["proxy_url"],
             proxy_key=head["proxy_key"],
-            monitor_url=self._config.monitor_url,
+            gateway_url=self._config.gateway_url,
         )
         self._ids[frame.number] = attempt.attempt_id
 

@@ -41,7 +41,7 @@ class AgentConfig:
     folder: str  # where modules are looked for first
     worker_id: str
     proxy_urls: Sequence[str] = ()
-    monitor_url: str = ""
+    gateway_url: str = ""
     hooks: Sequence[Hook | str] = ()
     instrument: Sequence[str] = tuple(FRAMEWORKS)  # their names
 

@@ -121,7 +121,7 @@ class ThreadHost:
             on_calling=writer.calling,
             proxy_url=writer.proxy_url,
             proxy_key=writer.proxy_key,
-            monitor_url=self._config.monitor_url,
+            gateway_url=self._config.gateway_url,
         )
         self._running.add(writer)
         self._loop.call_soon_threadsafe(self._begin, self._attempts, attempt, writer)

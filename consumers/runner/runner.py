@@ -117,7 +117,7 @@ class Runner:
             str(folder or Path.cwd()),
             self.worker_id,
             settings.proxy_urls,
-            settings.monitor_url,
+            settings.gateway_url,
             hooks,
             chosen(instrument),
         )
@@ -234,7 +234,7 @@ class Runner:
             writer.end(writer.verdict)
         else:
             writer.proxy_url = self._proxies.choose(claim)
-            if writer.proxy_url or self._settings.monitor_url:
+            if writer.proxy_url or self._settings.gateway_url:
                 writer.proxy_key = self._proxies.key(claim)
             self._later(writer, "timeout", claim.task.timeout_s, self._time_out)
             self._later(writer, "beat", claim.task.lease_s / HEARTBEATS, self._beat)

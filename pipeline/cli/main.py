@@ -297,15 +297,15 @@ def serve(
     _run_role(settings, "model", health_port, work)
 
 
-@app.command(epilog="Example: millstream monitor --port 8600")
-def monitor(
-    host: Annotated[str, typer.Option(help="Where to listen; not on loopback it needs monitor_token.")] = "127.0.0.1",
+@app.command(epilog="Example: millstream gateway --port 8600")
+def gateway(
+    host: Annotated[str, typer.Option(help="Where to listen; not on loopback it needs gateway_token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8600,
 ) -> None:
-    """Serve HTTP: publish, cancel, pause, status of rollouts, KPIs, metrics, a page of the topics."""
-    from millstream.pipeline.services.gateway import serve_monitor
+    """Serve HTTP: publish, cancel, pause, status of rollouts, OTLP, a page that describes the topics."""
+    from millstream.pipeline.services.gateway import serve_gateway
 
-    asyncio.run(serve_monitor(load_settings(), host, port))
+    asyncio.run(serve_gateway(load_settings(), host, port))
 
 
 @app.command(epilog="Example: millstream train examples/calculator/train.toml")

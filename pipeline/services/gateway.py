@@ -1,28 +1,25 @@
-"""The monitor: what happens just now, and HTTP for those who do not speak Kafka.
+"""The gateway: HTTP for clients that do not speak Kafka.
 
     POST /tasks[?experiment=E&group_size=N&priority=P]    one task or a list, as in a tasks file; answers their ids
     POST /cancel {"rollout" | "group" | "experiment": id}
     POST /pause, /resume {"experiment": id}
-    POST /v1/traces                                       spans by OTLP, of agents' own processes
-    GET  /rollouts/{id}, /kpis, /metrics, /asyncapi, /livez, /readyz
+    POST /v1/traces                                       spans by OTLP, from agents' own processes
+    GET  /rollouts/{id}, /metrics, /asyncapi, /livez, /readyz
 
-It belongs to no group and commits nothing: each monitor reads everything, beginning `REPLAY_S` before its start.
+It keeps no state: several gateways may serve one deployment.
 """
 
 import asyncio
 import hmac
 import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
 from faststream.asgi import AsgiFastStream, AsyncAPIRoute
 from faststream.kafka import KafkaBroker
-from faststream.kafka.prometheus import KafkaPrometheusMiddleware
 from faststream.specification import AsyncAPI
 from prometheus_client import make_asgi_app
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -32,27 +29,35 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.consumers.log.port import Log
 from millstream.pipeline.addresses import is_loopback
-from millstream.pipeline.services.broker import Codec, broker
 from millstream.pipeline.services.health import Health, watched
 from millstream.pipeline.services.http import for_this_machine, limited, listen, serve_until_signal
-from millstream.pipeline.services.kpis import QUANTILES, Kpis
 from millstream.pipeline.services.otlp_receiver import PATH as TRACES
 from millstream.pipeline.services.otlp_receiver import OtlpReceiver
+from millstream.pipeline.services.rollout_status import read_rollout_status
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.producers.log.port import Producer, closing
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.errors import CodecError, ConfigError, LogUnavailable, MillstreamError
+from millstream.schemas.errors import CodecError, ConfigError, MillstreamError
 from millstream.schemas.wire import codec, records
+from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import AttemptEvent, RolloutEnd, RolloutTask, Worker
 from millstream.schemas.wire.topics import PRIORITIES, Topics
 
-REPLAY_S: Final = 3600
-MAX_BODY: Final = 64 << 20  # bytes of a request
-BATCH: Final = 500
-READY_S: Final = 2.0
+OR_SQL: Final = "for rollouts that have ended ask the store: `millstream rollouts`"
 OPEN_PATHS: Final = ("/livez", "/readyz", TRACES)  # for probes, which have no token, and for attempts, which have keys
+
+
+@dataclass(frozen=True)
+class GatewayPolicy:
+    """Limits of a gateway."""
+
+    max_body_bytes: int = 64 << 20  # of a request
+    ready_s: float = 2.0  # within which Kafka has to answer a probe: probes wait a few seconds
+    status_s: float = 10.0  # for reading a rollout's status: an old rollout has a lot of the log behind it
+    status_reads: int = 4  # at a time; each holds a connection to Kafka
 
 
 class PublishOptions(BaseModel):
@@ -81,35 +86,27 @@ class Refused(Exception):
         self.problems = problems
 
 
-class Monitor:
-    """An ASGI application (`app`); it reads the log from its start-up to its shutdown."""
+class Gateway:
+    """An ASGI application, `app`."""
 
-    def __init__(self, producer: Producer, settings: Settings, health: Health) -> None:
-        self.kpis = Kpis()
+    def __init__(
+        self, log: Log, producer: Producer, settings: Settings, health: Health, policy: GatewayPolicy = GatewayPolicy()
+    ) -> None:
+        self._log = log
         self._producer = producer
         self._settings = settings
         self._topics = settings.topics
         self._tasks = TaskPublisher(producer, self._topics)
         self._health = health
-        health.registry.register(self)
-        self._broker = broker(settings)
-        self._broker.add_middleware(KafkaPrometheusMiddleware(registry=health.registry, app_name="millstream_monitor"))
-        topics = [self._topics.events, self._topics.workers, *map(self._topics.tasks, PRIORITIES)]
-        self._subscriber = self._broker.subscriber(
-            *topics,
-            batch=True,
-            max_records=BATCH,
-            codec=Codec(self._broker, (RolloutTask, AttemptEvent, RolloutEnd, Worker)),  # spans are not even decoded
-            include_in_schema=False,
-        )
-        self._subscriber(self._fold)
+        self._policy = policy
+        self._status_reads = asyncio.Semaphore(policy.status_reads)
         page = AsgiFastStream(
-            self._broker,
+            _described(self._topics),
             asgi_routes=[("/metrics", make_asgi_app(health.registry))],
             asyncapi_path=AsyncAPIRoute("/asyncapi", try_it_out_path=None),
-            specification=AsyncAPI(_described(self._topics), title="Millstream"),
+            specification=AsyncAPI(title="Millstream"),
         )
-        token = settings.monitor_token.get_secret_value()
+        token = settings.gateway_token.get_secret_value()
         self.app = Starlette(
             routes=[
                 Route("/tasks", self._publish, methods=["POST"]),
@@ -118,58 +115,17 @@ class Monitor:
                 Route("/resume", self._pause, methods=["POST"]),
                 Route(TRACES, OtlpReceiver(producer, settings).receive, methods=["POST"]),
                 Route("/rollouts/{rollout_id}", self._rollout),
-                Route("/kpis", self._kpis),
                 Route("/livez", self._alive),
                 Route("/readyz", self._is_ready),
                 *(Route(path, page) for path in ("/metrics", "/asyncapi", "/asyncapi.json")),
             ],
             middleware=[Middleware(BaseHTTPMiddleware, dispatch=_gate(token))],
             exception_handlers={Refused: _refused, MillstreamError: _failed},
-            lifespan=self._lifespan,
         )
-
-    @asynccontextmanager
-    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
-        async with self._broker:
-            await self._broker.start()
-            self._watch_polls()
-            await self._replay()
-            yield
-
-    def _watch_polls(self) -> None:
-        """FastStream has no place to ask for them."""
-        getmany = self._subscriber.consumer.getmany
-
-        async def watched(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return await getmany(*args, **kwargs)
-            finally:
-                self._health.polled(self)
-
-        self._subscriber.consumer.getmany = watched
-
-    async def _replay(self) -> None:
-        """Goes back: to the beginning of what is compacted, and by a time elsewhere."""
-        consumer = self._subscriber.consumer
-        # The reset to the end, which is under way, would undo a seek.
-        await asyncio.gather(*map(consumer.position, consumer.assignment()))
-        workers = [tp for tp in consumer.assignment() if tp.topic == self._topics.workers]
-        since = int((time.time() - REPLAY_S) * 1000)
-        others = dict.fromkeys(consumer.assignment() - set(workers), since)
-        for partition, found in (await consumer.offsets_for_times(others)).items():
-            if found is not None:
-                consumer.seek(partition, found.offset)
-        await consumer.seek_to_beginning(*workers)
-
-    async def _fold(self, batch: list[Any]) -> None:
-        for record in batch:
-            self.kpis.add(record)
-
-    # --- HTTP
 
     async def _publish(self, request: Request) -> Response:
         options = _checked(OPTIONS, dict(request.query_params))
-        body = await _json(request)
+        body = await self._json(request)
         lines: list[TaskLine] = _checked(LINES, body if isinstance(body, list) else [body])
         tasks: list[RolloutTask] = []
         for index, line in enumerate(lines):
@@ -189,56 +145,53 @@ class Monitor:
         return JSONResponse({"published": ids}, 202)
 
     async def _cancel(self, request: Request) -> Response:
-        body = _checked(CANCEL, await _json(request))
+        body = _checked(CANCEL, await self._json(request))
         ((scope, name),) = body.items()
         await publish_control(self._producer, self._topics, cancel_record(scope, name))
         return JSONResponse({"cancelled": body}, 202)
 
     async def _pause(self, request: Request) -> Response:
-        name = _checked(PAUSE, await _json(request))["experiment"]
+        name = _checked(PAUSE, await self._json(request))["experiment"]
         paused = request.scope["path"] == "/pause"
         await publish_control(self._producer, self._topics, pause_record(name, paused))
         return JSONResponse({"experiment": name, "paused": paused}, 202)
 
     async def _rollout(self, request: Request) -> Response:
         rollout_id = request.path_params["rollout_id"]
-        found = self.kpis.rollout(rollout_id)
+        try:
+            async with asyncio.timeout(self._policy.status_s), self._status_reads:
+                found = await read_rollout_status(self._log, self._topics, rollout_id)
+        except TimeoutError:
+            raise Refused(503, f"the log can't be read in time for rollout {rollout_id}; {OR_SQL}") from None
         if found is None:
-            raise Refused(404, f"this monitor knows of no rollout {rollout_id}; for old ones ask `millstream rollouts`")
+            raise Refused(404, f"the log holds nothing of rollout {rollout_id}; {OR_SQL}")
         return JSONResponse(found)
 
-    async def _kpis(self, _: Request) -> Response:
-        return JSONResponse(self.kpis.snapshot(time.time_ns()))
+    async def _json(self, request: Request) -> Any:
+        # Browsers send this content type to another site only if that site allows it: no web page can publish here.
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise Refused(415, "send Content-Type: application/json")
+        limit = self._policy.max_body_bytes
+        too_large = Refused(413, f"the body is larger than {limit:,} bytes; publish in several requests")
+        try:
+            return json.loads(await limited(request, limit, too_large).body())
+        except (ValueError, RecursionError) as error:
+            raise Refused(400, f"the body is not JSON: {error}") from None
 
     async def _alive(self, _: Request) -> Response:
         http_status, body = self._health.answer("/livez")
         return PlainTextResponse(body, http_status)
 
     async def _is_ready(self, _: Request) -> Response:
-        if await self._broker.ping(READY_S):
-            return JSONResponse({"status": "ok"})
-        raise Refused(503, "Kafka does not answer (kafka_bootstrap_servers)")
-
-    def collect(self) -> Iterable[Metric]:
-        """Prometheus' collector: the KPIs at this moment."""
-        now = self.kpis.snapshot(time.time_ns())
-        for name in ("rollouts_per_second", "success_rate", "slots", "running", "utilisation"):
-            if now[name] is not None:
-                yield GaugeMetricFamily(f"millstream_{name}", f"{name}, as in /kpis", now[name])
-        for name, title in (("latency_s", "From published to ended"), ("queued_s", "From published to claimed")):
-            gauge = GaugeMetricFamily(f"millstream_{name[:-2]}_seconds", f"{title}.", labels=["quantile"])
-            for quantile, value in zip(QUANTILES, now[name].values(), strict=True):
-                if value is not None:
-                    gauge.add_metric([str(quantile)], value)
-            yield gauge
-        ended = CounterMetricFamily("millstream_rollouts_ended", "Since the start.", labels=["mode", "status"])
-        for labels, count in self.kpis.ended.items():
-            ended.add_metric(labels, count)
-        yield ended
-        yield CounterMetricFamily("millstream_retries", "Of ended rollouts.", self.kpis.retries)
-        yield CounterMetricFamily(
-            "millstream_lost_attempts", "Attempts lost, of ended rollouts.", self.kpis.lost_attempts
-        )
+        consumer = self._log.consumer()
+        try:
+            async with asyncio.timeout(self._policy.ready_s):
+                await consumer.end_offsets([Partition(self._topics.control, 0)])
+        except (TimeoutError, MillstreamError) as error:
+            raise Refused(503, f"Kafka does not answer (kafka_bootstrap_servers): {error}") from None
+        finally:
+            await consumer.close()
+        return JSONResponse({"status": "ok"})
 
 
 def _described(topics: Topics) -> KafkaBroker:
@@ -270,17 +223,6 @@ def _checked(adapter: TypeAdapter[Any], value: Any) -> Any:
         raise Refused(422, *problems) from None
 
 
-async def _json(request: Request) -> Any:
-    # Browsers ask before they send this type to another site: a page that somebody visits can't publish here.
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise Refused(415, "send Content-Type: application/json")
-    too_large = Refused(413, f"the body is larger than {MAX_BODY:,} bytes; publish in several requests")
-    try:
-        return json.loads(await limited(request, MAX_BODY, too_large).body())
-    except (ValueError, RecursionError) as error:
-        raise Refused(400, f"the body is not JSON: {error}") from None
-
-
 def _gate(token: str) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
     """Asks for the token; without one, that the request is meant for this machine."""
 
@@ -288,10 +230,10 @@ def _gate(token: str) -> Callable[[Request, Callable[[Request], Awaitable[Respon
         if request.scope["path"] not in OPEN_PATHS:  # request.url is made of the Host header: a caller's to choose
             given = request.headers.get("authorization", "")
             if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
-                message = "send Authorization: Bearer TOKEN, with the monitor_token of this deployment"
+                message = "send Authorization: Bearer TOKEN, with the gateway_token of this deployment"
                 return JSONResponse({"errors": [message]}, 401, {"WWW-Authenticate": "Bearer"})
             if not token and not for_this_machine(request):
-                return JSONResponse({"errors": ["without a token the monitor answers for localhost alone"]}, 403)
+                return JSONResponse({"errors": ["without a token the gateway answers requests to localhost only"]}, 403)
         return await call_next(request)
 
     return dispatch
@@ -306,20 +248,18 @@ async def _failed(_: Request, error: Exception) -> Response:
     return JSONResponse({"errors": [str(error)]}, 422 if isinstance(error, CodecError) else 503)
 
 
-async def serve_monitor(settings: Settings, host: str, port: int) -> None:
+async def serve_gateway(settings: Settings, host: str, port: int) -> None:
     """Serves until SIGTERM or SIGINT. Raises `ConfigError` if it would be open to others without a token, or if the
     address can't be had."""
-    if not is_loopback(host) and not settings.monitor_token.get_secret_value():
+    if not is_loopback(host) and not settings.gateway_token.get_secret_value():
         raise ConfigError(
-            f"--host {host} is open to others: set monitor_token (MILLSTREAM_MONITOR_TOKEN), or use 127.0.0.1"
+            f"--host {host} is open to others: set gateway_token (MILLSTREAM_GATEWAY_TOKEN), or use 127.0.0.1"
         )
     log = KafkaLog(settings)
     await log.check()
     listener = listen(host, port)
     async with (
         closing(log.producer()) as producer,
-        watched(log, settings.topics, "monitor", 0, asyncio.Event()) as health,
+        watched(log, settings.topics, "gateway", 0, asyncio.Event()) as health,
     ):
-        started = await serve_until_signal(Monitor(producer, settings, health).app, listener)
-    if not started:
-        raise LogUnavailable("the monitor could not start to read the log; the cause is logged above")
+        await serve_until_signal(Gateway(log, producer, settings, health).app, listener)

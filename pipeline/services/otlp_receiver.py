@@ -52,12 +52,12 @@ class _Refused(Exception):
 
 
 class OtlpReceiver:
-    """Takes what is authorised by the key of the attempt it belongs to, or by the monitor's token."""
+    """Takes what is authorised by the key of the attempt it belongs to, or by the gateway's token."""
 
     def __init__(self, producer: Producer, settings: Settings) -> None:
         self._producer = producer
         self._topics = settings.topics
-        self._token = settings.monitor_token.get_secret_value()
+        self._token = settings.gateway_token.get_secret_value()
         self._secret = settings.proxy_secret.get_secret_value()
         self._blobs = Blobs(settings.blob_url)
         self._room = asyncio.Semaphore(AT_ONCE)
@@ -90,11 +90,11 @@ class OtlpReceiver:
         if not given and not self._token:  # as for all else: whoever is on this machine is trusted
             if for_this_machine(request):
                 return None
-            raise _Refused(403, "without a token the monitor answers for localhost alone")
+            raise _Refused(403, "without a token the gateway answers requests to localhost only")
         if not given:
-            raise _Refused(401, "send Authorization: Bearer KEY, with the attempt's key or the monitor_token")
+            raise _Refused(401, "send Authorization: Bearer KEY, with the attempt's key or the gateway_token")
         if not self._secret:
-            raise _Refused(401, "this monitor can't check an attempt's key: give it proxy_secret, as the runners have")
+            raise _Refused(401, "this gateway can't check an attempt's key: give it proxy_secret, as the runners have")
         return given
 
     def _read(self, form: str, packed: str, body: bytes, key: str | None) -> tuple[list[Span], list[str]]:

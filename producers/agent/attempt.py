@@ -46,8 +46,8 @@ class AttemptContext:
     resources: Mapping[str, Resource] = field(default_factory=dict)
     on_calling: Callable[[bool], None] = lambda calling: None  # told when a model is being called, and when none is
     proxy_url: str = ""  # empty: there is no proxy
-    proxy_key: str = ""  # the monitor takes it, too
-    monitor_url: str = ""  # empty: spans can't be sent there
+    proxy_key: str = ""  # the gateway takes it, too
+    gateway_url: str = ""  # empty: spans can't be sent there
     sequence: "count[int]" = field(default_factory=lambda: count(1))
     rewarded: bool = False  # a reward has been emitted
     tracer: Tracer = field(default_factory=NoOpTracer)

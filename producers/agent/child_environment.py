@@ -14,7 +14,7 @@ def attempt_environment() -> dict[str, str]:
     """Environment variables for a process of the current attempt: ``Popen(…, env=os.environ | attempt_environment())``.
 
     ``OPENAI_…`` and ``ANTHROPIC_…``: the attempt's address at the proxy, with its key. ``OTEL_…``: where an OTLP
-    exporter has to send spans, with the key and the attempt as resource attributes; only where ``monitor_url`` is set.
+    exporter has to send spans, with the key and the attempt as resource attributes; only where ``gateway_url`` is set.
     ``TRACEPARENT``: the current span, as the parent of the process's own. Spans count if the process has flushed its
     exporter before the agent returns.
 
@@ -33,13 +33,13 @@ def attempt_environment() -> dict[str, str]:
             "ANTHROPIC_BASE_URL": base,
             "ANTHROPIC_API_KEY": attempt.proxy_key,
         }
-    if attempt.monitor_url:
+    if attempt.gateway_url:
         ids = {semconv.ROLLOUT_ID: attempt.task.rollout_id, semconv.ATTEMPT_ID: attempt.attempt_id}
         inherited = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
         described = [inherited] * bool(inherited) + [f"{name}={quote(value)}" for name, value in ids.items()]
         variables |= {
             "OTEL_RESOURCE_ATTRIBUTES": ",".join(described),
-            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": attempt.monitor_url.rstrip("/") + "/v1/traces",
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": attempt.gateway_url.rstrip("/") + "/v1/traces",
             "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
             "OTEL_EXPORTER_OTLP_TRACES_HEADERS": f"authorization=Bearer%20{attempt.proxy_key}",
         }

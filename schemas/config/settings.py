@@ -107,9 +107,9 @@ class Settings(BaseSettings):
     weights_root: Path = Field(Path("runs"), description="Folder that weights have to lie below.")
     cache_ttl_s: float = Field(0.0, ge=0, description="Seconds the proxy repeats answers of temperature 0; 0: never.")
 
-    # The monitor
-    monitor_token: SecretStr = Field(SecretStr(""), description="Bearer token that the monitor asks for.")
-    monitor_url: str = Field("", description="Where agents' own processes send spans by OTLP; empty: nowhere.")
+    # The gateway
+    gateway_token: SecretStr = Field(SecretStr(""), description="Bearer token that the gateway asks for.")
+    gateway_url: str = Field("", description="Where agents' own processes send spans by OTLP; empty: nowhere.")
 
     @property
     def proxy_urls(self) -> tuple[str, ...]:

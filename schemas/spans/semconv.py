@@ -14,7 +14,7 @@ SPAN: Final = "span"
 # Who wrote a span (``Span.source``).
 SOURCE_AGENT: Final = "agent"
 SOURCE_PROXY: Final = "proxy"
-SOURCE_OTLP: Final = "otlp"  # the agent's, too: a process of its own that exports to the monitor
+SOURCE_OTLP: Final = "otlp"  # the agent's, too: a process of its own that exports to the gateway
 COUNTED_SOURCES: Final = (SOURCE_AGENT, SOURCE_PROXY)  # the terminal event says how many spans these have written
 
 # OpenTelemetry semantic conventions for generative AI.

@@ -31,11 +31,11 @@ async def test_every_role_is_probed_and_tells_of_itself(
         "MILLSTREAM_PROXY_URL": f"http://127.0.0.1:{free_port()}",
         "MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{tmp_path}/store",
     }
-    ports = {role: free_port() for role in ("adapter", "sink", "proxy", "monitor")}
+    ports = {role: free_port() for role in ("adapter", "sink", "proxy", "gateway")}
     processes = {
         role: await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "millstream.pipeline", role),
-            *("--port" if role == "monitor" else "--health-port", str(port)),
+            *("--port" if role == "gateway" else "--health-port", str(port)),
             env=environment,
             cwd=tmp_path,
         )

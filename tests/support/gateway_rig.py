@@ -1,4 +1,4 @@
-"""A monitor with a real Kafka behind it, over HTTP."""
+"""A gateway with a real Kafka behind it, over HTTP."""
 
 import asyncio
 import socket
@@ -10,7 +10,7 @@ import aiohttp
 import uvicorn
 
 from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.pipeline.services.gateway import Monitor
+from millstream.pipeline.services.gateway import Gateway, GatewayPolicy
 from millstream.pipeline.services.health import Health
 from millstream.producers.log.port import Producer, send_acknowledged
 from millstream.schemas.config.settings import Settings
@@ -48,14 +48,14 @@ class Client:
 
 
 @asynccontextmanager
-async def monitored(settings: Settings) -> AsyncIterator[Client]:
+async def serving(settings: Settings, *policy: GatewayPolicy) -> AsyncIterator[Client]:
     log = KafkaLog(settings)
     await log.create_topics()
     producer = log.producer()
     health = Health(log, asyncio.Event())
-    server = uvicorn.Server(uvicorn.Config(Monitor(producer, settings, health).app, log_config=None))
+    server = uvicorn.Server(uvicorn.Config(Gateway(log, producer, settings, health, *policy).app, log_config=None))
     listener = socket.create_server(("127.0.0.1", 0))
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    running = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{listener.getsockname()[1]}") as http:
             client = Client(http, log, producer, settings, health)
@@ -63,5 +63,5 @@ async def monitored(settings: Settings) -> AsyncIterator[Client]:
             yield client
     finally:
         server.should_exit = True
-        await serving
+        await running
         await asyncio.to_thread(producer.close)

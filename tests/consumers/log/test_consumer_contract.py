@@ -149,6 +149,20 @@ async def test_ends_and_beginnings(log: LogUnderTest) -> None:
     assert {p: consumer.position(p) for p in events(log)} == ends
 
 
+async def test_offsets_since_a_time(log: LogUnderTest) -> None:
+    producer = log.producer()
+    partition, empty = events(log)[:2]
+    await send_acknowledged(producer, log.topics.events, note("old"), partition=0)
+    later_ms = time.time_ns() // 1_000_000 + 1
+    while time.time_ns() // 1_000_000 < later_ms:  # at most a millisecond
+        pass
+    await send_acknowledged(producer, log.topics.events, note("new"), partition=0)
+    consumer = log.consumer()
+    assert await consumer.offsets_since([partition, empty], 1) == {partition: 0, empty: 0}
+    assert await consumer.offsets_since([partition, empty], later_ms) == {partition: 1, empty: 0}
+    assert await consumer.offsets_since([partition], later_ms + 3_600_000) == {partition: 2}
+
+
 async def test_a_paused_partition_holds_its_records_back(log: LogUnderTest) -> None:
     producer = log.producer()
     paused, *others = events(log)

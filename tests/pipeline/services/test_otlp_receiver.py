@@ -1,4 +1,4 @@
-"""OTLP/HTTP into the monitor: from an agent's own process to a triplet, and the protocol's answers."""
+"""OTLP/HTTP into the gateway: from an agent's own process to a triplet, and the protocol's answers."""
 
 import asyncio
 import gzip
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from factories import span, task
-from gateway_rig import Client, monitored
+from gateway_rig import Client, serving
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
@@ -102,10 +102,10 @@ async def test_what_an_agents_own_process_exports_becomes_triplets_with_its_rewa
     served = web.Application()
     served.add_routes([web.post("/v1/chat/completions", model)])
     async with AsyncExitStack() as stack:
-        client = await stack.enter_async_context(monitored(kafka_settings(proxy_secret="secret", monitor_token="t")))
+        client = await stack.enter_async_context(serving(kafka_settings(proxy_secret="secret", gateway_token="t")))
         model_url = await stack.enter_async_context(serve(served, ANYWHERE))
         proxy = Proxy(client.log, client.settings.model_copy(update={"model_url": model_url}))
-        urls = {"monitor_url": client.url, "proxy_url": await stack.enter_async_context(serve(proxy.app, ANYWHERE))}
+        urls = {"gateway_url": client.url, "proxy_url": await stack.enter_async_context(serve(proxy.app, ANYWHERE))}
         settings = client.settings.model_copy(update=urls)
         topics, stop = settings.topics, asyncio.Event()
         runner = Runner(client.log, settings, "my_agent:agent", folder=tmp_path, drain_s=0)
@@ -151,7 +151,7 @@ def bearer(of: Span) -> str:
 
 
 async def test_only_the_attempt_itself_or_who_has_the_token_may_send_spans(kafka_settings: MakeSettings) -> None:
-    async with monitored(kafka_settings(proxy_secret="secret", monitor_token="t")) as client:
+    async with serving(kafka_settings(proxy_secret="secret", gateway_token="t")) as client:
         one, request = a_request()
         body = request.SerializeToString()
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": bearer(a_request()[0])}):
@@ -162,7 +162,7 @@ async def test_only_the_attempt_itself_or_who_has_the_token_may_send_spans(kafka
             assert (http_status, ExportTraceServiceResponse.FromString(answer)) == (200, ExportTraceServiceResponse())
         stored = await records(client, client.settings.topics.events, Span)
         assert [(s.rollout_id, s.source) for s in stored] == [(one.rollout_id, "otlp")] * 2
-    async with monitored(kafka_settings()) as client:  # open to this machine alone
+    async with serving(kafka_settings()) as client:  # open to this machine alone
         assert (await post(client, body))[0] == 200
         assert (await post(client, body, Host="rebound.example:8600"))[0] == 403
         http_status, answer, _ = await post(client, body, Authorization=bearer(one))

@@ -10,9 +10,9 @@ from millstream.producers.agent.client_binding import OutsideRollout
 
 def test_each_part_is_there_if_the_deployment_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_RESOURCE_ATTRIBUTES", "team=blue")
-    for proxy, monitor in (("http://proxy/base/", "http://monitor:8600/"), ("", "")):
+    for proxy, gateway in (("http://proxy/base/", "http://gateway:8600/"), ("", "")):
         attempt = AttemptContext(
-            task(rollout_id="r"), "a", [].append, [].append, proxy_url=proxy, proxy_key="k", monitor_url=monitor
+            task(rollout_id="r"), "a", [].append, [].append, proxy_url=proxy, proxy_key="k", gateway_url=gateway
         )
         token = enter(attempt)
         found = ms.attempt_environment()
@@ -24,7 +24,7 @@ def test_each_part_is_there_if_the_deployment_has_it(monkeypatch: pytest.MonkeyP
                 "ANTHROPIC_BASE_URL": "http://proxy/base/rollout/r/attempt/a",
                 "ANTHROPIC_API_KEY": "k",
                 "OTEL_RESOURCE_ATTRIBUTES": "team=blue,millstream.rollout_id=r,millstream.attempt_id=a",
-                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://monitor:8600/v1/traces",
+                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://gateway:8600/v1/traces",
                 "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
                 "OTEL_EXPORTER_OTLP_TRACES_HEADERS": "authorization=Bearer%20k",
             }
