@@ -5,10 +5,8 @@ import logging
 from collections.abc import Callable
 
 from millstream.consumers.log.port import Consumer, Log
-from millstream.schemas.config.routing import KIND as ROUTING
-from millstream.schemas.config.routing import RoutingTable
+from millstream.schemas.control import Resources, RoutingTable
 from millstream.schemas.errors import CodecError, ConfigError, LogUnavailable
-from millstream.schemas.resources import Resources
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.records import Control, RolloutTask
@@ -129,12 +127,12 @@ class ControlFollower:
     def _apply(self, record: LogRecord) -> None:
         try:
             control = codec.decode_as(Control, record.value)
-            if control.kind == "resources":
+            if control.kind == Resources.kind:
                 resources = Resources.from_control(control)
                 self._resources[resources.resources_id] = resources
                 known = self._latest.get(control.experiment_id, "")
                 self._latest[control.experiment_id] = max(known, resources.resources_id)
-            elif control.kind == ROUTING and control.name > self.routing.table_id:
+            elif control.kind == RoutingTable.kind and control.name > self.routing.table_id:
                 self.routing = RoutingTable.from_control(control)
             self._on_control(control)
         except (CodecError, ConfigError) as error:

@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     from millstream.schemas.config.settings import Settings as Settings
     from millstream.schemas.config.settings import load_settings as load_settings
     from millstream.schemas.config.triplet_rules import TripletRules as TripletRules
-    from millstream.schemas.resources import LLM as LLM
-    from millstream.schemas.resources import PromptTemplate as PromptTemplate
-    from millstream.schemas.resources import Resources as Resources
+    from millstream.schemas.control import LLM as LLM
+    from millstream.schemas.control import PromptTemplate as PromptTemplate
+    from millstream.schemas.control import Resources as Resources
     from millstream.schemas.wire.records import Triplet as Triplet
 
 # Loaded at first use, so that importing any part of Millstream stays fast, and free of torch.
@@ -78,7 +78,7 @@ _NAMES = {
     "producers.agent.operation": "operation",
     "producers.agent.state": "load_state save_state",
     "schemas.wire.records": "Triplet",
-    "schemas.resources": "LLM PromptTemplate Resources",
+    "schemas.control": "LLM PromptTemplate Resources",
     "schemas.config.settings": "Settings load_settings",
     "schemas.config.triplet_rules": "TripletRules",
 }

@@ -26,7 +26,7 @@ from millstream.pipeline.proxy.targets import DEFAULT
 from millstream.pipeline.services.serving import serve
 from millstream.pipeline.store.clickhouse import ClickHouseStore
 from millstream.pipeline.training.strategy import Setup, Strategy
-from millstream.schemas.config.routing import Upstream
+from millstream.schemas.config.upstreams import Upstream
 from millstream.schemas.errors import ConfigError
 
 ANY_PORT: Final = f"http://{LOOPBACK}:0"

@@ -5,7 +5,7 @@ import time
 from typing import Literal
 
 from millstream.producers.log.port import Producer, send_acknowledged
-from millstream.schemas.resources import Resources
+from millstream.schemas.control import Resources
 from millstream.schemas.wire.log import KIND_HEADER
 from millstream.schemas.wire.records import Control
 from millstream.schemas.wire.topics import Topics
@@ -29,4 +29,4 @@ def pause_record(experiment_id: str, paused: bool) -> Control:
 
 async def publish_resources(producer: Producer, topics: Topics, resources: Resources) -> None:
     """Announces a version: from now on it is the latest of its experiment."""
-    await publish_control(producer, topics, resources.to_control(time.time_ns()))
+    await publish_control(producer, topics, resources.to_control())

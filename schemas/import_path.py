@@ -5,8 +5,8 @@ import sys
 import traceback
 from typing import Any
 
-from millstream.producers.agent.span_processor import utf8
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.spans.text import utf8
 
 
 def load_object(what: str, path: str, folder: str) -> Any:

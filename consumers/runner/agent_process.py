@@ -21,8 +21,8 @@ from functools import lru_cache
 from millstream.consumers.runner.attempt import AgentConfig, AttemptRunner, Outcome, open_agent
 from millstream.consumers.runner.frames import Frame, FrameReader, Kind, pack
 from millstream.producers.agent.attempt import AttemptContext
+from millstream.schemas.control import Resources
 from millstream.schemas.errors import CodecError, ConfigError
-from millstream.schemas.resources import Resources
 from millstream.schemas.spans import blobs
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.records import Control, RolloutTask, Span

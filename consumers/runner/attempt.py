@@ -21,9 +21,9 @@ from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.emit import emit_reward
 from millstream.producers.agent.instrumentation import FRAMEWORKS
 from millstream.producers.agent.process_tracer import ProcessTracer, adopt_global_provider
-from millstream.producers.agent.span_processor import utf8
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.import_path import error_message, load_object
+from millstream.schemas.spans.text import utf8
 from millstream.schemas.wire import status
 from millstream.schemas.wire.records import ErrorInfo
 

@@ -20,9 +20,9 @@ from millstream.consumers.dead_letters import dead_letter, send_dead_letter
 from millstream.consumers.log.port import Consumer, Log
 from millstream.producers.log.acknowledgements import Acknowledgements
 from millstream.producers.log.port import Producer
+from millstream.schemas.control import Resources
 from millstream.schemas.errors import CodecError, LogError, LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.ids import new_id
-from millstream.schemas.resources import Resources
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
 from millstream.schemas.wire.records import AttemptEvent, RolloutTask

@@ -28,8 +28,8 @@ from millstream.consumers.runner.attempt import AgentConfig, AttemptRunner, Outc
 from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.frames import Frame, FrameReader, Kind, pack
 from millstream.producers.agent.attempt import AttemptContext
+from millstream.schemas.control import Resources
 from millstream.schemas.errors import ConfigError, MillstreamError
-from millstream.schemas.resources import Resources
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.records import ErrorInfo
 
@@ -365,7 +365,7 @@ class _Child(asyncio.Protocol):
         head = {"attempt_id": claim.attempt_id, "task_bytes": len(task)}
         head |= {"proxy_url": writer.proxy_url, "proxy_key": writer.proxy_key}
         if claim.resources is not None and self._resources[0] is not claim.resources:
-            self._resources = (claim.resources, codec.encode(claim.resources.to_control(0)))
+            self._resources = (claim.resources, codec.encode(claim.resources.to_control()))
         self._send(pack(Kind.TASK, number, json.dumps(head).encode(), task + self._resources[1]))
 
     def cancel(self, writer: AttemptWriter) -> None:

@@ -8,9 +8,9 @@ import aiohttp
 
 from millstream.consumers.runner.claims import Claim
 from millstream.schemas.attempt_keys import attempt_key, attempt_path
+from millstream.schemas.control import LLM
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.ids import rank
-from millstream.schemas.resources import LLM
 
 CLOSE_S: Final = 30.0  # to let an attempt's last calls end
 AVOIDED_S: Final = 10.0  # a proxy at which an attempt could not be closed gets no new ones for so long

@@ -15,9 +15,9 @@ from millstream.pipeline.cli.output import Json, out, print_rows
 from millstream.producers.control import publish_control
 from millstream.producers.log.port import closing
 from millstream.schemas.config.settings import load_settings
+from millstream.schemas.control import ModelAnswer, ModelCommand, ServerState
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
-from millstream.schemas.model_commands import ANSWER, SERVER, ModelAnswer, ModelCommand, ServerState
 from millstream.schemas.wire.records import Control
 from millstream.schemas.wire.topics import Topics
 
@@ -37,9 +37,9 @@ class _Told:
         self.more = asyncio.Event()
 
     def _hear(self, record: Control) -> None:
-        if record.kind == SERVER:
+        if record.kind == ServerState.kind:
             self.servers[record.name] = ServerState.from_control(record)
-        elif record.kind == ANSWER:
+        elif record.kind == ModelAnswer.kind:
             self.answers[record.name] = ModelAnswer.from_control(record)
         self.more.set()
 

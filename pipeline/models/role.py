@@ -3,7 +3,6 @@ routing table once the weights that it speaks of are served."""
 
 import asyncio
 import logging
-import time
 from pathlib import Path
 from typing import Final
 
@@ -12,10 +11,9 @@ from millstream.consumers.log.port import Log
 from millstream.pipeline.models.server import UpdateFailed
 from millstream.pipeline.models.vllm_server import VllmServer
 from millstream.producers.control import publish_control
-from millstream.schemas.config.routing import Arm, RoutingTable
+from millstream.schemas.control import Arm, ModelAnswer, ModelCommand, RoutingTable, ServerState
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
-from millstream.schemas.model_commands import ANSWER, COMMAND, ModelAnswer, ModelCommand, ServerState
 from millstream.schemas.wire.records import Control
 from millstream.schemas.wire.topics import Topics
 
@@ -71,10 +69,10 @@ class ModelRole:
             await asyncio.to_thread(self._producer.close)
 
     def _hear(self, record: Control) -> None:
-        if record.kind == COMMAND:
+        if record.kind == ModelCommand.kind:
             self._waiting[record.name] = record
             self._heard.set()
-        elif record.kind == ANSWER:
+        elif record.kind == ModelAnswer.kind:
             self._waiting.pop(record.name, None)
 
     async def _answer(self, record: Control) -> None:
@@ -129,7 +127,7 @@ class ModelRole:
         await self._follower.wait_until_current()
         models = {**self._follower.routing.models, self._model: table.models[self._model]}
         whole = RoutingTable(table_id=new_id(), models=models, reason=table.reason + mark)
-        await publish_control(self._producer, self._topics, whole.to_control(time.time_ns()))
+        await publish_control(self._producer, self._topics, whole.to_control())
         await self._follower.wait_until_current()  # the next command builds on it
         kept = {arm.served_as for arm in models[self._model]}
         for name in set(self._server.adapters) - kept:

@@ -11,6 +11,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any, Final, cast
 
 import orjson
@@ -184,9 +185,7 @@ class Proxy:
             return cast("web.StreamResponse", await handler(request))
 
         async def routing(_: web.Request) -> web.Response:
-            control = self._control.routing.to_control(0)
-            table = {"table_id": control.name, **orjson.loads(control.body)}
-            return web.json_response({"table": table, "routes": self._settings.routes})
+            return web.json_response({"table": asdict(self._control.routing), "routes": self._settings.routes})
 
         async def replicas(_: web.Request) -> web.Response:
             found = {

@@ -10,7 +10,7 @@ from typing import Final
 
 from millstream.pipeline.proxy.limits import Limiter, limited
 from millstream.schemas.attempt_keys import BadKey, claims_of
-from millstream.schemas.config.routing import Limits
+from millstream.schemas.config.upstreams import Limits
 
 CLOSED_KEPT_S: Final = 3600.0  # how long an attempt's end is remembered; longer than any call of it can be under way
 SKEW_S: Final = 5.0  # that a runner's clock may be behind ours

@@ -5,7 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from millstream.schemas.config.routing import Limits
+from millstream.schemas.config.upstreams import Limits
 
 
 class Busy(Exception):

@@ -19,7 +19,7 @@ import orjson
 from pydantic import SecretStr
 
 from millstream.pipeline.proxy.http_client import Exchange, HttpError, Server
-from millstream.schemas.config.routing import Upstream
+from millstream.schemas.config.upstreams import Upstream
 from millstream.schemas.ids import rank
 
 logger = logging.getLogger(__name__)

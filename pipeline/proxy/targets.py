@@ -11,10 +11,10 @@ from millstream.consumers.control import ControlFollower
 from millstream.pipeline.protocols.openai import BadRequest
 from millstream.pipeline.proxy.limits import Limiter, limited
 from millstream.pipeline.proxy.replicas import Replicas
-from millstream.schemas.config.routing import Upstream, upstream_of
 from millstream.schemas.config.settings import Settings
+from millstream.schemas.config.upstreams import Upstream, upstream_of
+from millstream.schemas.control import LLM
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.resources import LLM
 
 DEFAULT = "model"
 

@@ -35,8 +35,8 @@ from millstream.pipeline.store.results import (
     checked_order,
 )
 from millstream.schemas.config.settings import Settings
+from millstream.schemas.control import Resources
 from millstream.schemas.errors import ConfigError, StoreError
-from millstream.schemas.resources import Resources
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import Span, Triplet
 

@@ -21,8 +21,8 @@ from millstream.pipeline.store.results import (
     checked,
     checked_order,
 )
+from millstream.schemas.control import Resources
 from millstream.schemas.errors import CodecError, StoreError
-from millstream.schemas.resources import Resources
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.prefixes import expand

@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from typing import Any, Final, TypeVar
 
 from millstream.pipeline.store.results import Result, Store
-from millstream.schemas.resources import Resources
+from millstream.schemas.control import Resources
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import Control, Record, Span, SpanEvent, SpanLink, Triplet
 

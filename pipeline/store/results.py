@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, get_args
 
-from millstream.schemas.resources import Resources
+from millstream.schemas.control import Resources
 from millstream.schemas.wire.records import Span, Triplet
 
 P = ParamSpec("P")

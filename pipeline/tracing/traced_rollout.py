@@ -23,9 +23,9 @@ from millstream.producers.agent.process_tracer import ProcessTracer
 from millstream.producers.blob_store import Blobs
 from millstream.producers.workers import new_worker_id
 from millstream.schemas.config.settings import Settings
+from millstream.schemas.control import Resources
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.ids import new_id
-from millstream.schemas.resources import Resources
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import KIND_HEADER, Partition
 from millstream.schemas.wire.records import AttemptEvent, RolloutTask, Span, Triplet

@@ -24,8 +24,8 @@ from millstream.producers.control import publish_control, publish_resources
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskPublisher
 from millstream.schemas.config.settings import Settings
+from millstream.schemas.control import LLM, Resources
 from millstream.schemas.ids import derived_id, new_id
-from millstream.schemas.resources import LLM, Resources
 from millstream.schemas.wire.records import Control, RolloutTask
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import NoOpTracer, Tracer
 
 from millstream.schemas.attempt_keys import attempt_path
-from millstream.schemas.resources import Resource
+from millstream.schemas.control import Resource
 from millstream.schemas.wire.records import RolloutTask, Span
 
 _KEY = otel.create_key("millstream.attempt")

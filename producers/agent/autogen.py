@@ -15,8 +15,8 @@ from opentelemetry import context as otel
 from opentelemetry import trace
 from opentelemetry.trace import Span, Status, StatusCode, Tracer, TracerProvider, set_span_in_context
 
-from millstream.producers.agent.span_processor import as_text
 from millstream.schemas.spans import semconv
+from millstream.schemas.spans.text import as_text
 
 _OUR_TOOL_CALL = otel.create_key("millstream.autogen.tool")
 

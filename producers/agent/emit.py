@@ -20,9 +20,10 @@ from pydantic_core import PydanticSerializationError, to_json
 
 from millstream.producers.agent.attempt import AttemptContext, current_attempt
 from millstream.producers.agent.shared_threads import note_call
-from millstream.producers.agent.span_processor import as_text, texts, to_record
+from millstream.producers.agent.span_processor import to_record
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.spans import semconv
+from millstream.schemas.spans.text import as_text, texts
 
 logger = logging.getLogger(__name__)
 _warned = threading.Event()

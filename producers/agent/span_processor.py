@@ -4,11 +4,8 @@ OpenTelemetry's own BatchSpanProcessor drops spans under load and its ``force_fl
 in its attempt's hands when the call that ended it returns.
 """
 
-import base64
-import json
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
@@ -20,6 +17,7 @@ from millstream.producers.agent.attempt import AttemptContext, current_attempt
 from millstream.producers.agent.shared_threads import note_call
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.dialects import kind_of, rewards_of
+from millstream.schemas.spans.text import texts, utf8
 from millstream.schemas.wire.records import Span, SpanEvent, SpanLink
 
 MAX_OPEN = 100_000  # spans that began and did not end; beyond it the oldest are given up, so that a leak stays small
@@ -124,40 +122,3 @@ def to_record(span: ReadableSpan, attempt: AttemptContext, resource: Mapping[str
         reward=reward,
         reward_name=reward_name,
     )
-
-
-def texts(values: Mapping[str, Any] | None) -> dict[str, str]:
-    """Attributes as records hold them: strings as they are, everything else as JSON text."""
-    if not values:
-        return {}
-    # The SDK's own mappings copy themselves fast, but are read slowly.
-    plain = values.copy() if hasattr(values, "copy") else dict(values)
-    return {
-        key: utf8(value) if type(value) is str else str(value) if type(value) is int else utf8(_json(value))
-        for key, value in plain.items()
-    }
-
-
-def as_text(value: Any) -> str:
-    """A string as it is; anything else as JSON text (bytes in base64, what JSON does not know as ``str`` shows it)."""
-    return utf8(value if isinstance(value, str) else str(value) if type(value) is int else _json(value))
-
-
-def utf8(text: str) -> str:
-    """Without lone surrogates (half a character, as a model may write one), which no record can hold."""
-    if text.isascii():
-        return text
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return dict(value)
-    if isinstance(value, bytes | bytearray):
-        return base64.b64encode(value).decode()
-    if isinstance(value, set | frozenset):
-        return list(value)
-    return str(value)
-
-
-_json = json.JSONEncoder(ensure_ascii=False, default=_plain).encode  # json.dumps would make an encoder for each value

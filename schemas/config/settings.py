@@ -16,8 +16,8 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
-from millstream.schemas.config.routing import Limits, Upstream
 from millstream.schemas.config.triplet_rules import TripletRules
+from millstream.schemas.config.upstreams import Limits, Upstream
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.spans.blobs import DEFAULT_URL
 from millstream.schemas.wire.topics import Topics

@@ -16,9 +16,9 @@ from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationSc
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1 import trace_pb2
 
-from millstream.producers.agent.span_processor import as_text
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.dialects import kind_of, rewards_of
+from millstream.schemas.spans.text import as_text
 from millstream.schemas.wire.records import Span, SpanEvent, SpanLink
 
 SPAN_KINDS = ("Internal", "Internal", "Server", "Client", "Producer", "Consumer")  # by number; 0 is unspecified

@@ -3,8 +3,6 @@
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from aiokafka.partitioner import murmur2
-
 PRIORITIES: Final = ("high", "normal", "low")
 PRIORITY_WEIGHTS: Final = {"high": 8, "normal": 4, "low": 1}
 
@@ -15,7 +13,22 @@ LIBRDKAFKA_PARTITIONER: Final = "murmur2_random"
 
 def partition_of(key: str, partitions: int) -> int:
     """The partition of a key: Kafka's default partitioner (murmur2 of the UTF-8 bytes, sign bit cleared)."""
-    return int((murmur2(key.encode("utf-8", "surrogateescape")) & 0x7FFFFFFF) % partitions)
+    return (_murmur2(key.encode("utf-8", "surrogateescape")) & 0x7FFFFFFF) % partitions
+
+
+def _murmur2(data: bytes) -> int:
+    """MurmurHash2, 32 bits, with Kafka's seed (``org.apache.kafka.common.utils.Utils.murmur2``)."""
+    multiplier, mask = 0x5BD1E995, 0xFFFFFFFF
+    digest = 0x9747B28C ^ len(data)
+    whole = len(data) & ~3
+    for at in range(0, whole, 4):
+        word = int.from_bytes(data[at : at + 4], "little") * multiplier & mask
+        word = (word ^ word >> 24) * multiplier & mask
+        digest = digest * multiplier & mask ^ word
+    if whole < len(data):
+        digest = (digest ^ int.from_bytes(data[whole:], "little")) * multiplier & mask
+    digest = (digest ^ digest >> 13) * multiplier & mask
+    return digest ^ digest >> 15
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ import pytest
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.producers.control import publish_control, publish_resources
+from millstream.schemas.control import LLM, PromptTemplate, Resources
 from millstream.schemas.ids import derived_id
-from millstream.schemas.resources import LLM, PromptTemplate, Resources
 from millstream.schemas.wire.records import Control
 from millstream.schemas.wire.topics import Topics
 

@@ -6,8 +6,8 @@ import factories
 
 from millstream.consumers.sink.clickhouse import ClickHouseSink
 from millstream.consumers.sink.sink import FlushPolicy, SinkRole
+from millstream.schemas.control import LLM, Resources
 from millstream.schemas.ids import new_id
-from millstream.schemas.resources import LLM, Resources
 from millstream.schemas.wire import status
 from millstream.schemas.wire.records import RolloutEnd, Triplet
 

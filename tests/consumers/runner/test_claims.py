@@ -18,9 +18,9 @@ from millstream.consumers.runner import claims as claims_module
 from millstream.consumers.runner.claims import Claims, Starvation, WeightedTurns
 from millstream.producers.control import pause_record, publish_control, publish_resources
 from millstream.producers.log.port import Producer
+from millstream.schemas.control import Resources
 from millstream.schemas.errors import LogUnavailable, TransactionAborted
 from millstream.schemas.ids import derived_id, new_id
-from millstream.schemas.resources import Resources
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.records import DeadLetter, RolloutTask

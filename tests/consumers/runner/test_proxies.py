@@ -7,8 +7,8 @@ from factories import task
 
 from millstream.consumers.runner.claims import Claim
 from millstream.consumers.runner.proxies import Proxies, ProxyNotClosed
+from millstream.schemas.control import LLM, Resources
 from millstream.schemas.ids import new_id
-from millstream.schemas.resources import LLM, Resources
 
 
 async def test_an_attempt_stays_with_one_of_several_proxies_and_its_resources_may_name_others() -> None:

@@ -20,9 +20,9 @@ from millstream.consumers.runner.runner import agent_environment
 from millstream.producers.control import publish_resources
 from millstream.producers.log.port import OnAck
 from millstream.schemas.attempt_keys import claims_of
+from millstream.schemas.control import LLM, PromptTemplate, Resources
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
-from millstream.schemas.resources import LLM, PromptTemplate, Resources
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.records import AttemptEvent, DeadLetter, Span
 

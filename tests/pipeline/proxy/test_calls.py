@@ -13,9 +13,9 @@ from millstream.consumers.log.memory_log import MemoryLog
 from millstream.producers.blob_store import Blobs
 from millstream.producers.control import publish_resources
 from millstream.schemas.attempt_keys import attempt_key, attempt_path
+from millstream.schemas.control import LLM, Resources
 from millstream.schemas.errors import LogUnavailable
 from millstream.schemas.ids import new_id
-from millstream.schemas.resources import LLM, Resources
 from millstream.schemas.spans import semconv
 from millstream.schemas.wire.topics import Topics
 

@@ -7,7 +7,7 @@ import pytest
 from proxy_rig import rig_of
 
 from millstream.pipeline.proxy.limits import Bucket, Busy, Limiter
-from millstream.schemas.config.routing import Limits
+from millstream.schemas.config.upstreams import Limits
 
 ASKED = {"model": "policy", "messages": [{"role": "user", "content": "say one"}]}
 

@@ -14,7 +14,8 @@ from millstream.pipeline.proxy.replicas import FAILURES, Failed, Replicas, retry
 from millstream.pipeline.services.serving import serve
 from millstream.producers.control import publish_control
 from millstream.schemas.attempt_keys import attempt_key
-from millstream.schemas.config.routing import Arm, RoutingTable, Upstream
+from millstream.schemas.config.upstreams import Upstream
+from millstream.schemas.control import Arm, RoutingTable
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
 from millstream.schemas.spans import semconv
@@ -167,7 +168,7 @@ async def test_versions_side_by_side_are_shared_by_rollouts_and_a_pinned_one_sta
         producer = rig.log.producer()
 
         async def publish(table):
-            await publish_control(producer, rig.topics, table.to_control(time.time_ns()))
+            await publish_control(producer, rig.topics, table.to_control())
             await rig.proxy._control.wait_until_current()
 
         arms = [Arm(version=f"r.0.{n}", upstream="model", served_as=f"policy-{n}") for n in (1, 2)]

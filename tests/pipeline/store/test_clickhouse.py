@@ -17,9 +17,9 @@ from millstream.consumers.sink.rows import TABLES, to_rows
 from millstream.pipeline.store.clickhouse import ClickHouseStore
 from millstream.pipeline.store.memory_store import MemoryStore
 from millstream.schemas.config.settings import load_settings
+from millstream.schemas.control import LLM, PromptTemplate, Resources
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.ids import new_id
-from millstream.schemas.resources import LLM, PromptTemplate, Resources
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.records import AttemptEvent, RolloutEnd, SpanEvent, SpanLink, Triplet

@@ -15,9 +15,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from opentelemetry.trace import Link, SpanContext, SpanKind, StatusCode
 
 from millstream.producers.agent.attempt import AttemptContext
-from millstream.producers.agent.span_processor import texts, to_record
+from millstream.producers.agent.span_processor import to_record
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.otlp import Malformed, from_otlp, parse_json, parse_protobuf, to_otlp
+from millstream.schemas.spans.text import texts
 
 IDS = {semconv.ROLLOUT_ID: "r", semconv.ATTEMPT_ID: "a"}
 

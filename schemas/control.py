@@ -1,0 +1,237 @@
+"""The bodies of the control topic's records: resources, routing tables, and commands to model servers. Pure."""
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, ClassVar, Final, Literal, Self
+
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.ids import new_id, rank
+from millstream.schemas.wire.records import Control
+
+KEPT: Final = 20  # of a model in a routing table; the oldest unused ones are dropped first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ControlBody:
+    """What a control record says. The field ``name_field`` is the record's name."""
+
+    kind: ClassVar[str]
+    name_field: ClassVar[str]
+
+    def to_control(self, created_at: int | None = None) -> Control:
+        """``created_at``: ns since the epoch; now by default."""
+        return Control(
+            kind=self.kind,
+            name=getattr(self, self.name_field),
+            experiment_id=getattr(self, "experiment_id", ""),
+            body=json.dumps(self._body()),
+            created_at=time.time_ns() if created_at is None else created_at,
+        )
+
+    @classmethod
+    def from_control(cls, record: Control) -> Self:
+        """Raises `ConfigError` naming the record if it can't be read."""
+        try:
+            return cls._parse(record, json.loads(record.body))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{record.kind} {record.name}: {type(error).__name__}: {error}") from error
+
+    def _body(self) -> Any:
+        return asdict(self)
+
+    @classmethod
+    def _parse(cls, record: Control, body: Any) -> Self:
+        return cls(**body)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LLM:
+    """A model that agents reach through the proxy."""
+
+    model: str  # the name that agents ask for
+    model_version: str  # run.epoch.step of its weights
+    sampling: Mapping[str, Any] = field(default_factory=dict)  # request fields that apply unless the agent sets them
+    endpoints: tuple[str, ...] = ()  # proxies to call it through; empty: those of the runner's settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptTemplate:
+    """A prompt with ``{named}`` placeholders."""
+
+    template: str
+
+    def format(self, **values: object) -> str:
+        return self.template.format(**values)
+
+
+Resource = LLM | PromptTemplate | dict[str, Any]
+_TYPES: dict[str, type[LLM] | type[PromptTemplate]] = {"llm": LLM, "prompt_template": PromptTemplate}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resources(ControlBody):
+    """One version of what rollouts work with: LLMs, prompt templates and objects of the user's own by name.
+    ``resources_id`` is a UUIDv7: later versions sort after earlier ones."""
+
+    kind = "resources"
+    name_field = "resources_id"
+    resources_id: str
+    experiment_id: str
+    items: Mapping[str, Resource]
+
+    def _body(self) -> Any:
+        return {
+            name: asdict(item) | {"type": "llm" if isinstance(item, LLM) else "prompt_template"}
+            if isinstance(item, LLM | PromptTemplate)
+            else {"type": "object", "value": item}
+            for name, item in self.items.items()
+        }
+
+    @classmethod
+    def _parse(cls, record: Control, body: Any) -> Self:
+        items: dict[str, Resource] = {}
+        for name, value in body.items():
+            kind = value.pop("type")
+            if kind == "llm":
+                value["endpoints"] = tuple(value.get("endpoints", ()))
+            items[name] = value["value"] if kind == "object" else _TYPES[kind](**value)
+        return cls(resources_id=record.name, experiment_id=record.experiment_id, items=items)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One version of a model, and the upstream that serves it."""
+
+    version: str  # run.epoch.step
+    upstream: str  # its name in the proxies' settings
+    served_as: str  # the model's name at that server; each LoRA adapter has its own
+    weights: str = ""  # folder with the safetensors, for a rollback
+    weight: float = 0.0  # share of the rollouts; 0: kept but unused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutingTable(ControlBody):
+    """The versions of all models: an immutable snapshot, which every proxy swaps in as a whole. ``table_id`` is a
+    UUIDv7: later tables sort after earlier ones."""
+
+    kind = "routing"
+    name_field = "table_id"
+    table_id: str = ""
+    models: Mapping[str, tuple[Arm, ...]] = field(default_factory=dict)
+    reason: str = ""  # what changed, for people
+
+    def choose(self, model: str, rollout_id: str, version: str = "") -> Arm | None:
+        """The arm for a rollout: the one of ``version`` if the table has it (a pinned rollout); else by its share,
+        the same for all calls of the rollout. None if the table does not list the model."""
+        arms = self.models.get(model, ())
+        for arm in arms:
+            if version and arm.version == version:
+                return arm
+        used = [arm for arm in arms if arm.weight > 0]
+        if not used:
+            return None
+        place = _share(model, rollout_id) * sum(arm.weight for arm in used)
+        for arm in used:
+            place -= arm.weight
+            if place < 0:
+                return arm
+        return used[-1]
+
+    def deploy(self, model: str, arm: Arm) -> "RoutingTable":
+        """All rollouts use this version from now on; the others are kept."""
+        kept = [replace(other, weight=0.0) for other in self.models.get(model, ()) if other.version != arm.version]
+        return self._with(model, [*kept[-(KEPT - 1) :], replace(arm, weight=1.0)], f"deploy {model} {arm.version}")
+
+    def rollback(self, model: str, version: str = "") -> "RoutingTable":
+        """Back to a kept version; by default to the one before the current one. Raises `ConfigError` without one."""
+        arms = self._arms(model)
+        if version:
+            self._arm(model, version)
+        else:
+            used = [i for i, arm in enumerate(arms) if arm.weight > 0]
+            if not used or used[0] == 0:
+                raise ConfigError(f"model {model}: no version before the current one is kept")
+            version = arms[used[0] - 1].version
+        back = [replace(arm, weight=float(arm.version == version)) for arm in arms]
+        return self._with(model, back, f"rollback {model} to {version}")
+
+    def split(self, model: str, shares: Mapping[str, float]) -> "RoutingTable":
+        """Shares the rollouts among kept versions. Raises `ConfigError` naming a version that is not kept."""
+        if not any(share > 0 for share in shares.values()) or any(not 0 <= share < 1e9 for share in shares.values()):
+            raise ConfigError(f"model {model}: shares must be numbers from 0 on, at least one above 0: {shares}")
+        for version in shares:
+            self._arm(model, version)
+        arms = [replace(arm, weight=shares.get(arm.version, 0.0)) for arm in self._arms(model)]
+        listed = ", ".join(f"{version}={share:g}" for version, share in shares.items())
+        return self._with(model, arms, f"split {model} {listed}")
+
+    @classmethod
+    def _parse(cls, record: Control, body: Any) -> Self:
+        models = {name: tuple(Arm(**arm) for arm in arms) for name, arms in body["models"].items()}
+        return cls(table_id=record.name, models=models, reason=body.get("reason", ""))
+
+    def _arms(self, model: str) -> tuple[Arm, ...]:
+        if model not in self.models:
+            known = ", ".join(self.models) or "none"
+            raise ConfigError(f"model {model} has not been deployed; known are: {known}")
+        return self.models[model]
+
+    def _arm(self, model: str, version: str) -> Arm:
+        arms = self._arms(model)
+        found = next((arm for arm in arms if arm.version == version), None)
+        if found is None:
+            raise ConfigError(f"model {model} has no version {version}; kept are {', '.join(a.version for a in arms)}")
+        return found
+
+    def _with(self, model: str, arms: list[Arm], reason: str) -> "RoutingTable":
+        return RoutingTable(table_id=new_id(), models={**self.models, model: tuple(arms)}, reason=reason)
+
+
+def _share(model: str, rollout_id: str) -> float:
+    """A number in [0, 1), always the same for a model and a rollout."""
+    return rank(model, rollout_id) / (1 << 64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCommand(ControlBody):
+    """A request to change a model's versions. ``command_id`` is a UUIDv7."""
+
+    kind = "model-command"
+    name_field = "command_id"
+    command_id: str
+    action: Literal["deploy", "rollback", "split"]
+    model: str
+    version: str = ""  # to deploy or to roll back to; empty: the one before
+    folder: str = ""  # of the weights to deploy
+    lora: bool = False
+    shares: Mapping[str, float] = field(default_factory=dict)  # version → share, of a split
+
+    def __post_init__(self) -> None:
+        if self.action not in ("deploy", "rollback", "split"):
+            raise ValueError(f"unknown action {self.action!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelAnswer(ControlBody):
+    """The result of a command: a routing table, or an error."""
+
+    kind = "model-answer"
+    name_field = "command_id"
+    command_id: str
+    table_id: str = ""
+    error: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerState(ControlBody):
+    """What the replicas of an upstream serve now."""
+
+    kind = "model-server"
+    name_field = "upstream"
+    upstream: str
+    model: str
+    version: str  # of the whole model
+    adapters: tuple[str, ...] = ()  # names of the LoRA adapters beside it
+    replicas: tuple[Mapping[str, Any], ...] = ()  # url, alive, restarts of each
