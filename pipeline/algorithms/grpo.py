@@ -6,31 +6,16 @@ the mean over tokens instead of over answers, no KL penalty). The advantages are
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from millstream.pipeline.algorithms.credit import Turns, advantages, turn_rewards
+from millstream.pipeline.algorithms.losses import entropy, kl, policy_loss
+from millstream.pipeline.algorithms.samples import Sample, padded, samples_of
 from millstream.pipeline.models.policy import copy_weights, left_pad, load_model, one_thread, parameters
-from millstream.pipeline.training.algorithm import FinishedRollout, Group
-from millstream.schemas.wire.prefixes import conversations
-from millstream.schemas.wire.records import Triplet
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """A row to learn from: one turn, or several of a conversation. For each token of ``response``: its log-probability
-    when it was sampled, its advantage, and whether it is learnt from (what comes between two turns is not)."""
-
-    prompt: list[int]
-    response: list[int]
-    logprobs: list[float]
-    advantages: list[float]
-    mask: list[bool]
+from millstream.pipeline.training.algorithm import Group
 
 
 class GRPO:
@@ -52,12 +37,12 @@ class GRPO:
         seed: int = 0,
     ) -> None:
         """``model`` is a Hugging Face folder, ``minibatch`` is in turns, ``clip`` are the distances from ratio 1 down
-        and up. ``merge_turns`` makes one row of turns that go on from each other token by token: a long conversation
-        is evaluated once instead of once a turn (``minibatch`` is in rows, then). Too small an entropy bonus, and a
-        policy that starts from random weights settles on the first answer that ever earned something: the calculator
-        then stays at a third of its reward.
+        and up. ``merge_turns`` makes one row of turns that continue each other token by token: a long conversation is
+        evaluated once instead of once a turn, and ``minibatch`` is in rows. With too small an entropy bonus a policy
+        with random weights settles on the first answer that earned anything: the calculator then stays at a third of
+        its reward.
 
-        Raises `ConfigError` if the folder holds no model.
+        Raises `ConfigError` if the folder has no model.
         """
         one_thread()
         self.model = Path(model)
@@ -74,11 +59,10 @@ class GRPO:
         self._random = torch.Generator().manual_seed(seed)
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """See `Algorithm.update`. ``max_ratio_error``, |ratio − 1| before the first optimizer step, is near 0 as long
-        as the data were made by these very weights, token for token. Raises ValueError naming rollout and turn if a
-        trainable triplet lacks tokens or log-probabilities."""
+        """See `Algorithm.update`. ``max_ratio_error``, |ratio − 1| before the first optimizer step, is near 0 if these
+        very weights sampled the data, token by token. Raises as `samples_of` does."""
         one_thread()
-        samples, turns, dropped = batch_of(groups, self.merge_turns)
+        samples, turns, dropped = samples_of(groups, self.merge_turns)
         metrics = {"dropped_groups": float(dropped), "turns": float(turns), "rows": float(len(samples))}
         sums: dict[str, list[float]] = defaultdict(list)
         for _ in range(self.epochs):
@@ -93,46 +77,38 @@ class GRPO:
 
     def _step(self, samples: Sequence[Sample]) -> dict[str, float]:
         logprobs, entropies = self._evaluate(samples)
-        old, advantage = torch.zeros_like(logprobs), torch.zeros_like(logprobs)
-        mask = torch.zeros_like(logprobs, dtype=torch.bool)
-        for i, sample in enumerate(samples):
-            place = (i, slice(logprobs.shape[1] - len(sample.response), None))
-            old[place] = torch.tensor(sample.logprobs)
-            advantage[place] = torch.tensor(sample.advantages)
-            mask[place] = torch.tensor(sample.mask)
+        old, advantage, mask = padded(samples)
         log_ratio = (logprobs - old)[mask]
         policy, clipped = policy_loss(log_ratio, advantage[mask], self.clip)
-        entropy = entropies[mask].mean()
-        loss = policy - self.entropy * entropy
+        mean_entropy = entropies[mask].mean()
+        loss = policy - self.entropy * mean_entropy
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self._model.parameters(), self.max_grad_norm)
         if not torch.isfinite(norm):
-            raise FloatingPointError("the gradient is not finite; the weights were left as they were")
+            raise FloatingPointError("the gradient is not finite; the weights are unchanged")
         self._optimizer.step()
         with torch.no_grad():
-            ratio = log_ratio.exp()
             return {
                 "loss": loss.item(),
-                "entropy": entropy.item(),
+                "entropy": mean_entropy.item(),
                 "clip_fraction": clipped.item(),
-                "kl": (ratio - 1 - log_ratio).mean().item(),  # Schulman's k3 estimate of KL(rollout ‖ policy)
+                "kl": kl(log_ratio).item(),
                 "grad_norm": norm.item(),
-                "max_ratio_error": (ratio - 1).abs().max().item(),
+                "max_ratio_error": (log_ratio.exp() - 1).abs().max().item(),
             }
 
     def _evaluate(self, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the responses' tokens and entropies at them: (samples, longest response), flush
-        right."""
+        """Log-probabilities of the responses' tokens, and entropies: (samples, longest response), padded on the
+        left."""
         longest = max(len(sample.response) for sample in samples)
-        # A group asks the same first question, so many turns share all that comes before their last token: such a row
-        # goes through the model once.
+        # Turns of a group often differ in their last token only: the model evaluates equal rows once.
         rows = [(*sample.prompt, *sample.response[:-1]) for sample in samples]
         places = {row: place for place, row in enumerate(dict.fromkeys(rows))}
         logits = self._model(**left_pad(list(places)), use_cache=False, logits_to_keep=longest).logits.float()
         full = torch.log_softmax(logits, dim=-1)[torch.tensor([places[row] for row in rows])]
         targets = left_pad([sample.response for sample in samples])["input_ids"]
-        return full.gather(2, targets[:, :, None])[:, :, 0], -(full.exp() * full).sum(-1)
+        return full.gather(2, targets[:, :, None])[:, :, 0], entropy(full)
 
     def weights(self) -> Mapping[str, Tensor]:
         """See `Algorithm.weights`: float32 tensors by parameter name, tied ones once."""
@@ -151,71 +127,3 @@ class GRPO:
         copy_weights(self._model, state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._random.set_state(state["random"])
-
-
-def policy_loss(log_ratio: Tensor, advantage: Tensor, clip: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """−mean(min(ρA, clip(ρ, 1 − low, 1 + high) A)) over tokens, and the share of tokens where the clip holds the
-    gradient back. PPO (arXiv:1707.06347, eq. 7), with DAPO's two bounds (eq. 10)."""
-    ratio = log_ratio.exp()
-    free, held = ratio * advantage, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage
-    return -torch.minimum(free, held).mean(), (held < free).float().mean()
-
-
-def batch_of(groups: Sequence[Group], merge_turns: bool = False) -> tuple[list[Sample], int, int]:
-    """The rows to learn from, the turns in them, and how many groups were dropped because fewer than two members can
-    be trained on."""
-    kept = []
-    for group in groups:
-        members = [member for member in group.members if _trainable(member)]
-        if len(members) >= 2:
-            kept.append(members)
-    samples = [
-        merged([_sample(triplet, credit) for triplet in run])
-        for members, earned in zip(kept, advantages([list(map(_earned, members)) for members in kept]), strict=True)
-        for member, credit in zip(members, earned, strict=True)
-        for run in (conversations(_trainable(member)) if merge_turns else [[t] for t in _trainable(member)])
-    ]
-    turns = sum(len(_trainable(member)) for members in kept for member in members)
-    return samples, turns, len(groups) - len(kept)
-
-
-def merged(turns: Sequence[Sample]) -> Sample:
-    """One row of turns of which each prompt begins with all of the turn before it."""
-    row = turns[0]
-    for turn in turns[1:]:
-        between = turn.prompt[len(row.prompt) + len(row.response) :]
-        nothing = [0.0] * len(between)
-        row = Sample(
-            row.prompt,
-            row.response + between + turn.response,
-            row.logprobs + nothing + turn.logprobs,
-            row.advantages + nothing + turn.advantages,
-            row.mask + [False] * len(between) + turn.mask,
-        )
-    return row
-
-
-def _trainable(member: FinishedRollout) -> list[Triplet]:
-    if not member.end.trainable or member.end.status != "succeeded":
-        return []
-    return [triplet for triplet in member.triplets if triplet.trainable]
-
-
-def _earned(member: FinishedRollout) -> Turns:
-    """What each turn to learn from earned. What a turn that can't be learnt from was given counts for those before
-    it."""
-    rewards = turn_rewards([(triplet.turn, triplet.reward) for triplet in member.triplets])
-    return {triplet.turn: rewards[triplet.turn] for triplet in _trainable(member)}
-
-
-def _sample(triplet: Triplet, credit: Turns) -> Sample:
-    parts = triplet.prompt_token_ids, triplet.response_token_ids, triplet.response_logprobs
-    if not all(parts) or len(parts[1] or b"") != len(parts[2] or b""):
-        raise ValueError(
-            f"rollout {triplet.rollout_id}, turn {triplet.turn}: a trainable triplet needs prompt tokens, and as many "
-            "log-probabilities as response tokens; does the model server return both?"
-        )
-    prompt, response, logprobs = (
-        np.frombuffer(part or b"", kind).tolist() for part, kind in zip(parts, ("<i4", "<i4", "<f4"), strict=True)
-    )
-    return Sample(prompt, response, logprobs, [credit[triplet.turn]] * len(response), [True] * len(response))

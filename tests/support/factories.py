@@ -1,12 +1,14 @@
 """Records as the roles write them, for tests."""
 
 import struct
+from collections.abc import Sequence
 from typing import Any
 
+from millstream.pipeline.training.algorithm import FinishedRollout
 from millstream.schemas.ids import new_id
 from millstream.schemas.spans import semconv
 from millstream.schemas.wire import codec
-from millstream.schemas.wire.records import AttemptEvent, ErrorInfo, RolloutTask, Span
+from millstream.schemas.wire.records import AttemptEvent, ErrorInfo, RolloutEnd, RolloutTask, Span, Triplet
 
 T0 = 1_800_000_000_000_000_000  # ns
 
@@ -76,3 +78,27 @@ def call(of: RolloutTask, attempt_id: str, response_id: str, **fields: Any) -> S
 
 def reward(of: RolloutTask, attempt_id: str, value: float) -> Span:
     return span(of, attempt_id, kind=semconv.REWARD, reward=value, reward_name="reward", name="reward")
+
+
+def finished(name: str, turns: Sequence[dict[str, Any]], status: str = "succeeded", **end: Any) -> FinishedRollout:
+    """As a trainer collects it. ``turns`` are fields of triplets."""
+    common = {"rollout_id": name, "attempt_id": "a", "group_id": "g", "span_id": "s", "prompt": "", "response": ""}
+    triplets = tuple(Triplet(**{**common, "turn": i, **fields}) for i, fields in enumerate(turns))
+    ended = RolloutEnd(
+        rollout_id=name, group_id="g", group_size=8, status=status, attempts=1, created_at=0, ended_at=0, **end
+    )
+    return FinishedRollout(ended, triplets)
+
+
+def tokens(prompt: Sequence[int], response: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any]:
+    """These fields of a triplet."""
+    return {
+        "prompt_token_ids": struct.pack(f"<{len(prompt)}i", *prompt),
+        "response_token_ids": struct.pack(f"<{len(response)}i", *response),
+        "response_logprobs": struct.pack(f"<{len(logprobs)}f", *logprobs),
+    }
+
+
+# Turns of two rollouts; those of the first continue each other token by token.
+CONVERSATION = [tokens([2, 5], [6], [-1.0]), tokens([2, 5, 6, 8, 9], [3, 4], [-2.0, -3.0]) | {"reward": 1.0}]
+AFTER_A_BREAK = [tokens([2, 5], [6], [-1.5]), tokens([2, 7, 8, 9], [3, 4], [-2.0, -3.0]) | {"reward": 0.0}]

@@ -9,12 +9,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from factories import AFTER_A_BREAK, CONVERSATION, finished, tokens
+
 from examples.calculator import model
-from millstream.pipeline.algorithms.grpo import GRPO, batch_of, policy_loss
+from millstream.pipeline.algorithms.grpo import GRPO
 from millstream.pipeline.models.engine import Engine
-from millstream.pipeline.training.algorithm import FinishedRollout, Group
+from millstream.pipeline.training.algorithm import Group
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.wire.records import RolloutEnd, Triplet
 
 pytestmark = pytest.mark.torch
 
@@ -26,27 +27,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("model")
     model.create(path, seed=1)
     return path
-
-
-def rollout(name: str, turns: Sequence[dict[str, Any]], status: str = "succeeded", **end: Any) -> FinishedRollout:
-    """``turns`` are fields of triplets."""
-    common = {"rollout_id": name, "attempt_id": "a", "group_id": "g", "span_id": "s", "prompt": "", "response": ""}
-    triplets = tuple(Triplet(**{**common, "turn": i, **fields}) for i, fields in enumerate(turns))
-    ended = RolloutEnd(
-        rollout_id=name, group_id="g", group_size=8, status=status, attempts=1, created_at=0, ended_at=0, **end
-    )
-    return FinishedRollout(ended, triplets)
-
-
-def data(prompt: Sequence[int], response: Sequence[int], logprobs: Sequence[float]) -> dict[str, Any]:
-    return {
-        "prompt_token_ids": struct.pack(f"<{len(prompt)}i", *prompt),
-        "response_token_ids": struct.pack(f"<{len(response)}i", *response),
-        "response_logprobs": struct.pack(f"<{len(logprobs)}f", *logprobs),
-    }
-
-
-ANY = data([2, 5], [6], [-1.0])
 
 
 async def sampled(folder: Path, count: int, max_tokens: int = 1, weights: Any = None) -> list[dict[str, Any]]:
@@ -63,7 +43,7 @@ async def sampled(folder: Path, count: int, max_tokens: int = 1, weights: Any = 
     for i, answer in enumerate(answers):
         choice = answer.body["choices"][0]
         logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
-        found.append(data(answer.body["prompt_token_ids"], choice["token_ids"], logprobs) | {"reward": float(i % 2)})
+        found.append(tokens(answer.body["prompt_token_ids"], choice["token_ids"], logprobs) | {"reward": float(i % 2)})
     return found
 
 
@@ -72,16 +52,7 @@ def copied(algorithm: GRPO) -> dict[str, torch.Tensor]:
 
 
 def group(turns: Sequence[dict[str, Any]]) -> Group:
-    return Group("g", tuple(rollout(f"r{i}", [turn]) for i, turn in enumerate(turns)))
-
-
-def test_policy_loss_holds_back_only_what_leaves_the_clip_range() -> None:
-    log_ratio = torch.tensor([0.5, 2.0, 0.5, 2.0, 1.1]).log()
-    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0, 2.0])
-    loss, clipped = policy_loss(log_ratio, advantage, (0.2, 0.28))
-    # min(ρA, clip(ρ)A): .5, 1.28, −.8, −2, 2.2
-    assert loss.item() == pytest.approx(-(0.5 + 1.28 - 0.8 - 2.0 + 2.2) / 5)
-    assert clipped.item() == pytest.approx(2 / 5)
+    return Group("g", tuple(finished(f"r{i}", [turn]) for i, turn in enumerate(turns)))
 
 
 @pytest.mark.parametrize("max_tokens", [1, 5])
@@ -110,7 +81,10 @@ async def test_a_rewarded_answer_becomes_more_likely(folder: Path) -> None:
             return float(torch.log_softmax(algorithm._model(ids).logits[0, -1], -1)[token])
 
     before = logprob(base, add), logprob(base, other)
-    answers = [data(prompt, [add], [before[0]]) | {"reward": 1.0}, data(prompt, [other], [before[1]]) | {"reward": 0.0}]
+    answers = [
+        tokens(prompt, [add], [before[0]]) | {"reward": 1.0},
+        tokens(prompt, [other], [before[1]]) | {"reward": 0.0},
+    ]
     base.update([group(answers * 4)])
     assert logprob(base, add) > before[0]
     assert logprob(base, other) < before[1]
@@ -141,46 +115,8 @@ async def test_going_on_from_a_state_is_exact(folder: Path) -> None:
     assert all(torch.equal(straight.weights()[name], tensor) for name, tensor in resumed.weights().items())
 
 
-def test_remaining_members_are_used_and_small_groups_dropped() -> None:
-    good = rollout("good", [ANY | {"reward": 1.0}])
-    bad = rollout("bad", [ANY | {"reward": 0.0}])
-    failed = rollout("failed", [ANY | {"reward": 1.0}], status="failed")
-    untrainable = rollout("untrainable", [ANY], trainable=False, reason="span_count")
-    callless = rollout("callless", [])
-    usable, lonely = Group("g", (good, failed, bad, untrainable, callless)), Group("h", (good, failed))
-    samples, turns, dropped = batch_of([usable, lonely])
-    assert (turns, dropped) == (2, 1)
-    assert [sample.advantages for sample in samples] == [[1.0], [-1.0]]
-    assert (samples[0].prompt, samples[0].response, samples[0].logprobs) == ([2, 5], [6], [-1.0])
-
-
-def test_an_untrainable_turn_is_left_out() -> None:
-    member = rollout("r", [ANY, {"trainable": False, "reason": "tokens"}, ANY | {"reward": 1.0}])
-    _, turns, dropped = batch_of([Group("g", (member, member))])
-    assert (turns, dropped) == (4, 0)
-
-
-def test_what_a_cut_off_answer_earned_counts_for_the_turns_before_it() -> None:
-    cut = {"trainable": False, "reason": "too long"}
-    members = [rollout(str(earned), [ANY, cut | {"reward": earned}]) for earned in (1.0, 0.0)]
-    samples, _, _ = batch_of([Group("g", tuple(members))])
-    assert [sample.advantages for sample in samples] == [[1.0], [-1.0]]
-
-
-CONVERSATION = [data([2, 5], [6], [-1.0]), data([2, 5, 6, 8, 9], [3, 4], [-2.0, -3.0]) | {"reward": 1.0}]
-AFTER_A_BREAK = [data([2, 5], [6], [-1.5]), data([2, 7, 8, 9], [3, 4], [-2.0, -3.0]) | {"reward": 0.0}]
-
-
-def test_turns_that_go_on_from_each_other_make_one_row_with_a_mask() -> None:
-    samples, turns, _ = batch_of([Group("g", (rollout("a", CONVERSATION), rollout("b", AFTER_A_BREAK)))], True)
-    assert turns == 4
-    assert [sample.response for sample in samples] == [[6, 8, 9, 3, 4], [6], [3, 4]]
-    assert samples[0].mask == [True, False, False, True, True]
-    assert samples[0].logprobs == [-1.0, 0.0, 0.0, -2.0, -3.0]
-
-
 def test_merged_turns_teach_the_same(folder: Path) -> None:
-    groups = [Group("g", (rollout("a", CONVERSATION), rollout("b", AFTER_A_BREAK)))]
+    groups = [Group("g", (finished("a", CONVERSATION), finished("b", AFTER_A_BREAK)))]
     apart, merged = GRPO(folder), GRPO(folder, merge_turns=True)
     before, one, other = copied(apart), apart.update(groups), merged.update(groups)
     assert (one["rows"], other["rows"]) == (4, 3)
@@ -192,15 +128,8 @@ def test_merged_turns_teach_the_same(folder: Path) -> None:
 
 
 def test_a_step_without_any_data_changes_nothing(folder: Path) -> None:
-    metrics = GRPO(folder).update([Group("g", (rollout("r", [ANY]),))])
+    metrics = GRPO(folder).update([Group("g", (finished("r", [tokens([2, 5], [6], [-1.0])]),))])
     assert metrics == {"dropped_groups": 1.0, "turns": 0.0, "rows": 0.0}
-
-
-@pytest.mark.parametrize("broken", [{"response_logprobs": None}, data([2], [6, 7], [-1.0])])
-def test_missing_data_names_rollout_and_turn(broken: dict[str, Any]) -> None:
-    group_ = Group("g", (rollout("good", [ANY]), rollout("broken", [ANY, ANY | broken])))
-    with pytest.raises(ValueError, match="rollout broken, turn 1"):
-        batch_of([group_])
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
