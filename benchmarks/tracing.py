@@ -25,7 +25,7 @@ import openai
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
 import millstream as ms
-from millstream.consumers.runner.agent_process import _Channel, _Running
+from millstream.consumers.runner.hosts.agent_process import AttemptSender, Channel
 from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.process_tracer import ProcessTracer
 from millstream.schemas.ids import new_id
@@ -53,7 +53,7 @@ def new_attempt() -> AttemptContext:
     ours, theirs = socket.socketpair()
     multiprocessing.Process(target=drain, args=(theirs,), daemon=True).start()
     task = RolloutTask(rollout_id=new_id(), group_id="g", input="null", timeout_s=1.0, lease_s=1.0, created_at=0)
-    running = _Running(1, _Channel(ours))
+    running = AttemptSender(1, Channel(ours))
     return AttemptContext(task, new_id(), running.emit, running.save)
 
 

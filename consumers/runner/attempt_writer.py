@@ -12,8 +12,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 from millstream.consumers.dead_letters import send_dead_letter
-from millstream.consumers.runner.attempt import Outcome, stopped_by
 from millstream.consumers.runner.claims import ROLE, Claim
+from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.producers.blob_store import STORE_S, BlobError, Blobs
 from millstream.producers.log.acknowledgements import Acknowledgements
 from millstream.producers.log.port import Producer

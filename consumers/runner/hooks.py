@@ -12,13 +12,15 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextvars import copy_context
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
+from millstream.consumers.runner.outcome import Outcome
 from millstream.producers.agent.attempt import AttemptContext, RolloutInfo
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.dialects import normalised
+from millstream.schemas.wire import status
 from millstream.schemas.wire.records import Span
 
 logger = logging.getLogger(__name__)
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 RETRY: Final = "retry"
 FAIL: Final = "fail"
 IGNORE: Final = "ignore"
-WISHES: Final = (RETRY, FAIL, IGNORE)
+ON_ERROR: Final = (RETRY, FAIL, IGNORE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +42,16 @@ class RunnerInfo:
 
 
 class TraceSummary:
-    """What the spans of an attempt, made in its own process, come to so far. Spans of the proxy are not among them:
+    """Totals of the spans that an attempt has made in its own process so far. The proxy's spans are not among them:
     tokens are counted if the agent's SDK is instrumented."""
 
     def __init__(self) -> None:
         self.spans = 0
         self.kinds: Counter[str] = Counter()  # llm, tool, reward, … → number of spans
-        self.errors = 0  # spans that say they failed
+        self.errors = 0  # spans with an error
         self.input_tokens = 0
         self.output_tokens = 0
-        self.status: str | None = None  # as soon as the agent is done, like the two below
+        self.status: str | None = None  # set when the agent is done, like the two below
         self.error: BaseException | None = None  # what the agent raised
         self.output: str | None = None  # what it returned, as JSON
         self._began = time.monotonic()
@@ -74,17 +76,17 @@ class TraceSummary:
     def begin(self) -> None:
         self._began = time.monotonic()
 
-    def end(self) -> None:
-        self._seconds = self.duration_s
+    def end(self, outcome: Outcome) -> None:
+        self._seconds, self.status, self.output = self.duration_s, outcome.status, outcome.output
 
 
 class Hook:
-    """Override what you need, each as ``def`` or ``async def``.
+    """Override what you need, each method as ``def`` or ``async def``.
 
     One instance serves all attempts of its process, several at a time. A ``def`` runs in a thread of its own, an
-    ``async def`` on the loop of the agents: it must not block. Several hooks are called one after the other, in the
-    order given. A call that takes longer than ``timeout_s`` is given up (a thread goes on unheeded), and the attempt
-    goes on. The time that hooks take counts towards the attempt's own time limit.
+    ``async def`` on the event loop of the agents, where it must not block. Several hooks are called one after the
+    other, in the order given. A call that takes longer than ``timeout_s`` is abandoned (its thread goes on), and the
+    attempt continues. The time that hooks take counts towards the attempt's time limit.
     """
 
     timeout_s: float = 10.0
@@ -94,99 +96,67 @@ class Hook:
             self.timeout_s = timeout_s
 
     def on_rollout_start(self, agent: Callable[..., Any], runner: RunnerInfo, rollout: RolloutInfo) -> Any:
-        """First of all, outside the attempt's trace."""
+        """Called first, outside the attempt's trace."""
 
     def on_trace_start(
         self, agent: Callable[..., Any], runner: RunnerInfo, tracer: TraceSummary, rollout: RolloutInfo
     ) -> Any:
-        """Just before the agent is called. What `emit_span` records here belongs to the attempt."""
+        """Called just before the agent. Spans that are emitted here belong to the attempt."""
 
     def on_error(
         self, agent: Callable[..., Any], runner: RunnerInfo, rollout: RolloutInfo, error: BaseException
     ) -> Any:
-        """The agent raised ``error``. The answer says what becomes of the attempt: "ignore": it succeeds, without
-        output; "fail": it fails and is not run again; "retry": it fails and is run again whatever ``retry_on`` says,
-        as long as attempts are left; None: as without hooks. The first hook with an answer decides."""
+        """The agent raised ``error``. Return "ignore": the attempt succeeds, without output; "fail": it fails and is
+        not retried; "retry": it fails and is retried whatever ``retry_on`` says, while attempts are left; or None: as
+        without hooks. The first hook that returns one of these decides."""
 
     def on_trace_end(
         self, agent: Callable[..., Any], runner: RunnerInfo, tracer: TraceSummary, rollout: RolloutInfo
     ) -> Any:
-        """The agent is done; how, is in ``tracer``. Its spans are complete but for the root span."""
+        """The agent has ended; ``tracer`` says how. Its spans are complete but for the root span."""
 
     def on_rollout_end(self, agent: Callable[..., Any], runner: RunnerInfo, rollout: RolloutInfo, status: str) -> Any:
-        """Last, before the result is handed over. The runner may know better than ``status``: an attempt that it
-        ended, for a time-out say, is "cancelled" here."""
+        """Called last, before the result is handed over. An attempt that the runner ended, for example after a
+        time-out, has the ``status`` "cancelled" here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Hooks:
-    """The hooks of a process, in order, and what they are told of it."""
+    """The hooks of a process, in order, and the runner's description, which they are given."""
 
     hooks: Sequence[Hook] = ()
     runner: RunnerInfo = field(default_factory=RunnerInfo)
 
 
 class HookedAttempt:
-    """Calls the hooks around one attempt. ``on_loop``: its coroutines are awaited on ``loop``; if not, they run in a
-    thread that may be blocked, and never suspend."""
+    """Calls the hooks around one attempt. ``loop``: the loop that coroutines run on."""
 
     def __init__(
-        self,
-        hooks: Hooks,
-        agent: Callable[..., Any],
-        attempt: AttemptContext,
-        loop: asyncio.AbstractEventLoop,
-        on_loop: bool,
+        self, hooks: Hooks, agent: Callable[..., Any], attempt: AttemptContext, loop: asyncio.AbstractEventLoop
     ) -> None:
         self.trace = TraceSummary()
         self._hooks = hooks
         self._agent = agent
         self._attempt = attempt
         self._loop = loop
-        self._on_loop = on_loop
         if hooks.hooks:
             attempt.emit = partial(_observed, attempt.emit, self.trace)
 
-    async def rollout_start(self) -> None:
-        await self._call("on_rollout_start")
+    def call_blocking(self, name: str, *arguments: Any) -> list[Any]:
+        """As `call`, from a thread other than the loop's."""
+        if not self._hooks.hooks or self._forked or self._loop.is_closed():
+            return []
+        return asyncio.run_coroutine_threadsafe(self.call(name, *arguments), self._loop).result()
 
-    async def trace_start(self) -> None:
-        await self._call("on_trace_start", self.trace, before=True)
-        self.trace.begin()
-
-    async def retry_override(self, error: BaseException) -> str | None:
-        """What the hooks want to become of an attempt whose agent raised ``error``."""
-        for answer in await self._call("on_error", error):
-            if answer in WISHES:
-                return str(answer)
-            if answer is not None:
-                logger.error("%s: on_error answered %r, which is none of %s", self._name, answer, ", ".join(WISHES))
-        return None
-
-    async def trace_end(self, status: str, output: str | None) -> None:
-        self.trace.status, self.trace.output = status, output
-        await self._call("on_trace_end", self.trace, before=True)
-
-    async def rollout_end(self, status: str) -> None:
-        self.trace.status = status
-        await self._call("on_rollout_end", status)
-        self.trace.error = None  # its traceback holds the attempt: a circle
-
-    @property
-    def _name(self) -> str:
-        return f"attempt {self._attempt.attempt_id} of rollout {self._attempt.task.rollout_id}"
-
-    async def _call(self, name: str, *more: Any, before: bool = False) -> list[Any]:
-        """The answers of all hooks. ``more``: their arguments besides the rollout, which may come ``before`` it."""
+    async def call(self, name: str, *arguments: Any) -> list[Any]:
+        """Calls the method ``name`` of all hooks, on the loop. Returns their answers."""
         answers: list[Any] = []
         for hook in self._hooks.hooks:
             if getattr(type(hook), name) is getattr(Hook, name):
-                continue  # it has nothing to say here
-            if os.getpid() != self._hooks.runner.pid:
-                break  # a fork that the agent has made is not the attempt
+                continue  # not overridden
+            if self._forked:
+                break
             try:
-                rollout = (self._attempt.rollout,)
-                arguments = more + rollout if before else rollout + more
                 call = partial(getattr(hook, name), self._agent, self._hooks.runner, *arguments)
                 answer, error = await self._limited(call, hook.timeout_s)
             except Exception as problem:
@@ -194,28 +164,47 @@ class HookedAttempt:
             except asyncio.CancelledError:
                 if self.trace.status is None and self.trace.error is None:
                     raise
-                break  # the agent is done: only the hooks that are left are given up
+                break  # the agent is done: only the remaining hooks are skipped
             if error is not None:
                 logger.error("%s: hook %s.%s failed: %r", self._name, type(hook).__name__, name, error, exc_info=error)
             answers.append(answer)
         return answers
 
+    def decided(self, outcome: Outcome, answers: Sequence[Any]) -> Outcome:
+        """The outcome of an attempt whose agent raised, after the hooks' answers to ``on_error``."""
+        for answer in answers:
+            if answer == IGNORE and outcome.error is not None:
+                error = f"{outcome.error.type}: {outcome.error.message}"
+                return Outcome(status.SUCCEEDED, metadata={"ignored": error})
+            if answer in ON_ERROR:
+                return replace(outcome, metadata={"retry": "yes" if answer == RETRY else "no"})
+            if answer is not None:
+                words = ", ".join(ON_ERROR)
+                logger.error("%s: on_error returned %r, which is none of %s", self._name, answer, words)
+        return outcome
+
+    @property
+    def _forked(self) -> bool:
+        """In a process that the agent has forked: that is not the attempt."""
+        return os.getpid() != self._hooks.runner.pid
+
+    @property
+    def _name(self) -> str:
+        return f"attempt {self._attempt.attempt_id} of rollout {self._attempt.task.rollout_id}"
+
     async def _limited(self, call: "partial[Any]", seconds: float) -> tuple[Any, BaseException | None]:
         future = self._start(call)
         try:
-            if self._on_loop:
-                return await asyncio.wait_for(asyncio.wrap_future(future), seconds)
-            return future.result(seconds)
+            return await asyncio.wait_for(asyncio.wrap_future(future), seconds)
         except TimeoutError:
-            future.cancel()
             raise TimeoutError(f"it took longer than its time limit (timeout_s) of {seconds:g} s") from None
 
     def _start(self, call: "partial[Any]") -> "Future[tuple[Any, BaseException | None]]":
-        """Begins a call, in a copy of the current context; the future has its answer, or what it raised."""
+        """Begins a call, in a copy of the current context. The future holds its answer, or what it raised."""
         if inspect.iscoroutinefunction(call.func):
             return asyncio.run_coroutine_threadsafe(_awaited(call), self._loop)
         future: Future[tuple[Any, BaseException | None]] = Future()
-        future.set_running_or_notify_cancel()  # from here on nobody can cancel it
+        future.set_running_or_notify_cancel()  # a thread can't be cancelled
         thread = partial(copy_context().run, lambda: future.set_result(_called(call)))
         threading.Thread(target=thread, name="millstream-hook", daemon=True).start()
         return future

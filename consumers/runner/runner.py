@@ -20,11 +20,14 @@ from prometheus_client import Metric
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.port import Log
-from millstream.consumers.runner.attempt import AgentConfig, AgentFunction, Outcome, stopped_by
+from millstream.consumers.runner.agent import AgentConfig, AgentFunction
 from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.claims import ROLE, Claim, Claims, Starvation
 from millstream.consumers.runner.hooks import Hook
-from millstream.consumers.runner.hosts import AgentHost, HostOptions, ProcessHost, ThreadHost
+from millstream.consumers.runner.hosts.port import AgentHost, HostOptions
+from millstream.consumers.runner.hosts.processes import ProcessHost
+from millstream.consumers.runner.hosts.threads import ThreadHost
+from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.consumers.runner.proxies import CLOSE_S, Proxies, ProxyNotClosed
 from millstream.producers.agent.instrumentation import chosen, report
 from millstream.producers.blob_store import Blobs

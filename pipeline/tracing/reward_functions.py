@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from millstream.consumers.runner.attempt import optional_parameters
+from millstream.consumers.runner.agent import optional_parameters
 from millstream.pipeline.blocking import run_blocking
 from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.emit import emit_reward

@@ -12,9 +12,9 @@ from millstream.consumers.adapter.rewards import Reward, rewards_of
 from millstream.consumers.adapter.triplets import Trace, TripletMaker
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
-from millstream.consumers.runner.attempt import Outcome, raised, returned, stopped_by
 from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.claims import Claim, preparing
+from millstream.consumers.runner.outcome import Outcome, raised, returned, stopped_by
 from millstream.consumers.runner.proxies import Proxies, ProxyNotClosed
 from millstream.pipeline.blocking import run_blocking
 from millstream.pipeline.tracing.reward_functions import RewardFunctions

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.port import Log
-from millstream.consumers.runner.attempt import AGENT_PARAMETERS, AgentFunction, agent_name, optional_parameters
+from millstream.consumers.runner.agent import AGENT_PARAMETERS, AgentFunction, agent_name, optional_parameters
 from millstream.pipeline.tracing.reward_functions import RewardFunctions
 from millstream.pipeline.tracing.traced_rollout import TracedRollout
 from millstream.producers.agent.attempt import AttemptContext, current_attempt

@@ -234,7 +234,7 @@ EXPECTED = {
     "exits": ("failed", "SystemExit", "enough"),
     "raises": ("failed", "Own", "own"),
     "interrupts": ("failed", "KeyboardInterrupt", ""),
-    "generates": ("failed", "TypeError", "which nobody runs"),
+    "generates": ("failed", "TypeError", "which nothing runs"),
     "odd": ("failed", "RuntimeError", "no text"),
     "moves": ("failed", "ValueError", "moved"),
     "closes": ("failed", "", ""),

@@ -10,9 +10,9 @@ from factories import span, task
 from runner_rig import running, settings_for_tests, write_agent
 
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.consumers.runner.attempt import Outcome
 from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.claims import Claim
+from millstream.consumers.runner.outcome import Outcome
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.spans.blobs import is_reference
 from millstream.schemas.wire import codec, status

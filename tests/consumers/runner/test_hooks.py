@@ -181,7 +181,7 @@ async def test_hooks_that_fail_or_hang_are_logged_and_harm_nothing(
         assert f"{name}: hook Bad.on_trace_end failed: TimeoutError('{limit}')" in said
         assert f"{name}: hook Bad.on_rollout_end failed: CancelledError()" in said
     bad = ended['"bad"'].last
-    assert f"rollout {bad.rollout_id}: on_error answered 'explode', which is none of retry, fail, ignore" in said
+    assert f"rollout {bad.rollout_id}: on_error returned 'explode', which is none of retry, fail, ignore" in said
 
 
 async def test_a_cancelled_attempt_ends_in_time_whatever_its_hooks_do(tmp_path: Path) -> None:
@@ -215,8 +215,8 @@ async def test_a_cancelled_attempt_ends_in_time_whatever_its_hooks_do(tmp_path: 
     [
         ("nothing", "is not of the form module:attribute"),
         ("no_such_module:hook", "hook 'no_such_module:hook' can't be imported"),
-        ("json:dumps", "hook 'json:dumps' can't be made: TypeError"),
-        ("json:__name__", "hook 'json:__name__' is no millstream.Hook: it is a str"),
+        ("json:dumps", "hook 'json:dumps' can't be created: TypeError"),
+        ("json:__name__", "hook 'json:__name__' is not a millstream.Hook: it is a str"),
     ],
 )
 @HOSTS

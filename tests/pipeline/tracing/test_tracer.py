@@ -83,7 +83,7 @@ def test_a_trace_without_a_runner(tracer: ms.Tracer) -> None:
         "correct",
         "short",
         "thoughts",
-        f"invoke_agent test_tracer:{tracer.__name__}",  # type: ignore[attr-defined]
+        f"invoke_agent {__name__}:{tracer.__name__}",  # type: ignore[attr-defined]
     ]
     assert {s.parent_id for s in trace.spans[:-1]} == {trace.spans[-1].span_id}
     assert {s.rollout_id for s in trace.spans} == {trace.rollout.rollout_id}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from runner_rig import Rig, assert_whole, by_input, running, settings_for_tests, write_agent
 
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.consumers.runner.frames import Frame, FrameReader, Kind, pack
+from millstream.consumers.runner.hosts.frames import Frame, FrameReader, Kind, pack
 from millstream.consumers.runner.runner import Runner
 from millstream.schemas.errors import MillstreamError
 
@@ -196,7 +196,7 @@ async def test_agent_processes_do_not_outlive_a_killed_runner(tmp_path: Path) ->
             time.sleep(60)  # blocks its loop: nothing of asyncio could notice
     """
     write_agent(tmp_path, code)
-    script = RUNNER_THAT_DIES.format(tests=str(Path(__file__).parents[2] / "support"), folder=str(tmp_path))
+    script = RUNNER_THAT_DIES.format(tests=str(Path(__file__).parents[3] / "support"), folder=str(tmp_path))
     folder = write_agent(tmp_path, script, "runner_that_dies.py")
     process = await asyncio.create_subprocess_exec(sys.executable, str(folder / "runner_that_dies.py"))
     assert await process.wait() == -signal.SIGKILL

@@ -1,6 +1,6 @@
-"""What a runner and its agent processes say to each other over a socket: frames of a fixed head and two byte strings.
+"""The protocol between a runner and its agent processes, over a socket: frames of a fixed head and two byte strings.
 
-Encoded records travel as they are: the runner never decodes a span that an agent process has encoded.
+Encoded records travel as they are: the runner does not decode the spans that agent processes encode.
 """
 
 import struct
@@ -10,26 +10,26 @@ from typing import NamedTuple
 
 
 class Kind(IntEnum):
-    """Of a frame; what its ``head`` and ``body`` hold."""
+    """Of a frame. Each comment names the frame's direction, then what its ``head`` and ``body`` hold."""
 
-    CONFIG = 1  # → process: its place among those of the runner; `AgentConfig` as JSON
+    CONFIG = 1  # → process: its metrics file; `AgentConfig` as JSON
     TASK = 2  # → process: JSON; encoded RolloutTask, then the encoded Control of its resources
     CANCEL = 3  # → process
-    STOP = 4  # → process: end in good order
+    STOP = 4  # → process: end gracefully
     READY = 5  # ← process: the agent is imported
-    REFUSED = 6  # ← process: the agent can't be imported: why, as text
+    REFUSED = 6  # ← process: the agent can't be imported; the reason, as text
     STARTED = 7  # ← process
-    SPAN = 8  # ← process: the span's kind, and the digests of the contents that it refers to; encoded Span
+    SPAN = 8  # ← process: the span's kind, and the digests of its contents; encoded Span
     ENDED = 9  # ← process: JSON outcome
-    SPAN_REFUSED = 10  # ← process: a span that can't be encoded: why, as text
-    STATE = 11  # ← process: what `save_state` was given
-    BLOB = 13  # ← process: a content's digest; the content, before the first span of the attempt that refers to it
-    CALLING = 12  # ← process: head "1" when a model is being called, "" when none is any more
+    SPAN_REFUSED = 10  # ← process: a span that can't be encoded; the reason, as text
+    STATE = 11  # ← process: the argument of `save_state`
+    BLOB = 13  # ← process: a content's digest; the content. Comes before the attempt's first span that refers to it
+    CALLING = 12  # ← process: head "1" when a model call begins, "" when the last one has ended
 
 
 class Frame(NamedTuple):
     kind: Kind
-    number: int  # of the attempt, given by the runner; 0 where there is none
+    number: int  # of the attempt, assigned by the runner; 0 if there is none
     head: bytes
     body: bytes
 
@@ -43,13 +43,13 @@ def pack(kind: Kind, number: int = 0, head: bytes = b"", body: bytes = b"") -> b
 
 
 class FrameReader:
-    """Cuts a byte stream into frames."""
+    """Splits a byte stream into frames."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Frame]:
-        """The frames that are complete with ``data``. Exhaust it before feeding more."""
+        """Yields the frames that ``data`` completes. Exhaust it before the next call."""
         buffer = self._buffer
         buffer += data
         start, size = 0, len(buffer)

@@ -1,7 +1,7 @@
-"""An agent process: ``python -P -m millstream.consumers.runner.agent_process FD``, started by a runner (`agent_hosts`).
+"""An agent process: ``python -P -m millstream.consumers.runner.hosts.agent_process FD``, started by `child`.
 
-Holds the agent and runs attempts at it; has no access to the log. It gets tasks and gives spans over the socket FD
-(`frames`). When the socket ends, so does the process: it never outlives its runner.
+It holds the agent and runs its attempts, without access to the log. It receives tasks and sends spans over the socket
+FD (`frames`), and ends when the socket does: it never outlives its runner.
 """
 
 import asyncio
@@ -17,9 +17,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
+from typing import Final
 
-from millstream.consumers.runner.attempt import AgentConfig, AttemptRunner, Outcome, open_agent
-from millstream.consumers.runner.frames import Frame, FrameReader, Kind, pack
+from millstream.consumers.runner.agent import AgentConfig
+from millstream.consumers.runner.attempt import AttemptRunner, open_agent
+from millstream.consumers.runner.hosts.frames import Frame, FrameReader, Kind, pack
+from millstream.consumers.runner.outcome import Outcome
 from millstream.producers.agent.attempt import AttemptContext
 from millstream.schemas.control import Resources
 from millstream.schemas.errors import CodecError, ConfigError
@@ -29,21 +32,22 @@ from millstream.schemas.wire.records import Control, RolloutTask, Span
 
 logger = logging.getLogger(__name__)
 
-FLUSH_S = 0.02  # spans wait this long for others, unless their attempt ends
-FLUSH_BYTES = 64 << 10
-RECEIVE_BYTES = 256 << 10
-SPAN = Kind.SPAN  # looking up an Enum's member takes its time
+FLUSH_S: Final = 0.02  # spans wait this long for others, unless their attempt ends
+FLUSH_BYTES: Final = 64 << 10
+RECEIVE_BYTES: Final = 256 << 10
+SPAN: Final = Kind.SPAN  # looking up a member of an Enum is slow
 
 
-def _end() -> None:
-    """The runner is gone: so are we, and whatever the agent has started (this process leads a group of its own)."""
+def _end_with_runner() -> None:
+    """The runner is gone: ends this process and all that the agent has started (it leads a process group)."""
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
-class _Channel:
-    """The way out. Spans gather for a moment: a system call for each would wake the runner each time."""
+class Channel:
+    """Sends frames to the runner. Spans are collected for a moment: a system call for each would wake the runner each
+    time."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
@@ -51,16 +55,16 @@ class _Channel:
         self._lock = threading.Lock()
         self._filled = threading.Event()
         self._forked = False
-        self._said_so = False
-        os.register_at_fork(after_in_child=self._hush)
+        self._warned = False
+        os.register_at_fork(after_in_child=self._close_in_fork)
         threading.Thread(target=self._flush_regularly, name="millstream-flush", daemon=True).start()
 
     def send(self, frame: Callable[[], bytes], *, now: bool = False) -> None:
-        """``frame`` is called when it is this frame's turn. Waits while the runner can't keep up."""
+        """``frame`` is called under the lock, in the order of the frames. Blocks while the runner can't keep up."""
         if self._forked:
-            if not self._said_so:
+            if not self._warned:
                 logger.warning("what a process that the agent has forked emits or saves is not recorded")
-                self._said_so = True
+                self._warned = True
             return
         with self._lock:
             was_empty = not self._buffer
@@ -70,8 +74,8 @@ class _Channel:
             elif was_empty:
                 self._filled.set()
 
-    def _hush(self) -> None:
-        """A process that the agent forks must not talk in between."""
+    def _close_in_fork(self) -> None:
+        """A process that the agent forks must not write to the runner."""
         self._forked = True
         self._socket.close()
 
@@ -84,7 +88,7 @@ class _Channel:
         try:
             self._socket.sendall(data)
         except OSError:
-            _end()
+            _end_with_runner()
 
     def _flush_regularly(self) -> None:
         while True:
@@ -94,10 +98,10 @@ class _Channel:
             self.flush()
 
 
-class _Running:
-    """An attempt in this process: sends what becomes of it."""
+class AttemptSender:
+    """Sends what one attempt records, and how it ends."""
 
-    def __init__(self, number: int, channel: _Channel) -> None:
+    def __init__(self, number: int, channel: Channel) -> None:
         self._number = number
         self._channel = channel
         self._spans = 0
@@ -141,12 +145,12 @@ class _Running:
         self._channel.send(frame, now=True)
 
 
-class _Agent:
-    """Handles what the runner says; on the event loop."""
+class AgentProcess:
+    """Handles the runner's frames, on the event loop."""
 
-    attempts: AttemptRunner  # as soon as the agent is imported, which is before any task comes
+    attempts: AttemptRunner  # set once the agent is imported, before the first task comes
 
-    def __init__(self, channel: _Channel, config: AgentConfig) -> None:
+    def __init__(self, channel: Channel, config: AgentConfig) -> None:
         self._channel = channel
         self._config = config
         self._ids: dict[int, str] = {}
@@ -167,7 +171,7 @@ class _Agent:
     def _start(self, frame: Frame) -> None:
         head = json.loads(frame.head)
         task = codec.decode_as(RolloutTask, frame.body[: head["task_bytes"]])
-        running = _Running(frame.number, self._channel)
+        running = AttemptSender(frame.number, self._channel)
         attempt = AttemptContext(
             task,
             head["attempt_id"],
@@ -184,7 +188,7 @@ class _Agent:
         def on_end(outcome: Outcome) -> None:
             self._ids.pop(frame.number, None)
             with suppress(OSError):
-                os.chdir(self._config.folder)  # the agent may have gone elsewhere; the next one begins at home
+                os.chdir(self._config.folder)  # the agent may have changed it
             running.end(outcome)
 
         self._channel.send(lambda: pack(Kind.STARTED, frame.number))
@@ -209,9 +213,9 @@ def _receive(connection: socket.socket, reader: FrameReader) -> Iterator[list[Fr
 
 
 def _share_metrics(place: str) -> None:
-    """Lets the runner read what hooks count. By default files are named by process id: one that is recycled often
-    would leave more and more of them."""
-    from prometheus_client import values  # takes a while, and only hooks need it
+    """Lets the runner read the metrics of hooks. The default names files by process id: recycled processes would leave
+    more and more of them."""
+    from prometheus_client import values  # slow to import, and only hooks need it
 
     pid = os.getpid()
     values.ValueClass = values.MultiProcessValue(  # type: ignore[no-untyped-call]
@@ -225,15 +229,15 @@ def main() -> None:
     received = _receive(connection, FrameReader())
     first = next(received)[0]
     place, config = first.head.decode(), AgentConfig(**json.loads(first.body))
-    channel = _Channel(connection)
+    channel = Channel(connection)
     with asyncio.Runner() as runner:
         loop = runner.get_loop()
-        agent = _Agent(channel, config)
+        agent = AgentProcess(channel, config)
 
         def listen() -> None:
             for frames in received:
                 loop.call_soon_threadsafe(agent.handle, frames)
-            _end()
+            _end_with_runner()
 
         threading.Thread(target=listen, name="millstream-receive", daemon=True).start()
         if config.hooks:
@@ -246,7 +250,7 @@ def main() -> None:
             return
         channel.send(lambda: pack(Kind.READY), now=True)
         pid = os.getpid()
-        os.register_at_fork(after_in_child=loop.stop)  # a fork's loop would take wake-ups from this one
+        os.register_at_fork(after_in_child=loop.stop)  # a fork's loop would take wake-ups from this loop
         try:
             runner.run(agent.stopped())
         finally:

@@ -1,0 +1,129 @@
+"""Runs agents in child processes of the runner."""
+
+import asyncio
+from collections.abc import Iterable, Mapping
+from itertools import count
+from tempfile import TemporaryDirectory
+
+from prometheus_client import Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+
+from millstream.consumers.runner.agent import AgentConfig
+from millstream.consumers.runner.attempt_writer import AttemptWriter
+from millstream.consumers.runner.hosts.child import AgentChild
+from millstream.consumers.runner.hosts.port import HostOptions
+from millstream.schemas.errors import MillstreamError
+
+
+class ProcessHost:
+    """A process that dies ends its own attempts only, and is replaced.
+
+    ``memory_limit``: MiB that a process may hold (its resident memory, without the processes that it starts).
+    ``max_attempts``: how many attempts a process takes; it ends once they have ended.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        options: HostOptions,
+        *,
+        processes: int,
+        environment: Mapping[str, str],
+        memory_limit: int | None = None,
+        max_attempts: int | None = None,
+    ) -> None:
+        self.lost: Exception | None = None
+        self._config = config
+        self._options = options
+        self._processes = processes
+        self._environment = dict(environment)
+        self._metrics: TemporaryDirectory[str] | None = None
+        if config.hooks:
+            self._metrics = TemporaryDirectory(prefix="millstream-metrics-")
+            self._environment["PROMETHEUS_MULTIPROC_DIR"] = self._metrics.name
+        self._memory_limit = memory_limit
+        self._max_attempts = max_attempts
+        self._memory: asyncio.Task[None] | None = None
+        self._children: list[AgentChild] = []
+        self._starting: set[asyncio.Task[None]] = set()
+        self._closing = False
+
+    @property
+    def free(self) -> int:
+        return sum(child.free for child in self._children)
+
+    async def start(self) -> None:
+        for _ in range(self._processes):
+            self._children.append(self._child())
+        if self._memory_limit is not None:
+            self._memory = asyncio.get_running_loop().create_task(self._watch_memory(self._memory_limit))
+        results = await asyncio.gather(*(child.start() for child in self._children), return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                await self.close()
+                raise result
+
+    def collect(self) -> Iterable[Metric]:
+        """Summed over all processes, including those that have ended."""
+        if self._metrics is None:
+            return ()
+        return MultiProcessCollector(None, self._metrics.name).collect()  # type: ignore[no-any-return, no-untyped-call]
+
+    def run(self, writer: AttemptWriter) -> None:
+        child = max(self._children, key=lambda child: child.free)
+        child.run(writer)
+        if child.retired:
+            self._start_another()
+
+    def cancel(self, writer: AttemptWriter) -> None:
+        for child in self._children:
+            child.cancel(writer)
+
+    def kill(self, writer: AttemptWriter) -> None:
+        for child in self._children:
+            if child.has(writer):
+                child.kill()
+
+    async def close(self) -> None:
+        self._closing = True
+        if self._memory is not None:
+            self._memory.cancel()
+        for task in self._starting:
+            task.cancel()
+        await asyncio.gather(*(child.close() for child in self._children))
+        if self._metrics is not None:
+            self._metrics.cleanup()
+
+    def _child(self) -> AgentChild:
+        # A metrics file that no living process uses; its successor continues counting there.
+        place = next(p for p in map(str, count()) if all(p != child.place for child in self._children))
+        return AgentChild(place, self._config, self._environment, self._options, self._max_attempts, self._replace)
+
+    def _replace(self, dead: AgentChild) -> None:
+        if self._closing or dead not in self._children:
+            return
+        self._children.remove(dead)
+        if not dead.retired:
+            self._start_another()
+
+    async def _watch_memory(self, limit: int) -> None:
+        while True:
+            for child in self._children:
+                child.check_memory(limit)
+            await asyncio.sleep(self._options.policy.memory_check_s)
+
+    def _start_another(self) -> None:
+        child = self._child()
+        self._children.append(child)
+        task = asyncio.get_running_loop().create_task(self._start(child))
+        self._starting.add(task)
+        task.add_done_callback(self._starting.discard)
+
+    async def _start(self, child: AgentChild) -> None:
+        try:
+            await child.start()
+        except MillstreamError as error:
+            if child in self._children:
+                self._children.remove(child)
+            self.lost = error
+        self._options.on_free()
