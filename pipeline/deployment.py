@@ -23,7 +23,7 @@ from millstream.pipeline.models.server import ModelServer
 from millstream.pipeline.models.vllm_server import VllmServer
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.proxy.targets import DEFAULT
-from millstream.pipeline.services.serving import serve
+from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.pipeline.store.clickhouse import ClickHouseStore
 from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.schemas.config.upstreams import Upstream

@@ -15,6 +15,7 @@ class Metric(NamedTuple):
 
 # Every role
 POLL_AGE: Final = Metric("millstream_poll_age_seconds", "Time since the last poll, of the consumer that polled least.")
+LOOP_AGE: Final = Metric("millstream_event_loop_age_seconds", "Time since the event loop last ran.")
 HEARTBEAT_AGE: Final = Metric("millstream_heartbeat_age_seconds", "Age of the oldest heartbeat last acknowledged.")
 TRANSACTION_AGE: Final = Metric("millstream_transaction_call_seconds", "Duration of the current call to the log.")
 
@@ -40,13 +41,13 @@ QUEUED_SECONDS: Final = Metric(
     ("mode",),
     _SECONDS,
 )
-CALLS_DROPPED: Final = Metric("millstream_calls_dropped", "LLM calls excluded from training since the start.")
-REWARDS_LEFT_OUT: Final = Metric("millstream_rewards_left_out", "Rewards that matched no call since the start.")
+CALLS_DROPPED: Final = Metric("millstream_calls_dropped", "LLM calls excluded from training.", "counter")
+REWARDS_LEFT_OUT: Final = Metric("millstream_rewards_left_out", "Rewards that matched no call.", "counter")
 
 # Proxy
 CALLS_IN_FLIGHT: Final = Metric("millstream_calls_in_flight", "Model calls that this proxy is making.")
 CALLS_UNRECORDED: Final = Metric(
-    "millstream_calls_unrecorded", "Model calls whose span the log has not stored since the start."
+    "millstream_calls_unrecorded", "Model calls whose span the log has not stored.", "counter"
 )
 
 # Sink
@@ -54,6 +55,6 @@ SINK_OUTAGE: Final = Metric(
     "millstream_sink_outage_seconds", "Time for which the store has been failing; 0 while it accepts records."
 )
 SINK_WAITING: Final = Metric("millstream_sink_waiting_records", "Records read and not yet stored.")
-SINK_STORED: Final = Metric("millstream_sink_stored_records", "Records stored since the start.")
-SINK_RETRIES: Final = Metric("millstream_sink_retries", "Batches retried since the start.")
-SINK_DEAD: Final = Metric("millstream_sink_dead_letters", "Dead letters written since the start.")
+SINK_STORED: Final = Metric("millstream_sink_stored_records", "Records stored.", "counter")
+SINK_RETRIES: Final = Metric("millstream_sink_retries", "Batches retried.", "counter")
+SINK_DEAD: Final = Metric("millstream_sink_dead_letters", "Dead letters written.", "counter")

@@ -144,9 +144,9 @@ def runner(
 
     settings = load_settings(runner_processes=processes, runner_concurrency=concurrency)
 
-    async def work(health: Health, stop: asyncio.Event) -> None:
+    async def work(log: Log, health: Health, stop: asyncio.Event) -> None:
         role = Runner(
-            health.log,
+            log,
             settings,
             agent,
             env=env or (),
@@ -156,10 +156,10 @@ def runner(
             hooks=hook or (),
             instrument=instrument,
         )
-        health.gauge(metrics.SLOTS, lambda: role.load()[0])
-        health.gauge(metrics.RUNNING, lambda: role.load()[1])
-        health.gauge(metrics.HEARTBEAT_AGE, lambda: role.silent_s)
-        health.age(metrics.STARVING, lambda: role.starving_s)
+        health.export(metrics.SLOTS, lambda: role.load()[0])
+        health.export(metrics.RUNNING, lambda: role.load()[1])
+        health.export(metrics.HEARTBEAT_AGE, lambda: role.silent_s)
+        health.check(metrics.STARVING, lambda: role.starving_s)
         health.registry.register(role)
         await role.run(stop)
 
@@ -183,14 +183,14 @@ def adapter(
     maker = TripletMaker(settings.triplets)
     chosen = load_object("adapter", function, str(Path.cwd())) if function else maker
 
-    async def work(health: Health, stop: asyncio.Event) -> None:
+    async def work(log: Log, health: Health, stop: asyncio.Event) -> None:
         topics = settings.topics
         transactional_id = f"{topics.prefix}.adapter.{replica}"
-        role = Adapter(health.log, topics, transactional_id=transactional_id, to_triplets=chosen)
-        health.age(metrics.TRANSACTION_AGE, lambda: role.call_s, LOST_CALL_S)
+        role = Adapter(log, topics, transactional_id=transactional_id, to_triplets=chosen)
+        health.check(metrics.TRANSACTION_AGE, lambda: role.call_s, LOST_CALL_S)
         if chosen is maker:
-            health.gauge(metrics.CALLS_DROPPED, lambda: maker.calls_dropped)
-            health.gauge(metrics.REWARDS_LEFT_OUT, lambda: maker.rewards_left_out)
+            health.export(metrics.CALLS_DROPPED, lambda: maker.calls_dropped)
+            health.export(metrics.REWARDS_LEFT_OUT, lambda: maker.rewards_left_out)
         await role.run(stop)
 
     _run_role(settings, "adapter", health_port, work)
@@ -215,16 +215,16 @@ def sink(
     group = sink_name(kind) if name is None else name
     policy = FlushPolicy(settings.span_batch_size, flush_bytes, flush_ms / 1000)
 
-    async def work(health: Health, stop: asyncio.Event) -> None:
+    async def work(log: Log, health: Health, stop: asyncio.Event) -> None:
         opened = open_sink(kind, settings)
         try:
-            role = SinkRole(health.log, opened, settings, name=group, flush=policy)
+            role = SinkRole(log, opened, settings, name=group, flush=policy)
             health.trouble = lambda: role.trouble
-            health.gauge(metrics.SINK_OUTAGE, lambda: role.outage_s)
-            health.gauge(metrics.SINK_WAITING, lambda: role.waiting)
-            health.gauge(metrics.SINK_STORED, lambda: role.stats.records)
-            health.gauge(metrics.SINK_RETRIES, lambda: role.stats.retries)
-            health.gauge(metrics.SINK_DEAD, lambda: role.stats.dead_letters)
+            health.export(metrics.SINK_OUTAGE, lambda: role.outage_s)
+            health.export(metrics.SINK_WAITING, lambda: role.waiting)
+            health.export(metrics.SINK_STORED, lambda: role.stats.records)
+            health.export(metrics.SINK_RETRIES, lambda: role.stats.retries)
+            health.export(metrics.SINK_DEAD, lambda: role.stats.dead_letters)
             await role.run(stop)
         finally:
             opened.close()
@@ -244,17 +244,17 @@ def proxy(
 
     from millstream.pipeline.proxy import Proxy
     from millstream.pipeline.proxy.app import check_open
-    from millstream.pipeline.services.serving import serve
+    from millstream.pipeline.services.serve_aiohttp import serve
 
     settings = load_settings()
 
     url = listen or next(iter(settings.proxy_urls), "http://127.0.0.1:8400")
     check_open(settings, urlsplit(url).hostname or "", urlsplit(admin).hostname or "")
 
-    async def work(health: Health, stop: asyncio.Event) -> None:
-        front = Proxy(health.log, settings)
-        health.gauge(metrics.CALLS_IN_FLIGHT, lambda: front.in_flight)
-        health.gauge(metrics.CALLS_UNRECORDED, lambda: front.unrecorded)
+    async def work(log: Log, health: Health, stop: asyncio.Event) -> None:
+        front = Proxy(log, settings)
+        health.export(metrics.CALLS_IN_FLIGHT, lambda: front.in_flight)
+        health.export(metrics.CALLS_UNRECORDED, lambda: front.unrecorded)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(serve(front.app, url, shutdown_s=drain_s, reuse_port=True))
             if admin:
@@ -290,9 +290,9 @@ def serve(
     options = VllmOptions(names=(name,), args=tuple(arg or ()), adapters=adapters, replicas=replicas)
     server = VllmServer(folder, options, settings, log_dir, version=version, port=port)
 
-    async def work(health: Health, stop: asyncio.Event) -> None:
+    async def work(log: Log, health: Health, stop: asyncio.Event) -> None:
         health.trouble = lambda: None if all(r.alive for r in server.replicas) else "a vLLM process is down"
-        await ModelRole(health.log, settings.topics, server, name, upstream).run(stop)
+        await ModelRole(log, settings.topics, server, name, upstream).run(stop)
 
     _run_role(settings, "model", health_port, work)
 
@@ -365,7 +365,7 @@ def _run_role(
     settings: Settings,
     role: str,
     health_port: int,
-    work: Callable[[Health, asyncio.Event], Awaitable[None]],
+    work: Callable[[Log, Health, asyncio.Event], Awaitable[None]],
     run_loop: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run,
 ) -> None:
     """Runs until SIGTERM or SIGINT, then lets the role end in good order. A second SIGINT ends it at once, which does
@@ -383,8 +383,8 @@ def _run_role(
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
         log = KafkaLog(settings)
         await log.check()
-        async with watched(log, settings.topics, role, health_port, stop) as health:
-            await work(health, stop)
+        async with watched(log, settings, role, health_port, stop, report=role != "runner") as health:
+            await work(log, health, stop)
 
     # What is loaded by now stays: the collector, which takes up to a tenth of a busy role's time, need not look at it.
     gc.freeze()

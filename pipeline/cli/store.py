@@ -56,7 +56,7 @@ def serve(
     With clickhouse_password set, clients have to send it. Whoever may ask can read and write this user's files, too.
     """
     from millstream.pipeline.addresses import is_loopback
-    from millstream.pipeline.services.http import listen, serve_until_signal
+    from millstream.pipeline.services.serve_asgi import listen, serve_until_signal
     from millstream.pipeline.store.engine import Engine
     from millstream.pipeline.store.read_server import store_app
 

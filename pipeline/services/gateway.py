@@ -12,6 +12,7 @@ It keeps no state: several gateways may serve one deployment.
 import asyncio
 import hmac
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
@@ -19,23 +20,22 @@ from typing import Annotated, Any, Final, Literal
 from faststream.asgi import AsgiFastStream, AsyncAPIRoute
 from faststream.kafka import KafkaBroker
 from faststream.specification import AsyncAPI
-from prometheus_client import make_asgi_app
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.port import Log
 from millstream.pipeline.addresses import is_loopback
 from millstream.pipeline.services.health import Health, watched
-from millstream.pipeline.services.http import for_this_machine, limited, listen, serve_until_signal
 from millstream.pipeline.services.otlp_receiver import PATH as TRACES
 from millstream.pipeline.services.otlp_receiver import OtlpReceiver
 from millstream.pipeline.services.rollout_status import read_rollout_status
+from millstream.pipeline.services.serve_asgi import for_this_machine, limited, listen, serve_until_signal
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.producers.log.port import Producer, closing
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
@@ -45,6 +45,8 @@ from millstream.schemas.wire import codec, records
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import AttemptEvent, RolloutEnd, RolloutTask, Worker
 from millstream.schemas.wire.topics import PRIORITIES, Topics
+
+logger = logging.getLogger(__name__)
 
 OR_SQL: Final = "for rollouts that have ended ask the store: `millstream rollouts`"
 OPEN_PATHS: Final = ("/livez", "/readyz", TRACES)  # for probes, which have no token, and for attempts, which have keys
@@ -97,12 +99,10 @@ class Gateway:
         self._settings = settings
         self._topics = settings.topics
         self._tasks = TaskPublisher(producer, self._topics)
-        self._health = health
         self._policy = policy
         self._status_reads = asyncio.Semaphore(policy.status_reads)
         page = AsgiFastStream(
             _described(self._topics),
-            asgi_routes=[("/metrics", make_asgi_app(health.registry))],
             asyncapi_path=AsyncAPIRoute("/asyncapi", try_it_out_path=None),
             specification=AsyncAPI(title="Millstream"),
         )
@@ -115,9 +115,9 @@ class Gateway:
                 Route("/resume", self._pause, methods=["POST"]),
                 Route(TRACES, OtlpReceiver(producer, settings).receive, methods=["POST"]),
                 Route("/rollouts/{rollout_id}", self._rollout),
-                Route("/livez", self._alive),
+                *(Route(path, health.respond) for path in ("/livez", "/metrics")),
                 Route("/readyz", self._is_ready),
-                *(Route(path, page) for path in ("/metrics", "/asyncapi", "/asyncapi.json")),
+                *(Route(path, page) for path in ("/asyncapi", "/asyncapi.json")),
             ],
             middleware=[Middleware(BaseHTTPMiddleware, dispatch=_gate(token))],
             exception_handlers={Refused: _refused, MillstreamError: _failed},
@@ -177,10 +177,6 @@ class Gateway:
             return json.loads(await limited(request, limit, too_large).body())
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"the body is not JSON: {error}") from None
-
-    async def _alive(self, _: Request) -> Response:
-        http_status, body = self._health.answer("/livez")
-        return PlainTextResponse(body, http_status)
 
     async def _is_ready(self, _: Request) -> Response:
         consumer = self._log.consumer()
@@ -260,6 +256,7 @@ async def serve_gateway(settings: Settings, host: str, port: int) -> None:
     listener = listen(host, port)
     async with (
         closing(log.producer()) as producer,
-        watched(log, settings.topics, "gateway", 0, asyncio.Event()) as health,
+        watched(log, settings, "gateway", 0, asyncio.Event()) as health,
     ):
+        logger.info("the gateway listens at %s:%d", *listener.getsockname()[:2])
         await serve_until_signal(Gateway(log, producer, settings, health).app, listener)

@@ -1,218 +1,220 @@
-"""Whether a role is alive: seen in how long ago its consumers polled, told over HTTP, and ended if it is stuck.
+"""Health of a role's process: ages with limits, served to probes. A process that is stuck is ended.
 
-    GET /livez      200; 503 once a consumer has not polled for STUCK_S, or a runner has starved for as long
-    GET /readyz     200 between the first polls of all consumers and the stop, unless the role says what is wrong
+    GET /livez      200, or 503 while an age is above its limit
+    GET /readyz     200 from the first poll of every consumer until the stop, unless the role reports trouble
     GET /metrics    Prometheus
 
-So is an event loop that hangs. All of it lives in threads of its own: an event loop that is stuck can't say so.
+All of it runs in threads of its own, because an event loop that hangs can't answer probes.
 """
 
 import asyncio
 import logging
-import math
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, cast
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, NamedTuple
 
-from prometheus_client import CollectorRegistry, Gauge, generate_latest
+import uvicorn
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import Metric as MetricFamily
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from millstream.consumers.log.port import Consumer, Log, TransactionalConsumer
-from millstream.consumers.runner.claims import ROLE as RUNNER
+from millstream.consumers.log.poll_times import PollTimes
+from millstream.consumers.log.port import Log
+from millstream.pipeline.services.serve_asgi import listen, uvicorn_server
 from millstream.producers.workers import new_worker_id, reporting
-from millstream.schemas.errors import ConfigError, LogUnavailable
-from millstream.schemas.metrics import POLL_AGE, Metric
-from millstream.schemas.wire.topics import Topics
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import LogUnavailable
+from millstream.schemas.metrics import LOOP_AGE, POLL_AGE, Metric
 
 logger = logging.getLogger(__name__)
 
-EXIT_STUCK = 4  # the supervisor should start it again
-# Longer than a role may rightly wait without polling: for the room in a producer's buffer (60 s), then for the
-# acknowledgement of what it sent while the brokers are away (180 s).
-STUCK_S = 300.0
-CHECK_S = 1.0
+EXIT_STUCK: Final = 4  # the supervisor should start the process again
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(frozen=True)
+class HealthPolicy:
+    """When a process counts as stuck, and what its health server allows."""
+
+    # Longer than a role may have to wait between polls: 60 s for room in a producer's buffer, then 180 s for the
+    # acknowledgement of what it sent while the brokers are away.
+    stuck_s: float = 300.0
+    check_s: float = 1.0  # between two looks at the ages; a process that is stuck ends within this and its limit
+    connections: int = 32  # at a time: they use up the role's file descriptors; a new one above that is closed
+    connection_s: float = 10.0  # then a connection is closed, idle or not: a probe asks once
+
+
+class Check(NamedTuple):
+    """Something that is stuck above a certain age."""
+
+    metric: Metric
+    age_s: Callable[[], float]  # called from any thread
+    limit_s: float
 
 
 class Health:
-    """Of one process. ``log`` is what the role has to use: its consumers tell when they poll.
+    """Of one process. ``polls``: the poll times of its open consumers (`Log.polls`).
 
-    ``allow_idle``: between two polls the role may be busy with something else for as long as it likes; a poll may not.
+    ``allow_idle``: the time between two polls is unlimited, that of a poll is not.
     """
 
-    def __init__(self, log: Log, stop: asyncio.Event, *, allow_idle: bool = False) -> None:
-        self.log = cast(Log, _WatchedLog(log, self))
+    def __init__(
+        self,
+        polls: Callable[[], list[PollTimes]],
+        stop: asyncio.Event,
+        policy: HealthPolicy = HealthPolicy(),
+        *,
+        allow_idle: bool = False,
+    ) -> None:
         self.registry = CollectorRegistry()
+        self.trouble: Callable[[], str | None] = lambda: None  # what keeps the role from working; from any thread
+        self._polls = polls
         self._stop = stop
-        self.trouble: Callable[[], str | None] = lambda: None  # what keeps the role from its work; any thread may ask
+        self._policy = policy
         self._allow_idle = allow_idle
-        self._polls: dict[object, float | None] = {}  # when each was last heard of; None: not yet
-        self._ages: dict[Metric, tuple[Callable[[], float], float | None]] = {}  # each with its limit
+        self._checks: list[Check] = []
         self._closed = threading.Event()
-        self._server: ThreadingHTTPServer | None = None
-        self.age(POLL_AGE, lambda: self.poll_age)
+        self._server: uvicorn.Server | None = None
+        self._serving: threading.Thread | None = None
+        self.check(POLL_AGE, self._poll_age_s)
 
-    def gauge(self, metric: Metric, value: Callable[[], float]) -> None:
-        """``value`` is asked for whenever the metrics are."""
-        Gauge(metric.name, metric.meaning, registry=self.registry).set_function(value)
+    def export(self, metric: Metric, value: Callable[[], float]) -> None:
+        """Exports a gauge or counter. ``value`` is called at each scrape, from any thread."""
+        self.registry.register(_Exported(metric, value))
 
-    def age(self, metric: Metric, value: Callable[[], float], limit_s: float | None = None) -> None:
-        """A gauge in seconds; beyond ``limit_s`` (`STUCK_S`) the process is stuck. ``value`` is called from any
-        thread."""
-        self._ages[metric] = value, limit_s
-        self.gauge(metric, value)
+    def check(self, metric: Metric, age_s: Callable[[], float], limit_s: float | None = None) -> None:
+        """Exports an age, above whose limit (`HealthPolicy.stuck_s` if None) the process is stuck."""
+        self._checks = [*self._checks, Check(metric, age_s, limit_s or self._policy.stuck_s)]
+        self.export(metric, age_s)
 
-    @property
-    def poll_age(self) -> float:
-        """Seconds."""
-        now = time.monotonic()
-        return max([0.0, *(now - last for last in list(self._polls.values()) if last is not None)])
-
-    @property
-    def ready(self) -> bool:
-        return not self._stop.is_set() and None not in list(self._polls.values())
-
-    def start(self, port: int) -> None:
-        """Watches from now on; serves on all interfaces unless ``port`` is 0. Raises `ConfigError` if it is taken."""
-        threading.Thread(target=self._watch, name="millstream-watch", daemon=True).start()
-        if not port:
-            return
-        try:
-            self._server = ThreadingHTTPServer(("", port), _handler(self))
-        except OSError as error:
-            raise ConfigError(f"--health-port {port}: {error.strerror}; choose another") from error
-        threading.Thread(target=self._server.serve_forever, name="millstream-health", daemon=True).start()
-
-    def close(self) -> None:
-        """Watches and serves no more."""
-        self._closed.set()
-        if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+    def _poll_age_s(self) -> float:
+        now, polls = time.monotonic(), self._polls()
+        times = [poll.polling_since if self._allow_idle else poll.last_poll for poll in polls]
+        return max((now - at for at in times if at is not None), default=0.0)
 
     def answer(self, path: str) -> tuple[int, bytes]:
         """Status and body."""
         if path == "/metrics":
             return 200, generate_latest(self.registry)
         if path == "/livez":
-            ages = self._measured()
-            body = "".join(f"{name} {age:.1f}\n" for name, age, _ in ages)
-            return (503 if any(stuck for _, _, stuck in ages) else 200), body.encode()
+            ages = [(check, check.age_s()) for check in self._checks]
+            body = "".join(f"{check.metric.name} {age_s:.1f}\n" for check, age_s in ages)
+            return (503 if any(age_s > check.limit_s for check, age_s in ages) else 200), body.encode()
         if path == "/readyz":
-            trouble = self.trouble() if self.ready else "not ready"
+            ready = not self._stop.is_set() and all(poll.last_poll is not None for poll in self._polls())
+            trouble = self.trouble() if ready else "not ready"
             return (200, b"ready\n") if trouble is None else (503, f"{trouble}\n".encode(errors="replace"))
         return 404, b"/livez, /readyz or /metrics\n"
 
-    def _watch(self) -> None:
-        while not self._closed.wait(CHECK_S):
-            for name, age, stuck in self._measured():
-                if stuck:
-                    logger.critical("%s is %.0f: this process is stuck, and ends", name, age)
+    async def respond(self, request: Request) -> Response:
+        """The endpoint of all paths."""
+        http_status, body = self.answer(request.scope["path"])
+        return Response(body, http_status, media_type=CONTENT_TYPE)
+
+    def start(self, host: str, port: int) -> None:
+        """Ends the process if it is stuck from now on; serves unless ``port`` is 0. Raises `ConfigError` if the address
+        is not available."""
+        listener = listen(host, port) if port else None
+        threading.Thread(target=self._end_if_stuck, name="millstream-watch", daemon=True).start()
+        if listener is not None:
+            app = Starlette(routes=[Route("/{path:path}", self.respond)])
+            self._server = uvicorn_server(app, http=_bounded(self._policy), loop="asyncio", lifespan="off")
+            self._serving = threading.Thread(
+                target=self._server.run, args=([listener],), name="millstream-health", daemon=True
+            )
+            self._serving.start()
+
+    def close(self) -> None:
+        """Stops watching and serving."""
+        self._closed.set()
+        if self._server is not None and self._serving is not None:
+            self._server.should_exit = True
+            self._serving.join()
+
+    def _end_if_stuck(self) -> None:
+        while not self._closed.wait(self._policy.check_s):
+            for metric, age_s, limit_s in self._checks:
+                if (age := age_s()) > limit_s:
+                    logger.critical("%s is %.0f: this process is stuck and ends", metric.name, age)
                     os._exit(EXIT_STUCK)
 
-    def _measured(self) -> list[tuple[str, float, bool]]:
-        """Each age by its name, and whether it is above its limit."""
-        measured = [(metric.name, value(), limit_s) for metric, (value, limit_s) in list(self._ages.items())]
-        return [(name, age, age > (limit_s or STUCK_S)) for name, age, limit_s in measured]
 
-    def opened(self, consumer: object) -> None:
-        self._polls[consumer] = None
+class _Exported:
+    """A collector of one value. Prometheus' own counters can't be set."""
 
-    def polling(self, consumer: object) -> None:
-        if self._allow_idle:
-            self.heard(consumer)
+    def __init__(self, metric: Metric, value: Callable[[], float]) -> None:
+        self._metric = metric
+        self._value = value
 
-    def polled(self, consumer: object) -> None:
-        self._polls[consumer] = math.inf if self._allow_idle else time.monotonic()
+    def collect(self) -> Iterable[MetricFamily]:
+        family = CounterMetricFamily if self._metric.type == "counter" else GaugeMetricFamily
+        yield family(self._metric.name, self._metric.meaning, self._value())
 
-    def heard(self, who: object) -> None:
-        """Somebody lives who has to be heard of every `STUCK_S`, like a consumer."""
-        self._polls[who] = time.monotonic()
 
-    def closed(self, consumer: object) -> None:
-        self._polls.pop(consumer, None)
+def _bounded(policy: HealthPolicy) -> type[H11Protocol]:
+    """uvicorn's protocol, bounded in connections and in their time."""
+
+    class Bounded(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            full = len(self.connections) > policy.connections
+            self.loop.call_later(0.0 if full else policy.connection_s, transport.close)
+
+    return Bounded
 
 
 @asynccontextmanager
 async def watched(
-    log: Log, topics: Topics, role: str, port: int, stop: asyncio.Event, *, allow_idle: bool = False
+    log: Log,
+    settings: Settings,
+    role: str,
+    port: int,
+    stop: asyncio.Event,
+    policy: HealthPolicy = HealthPolicy(),
+    *,
+    allow_idle: bool = False,
+    report: bool = True,
 ) -> AsyncIterator[Health]:
-    """A role's process for as long as the body runs: served to probes at ``port``, ended if it is stuck, and told of on
-    the workers topic (a runner tells of itself). Raises `ConfigError` if the port is taken."""
-    health = Health(log, stop, allow_idle=allow_idle)
-    health.start(port)
+    """Watches a role's process while the body runs: serves probes at ``health_host:port``, ends the process if it is
+    stuck and, unless ``report`` is false, reports it on the workers topic. Raises `ConfigError` if the address is not
+    available."""
+    health = Health(log.polls, stop, policy, allow_idle=allow_idle)
+    loop_ran = time.monotonic()
 
-    def load() -> tuple[int, int]:
-        health.heard("event loop")  # called by it every few seconds
-        return 0, 0
+    async def run_regularly() -> None:
+        nonlocal loop_ran
+        while True:
+            loop_ran = time.monotonic()
+            await asyncio.sleep(policy.check_s)
 
+    health.check(LOOP_AGE, lambda: time.monotonic() - loop_ran)
+    async with AsyncExitStack() as stack:
+        health.start(settings.health_host, port)
+        stack.callback(health.close)
+        running = asyncio.create_task(run_regularly())
+        stack.callback(running.cancel)
+        if report:
+            await stack.enter_async_context(_reported(log, settings, role))
+        yield health
+
+
+@asynccontextmanager
+async def _reported(log: Log, settings: Settings, role: str) -> AsyncIterator[None]:
+    producer = log.producer()
     try:
-        if role == RUNNER:
-            yield health
-            return
-        producer = log.producer()
-        try:
-            async with reporting(producer, topics, role, new_worker_id(), load):
-                yield health
-        finally:
-            try:
-                await asyncio.to_thread(producer.close)
-            except LogUnavailable as error:
-                logger.warning("what this %s did last is not told on %s: %s", role, topics.workers, error)
+        async with reporting(producer, settings.topics, role, new_worker_id()):
+            yield
     finally:
-        health.close()
-
-
-class _WatchedLog:
-    def __init__(self, inner: Log, health: Health) -> None:
-        self._inner = inner
-        self._health = health
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def consumer(self, group: str | None = None) -> "_WatchedConsumer":
-        return _WatchedConsumer(self._inner.consumer(group), self._health)
-
-    def transactional_consumer(self, group: str) -> "_WatchedConsumer":
-        return _WatchedConsumer(self._inner.transactional_consumer(group), self._health)
-
-
-class _WatchedConsumer:
-    def __init__(self, inner: Consumer | TransactionalConsumer, health: Health) -> None:
-        self._inner = inner
-        self._health = health
-        health.opened(self)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    async def poll(self, *args: Any) -> Any:
-        self._health.polling(self)
         try:
-            return await self._inner.poll(*args)
-        finally:  # a log that is away is no fault of ours
-            self._health.polled(self)
-
-    async def close(self) -> None:
-        self._health.closed(self)
-        await self._inner.close()
-
-
-def _handler(health: Health) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            status, body = health.answer(self.path)
-            with suppress(ConnectionError):  # the one who asked has gone
-                self.send_response(status)
-                self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                self.wfile.write(body)
-
-        def log_message(self, format: str, *args: Any) -> None:  # noqa: A002
-            """Probes come every few seconds."""
-
-    return Handler
+            await asyncio.to_thread(producer.close)
+        except LogUnavailable as error:
+            logger.warning("the last report of this %s is not on %s: %s", role, settings.topics.workers, error)

@@ -21,7 +21,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from starlette.requests import Request
 from starlette.responses import Response
 
-from millstream.pipeline.services.http import for_this_machine, limited
+from millstream.pipeline.services.serve_asgi import for_this_machine, limited
 from millstream.producers.blob_store import BlobError, Blobs
 from millstream.producers.log.acknowledgements import Acknowledgements
 from millstream.producers.log.port import Producer

@@ -27,7 +27,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from millstream.pipeline.services.http import for_this_machine, limited
+from millstream.pipeline.services.serve_asgi import for_this_machine, limited
 from millstream.pipeline.store.engine import DEFAULT_FORMAT, SYNTAX_ERROR, Answer, Engine, Refused, Request
 
 MAX_BODY: Final = 256 << 20  # bytes of a request, and of what its compressed body holds

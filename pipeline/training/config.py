@@ -85,13 +85,12 @@ def with_probes(strategy: Strategy, health_port: int) -> Strategy:
 
     @asynccontextmanager
     async def running(setup: Setup) -> AsyncIterator[tuple[Log, ModelServer | None]]:
-        topics = setup.settings.topics
         async with (
             strategy(setup) as (log, server),
             # Idle is fine: a step of training may take any time.
-            watched(log, topics, "trainer", health_port, asyncio.Event(), allow_idle=True) as health,
+            watched(log, setup.settings, "trainer", health_port, asyncio.Event(), allow_idle=True),
         ):
-            yield health.log, server
+            yield log, server
 
     return running
 

@@ -107,6 +107,11 @@ class Settings(BaseSettings):
     weights_root: Path = Field(Path("runs"), description="Folder that weights have to lie below.")
     cache_ttl_s: float = Field(0.0, ge=0, description="Seconds the proxy repeats answers of temperature 0; 0: never.")
 
+    # Processes
+    health_host: str = Field(
+        "127.0.0.1", description="Where --health-port listens; 0.0.0.0 for probes from other machines."
+    )
+
     # The gateway
     gateway_token: SecretStr = Field(SecretStr(""), description="Bearer token that the gateway asks for.")
     gateway_url: str = Field("", description="Where agents' own processes send spans by OTLP; empty: nowhere.")

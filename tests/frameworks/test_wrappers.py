@@ -14,7 +14,7 @@ import millstream as ms
 from examples.frameworks.weather import MODEL, weather
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.pipeline.proxy import Proxy
-from millstream.pipeline.services.serving import serve
+from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.producers.agent.client_binding import OutsideRollout
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.spans import semconv

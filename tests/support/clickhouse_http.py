@@ -9,7 +9,7 @@ from urllib.request import urlopen
 import uvicorn
 from starlette.responses import PlainTextResponse
 
-from millstream.pipeline.services.http import listen
+from millstream.pipeline.services.serve_asgi import listen
 from millstream.pipeline.store.read_server import store_app
 
 

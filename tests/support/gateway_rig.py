@@ -1,27 +1,25 @@
 """A gateway with a real Kafka behind it, over HTTP."""
 
 import asyncio
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
-import uvicorn
 
 from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.pipeline.addresses import LOOPBACK
 from millstream.pipeline.services.gateway import Gateway, GatewayPolicy
 from millstream.pipeline.services.health import Health
+from millstream.pipeline.services.serve_asgi import listen, uvicorn_server
 from millstream.producers.log.port import Producer, send_acknowledged
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.wire.records import AttemptEvent, RolloutEnd
 
 
 class Client:
-    def __init__(
-        self, http: aiohttp.ClientSession, log: KafkaLog, producer: Producer, settings: Settings, health: Health
-    ) -> None:
-        self.http, self.log, self.producer, self.settings, self.health = http, log, producer, settings, health
+    def __init__(self, http: aiohttp.ClientSession, log: KafkaLog, producer: Producer, settings: Settings) -> None:
+        self.http, self.log, self.producer, self.settings = http, log, producer, settings
         self.url = str(http._base_url)
 
     async def get(self, path: str, **headers: str) -> tuple[int, Any]:
@@ -52,13 +50,13 @@ async def serving(settings: Settings, *policy: GatewayPolicy) -> AsyncIterator[C
     log = KafkaLog(settings)
     await log.create_topics()
     producer = log.producer()
-    health = Health(log, asyncio.Event())
-    server = uvicorn.Server(uvicorn.Config(Gateway(log, producer, settings, health, *policy).app, log_config=None))
-    listener = socket.create_server(("127.0.0.1", 0))
+    health = Health(log.polls, asyncio.Event())
+    server = uvicorn_server(Gateway(log, producer, settings, health, *policy).app)
+    listener = listen(LOOPBACK, 0)
     running = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{listener.getsockname()[1]}") as http:
-            client = Client(http, log, producer, settings, health)
+            client = Client(http, log, producer, settings)
             await client.until("/readyz", lambda answer: answer == {"status": "ok"})
             yield client
     finally:

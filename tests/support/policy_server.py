@@ -12,7 +12,7 @@ from typing import Any
 
 from aiohttp import web
 
-from millstream.pipeline.services.serving import serve
+from millstream.pipeline.services.serve_aiohttp import serve
 
 LOGPROB = -0.25
 _ANSWERS: dict[tuple[int, ...], str] = {}  # by the ids of their prompts

@@ -12,7 +12,7 @@ from policy_server import PolicyServer
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.pipeline.proxy import Proxy
-from millstream.pipeline.services.serving import serve
+from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.schemas.attempt_keys import attempt_key, attempt_path
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.ids import new_id

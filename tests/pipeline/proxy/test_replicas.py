@@ -11,7 +11,7 @@ from proxy_rig import ANYWHERE, rig_of
 from pydantic import SecretStr
 
 from millstream.pipeline.proxy.replicas import FAILURES, Failed, Replicas, retry_after_s
-from millstream.pipeline.services.serving import serve
+from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.producers.control import publish_control
 from millstream.schemas.attempt_keys import attempt_key
 from millstream.schemas.config.upstreams import Upstream

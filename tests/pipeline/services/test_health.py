@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,17 +16,17 @@ import pytest
 
 from millstream.consumers.adapter.triplets import to_triplets
 from millstream.consumers.log.memory_log import MemoryLog
+from millstream.consumers.log.poll_times import PollTimes
 from millstream.consumers.log.port import Log
 from millstream.consumers.workers import read_workers
-from millstream.pipeline.addresses import free_port
-from millstream.pipeline.services import health as health_module
-from millstream.pipeline.services.health import EXIT_STUCK, Health, watched
+from millstream.pipeline.addresses import LOOPBACK, free_port
+from millstream.pipeline.services.health import EXIT_STUCK, Health, HealthPolicy, watched
 from millstream.pipeline.training.collector import Collector
 from millstream.pipeline.training.config import with_probes
 from millstream.pipeline.training.strategy import Setup
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.metrics import RUNNING, STARVING
+from millstream.schemas.metrics import CALLS_DROPPED, RUNNING, STARVING, TRANSACTION_AGE
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.topics import Topics
 
@@ -41,11 +42,12 @@ def get(port: int, path: str) -> tuple[int, str]:
 
 
 async def test_a_role_is_ready_when_all_its_consumers_poll_and_until_it_stops() -> None:
-    stop, port = asyncio.Event(), free_port()
-    health = Health(MemoryLog(TOPICS), stop)
-    health.gauge(RUNNING, lambda: 3)
-    health.start(port)
-    first, second = health.log.consumer(), health.log.consumer("g")
+    stop, port, log = asyncio.Event(), free_port(), MemoryLog(TOPICS)
+    health = Health(log.polls, stop)
+    health.export(RUNNING, lambda: 3)
+    health.export(CALLS_DROPPED, lambda: 4)
+    health.start(LOOPBACK, port)
+    first, second = log.consumer(), log.consumer("g")
     await first.assign([Partition(TOPICS.control, 0)])
     await second.subscribe([TOPICS.events])
     await first.poll(1, 0)
@@ -56,73 +58,85 @@ async def test_a_role_is_ready_when_all_its_consumers_poll_and_until_it_stops() 
     assert (await asyncio.to_thread(get, port, "/"))[0] == 404
     text = (await asyncio.to_thread(get, port, "/metrics"))[1]
     assert "millstream_running 3.0" in text
+    assert "millstream_calls_dropped_total 4.0" in text
     assert "# HELP millstream_poll_age_seconds" in text
+    health.trouble = lambda: "the store is away"
+    assert await asyncio.to_thread(get, port, "/readyz") == (503, "the store is away\n")
     stop.set()
-    assert (await asyncio.to_thread(get, port, "/readyz"))[0] == 503
-    with pytest.raises(ConfigError, match=f"--health-port {port}: Address already in use"):
-        health.start(port)
+    assert await asyncio.to_thread(get, port, "/readyz") == (503, "not ready\n")
+    with pytest.raises(ConfigError, match=f"{port}: Address already in use"):
+        Health(log.polls, stop).start(LOOPBACK, port)
+    health.close()
+    with pytest.raises(URLError):
+        await asyncio.to_thread(get, port, "/livez")
 
 
-async def test_the_consumer_that_polls_least_counts_and_one_that_is_closed_does_not(
-    monkeypatch: pytest.MonkeyPatch,
+def polled(ago_s: float | None, *, polling_for_s: float | None = None) -> PollTimes:
+    now = time.monotonic()
+    return PollTimes(
+        last_poll=None if ago_s is None else now - ago_s,
+        polling_since=None if polling_for_s is None else now - polling_for_s,
+    )
+
+
+@pytest.mark.parametrize(
+    ("polls", "allow_idle", "alive"),
+    [
+        ([], False, True),
+        ([polled(None)], False, True),
+        ([polled(1), polled(200)], False, True),
+        ([polled(1), polled(400)], False, False),
+        ([polled(400)], True, True),
+        ([polled(400, polling_for_s=200)], True, True),
+        ([polled(400, polling_for_s=400)], True, False),
+    ],
+)
+def test_the_consumer_that_has_not_polled_for_longest_counts(
+    polls: list[PollTimes], allow_idle: bool, alive: bool
 ) -> None:
-    now = [100.0]
-    monkeypatch.setattr(health_module.time, "monotonic", lambda: now[0])
-    health = Health(MemoryLog(TOPICS), asyncio.Event())
-    first, second = health.log.consumer(), health.log.consumer()
-    for consumer in (first, second):
-        await consumer.assign([Partition(TOPICS.control, 0)])
-        await consumer.poll(1, 0)
-    now[0] += health_module.STUCK_S + 1
-    await first.poll(1, 0)
-    assert health.poll_age == health_module.STUCK_S + 1
-    assert health.answer("/livez")[0] == 503
-    await second.close()
-    assert health.poll_age == 0
-    assert health.answer("/livez")[0] == 200
+    health = Health(lambda: polls, asyncio.Event(), allow_idle=allow_idle)
+    assert health.answer("/livez")[0] == (200 if alive else 503)
 
 
-async def test_who_rests_between_polls_may_do_so_but_not_within_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(health_module.time, "monotonic", lambda: now[0])
-    health = Health(MemoryLog(TOPICS), asyncio.Event(), allow_idle=True)
-    consumer = health.log.consumer()
-    await consumer.assign([Partition(TOPICS.control, 0)])
-    await consumer.poll(1, 0)
-    now[0] += 10 * health_module.STUCK_S
-    assert health.answer("/livez")[0] == 200
-    monkeypatch.undo()
-    poll = asyncio.create_task(consumer.poll(1, 60))
-    await asyncio.sleep(0)
-    began = health_module.time.monotonic()
-    monkeypatch.setattr(health_module.time, "monotonic", lambda: began + health_module.STUCK_S + 1)
-    assert health.answer("/livez")[0] == 503
-    poll.cancel()
+def test_an_age_beyond_its_limit_is_reported_by_name() -> None:
+    health, seconds = Health(list, asyncio.Event()), 0.0
+    health.check(STARVING, lambda: seconds)
+    health.check(TRANSACTION_AGE, lambda: 1.0, limit_s=400.0)
+    body = "millstream_poll_age_seconds 0.0\nmillstream_starving_seconds {}\nmillstream_transaction_call_seconds 1.0\n"
+    assert health.answer("/livez") == (200, body.format(seconds).encode())
+    seconds = HealthPolicy().stuck_s + 1
+    assert health.answer("/livez") == (503, body.format(seconds).encode())
+    assert f"millstream_starving_seconds {seconds}".encode() in health.answer("/metrics")[1]
 
 
-async def test_an_age_beyond_the_limit_is_told_by_name() -> None:
-    health = Health(MemoryLog(TOPICS), asyncio.Event())
-    seconds = 0.0
-    health.age(STARVING, lambda: seconds)
-    assert health.answer("/livez") == (200, b"millstream_poll_age_seconds 0.0\nmillstream_starving_seconds 0.0\n")
-    seconds = health_module.STUCK_S + 1
-    http_status, body = health.answer("/livez")
-    assert (http_status, "millstream_starving_seconds 301.0" in body.decode()) == (503, True)
-    assert b"millstream_starving_seconds 301.0" in health.answer("/metrics")[1]
+async def test_connections_are_bounded_in_number_and_time() -> None:
+    port = free_port()
+    health = Health(list, asyncio.Event(), HealthPolicy(connections=1, connection_s=0.2))
+    health.start(LOOPBACK, port)
+    try:
+        idle, _ = await asyncio.open_connection(LOOPBACK, port)
+        more, _ = await asyncio.open_connection(LOOPBACK, port)
+        async with asyncio.timeout(10):
+            assert await more.read() == b""
+            assert await idle.read() == b""
+            while (await asyncio.to_thread(get, port, "/livez"))[0] != 200:
+                pass
+    finally:
+        health.close()
 
 
-async def test_a_role_tells_of_itself_while_it_runs() -> None:
+async def test_a_role_is_reported_while_it_runs() -> None:
+    settings = load_settings(topic_prefix="t", kafka_partitions=1)
     log, port = MemoryLog(TOPICS), free_port()
-    async with watched(log, TOPICS, "sink", port, asyncio.Event()) as health:
+    async with watched(log, settings, "sink", port, asyncio.Event()):
         async with asyncio.timeout(10):
             while not (found := await read_workers(log, TOPICS)):  # noqa: ASYNC110
                 await asyncio.sleep(0)
         (worker,) = found
         assert (worker.role, worker.slots, worker.host) == ("sink", 0, socket.gethostname())
-        assert (await asyncio.to_thread(get, port, "/livez"))[0] == 200
-        assert health.poll_age < 5  # its event loop was heard of
+        assert "millstream_event_loop_age_seconds 0." in (await asyncio.to_thread(get, port, "/livez"))[1]
     with pytest.raises(URLError):
-        get(port, "/livez")
+        await asyncio.to_thread(get, port, "/livez")
 
 
 @asynccontextmanager
@@ -149,23 +163,30 @@ async def test_a_trainer_has_probes_and_reports_its_state(tmp_path: Path) -> Non
 STUCK = """
     import asyncio, time
     from millstream.consumers.adapter.adapter import Adapter
-    from millstream.pipeline.services import health
     from millstream.consumers.log.memory_log import MemoryLog
-    from millstream.schemas.wire.log import Partition
+    from millstream.pipeline.services.health import HealthPolicy, watched
+    from millstream.schemas.config.settings import load_settings
     from millstream.schemas.metrics import STARVING, TRANSACTION_AGE
+    from millstream.schemas.wire.log import Partition
     from millstream.schemas.wire.topics import Topics
 
-    health.STUCK_S = health.CHECK_S = 0.1
-
     async def main():
-        watched = health.Health(MemoryLog(Topics("t", 1)), asyncio.Event())
-        watched.start(0)
-        HOW
+        topics = Topics("t", 1)
+        log = MemoryLog(topics)
+        policy = HealthPolicy(stuck_s=0.5, check_s=0.1)
+        async with watched(log, load_settings(), "sink", 0, asyncio.Event(), policy, report=False) as health:
+            HOW
 
-    async def lose_a_call(watched):
-        type(watched.log.transactional_producer("t")).init_transactions = lambda *_: time.sleep(60)
-        adapter = Adapter(watched.log, Topics("t", 1), transactional_id="t")
-        watched.age(TRANSACTION_AGE, lambda: adapter.call_s)
+    async def poll_once(log, topics):
+        consumer = log.consumer()
+        await consumer.assign([Partition(topics.control, 0)])
+        await consumer.poll(1, 0)
+        await asyncio.sleep(60)
+
+    async def lose_a_call(log, topics, health):
+        type(log.transactional_producer("t")).init_transactions = lambda *_: time.sleep(60)
+        adapter = Adapter(log, topics, transactional_id="t")
+        health.check(TRANSACTION_AGE, lambda: adapter.call_s)
         await adapter.run(asyncio.Event())
 
     asyncio.run(main())
@@ -173,16 +194,15 @@ STUCK = """
 
 
 @pytest.mark.parametrize(
-    "how",
+    ("how", "metric"),
     [
-        "c = watched.log.consumer(); await c.assign([Partition('t.control', 0)]); await c.poll(1, 0); time.sleep(60)",
-        "watched.heard('event loop'); time.sleep(60)",
-        "watched.age(STARVING, lambda: 1.0); await asyncio.sleep(60)",
-        "await lose_a_call(watched)",
+        ("await poll_once(log, topics)", "poll_age"),
+        ("time.sleep(60)", "event_loop_age"),
+        ("health.check(STARVING, lambda: 1.0); await asyncio.sleep(60)", "starving"),
+        ("await lose_a_call(log, topics, health)", "transaction_call"),
     ],
-    ids=["consumer", "event loop", "starving", "transaction"],
 )
-def test_a_stuck_process_ends_with_a_code_of_its_own(how: str) -> None:
+def test_a_stuck_process_ends_with_a_code_of_its_own(how: str, metric: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(STUCK).replace("HOW", how)],
         capture_output=True,
@@ -191,4 +211,5 @@ def test_a_stuck_process_ends_with_a_code_of_its_own(how: str) -> None:
         check=False,
     )
     assert done.returncode == EXIT_STUCK
+    assert f"millstream_{metric}_seconds is" in done.stderr
     assert "this process is stuck" in done.stderr

@@ -23,7 +23,7 @@ from millstream.consumers.log.read_to_end import read_to_end
 from millstream.consumers.runner.runner import Runner
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.services import otlp_receiver
-from millstream.pipeline.services.serving import serve
+from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
 from millstream.schemas.attempt_keys import attempt_key

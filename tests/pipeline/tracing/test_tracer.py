@@ -16,7 +16,7 @@ from policy_server import PolicyServer, ids
 import millstream as ms
 from millstream.consumers.adapter.adapter import Adapter
 from millstream.pipeline.proxy import Proxy
-from millstream.pipeline.services.serving import serve
+from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.wire import codec

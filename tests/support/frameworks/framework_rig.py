@@ -15,7 +15,7 @@ from runner_rig import Ended, running, settings_for_tests
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.pipeline.proxy import Proxy
-from millstream.pipeline.services.serving import serve
+from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.schemas.spans import semconv
 from millstream.schemas.wire.records import Span
 
