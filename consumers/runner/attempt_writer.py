@@ -1,4 +1,4 @@
-"""Writes the life of one attempt to ``events``: running, spans, heartbeats, and its end behind all of them."""
+"""Writes one attempt to ``events``: running, spans, heartbeats, and its end after all of them."""
 
 import asyncio
 import logging

@@ -1,8 +1,8 @@
-"""A runner's side of the LLM proxies: which one an attempt calls, with which key, and that it is closed there."""
+"""A runner's client of the LLM proxies: chooses an attempt's proxy, creates its key, and closes it there."""
 
 import time
 from collections.abc import Sequence
-from typing import Final
+from dataclasses import dataclass
 
 import aiohttp
 
@@ -12,19 +12,23 @@ from millstream.schemas.control import LLM
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.ids import rank
 
-CLOSE_S: Final = 30.0  # to let an attempt's last calls end
-AVOIDED_S: Final = 10.0  # a proxy at which an attempt could not be closed gets no new ones for so long
+
+@dataclass(frozen=True, slots=True)
+class ProxiesPolicy:
+    close_s: float = 30.0  # for an attempt's last calls to end
+    avoid_s: float = 10.0  # a proxy that failed to close an attempt gets no new ones for so long
 
 
 class ProxyNotClosed(MillstreamError):
-    """The proxy did not say how many calls there were; names its address."""
+    """The proxy did not report how many calls an attempt made. The message names its address."""
 
 
 class Proxies:
-    """Of one runner. An attempt stays with one proxy, which counts its calls."""
+    """An attempt stays with one proxy, which counts its calls."""
 
-    def __init__(self, urls: Sequence[str], secret: str) -> None:
-        """``urls`` hold unless an attempt's resources name others. None at all: there is no proxy."""
+    def __init__(self, urls: Sequence[str], secret: str, policy: ProxiesPolicy = ProxiesPolicy()) -> None:
+        """``urls`` are used unless an attempt's resources name others. Without any, there is no proxy."""
+        self._policy = policy
         self._urls = urls
         self._secret = secret
         self._avoided: dict[str, float] = {}  # URL → until when
@@ -39,7 +43,7 @@ class Proxies:
         return max(urls, key=lambda url: rank(claim.attempt_id, url), default="")
 
     def key(self, claim: Claim) -> str:
-        """What the attempt shows there; good for as long as it may run."""
+        """The attempt's key at the proxy, valid for as long as it may run."""
         task = claim.task
         resources_id = claim.resources.resources_id if claim.resources is not None else ""
         return attempt_key(
@@ -47,9 +51,9 @@ class Proxies:
         )
 
     async def close_attempt(self, claim: Claim, url: str, key: str) -> int:
-        """No more model calls; how many there were. Closing twice does no harm. Raises `ProxyNotClosed`."""
+        """Ends the attempt at the proxy. Returns how many model calls it made. Idempotent. Raises `ProxyNotClosed`."""
         if self._http is None:
-            self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=CLOSE_S))
+            self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._policy.close_s))
         address = url.rstrip("/") + attempt_path(claim.task.rollout_id, claim.attempt_id) + "/close"
         for last in (False, True):
             try:
@@ -59,8 +63,8 @@ class Proxies:
                     return int((await response.json())["spans"])
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
                 if isinstance(error, aiohttp.ClientConnectionError) and not last:
-                    continue  # a connection kept alive that the proxy has dropped
-                self._avoided[url] = time.monotonic() + AVOIDED_S
+                    continue  # a kept-alive connection that the proxy has closed
+                self._avoided[url] = time.monotonic() + self._policy.avoid_s
                 cause = str(error) or type(error).__name__
                 raise ProxyNotClosed(f"it could not be closed at the proxy {url}: {cause}") from error
         raise AssertionError("unreachable")

@@ -1,11 +1,11 @@
-"""The runner: claims tasks, has the agent run on them, and writes how each attempt ends.
+"""The runner: claims tasks, runs the agent on them, and writes how each attempt ends.
 
     claim (preparing, acknowledged, committed) ─► host runs the agent: running, spans, heartbeats
-        ─► agent is done ─► closed at the proxy ─► all spans acknowledged ─► terminal event
+        ─► the agent ends ─► closed at the proxy ─► all spans acknowledged ─► terminal event
 
-Stateless: what has been claimed lives in the log. Heartbeats come from here, not from the agent, so an agent that
-blocks keeps its lease; a runner whose heartbeats are not acknowledged for a lease ends its own attempts, because by
-then the adapter has given them to somebody else.
+It is stateless: what has been claimed lives in the log. The runner sends the heartbeats, not the agent, so an agent
+that blocks keeps its lease. A runner whose heartbeats are not acknowledged for a lease ends its own attempts: by then
+the adapter has had them retried elsewhere.
 """
 
 import asyncio
@@ -14,7 +14,9 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from prometheus_client import Metric
 
@@ -22,13 +24,13 @@ from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.port import Log
 from millstream.consumers.runner.agent import AgentConfig, AgentFunction
 from millstream.consumers.runner.attempt_writer import AttemptWriter
-from millstream.consumers.runner.claims import ROLE, Claim, Claims, Starvation
+from millstream.consumers.runner.claims import ROLE, Claim, ClaimPolicy, Claims
 from millstream.consumers.runner.hooks import Hook
-from millstream.consumers.runner.hosts.port import AgentHost, HostOptions
+from millstream.consumers.runner.hosts.port import AgentHost, HostOptions, HostPolicy
 from millstream.consumers.runner.hosts.processes import ProcessHost
 from millstream.consumers.runner.hosts.threads import ThreadHost
 from millstream.consumers.runner.outcome import Outcome, stopped_by
-from millstream.consumers.runner.proxies import CLOSE_S, Proxies, ProxyNotClosed
+from millstream.consumers.runner.proxies import Proxies, ProxiesPolicy, ProxyNotClosed
 from millstream.producers.agent.instrumentation import chosen, report
 from millstream.producers.blob_store import Blobs
 from millstream.producers.log.port import Producer
@@ -41,26 +43,34 @@ from millstream.schemas.wire.records import Span
 
 logger = logging.getLogger(__name__)
 
-CLAIM_S = 0.2  # how long one poll for tasks waits; also how late a stop may be noticed
-GATHER_S = 0.005  # slots that become free one after the other are filled by one claim, with one commit
-STAY_S = 2.0  # between signs of life to the group while there is no free slot
-CANCEL_GRACE_S = 5.0  # between asking an agent to end and ending it
-HEARTBEATS = 3  # in a lease
+# The environment of every agent process; nothing else unless it is named: no settings of ours, no secrets.
+ENVIRONMENT: Final = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
+ENVIRONMENT_PREFIXES: Final = ("LC_", "PYTHON")
 
-# What every agent process gets of the environment; nothing else unless it is named: no settings of ours, no secrets.
-ENVIRONMENT = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
-ENVIRONMENT_PREFIXES = ("LC_", "PYTHON")
+
+@dataclass(frozen=True, slots=True)
+class RunnerPolicy:
+    """Time-outs and limits of a runner and its parts."""
+
+    poll_s: float = 0.2  # how long one poll for tasks waits; a stop may be noticed that late
+    gather_s: float = 0.005  # slots that become free within it are filled by one claim, with one commit
+    stay_s: float = 2.0  # between polls that only keep the group membership, while there is no free slot
+    cancel_grace_s: float = 5.0  # between asking an agent to end and ending it
+    heartbeats: int = 3  # in a lease
+    claims: ClaimPolicy = field(default_factory=ClaimPolicy)
+    host: HostPolicy = field(default_factory=HostPolicy)
+    proxies: ProxiesPolicy = field(default_factory=ProxiesPolicy)
 
 
 def agent_environment(names: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of an agent process: the basics and the variables named.
+    """The environment of an agent process: the basics and the named variables.
 
     Raises `ConfigError` for a name that is not set.
     """
     environment = os.environ if environment is None else environment
     for name in names:
         if name not in environment:
-            raise ConfigError(f"--env {name}: there is no such environment variable here; set it, or leave it out")
+            raise ConfigError(f"--env {name}: there is no such environment variable; set it, or leave it out")
     return {
         name: value
         for name, value in environment.items()
@@ -76,12 +86,12 @@ _Timers = dict[str, asyncio.TimerHandle]
 
 
 class Runner:
-    """Runs one agent: ``module:attribute``, found from ``folder`` (the current one), or a callable.
+    """Runs one agent: ``module:attribute``, found from ``folder`` (default: the current one), or a callable.
 
     With ``processes`` 0, and for a callable, attempts run in threads of this process, ``concurrency`` at a time; else
-    in child processes, ``concurrency`` in each, which see the environment variables named by ``env`` besides the
-    basics, hold ``memory_limit`` MiB at most, and are replaced after ``max_attempts_per_process``.
-    ``hooks``: ``module:attribute``, or objects where attempts run in threads. ``instrument``: see `chosen`.
+    in child processes, ``concurrency`` in each, which get the environment variables named by ``env`` besides the
+    basics, may hold ``memory_limit`` MiB, and are replaced after ``max_attempts_per_process``.
+    ``hooks``: ``module:attribute``, or objects if attempts run in threads. ``instrument``: see `chosen`.
     """
 
     def __init__(
@@ -100,6 +110,7 @@ class Runner:
         max_attempts_per_process: int | None = None,
         hooks: Sequence[Hook | str] = (),
         instrument: str | None = None,
+        policy: RunnerPolicy = RunnerPolicy(),
     ) -> None:
         self.worker_id = worker_id or new_worker_id()
         self._log = log
@@ -111,6 +122,7 @@ class Runner:
         self._concurrency = concurrency or settings.runner_concurrency
         self._environment = agent_environment(env)
         self._drain_s = drain_s
+        self._policy = policy
         self._memory_limit = memory_limit
         self._max_attempts = max_attempts_per_process
         if memory_limit is not None and not Path("/proc/self/statm").exists():
@@ -124,15 +136,15 @@ class Runner:
             hooks,
             chosen(instrument),
         )
-        self._proxies = Proxies(settings.proxy_urls, settings.proxy_secret.get_secret_value())
+        self._proxies = Proxies(settings.proxy_urls, settings.proxy_secret.get_secret_value(), policy.proxies)
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
         self._finishing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
-        self._starvation = Starvation()
+        self._claims: Claims | None = None
         self._collect: Callable[[], Iterable[Metric]] = tuple
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Works until ``stop`` is set, then lets running attempts end for ``drain_s``; the rest ends as lost.
+        """Works until ``stop`` is set, then waits ``drain_s`` for running attempts; the rest ends as lost.
 
         Raises `ConfigError` if the agent can't be imported, `MillstreamError` if its processes no longer start.
         """
@@ -143,8 +155,8 @@ class Runner:
         self._host = self._make_host()
         self._collect = self._host.collect
         control = ControlFollower(self._log, self._topics, lambda: self._end_cancelled(control))
-        claims = Claims(self._log, self._topics, self._producer, control, self.worker_id)
-        self._starvation = claims.starvation
+        claims = Claims(self._log, self._topics, self._producer, control, self.worker_id, self._policy.claims)
+        self._claims = claims
         try:
             await self._host.start()
             await control.start()
@@ -169,24 +181,24 @@ class Runner:
 
     @property
     def silent_s(self) -> float:
-        """How long ago the oldest of the last acknowledged heartbeats of the running attempts was sent."""
+        """Age of the last acknowledged heartbeat, of the running attempt for which it is oldest."""
         return time.monotonic() - min((w.last_acknowledged for w in self._running), default=time.monotonic())
 
     @property
     def starving_s(self) -> float:
-        """How long tasks have become more and more, slots have been free, and none has been got."""
-        return self._starvation.seconds
+        """How long the lag has grown although slots are free and the runner polls."""
+        return 0.0 if self._claims is None else self._claims.starvation.seconds
 
     def collect(self) -> Iterable[Metric]:
-        """Prometheus' collector, from any thread: what hooks count where the agent runs."""
+        """Prometheus' collector, from any thread: the metrics of hooks."""
         return self._collect()
 
     def load(self) -> tuple[int, int]:
-        """Slots, and attempts that run."""
+        """Slots, and running attempts."""
         return self._concurrency * (self._processes or 1), len(self._running)
 
     def _make_host(self) -> AgentHost:
-        options = HostOptions(self._concurrency, self._changed.set, self._late_span, self._blobs.put)
+        options = HostOptions(self._concurrency, self._changed.set, self._late_span, self._blobs.put, self._policy.host)
         if self._processes == 0:
             if self._memory_limit or self._max_attempts:
                 raise ConfigError("--memory-limit and --max-attempts-per-process need agent processes (--processes)")
@@ -205,19 +217,19 @@ class Runner:
         )
 
     async def _claim(self, claims: Claims, stopping: "asyncio.Task[bool]") -> None:
-        """Claims as many tasks as there are free slots; waits for the one or the other."""
+        """Claims as many tasks as there are free slots. Waits for a task, or for a slot."""
         if self._host.lost is not None:
             raise self._host.lost
         self._changed.clear()
         if self._running:
-            await asyncio.sleep(GATHER_S)
+            await asyncio.sleep(self._policy.gather_s)
         free = self._host.free
         if free > 0:
-            for claim in await claims.claim(free, CLAIM_S):
+            for claim in await claims.claim(free, self._policy.poll_s):
                 self._begin(claim)
             return
         try:
-            await asyncio.wait_for(self._changed.wait(), STAY_S)
+            await asyncio.wait_for(self._changed.wait(), self._policy.stay_s)
         except TimeoutError:
             await claims.stay(0)
 
@@ -232,7 +244,7 @@ class Runner:
             message = f"resources {claim.task.resources_id} do not exist on {self._topics.control}"
             writer.verdict = stopped_by(status.FAILED, "resources", message)
             writer.end(writer.verdict)
-        elif self._host.free <= 0:  # the process that this one was claimed for has died
+        elif self._host.free <= 0:  # the process with the free slot has died
             writer.verdict = stopped_by(status.LOST, "exit", "there is no agent process left to run it")
             writer.end(writer.verdict)
         else:
@@ -240,7 +252,7 @@ class Runner:
             if writer.proxy_url or self._settings.gateway_url:
                 writer.proxy_key = self._proxies.key(claim)
             self._later(writer, "timeout", claim.task.timeout_s, self._time_out)
-            self._later(writer, "beat", claim.task.lease_s / HEARTBEATS, self._beat)
+            self._later(writer, "beat", claim.task.lease_s / self._policy.heartbeats, self._beat)
             if claim.task.unresponsive_s is not None:
                 self._later(writer, "silence", claim.task.unresponsive_s, self._check_silence)
             self._host.run(writer)
@@ -259,7 +271,7 @@ class Runner:
             return
         writer.heartbeat()
         # The next one, or the end of the lease if that comes first.
-        seconds = min(lease_s / HEARTBEATS, max(lease_s - silent_s, 0.0) + 0.01)
+        seconds = min(lease_s / self._policy.heartbeats, max(lease_s - silent_s, 0.0) + 0.01)
         self._later(writer, "beat", seconds, self._beat)
 
     def _time_out(self, writer: AttemptWriter) -> None:
@@ -280,16 +292,16 @@ class Runner:
                 self._stop(writer, _cancelled(what))
 
     def _stop(self, writer: AttemptWriter, verdict: Outcome) -> None:
-        """Asks the agent to end, and after a while sees to it. The first verdict holds."""
+        """Asks the agent to end, and kills it after a grace period. The first verdict holds."""
         if writer.outcome.done() or writer.verdict is not None:
             return
         writer.verdict = verdict
         self._host.cancel(writer)
-        self._later(writer, "kill", CANCEL_GRACE_S, self._kill)
+        self._later(writer, "kill", self._policy.cancel_grace_s, self._kill)
 
     def _kill(self, writer: AttemptWriter) -> None:
         if not writer.outcome.done():
-            logger.warning("%s does not end when asked to, it is killed", writer.name)
+            logger.warning("%s did not end when asked to, it is killed", writer.name)
             self._host.kill(writer)
 
     def _finish_soon(self, writer: AttemptWriter, outcome: Outcome) -> None:
@@ -309,14 +321,14 @@ class Runner:
             if final.error is not None:
                 logger.warning("%s: %s, %s: %s", writer.name, final.status, final.error.type, final.error.message)
         except LogError as error:
-            logger.error("%s: its end can't be written, its lease will run out: %s", writer.name, error)
+            logger.error("%s: its end can't be written, its lease will expire: %s", writer.name, error)
         finally:
             for timer in self._running.pop(writer).values():
                 timer.cancel()
             self._changed.set()
 
     def _late_span(self, encoded: bytes) -> None:
-        """Of an attempt that is over: it reaches the store, nobody trains on it."""
+        """Records a span of an attempt that has ended: it reaches the store and is not trained on."""
         try:
             span = codec.decode_as(Span, encoded)
             headers = {KIND_HEADER: span.kind.encode()}
@@ -325,7 +337,7 @@ class Runner:
             logger.warning("a late span is not recorded: %s", error)
 
     async def _until_idle(self, seconds: float) -> None:
-        """Waits for the attempts that run, at most so long."""
+        """Waits for running attempts, for at most ``seconds``."""
         deadline = time.monotonic() + seconds
         while self._running and (left := deadline - time.monotonic()) > 0:
             self._changed.clear()
@@ -338,4 +350,4 @@ class Runner:
                 writer.verdict = stopped_by(status.LOST, "stopped", f"runner {self.worker_id} was stopped")
         self._collect = tuple
         await self._host.close()
-        await self._until_idle(CLOSE_S)
+        await self._until_idle(self._policy.proxies.close_s)

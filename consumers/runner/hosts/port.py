@@ -60,4 +60,4 @@ class HostOptions:
     on_free: Callable[[], None]  # a slot may have become free, or the host may be lost
     on_late_span: Callable[[bytes], None]  # an encoded span of an attempt that has ended
     on_late_content: Callable[[str, bytes], object]  # likewise, a content by its digest
-    policy: HostPolicy = HostPolicy()
+    policy: HostPolicy

@@ -8,14 +8,11 @@ from typing import Any
 
 import pytest
 from factories import task
-from hypothesis import given
-from hypothesis import strategies as st
 from runner_rig import Rig, settings_for_tests
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.consumers.runner import claims as claims_module
-from millstream.consumers.runner.claims import Claims, Starvation, WeightedTurns
+from millstream.consumers.runner.claims import ClaimPolicy, Claims
 from millstream.producers.control import pause_record, publish_control, publish_resources
 from millstream.producers.log.port import Producer
 from millstream.schemas.control import Resources
@@ -29,23 +26,10 @@ SETTINGS = settings_for_tests()
 TOPICS = SETTINGS.topics
 
 
-@given(st.lists(st.integers(0, 40), max_size=40))
-def test_every_thirteen_slots_in_a_row_are_dealt_eight_four_one(slots: list[int]) -> None:
-    turns = WeightedTurns()
-    dealt: Counter[str] = Counter()
-    for n in slots:
-        share = turns.take(n)
-        assert sum(share.values()) == n
-        dealt.update(share)
-        whole = sum(dealt.values()) / 13
-        for priority, weight in (("high", 8), ("normal", 4), ("low", 1)):
-            assert abs(dealt[priority] - weight * whole) < 1.5
-
-
 @asynccontextmanager
-async def claiming(log: Any) -> AsyncIterator[Claims]:
+async def claiming(log: Any, **policy: float) -> AsyncIterator[Claims]:
     control = ControlFollower(log, TOPICS)
-    claims = Claims(log, TOPICS, log.producer(), control, "w")
+    claims = Claims(log, TOPICS, log.producer(), control, "w", ClaimPolicy(**policy))
     await control.start()
     await claims.start()
     yield claims
@@ -90,25 +74,6 @@ async def test_a_claim_waits_for_a_task_and_takes_no_more_than_its_slots() -> No
         assert len(await claims.claim(2, 30.0)) == 2
 
 
-def test_only_a_lag_that_grows_while_nothing_is_got_is_starvation() -> None:
-    now = 0.0
-    starvation = Starvation(lambda: now)
-    for lag in (3, 3, 2):
-        starvation.saw(lag)
-    assert starvation.seconds == 0
-    now = 20.0
-    starvation.saw(4)
-    now = 50.0
-    starvation.saw(4)
-    assert starvation.seconds == 30
-    starvation.saw(2)
-    assert starvation.seconds == 0
-    starvation.saw(5)
-    starvation.ended()
-    starvation.saw(9)
-    assert starvation.seconds == 0
-
-
 class DeafLog(MemoryLog):
     """Its runner's consumer polls and gets nothing, until it is healed."""
 
@@ -125,13 +90,10 @@ class DeafLog(MemoryLog):
         return consumer
 
 
-async def test_a_consumer_that_gets_nothing_although_there_is_more_and_more_starves(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(claims_module, "LAG_S", 0.0)
+async def test_a_consumer_that_gets_nothing_although_there_is_more_and_more_starves() -> None:
     log = DeafLog(TOPICS)
     rig = Rig(log, SETTINGS)
-    async with claiming(log) as claims:
+    async with claiming(log, lag_check_s=0.0) as claims:
         for n in range(3):  # the first look is at partitions that have just been assigned
             await rig.publish([n])
             assert await claims.claim(1, 0.01) == []
@@ -147,12 +109,11 @@ async def test_a_consumer_that_gets_nothing_although_there_is_more_and_more_star
         assert claims.starvation.seconds == 0
 
 
-async def test_what_a_pause_holds_back_is_nothing_to_starve_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims_module, "LAG_S", 0.0)
+async def test_what_a_pause_holds_back_is_nothing_to_starve_for() -> None:
     log = MemoryLog(TOPICS)
     rig, control = Rig(log, SETTINGS), log.producer()
     await publish_control(control, TOPICS, pause_record("held", True))
-    async with claiming(log) as claims:
+    async with claiming(log, lag_check_s=0.0) as claims:
         for n in range(12):
             await rig.publish([n], "held")
             assert await claims.claim(8, 0.01) == []

@@ -15,8 +15,7 @@ from pydantic import SecretStr
 from runner_rig import Rig, assert_whole, by_input, running, settings_for_tests, write_agent
 
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.consumers.runner import runner as runner_module
-from millstream.consumers.runner.runner import agent_environment
+from millstream.consumers.runner.runner import RunnerPolicy, agent_environment
 from millstream.producers.control import publish_resources
 from millstream.producers.log.port import OnAck
 from millstream.schemas.attempt_keys import claims_of
@@ -303,12 +302,10 @@ SLOW = """
 
 @MODES
 @pytest.mark.parametrize("name", ["asleep", "blocked", "stubborn", "blocks_the_loop"])
-async def test_a_time_out_ends_the_attempt_whatever_the_agent_does(
-    tmp_path: Path, processes: int, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner_module, "CANCEL_GRACE_S", 0.2)
+async def test_a_time_out_ends_the_attempt_whatever_the_agent_does(tmp_path: Path, processes: int, name: str) -> None:
     folder = write_agent(tmp_path, SLOW, f"slow_{processes}_{name}.py")
-    async with running(f"slow_{processes}_{name}:{name}", folder, processes=processes, concurrency=1) as rig:
+    options: dict[str, Any] = {"processes": processes, "concurrency": 1, "policy": RunnerPolicy(cancel_grace_s=0.2)}
+    async with running(f"slow_{processes}_{name}:{name}", folder, **options) as rig:
         await rig.publish([6], timeout_s=0.3)
         began = time.monotonic()
         (one,) = (await rig.ends(1)).values()
@@ -390,12 +387,12 @@ async def test_a_stop_lets_running_attempts_end_and_gives_up_the_rest(tmp_path: 
     assert ended["60"].last.error.type == "stopped"
 
 
-async def test_a_full_runner_stays_in_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner_module, "STAY_S", 0.1)
+async def test_a_full_runner_stays_in_its_group(tmp_path: Path) -> None:
     folder = write_agent(tmp_path, SLOW, "slow_full.py")
     settings = settings_for_tests()
     log = MemoryLog(settings.topics, session_timeout_s=0.6)
-    async with running("slow_full:asleep", folder, processes=1, concurrency=1, log=log, settings=settings) as rig:
+    options: dict[str, Any] = {"processes": 1, "concurrency": 1, "policy": RunnerPolicy(stay_s=0.1)}
+    async with running("slow_full:asleep", folder, log=log, settings=settings, **options) as rig:
         tasks = await rig.publish([2.0])
         other = log.consumer(f"{settings.topic_prefix}.runner")
         await other.subscribe([settings.topics.tasks("low")])

@@ -6,7 +6,7 @@ import pytest
 from runner_rig import Rig, assert_whole, by_input, running, settings_for_tests, terminal, write_agent
 
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.consumers.runner import runner as runner_module
+from millstream.consumers.runner.runner import RunnerPolicy
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.schemas.wire.records import AttemptEvent, Control, Span
 
@@ -64,12 +64,10 @@ async def test_running_attempts_are_cancelled_and_others_go_on(tmp_path: Path, p
 
 
 @MODES
-async def test_an_agent_that_ignores_its_cancel_is_killed(
-    tmp_path: Path, processes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner_module, "CANCEL_GRACE_S", 0.2)
+async def test_an_agent_that_ignores_its_cancel_is_killed(tmp_path: Path, processes: int) -> None:
     folder = write_agent(tmp_path, SLOW, f"stubborn_{processes}.py")
-    async with running(f"stubborn_{processes}:stubborn", folder, processes=processes) as rig:
+    policy = RunnerPolicy(cancel_grace_s=0.2)
+    async with running(f"stubborn_{processes}:stubborn", folder, processes=processes, policy=policy) as rig:
         (task,) = await rig.publish(["slow"])
         await begun(rig, 1)
         await say(rig, cancel_record("rollout", task.rollout_id))
@@ -143,12 +141,10 @@ async def test_a_paused_task_survives_the_runner_that_held_it() -> None:
     assert len(by_input(await rig.everything())) == 2
 
 
-async def test_who_shares_a_process_with_an_attempt_that_has_to_be_killed_is_lost(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(runner_module, "CANCEL_GRACE_S", 0.2)
+async def test_an_attempt_that_shares_a_killed_process_is_lost(tmp_path: Path) -> None:
     folder = write_agent(tmp_path, SLOW, "shared.py")
-    async with running("shared:stubborn", folder, processes=1, concurrency=2) as rig:
+    policy = RunnerPolicy(cancel_grace_s=0.2)
+    async with running("shared:stubborn", folder, processes=1, concurrency=2, policy=policy) as rig:
         await rig.publish(["other"], timeout_s=60)
         await rig.publish(["late"], timeout_s=0.3)
         ended = await rig.ends(2)
