@@ -1,30 +1,57 @@
-"""Commands that steer what is already published: cancel, pause, resume."""
+"""Commands that publish tasks, and cancel, pause and resume what is published."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import with_log
-from millstream.pipeline.cli.output import out
+from millstream.pipeline.cli.output import Json, err, out, print_rows
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.producers.log.port import closing
+from millstream.producers.tasks import TaskPublisher, read_tasks
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.wire.records import Control
 
 app = typer.Typer()
 
-Experiment = Annotated[str, typer.Argument(help="Its id, as given to `millstream publish --experiment`.")]
+Experiment = Annotated[str, typer.Argument(help="Experiment id, as given to `millstream publish --experiment`.")]
+
+
+@app.command(epilog="Example: millstream publish tasks.jsonl --group-size 8 --priority high")
+def publish(
+    file: Annotated[Path, typer.Argument(help='JSON lines: {"input": …, "mode": …, "metadata": …}.')],
+    group_size: Annotated[int, typer.Option(min=1, help="Rollouts per line; they form a group.")] = 1,
+    priority: Annotated[str, typer.Option(help="high, normal or low.")] = "normal",
+    experiment: Annotated[str, typer.Option(help="Experiment that the rollouts belong to.")] = "",
+    skip_bad: Annotated[bool, typer.Option(help="Skip malformed lines and publish the others.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Publish the tasks of a file: all or none, unless --skip-bad is given."""
+    settings = load_settings()
+    tasks, bad = read_tasks(
+        file, settings, group_size=group_size, priority=priority, experiment_id=experiment, skip_bad=skip_bad
+    )
+    for problem in bad:
+        err.print(f"skipped: {problem}", highlight=False)
+
+    async def work(log: Log) -> None:
+        async with closing(log.producer()) as producer:
+            await TaskPublisher(producer, settings.topics).publish(tasks)
+
+    with_log(settings, work)
+    print_rows(["rollout_id", "group_id"], [[t.rollout_id, t.group_id] for t in tasks], as_json, limit=20)
 
 
 @app.command(epilog="Example: millstream cancel --group 0190d2f2-7a5c-7d34-9e1b-2f4a8b6c1d00")
 def cancel(
-    rollout: Annotated[str, typer.Argument(help="A rollout's id.")] = "",
+    rollout: Annotated[str, typer.Argument(help="Id of a rollout.")] = "",
     group: Annotated[str, typer.Option(help="All rollouts of a group.")] = "",
     experiment: Annotated[str, typer.Option(help="All rollouts of an experiment.")] = "",
 ) -> None:
-    """End rollouts for good, whether they wait, run, or are yet to be published."""
+    """Cancel rollouts that are queued, running, or published later."""
     if sum(map(bool, (rollout, group, experiment))) != 1:
         raise ConfigError("cancel takes one of: the id of a rollout, --group, --experiment")
     if rollout:
@@ -35,13 +62,13 @@ def cancel(
 
 @app.command(epilog="Example: millstream pause my-experiment")
 def pause(experiment: Experiment) -> None:
-    """Claim no more tasks of an experiment; what runs goes on. Tasks behind them on the same partition wait as well."""
+    """Stop claiming an experiment's tasks, and what is behind them on their partitions. Running attempts go on."""
     _publish(pause_record(experiment, True))
 
 
 @app.command(epilog="Example: millstream resume my-experiment")
 def resume(experiment: Experiment) -> None:
-    """Claim the tasks of a paused experiment again."""
+    """Claim a paused experiment's tasks again."""
     _publish(pause_record(experiment, False))
 
 

@@ -1,4 +1,4 @@
-"""Commands about the processes of a deployment: who works, and how much waits for them."""
+"""Commands that list the processes of a deployment and the tasks that wait for them."""
 
 import time
 from typing import Annotated, Any
@@ -17,23 +17,23 @@ app = typer.Typer()
 
 @app.command(epilog="Example: millstream workers --all")
 def workers(
-    everybody: Annotated[bool, typer.Option("--all", help="Those that have ended, too.")] = False,
+    ended: Annotated[bool, typer.Option("--all", help="Include processes that have ended.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the processes that work now, and what they do."""
+    """List running processes, their slots and their running attempts."""
     settings = load_settings()
     now = time.time_ns()
     rows = [
         [w.worker_id, w.role, w.host, w.version, w.slots, w.running, date(w.started), date(w.last_seen)]
         for w in with_log(settings, lambda log: read_workers(log, settings.topics))
-        if everybody or is_alive(w, now)
+        if ended or is_alive(w, now)
     ]
     print_rows(["worker_id", "role", "host", "version", "slots", "running", "started", "last_seen"], rows, as_json)
 
 
 @app.command(epilog="Example: millstream lag --json")
 def lag(as_json: Json = False) -> None:
-    """Show how many tasks wait, and (unclaimed + running) / slots: above 1, more runners would help."""
+    """Show waiting tasks and the load, (unclaimed + running) / slots. Above 1, more runners would help."""
     settings = load_settings()
 
     async def ask(log: Log) -> tuple[dict[str, int], list[Worker]]:
@@ -43,7 +43,7 @@ def lag(as_json: Json = False) -> None:
     now = time.time_ns()
     alive = [w for w in found if is_alive(w, now)]
     slots, running = sum(w.slots for w in alive), sum(w.running for w in alive)
-    # What runs is known of all priorities together.
+    # Running attempts are known for all priorities together only.
     rows: list[list[Any]] = [[priority, n, None, None, _load(n, slots)] for priority, n in waiting.items()]
     total = sum(waiting.values())
     print_rows(

@@ -6,40 +6,22 @@ import sys
 import time
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from millstream.pipeline.cli.main import app
 
-COMMANDS = [
-    ["topics", "create"],
-    ["publish"],
-    ["runner"],
-    ["adapter"],
-    ["sink"],
-    ["proxy"],
-    ["train"],
-    ["rollouts"],
-    ["spans"],
-    ["triplets"],
-    ["rewards"],
-    ["sql"],
-    ["explain", "rollout"],
-    ["dataset", "messages"],
-    ["dataset", "preferences"],
-    ["dataset", "text"],
-    ["diff"],
-    ["export"],
-    ["dead", "list"],
-    ["dead", "show"],
-    ["dead", "replay"],
-    ["cancel"],
-    ["pause"],
-    ["resume"],
-    ["workers"],
-    ["lag"],
-    ["kafka", "up"],
-    ["kafka", "down"],
-    ["kafka", "status"],
-]
+
+def commands(group, *path):
+    """The names of every command, subcommands included."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, *path, name)
+        else:
+            yield [*path, name]
+
+
+COMMANDS = list(commands(get_command(app)))
 
 
 def millstream(*arguments, cwd=None, **environment):
@@ -57,12 +39,18 @@ def millstream(*arguments, cwd=None, **environment):
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_has_help_with_an_example(command):
-    from typer.testing import CliRunner
-
     result = CliRunner().invoke(app, [*command, "--help"])
     assert result.exit_code == 0
     assert "Example:" in result.output
     assert f"millstream {' '.join(command)}" in result.output
+
+
+def test_all_families_of_commands_are_there():
+    assert {" ".join(command) for command in COMMANDS} >= {
+        *("runner", "adapter", "sink", "proxy", "gateway", "train", "model serve"),
+        *("publish", "cancel", "pause", "resume", "workers", "lag", "topics create", "kafka up", "dead list"),
+        *("rollouts", "sql", "explain rollout", "dataset text", "replay"),
+    }
 
 
 def test_a_broken_line_publishes_nothing_and_is_named(tmp_path):

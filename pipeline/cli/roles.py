@@ -1,0 +1,278 @@
+"""Commands that run a role of a deployment as a process, and wire its parts."""
+
+import asyncio
+import gc
+import os
+import signal
+from collections.abc import Awaitable, Callable, Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.consumers.log.port import Log
+from millstream.pipeline.cli.model import app as model_app
+from millstream.pipeline.cli.output import Json, err, out, print_rows
+from millstream.schemas import metrics
+from millstream.schemas.config.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from millstream.pipeline.services.health import Health
+
+app = typer.Typer()
+
+EXIT_INTERRUPTED = 130
+
+HealthPort = Annotated[int, typer.Option(min=0, help="Serves /livez, /readyz and /metrics on health_host; 0: off.")]
+
+
+@app.command(epilog="Example: millstream runner examples.calculator.agent:agent --processes 2 --concurrency 8")
+def runner(
+    agent: Annotated[str, typer.Argument(help="module:attribute of the agent, relative to the current folder.")],
+    processes: Annotated[int | None, typer.Option(min=0, help="Agent processes; 0: run agents in threads.")] = None,
+    concurrency: Annotated[int | None, typer.Option(min=1, help="Concurrent attempts in each process.")] = None,
+    env: Annotated[list[str] | None, typer.Option(help="Environment variable to pass to agents; repeatable.")] = None,
+    drain_s: Annotated[
+        float, typer.Option(min=0, help="Seconds for running attempts to end after a stop signal.")
+    ] = 30.0,
+    hook: Annotated[list[str] | None, typer.Option(help="module:attribute of a hook; repeatable.")] = None,
+    instrument: Annotated[
+        str | None,
+        typer.Option(help="Frameworks to trace, such as openai,langchain, or none. Default: all that are installed."),
+    ] = None,
+    memory_limit: Annotated[int | None, typer.Option(min=1, help="Memory limit of an agent process in MiB.")] = None,
+    max_attempts_per_process: Annotated[
+        int | None, typer.Option(min=1, help="Attempts after which an agent process is replaced.")
+    ] = None,
+    health_port: HealthPort = 0,
+) -> None:
+    """Claim tasks and run an agent on them."""
+    from millstream.consumers.runner.runner import Runner
+
+    settings = load_settings(runner_processes=processes, runner_concurrency=concurrency)
+
+    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+        role = Runner(
+            log,
+            settings,
+            agent,
+            env=env or (),
+            drain_s=drain_s,
+            memory_limit=memory_limit,
+            max_attempts_per_process=max_attempts_per_process,
+            hooks=hook or (),
+            instrument=instrument,
+        )
+        health.export(metrics.SLOTS, lambda: role.load()[0])
+        health.export(metrics.RUNNING, lambda: role.load()[1])
+        health.export(metrics.HEARTBEAT_AGE, lambda: role.silent_s)
+        health.check(metrics.STARVING, lambda: role.starving_s)
+        health.registry.register(role)
+        await role.run(stop)
+
+    _run_role(settings, "runner", health_port, work)
+
+
+@app.command(epilog="Example: millstream adapter --replica 0")
+def adapter(
+    replica: Annotated[
+        str, typer.Option(help="Stable name of this replica. Two with one name fence each other.")
+    ] = "0",
+    function: Annotated[
+        str, typer.Option("--adapter", help="module:attribute of a function from a Trace to triplets.")
+    ] = "",
+    health_port: HealthPort = 0,
+) -> None:
+    """Settle rollouts: turn their spans into triplets, and end each rollout exactly once."""
+    from millstream.consumers.adapter.adapter import LOST_CALL_S, Adapter
+    from millstream.consumers.adapter.triplets import TripletMaker
+    from millstream.schemas.import_path import load_object
+
+    settings = load_settings()
+    maker = TripletMaker(settings.triplets)
+    chosen = load_object("adapter", function, str(Path.cwd())) if function else maker
+
+    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+        topics = settings.topics
+        transactional_id = f"{topics.prefix}.adapter.{replica}"
+        role = Adapter(log, topics, transactional_id=transactional_id, to_triplets=chosen)
+        health.check(metrics.TRANSACTION_AGE, lambda: role.call_s, LOST_CALL_S)
+        if chosen is maker:
+            health.export(metrics.CALLS_DROPPED, lambda: maker.calls_dropped)
+            health.export(metrics.REWARDS_LEFT_OUT, lambda: maker.rewards_left_out)
+        await role.run(stop)
+
+    _run_role(settings, "adapter", health_port, work)
+
+
+@app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb://runs/store millstream sink --flush-ms 500")
+def sink(
+    kind: Annotated[
+        str, typer.Option("--sink", help="clickhouse, parquet, otlp, or module:attribute of your own (ms.Sink).")
+    ] = "clickhouse",
+    name: Annotated[str | None, typer.Option(help="Sinks with one name share the records. Default: by --sink.")] = None,
+    flush_rows: Annotated[int | None, typer.Option(min=1, help="Maximum records of a batch.")] = None,
+    flush_bytes: Annotated[int, typer.Option(min=1, help="Maximum bytes of a batch.")] = 32 << 20,
+    flush_ms: Annotated[
+        int, typer.Option(min=1, help="Milliseconds after which a batch is stored, full or not.")
+    ] = 1000,
+    health_port: HealthPort = 0,
+) -> None:
+    """Write all records to ClickHouse, Parquet files, a tracing back end, or a sink of your own."""
+    from millstream.consumers.sink.sink import FlushPolicy, SinkRole
+    from millstream.pipeline.store.choose_sink import open_sink, sink_name
+
+    settings = load_settings(span_batch_size=flush_rows)
+    group = sink_name(kind) if name is None else name
+    policy = FlushPolicy(settings.span_batch_size, flush_bytes, flush_ms / 1000)
+
+    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+        opened = open_sink(kind, settings)
+        try:
+            role = SinkRole(log, opened, settings, name=group, flush=policy)
+            health.trouble = lambda: role.trouble
+            health.export(metrics.SINK_OUTAGE, lambda: role.outage_s)
+            health.export(metrics.SINK_WAITING, lambda: role.waiting)
+            health.export(metrics.SINK_STORED, lambda: role.stats.records)
+            health.export(metrics.SINK_RETRIES, lambda: role.stats.retries)
+            health.export(metrics.SINK_DEAD, lambda: role.stats.dead_letters)
+            await role.run(stop)
+        finally:
+            opened.close()
+
+    _run_role(settings, "sink", health_port, work)
+
+
+@app.command(epilog="Example: MILLSTREAM_MODEL_URL=http://127.0.0.1:8500 millstream proxy")
+def proxy(
+    listen: Annotated[str, typer.Option(help="Address to listen at. Default: the first of proxy_url.")] = "",
+    admin: Annotated[str, typer.Option(help="Address of the admin endpoint, http://HOST:PORT.")] = "",
+    drain_s: Annotated[float, typer.Option(min=0, help="Seconds for running calls to end after a stop signal.")] = 60.0,
+    health_port: HealthPort = 0,
+) -> None:
+    """Forward agents' calls to model servers, and record each call as a span."""
+    import uvloop
+
+    from millstream.pipeline.proxy import Proxy
+    from millstream.pipeline.proxy.app import check_open
+    from millstream.pipeline.services.serve_aiohttp import serve
+
+    settings = load_settings()
+
+    url = listen or next(iter(settings.proxy_urls), "http://127.0.0.1:8400")
+    check_open(settings, urlsplit(url).hostname or "", urlsplit(admin).hostname or "")
+
+    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+        front = Proxy(log, settings)
+        health.export(metrics.CALLS_IN_FLIGHT, lambda: front.in_flight)
+        health.export(metrics.CALLS_UNRECORDED, lambda: front.unrecorded)
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(serve(front.app, url, shutdown_s=drain_s, reuse_port=True))
+            if admin:
+                await stack.enter_async_context(serve(front.admin(), admin))
+            await stop.wait()
+
+    _run_role(settings, "proxy", health_port, work, uvloop.run)
+
+
+@model_app.command(
+    epilog="Example: millstream model serve runs/model --name policy --adapters 4 --arg=--dtype=bfloat16"
+)
+def serve(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face model folder below weights_root.")],
+    name: Annotated[str, typer.Option(help="Model name that agents request.")] = "policy",
+    version: Annotated[str, typer.Option(help="Version of the weights in the folder: run.epoch.step.")] = "base.0.0",
+    upstream: Annotated[
+        str, typer.Option(help="Name of the model in the proxies' settings: [upstreams.NAME].")
+    ] = "policy",
+    replicas: Annotated[
+        int, typer.Option(min=1, help="vLLM processes; new weights are loaded one process at a time.")
+    ] = 1,
+    port: Annotated[
+        int, typer.Option(min=1, help="Loopback port of the first replica; the others use the next ones.")
+    ] = 8500,
+    adapters: Annotated[int, typer.Option(min=0, help="Maximum LoRA adapters in a batch; 0: off.")] = 0,
+    arg: Annotated[
+        list[str] | None, typer.Option(help="Argument for vLLM, as --arg=--dtype=float32; repeatable.")
+    ] = None,
+    log_dir: Annotated[Path, typer.Option(help="Folder for vLLM's logs.")] = Path("runs/vllm"),
+    health_port: HealthPort = 0,
+) -> None:
+    """Serve a model with vLLM and carry out `millstream model` commands. Needs `make vllm`, or vLLM for GPUs."""
+    from millstream.pipeline.models.role import ModelRole
+    from millstream.pipeline.models.vllm_process import VllmOptions
+    from millstream.pipeline.models.vllm_server import VllmServer
+
+    settings = load_settings()
+    options = VllmOptions(names=(name,), args=tuple(arg or ()), adapters=adapters, replicas=replicas)
+    server = VllmServer(folder, options, settings, log_dir, version=version, port=port)
+
+    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+        health.trouble = lambda: None if all(r.alive for r in server.replicas) else "a vLLM process is down"
+        await ModelRole(log, settings.topics, server, name, upstream).run(stop)
+
+    _run_role(settings, "model", health_port, work)
+
+
+@app.command(epilog="Example: millstream gateway --port 8600")
+def gateway(
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; any but loopback needs gateway_token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at; 0: any free one.")] = 8600,
+) -> None:
+    """Serve HTTP: publish, cancel, pause, status of rollouts, OTLP spans, a page that describes the topics."""
+    from millstream.pipeline.services.gateway import serve_gateway
+
+    asyncio.run(serve_gateway(load_settings(), host, port))
+
+
+@app.command(epilog="Example: millstream train examples/calculator/train.toml")
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file; see examples/calculator/train.toml.")],
+    health_port: HealthPort = 0,
+    as_json: Json = False,
+) -> None:
+    """Train with a configuration file; show progress, then a summary. Needs the `train` extra."""
+    from millstream.pipeline.training.config import train_from
+
+    summary = train_from(config, err if as_json else out, health_port=health_port)
+    values = summary.first_reward, summary.validation_reward, summary.rollouts, summary.rollouts_per_second
+    columns = ["steps", "first_reward", "validation_reward", "rollouts", "rollouts_per_second", "seconds"]
+    rounded = [value if value is None else round(value, 3) for value in (*values, summary.seconds)]
+    print_rows(columns, [[len(summary.steps), *rounded]], as_json)
+
+
+def _run_role(
+    settings: Settings,
+    role: str,
+    health_port: int,
+    work: Callable[[Log, "Health", asyncio.Event], Awaitable[None]],
+    run_loop: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run,
+) -> None:
+    """Runs until SIGTERM or SIGINT, then lets the role end gracefully. A second SIGINT ends it at once, which is safe:
+    its successor finds everything in the log."""
+    from millstream.pipeline.services.health import watched  # slow to import: not for `millstream --help`
+
+    async def run() -> None:
+        stop = asyncio.Event()
+
+        def interrupt() -> None:
+            if stop.is_set():
+                os._exit(EXIT_INTERRUPTED)
+            stop.set()
+
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
+        log = KafkaLog(settings)
+        await log.check()
+        async with watched(log, settings, role, health_port, stop, report=role != "runner") as health:
+            await work(log, health, stop)
+
+    # Modules live as long as the process. Scanning them takes the collector up to a tenth of a busy role's time.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
+    run_loop(run())
