@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from millstream.pipeline.models.policy import copy_weights, left_pad, load_model, load_tokenizer, one_thread
-from millstream.pipeline.protocols.completion import BackendUnavailable, Completion
 
 READ = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "logprobs"} | {
     "return_token_ids",
@@ -42,7 +41,21 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class BadRequest(Exception):
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """With status 200 ``body`` is an OpenAI chat completion; if ``return_token_ids`` was asked for, in vLLM's form:
+    ``prompt_token_ids`` at the top, ``token_ids`` in each choice."""
+
+    status: int
+    body: dict[str, Any]
+    model_version: str | None  # of the weights that made the answer
+
+
+class EngineClosed(Exception):
+    """The engine answers no more requests."""
+
+
+class Unsupported(Exception):
     """A request that this engine can't answer; ``param`` is the field at fault."""
 
     def __init__(self, message: str, param: str | None, code: str = "unsupported_parameter") -> None:
@@ -108,15 +121,15 @@ class Engine:
         """Answers a chat completion request; status 400 with OpenAI's error body for what this engine can't do.
 
         The log-probability of a token is the model's own, before temperature (vLLM's default). Raises
-        `BackendUnavailable` if the engine has been closed.
+        `EngineClosed` if the engine has been closed.
         """
         try:
             job = self._job(request)
-        except BadRequest as error:
+        except Unsupported as error:
             return Completion(400, error.body, None)
         with self._asking:
             if self._closed:
-                raise BackendUnavailable("the engine is closed")
+                raise EngineClosed("the engine is closed")
             self._jobs.put(job)
         return await asyncio.wrap_future(job.future)
 
@@ -134,12 +147,12 @@ class Engine:
         request = {key: value for key, value in given.items() if value is not None}
         for key, value in request.items():
             if key not in READ | IGNORED and value not in NEUTRAL.get(key, ()):
-                raise BadRequest(f"this engine does not support {key}={value!r}", key)
+                raise Unsupported(f"this engine does not support {key}={value!r}", key)
         prompt = self.render(request.get("messages"))
         room = self._context - len(prompt)
         limit = _number(request, "max_completion_tokens", _number(request, "max_tokens", max(room, 1), int, 1), int, 1)
         if limit > room:
-            raise BadRequest(
+            raise Unsupported(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {limit}, "
                 f"but the model's context holds {self._context}",
                 "messages",
@@ -148,7 +161,7 @@ class Engine:
         stop = request.get("stop", [])
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-            raise BadRequest("stop has to be a text, or a list of texts", "stop", "invalid_value")
+            raise Unsupported("stop has to be a text, or a list of texts", "stop", "invalid_value")
         random = None
         if "seed" in request:
             random = torch.Generator().manual_seed(_number(request, "seed", 0, int))
@@ -165,14 +178,14 @@ class Engine:
         )
 
     def render(self, messages: Any) -> list[int]:
-        """The token ids of a prompt. Raises `BadRequest`."""
+        """The token ids of a prompt. Raises `Unsupported`."""
         if not isinstance(messages, list) or not messages:
-            raise BadRequest("messages has to be a list of at least one message", "messages", "invalid_value")
+            raise Unsupported("messages has to be a list of at least one message", "messages", "invalid_value")
         plain = []
         for i, message in enumerate(messages):
             text = _text(message.get("content")) if isinstance(message, dict) else None
             if text is None or not isinstance(message.get("role"), str) or message.get("tool_calls"):
-                raise BadRequest(f"messages[{i}] needs a role, and text as its content", "messages", "invalid_value")
+                raise Unsupported(f"messages[{i}] needs a role, and text as its content", "messages", "invalid_value")
             plain.append({"role": message["role"], "content": text})
         ids = self._tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=True, return_dict=False)
         return list(ids)
@@ -302,7 +315,7 @@ def _number(
     fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
     if not fits or (least is not None and not value >= least):
         limit = "" if least is None else f" of at least {least:g}"
-        raise BadRequest(f"{key} has to be a {kind.__name__}{limit}, not {value!r}", key, "invalid_value")
+        raise Unsupported(f"{key} has to be a {kind.__name__}{limit}, not {value!r}", key, "invalid_value")
     return value
 
 

@@ -5,15 +5,14 @@ from typing import Any
 
 from aiohttp import web
 
-from millstream.pipeline.models.engine import BadRequest, Engine
-from millstream.pipeline.protocols import sse
-from millstream.pipeline.protocols.completion import MODEL_VERSION, BackendUnavailable, Completion
+from millstream.pipeline.models.engine import Completion, Engine, EngineClosed, Unsupported
+from millstream.pipeline.protocols import model_version, sse
 from millstream.pipeline.protocols.openai import chunks_of, error_body
 
 
 def engine_app(engine: Engine) -> web.Application:
-    """``POST /v1/chat/completions`` (also streamed; `MODEL_VERSION` says which weights answered), ``POST /tokenize``,
-    ``GET /v1/models`` and ``GET /health``. The engine stays the caller's to close."""
+    """``POST /v1/chat/completions`` (also streamed; `model_version` says how it names its weights), ``POST /tokenize``,
+    ``GET /v1/models`` and ``GET /health``. The caller closes the engine."""
 
     async def chat(request: web.Request) -> web.StreamResponse:
         body = await _body(request)
@@ -22,9 +21,9 @@ def engine_app(engine: Engine) -> web.Application:
         stream, options = body.pop("stream", False), body.pop("stream_options", None) or {}
         try:
             answer = await engine.chat(body)
-        except BackendUnavailable as error:
+        except EngineClosed as error:
             return web.json_response(error_body(str(error), 503), status=503)
-        headers = {MODEL_VERSION: answer.model_version} if answer.model_version is not None else {}
+        headers = {model_version.HEADER: answer.model_version} if answer.model_version is not None else {}
         if stream and answer.status == 200:
             return await _stream(request, answer, headers, bool(options.get("include_usage")))
         return web.json_response(answer.body, status=answer.status, headers=headers)
@@ -32,7 +31,7 @@ def engine_app(engine: Engine) -> web.Application:
     async def tokenize(request: web.Request) -> web.Response:
         try:
             tokens = engine.render((await _body(request)).get("messages"))
-        except BadRequest as error:
+        except Unsupported as error:
             return web.json_response(error.body, status=400)
         return web.json_response({"count": len(tokens), "tokens": tokens})
 
@@ -57,12 +56,11 @@ def engine_app(engine: Engine) -> web.Application:
 
 
 async def _stream(request: web.Request, answer: Completion, headers: dict[str, str], usage: bool) -> web.StreamResponse:
-    """A whole batch is made at once: so the answer comes in one piece, in the form of a stream."""
+    """A batch is generated as a whole, so the answer comes in one piece, in the form of a stream."""
     response = web.StreamResponse(headers={**headers, "Content-Type": "text/event-stream"})
     await response.prepare(request)
     pieces = [sse.event(chunk) for chunk in chunks_of(answer.body) if chunk["choices"] or usage]
-    version = f": {MODEL_VERSION}={answer.model_version}\n\n".encode()
-    await response.write(b"".join(pieces) + version + sse.DONE)
+    await response.write(b"".join(pieces) + model_version.comment(answer.model_version) + sse.DONE)
     await response.write_eof()
     return response
 

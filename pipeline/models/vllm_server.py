@@ -19,7 +19,7 @@ from millstream.pipeline.addresses import free_port
 from millstream.pipeline.models.server import UpdateFailed
 from millstream.pipeline.models.vllm_process import PROBE_S, VllmOptions, VllmProcess
 from millstream.pipeline.models.weights import Weights, allowed, check_fit, check_version, prune, save
-from millstream.pipeline.protocols.completion import MODEL_VERSION
+from millstream.pipeline.protocols import model_version
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError, MillstreamError
 
@@ -239,7 +239,7 @@ class Replica:
         async with self._session.post(f"{self.process.url}{path}", json=body, params=params) as response:
             if response.status != 200:
                 raise ValueError(f"{path}: {response.status} {(await response.text())[:500]}")
-            served = response.headers.get(MODEL_VERSION)
+            served = response.headers.get(model_version.HEADER)
             json = response.content_type == "application/json"
             return (await response.json() if json else await response.text()), served
 

@@ -1,12 +1,11 @@
 """What clients may ask for, and how each kind of model server is asked for it. Pure.
 
-A server that speaks the client's protocol is asked in it. Others, and every policy (whose token ids only some
-interfaces give), are asked for a chat completion, which is told to the client in its own terms.
+A server that speaks the client's protocol is asked in it. Other servers, and every policy (whose token ids only some
+endpoints give), are asked for a chat completion, which is translated for the client.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, ClassVar, Final, Protocol
 
 from millstream.pipeline.protocols import anthropic, openai, responses
 from millstream.pipeline.protocols.answers import (
@@ -19,9 +18,13 @@ from millstream.pipeline.protocols.answers import (
 )
 from millstream.pipeline.protocols.openai import BadRequest, Stripped, choices_asked, policy_request
 
+COUNT_TOKENS: Final = "/v1/messages/count_tokens"
+MALFORMED: Final = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What code that reads a request or an answer raises if that has another form than its protocol says."""
+
 
 class Writer(Protocol):
-    """Tells the client an answer that came in other terms."""
+    """Translates an answer for the client."""
 
     def client_id(self, answer_id: str) -> str: ...
 
@@ -34,116 +37,174 @@ class Writer(Protocol):
     def error(self, message: str) -> bytes: ...
 
 
-@dataclass(frozen=True)
 class Endpoint:
-    """One interface of a client's. ``native``: kinds of servers that have it."""
+    """One path that clients may ask."""
 
-    path: str
-    operation: str  # gen_ai.operation.name
-    native: frozenset[str]
-    reader: Callable[[Json], Reader]
-    messages: Callable[[Json], list[Any]]  # the prompt as OpenAI messages
-    error_body: Callable[[str, int], Json] = openai.error_body
-    to_chat: Callable[[Json], Json] | None = None
-    writer: Callable[[Json], Writer] | None = None  # of chat completions
+    path: ClassVar[str]
+    operation: ClassVar[str] = "chat"  # gen_ai.operation.name
+    native: ClassVar[frozenset[str]]  # kinds of servers that have it
+    translated: ClassVar[bool] = False  # whether other servers can be asked for a chat completion instead
+
+    def reader(self, asked: Json) -> Reader:
+        """Reads the answer of a server that has this endpoint."""
+        raise NotImplementedError
+
+    def messages(self, asked: Json) -> list[Any]:
+        """The prompt as OpenAI messages."""
+        raise NotImplementedError
+
+    def to_chat(self, asked: Json) -> Json:
+        """The chat completion to ask for instead. Raises `BadRequest`."""
+        raise NotImplementedError
+
+    def writer(self, asked: Json) -> Writer:
+        """Translates that chat completion."""
+        raise NotImplementedError
+
+    def error_body(self, message: str, http_status: int) -> Json:
+        return openai.error_body(message, http_status)
 
 
-CHAT: Final = Endpoint(
-    "/v1/chat/completions",
-    "chat",
-    frozenset({"vllm", "openai", "anthropic"}),
-    lambda asked: ChatReader(choices_asked(asked)),
-    lambda asked: asked.get("messages") or [],
-)
-COMPLETIONS: Final = Endpoint(
-    "/v1/completions",
-    "text_completion",
-    frozenset({"vllm", "openai"}),
-    lambda asked: ChatReader(choices_asked(asked), text=True),
-    openai.prompt_messages,
-)
-RESPONSES: Final = Endpoint(
-    "/v1/responses",
-    "chat",
-    frozenset({"openai"}),
-    lambda _asked: ResponsesReader(),
-    responses.to_messages,
-    to_chat=responses.to_chat,
-    writer=responses.ResponsesWriter,
-)
-MESSAGES: Final = Endpoint(
-    "/v1/messages",
-    "chat",
-    frozenset({"anthropic"}),
-    lambda _asked: AnthropicReader(),
-    anthropic.to_messages,
-    error_body=anthropic.error_body,
-    to_chat=anthropic.to_chat,
-    writer=anthropic.AnthropicWriter,
-)
-EMBEDDINGS: Final = Endpoint(
-    "/v1/embeddings", "embeddings", frozenset({"vllm", "openai"}), lambda _asked: UsageReader(), lambda _asked: []
-)
-ENDPOINTS: Final = {endpoint.path: endpoint for endpoint in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS)}
-MALFORMED: Final = (AttributeError, IndexError, KeyError, TypeError, ValueError)
-COUNT_TOKENS: Final = "/v1/messages/count_tokens"
+class Chat(Endpoint):
+    path = "/v1/chat/completions"
+    native = frozenset({"vllm", "openai", "anthropic"})
+
+    def reader(self, asked: Json) -> Reader:
+        return ChatReader(choices_asked(asked))
+
+    def messages(self, asked: Json) -> list[Any]:
+        return asked.get("messages") or []
+
+
+class Completions(Endpoint):
+    path = "/v1/completions"
+    operation = "text_completion"
+    native = frozenset({"vllm", "openai"})
+
+    def reader(self, asked: Json) -> Reader:
+        return ChatReader(choices_asked(asked), text=True)
+
+    def messages(self, asked: Json) -> list[Any]:
+        return openai.prompt_messages(asked)
+
+
+class Responses(Endpoint):
+    path = "/v1/responses"
+    native = frozenset({"openai"})
+    translated = True
+
+    def reader(self, asked: Json) -> Reader:
+        return ResponsesReader()
+
+    def messages(self, asked: Json) -> list[Any]:
+        return responses.to_messages(asked)
+
+    def to_chat(self, asked: Json) -> Json:
+        return responses.to_chat(asked)
+
+    def writer(self, asked: Json) -> Writer:
+        return responses.ResponsesWriter(asked)
+
+
+class Messages(Endpoint):
+    path = "/v1/messages"
+    native = frozenset({"anthropic"})
+    translated = True
+
+    def reader(self, asked: Json) -> Reader:
+        return AnthropicReader()
+
+    def messages(self, asked: Json) -> list[Any]:
+        return anthropic.to_messages(asked)
+
+    def to_chat(self, asked: Json) -> Json:
+        return anthropic.to_chat(asked)
+
+    def writer(self, asked: Json) -> Writer:
+        return anthropic.AnthropicWriter(asked)
+
+    def error_body(self, message: str, http_status: int) -> Json:
+        return anthropic.error_body(message, http_status)
+
+
+class Embeddings(Endpoint):
+    path = "/v1/embeddings"
+    operation = "embeddings"
+    native = frozenset({"vllm", "openai"})
+
+    def reader(self, asked: Json) -> Reader:
+        return UsageReader()
+
+    def messages(self, asked: Json) -> list[Any]:
+        return []
+
+
+CHAT: Final = Chat()
+COMPLETIONS: Final = Completions()
+EMBEDDINGS: Final = Embeddings()
+ENDPOINTS: Final = {each.path: each for each in (CHAT, COMPLETIONS, Responses(), Messages(), EMBEDDINGS)}
 
 
 @dataclass(slots=True)
 class Plan:
-    """How a server is asked, and how its answer is told. Without a ``writer`` the client gets the server's bytes."""
+    """How one request is put to a server, and how the answer is translated."""
 
-    path: str
-    asked: Json  # what the model is asked, in the server's protocol; what the span tells
-    request: Json  # the same with what the proxy needs to know
+    endpoint: Endpoint  # that the client asks
+    served_by: Endpoint  # that the server is asked at
+    client_asked: Json
+    asked: Json  # the same in the server's protocol; what the span records
+    request: Json  # `asked`, and what the proxy needs to know besides
     messages: list[Any]
-    reader: Callable[[], Reader]
-    writer: Callable[[], Writer] | None
-    rechunk: bool = False  # the client wants a stream, the server is asked for a whole answer
+    policy: bool  # the server is asked for tokens
+    rechunk: bool  # the client wants a stream, the server is asked for a whole answer
+
+    @property
+    def path(self) -> str:
+        return self.served_by.path
+
+    def reader(self) -> Reader:
+        return self.served_by.reader(self.asked)
+
+    def writer(self) -> Writer | None:
+        """None if the client gets the server's bytes."""
+        if self.served_by is not self.endpoint:
+            return self.endpoint.writer(self.client_asked)
+        return Stripped(self.client_asked) if self.policy else None
 
 
 def plan(endpoint: Endpoint, asked: Json, kind: str) -> Plan:
-    """Raises `BadRequest`."""
+    """``kind`` is that of the server. Raises `BadRequest`."""
     try:
-        return _plan(endpoint, asked, kind)
+        made = _plan(endpoint, asked, kind)
+        made.reader()  # they read the request, too
+        made.writer()
     except MALFORMED as error:  # a list where an object belongs, and the like
-        raise BadRequest(f"the request has not the form of {endpoint.path}: {error!r}") from error
+        raise BadRequest(f"the request does not have the form of {endpoint.path}: {error!r}") from error
+    return made
 
 
 def _plan(endpoint: Endpoint, asked: Json, kind: str) -> Plan:
     translated = kind not in endpoint.native
-    if translated and endpoint.to_chat is None:
+    if translated and not endpoint.translated:
         raise BadRequest(f"the server of model {asked.get('model')!r} has no {endpoint.path}")
-    chat = endpoint.to_chat(asked) if translated and endpoint.to_chat is not None else asked
-    spoken = CHAT if translated else endpoint
-    translate = endpoint.writer
-    writer: Callable[[], Writer] | None = None
-    if translated and translate is not None:
-        writer = lambda: translate(asked)  # noqa: E731
-    request, rechunk = chat, False
-    if kind == "vllm" and spoken is not EMBEDDINGS:
-        # A tool parser swallows pieces of a stream, and the ids of their tokens with them: asked for whole.
+    chat = endpoint.to_chat(asked) if translated else asked
+    served_by = CHAT if translated else endpoint
+    policy, rechunk = kind == "vllm" and served_by is not EMBEDDINGS, False
+    request = chat
+    if policy:
+        # A tool parser swallows pieces of a stream and the ids of their tokens, so the answer is asked for whole.
         rechunk = bool(asked.get("stream") and chat.get("tools") and chat.get("tool_choice") != "none")
         if rechunk:
             chat = {name: value for name, value in chat.items() if name not in ("stream", "stream_options")}
-        request = policy_request(chat, text=spoken is COMPLETIONS)
-        writer = writer or (lambda: Stripped(asked))
+        request = policy_request(chat, text=served_by is COMPLETIONS)
     elif translated and chat.get("stream"):
         request = {**chat, "stream_options": {"include_usage": True}}
-    return Plan(
-        path=spoken.path,
-        asked=chat,
-        request=request,
-        messages=_messages(endpoint, asked),
-        reader=lambda: spoken.reader(chat),
-        writer=writer,
-        rechunk=rechunk,
-    )
+    return Plan(endpoint, served_by, asked, chat, request, _messages(endpoint, asked), policy, rechunk)
 
 
 def _messages(endpoint: Endpoint, asked: Json) -> list[Any]:
     try:
         found = endpoint.messages(asked)
-    except (BadRequest, *MALFORMED):  # what only its own server understands, if anybody, is recorded as it is
+    except (BadRequest, *MALFORMED):  # what only its own server understands is recorded as it is
         found = asked.get("messages") or asked.get("input") or []
     return found if isinstance(found, list) else [found]

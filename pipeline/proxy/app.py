@@ -1,17 +1,17 @@
-"""The LLM proxy's HTTP: what an agent asks a model, and the answer token by token, becomes a span before it ends.
+"""The LLM proxy's HTTP interface: it authorises and reads requests, and answers errors in the client's protocol.
 
     /rollout/{id}/attempt/{id}/v1/…     POST chat/completions, completions, responses, embeddings, messages,
                                         messages/count_tokens; GET models: bound to the attempt by path and key
     /rollout/{id}/attempt/{id}/close    POST: no more calls; answers {"spans": how many there were}
 
-Nothing else is passed on: a model server's other endpoints can't be reached through here.
+Nothing else is passed on: a model server's other endpoints can't be reached through the proxy.
 """
 
 import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final, cast
 
 import orjson
@@ -24,9 +24,12 @@ from millstream.pipeline.protocols import anthropic, openai
 from millstream.pipeline.protocols.answers import Json
 from millstream.pipeline.protocols.endpoints import COUNT_TOKENS, ENDPOINTS, MALFORMED
 from millstream.pipeline.protocols.openai import BadRequest
-from millstream.pipeline.proxy.attempts import Attempts, ProxiedAttempt
-from millstream.pipeline.proxy.calls import CallError, Calls
-from millstream.pipeline.proxy.replicas import Failed
+from millstream.pipeline.proxy.attempts import AttemptPolicy, Attempts, ProxiedAttempt
+from millstream.pipeline.proxy.cache import AnswerCache
+from millstream.pipeline.proxy.calls import Calls
+from millstream.pipeline.proxy.errors import CallError
+from millstream.pipeline.proxy.recorder import Recorder
+from millstream.pipeline.proxy.replicas import Failed, ReplicaPolicy
 from millstream.pipeline.proxy.targets import Targets
 from millstream.producers.blob_store import Blobs
 from millstream.producers.log.acknowledged import BURST_MS
@@ -37,25 +40,38 @@ from millstream.schemas.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
-BODY_S: Final = 30.0  # for a request's body to arrive
-MODELS_S: Final = 5.0  # for the list of an upstream's models
 ATTEMPT: Final = "/rollout/{rollout_id:[0-9A-Za-z_.-]{1,100}}/attempt/{attempt_id:[0-9A-Za-z_.-]{1,100}}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxyPolicy:
+    """What a proxy waits for, and how much it keeps."""
+
+    body_s: float = 30.0  # for a request's body to arrive
+    models_s: float = 5.0  # for the list of an upstream's models
+    record_s: float = 30.0  # for a span's acknowledgement, before its call fails; covers the restart of a broker
+    cache_bytes: int = 64 << 20  # of cached answers; some 10,000 of usual size
+    attempts: AttemptPolicy = field(default_factory=AttemptPolicy)
+    replicas: ReplicaPolicy = field(default_factory=ReplicaPolicy)
 
 
 class Proxy:
     """An aiohttp application (`app`), and another one for its operators (`admin`). Both live while `app` is served."""
 
-    def __init__(self, log: Log, settings: Settings) -> None:
+    def __init__(self, log: Log, settings: Settings, policy: ProxyPolicy = ProxyPolicy()) -> None:
         """Raises `ConfigError` naming the setting that does not fit."""
+        self._policy = policy
         self._log = log
         self._settings = settings
         self._control = ControlFollower(log, settings.topics)
-        self._targets = Targets(settings, self._control)
+        self._targets = Targets(settings, self._control, policy.replicas)
         self._attempts = Attempts(
             settings.proxy_secret.get_secret_value(),
             shared_key=settings.proxy_shared_key.get_secret_value(),
             limits=settings.key_limits,
+            policy=policy.attempts,
         )
+        self._recorder: Recorder
         self._calls: Calls
         self._producer: Producer
         self.app = web.Application(client_max_size=settings.max_record_bytes)
@@ -76,15 +92,17 @@ class Proxy:
     @property
     def unrecorded(self) -> int:
         """Calls whose span the log did not take."""
-        return self._calls.unrecorded
+        return self._recorder.unrecorded
 
     async def _lifespan(self, _app: web.Application) -> AsyncIterator[None]:
         self._producer = self._log.producer(linger_ms=BURST_MS)
         blobs = Blobs(self._settings.blob_url)
-        self._calls = Calls(self._producer, self._settings.topics, self._targets, blobs, self._settings.cache_ttl_s)
+        self._recorder = Recorder(self._producer, self._settings.topics, blobs, self._policy.record_s)
+        cache = AnswerCache(self._settings.cache_ttl_s, self._policy.cache_bytes)
+        self._calls = Calls(self._targets, self._recorder, cache)
         await self._control.start()
         yield
-        await self._calls.close()
+        await self._recorder.close()
         blobs.close()
         self._targets.close()
         await self._control.close()
@@ -98,16 +116,14 @@ class Proxy:
             attempt = self._authorised(request)
             if request.method == "POST" and endpoint is not None:
                 self._refuse_closed(attempt)
-                return await self._calls.make(request, attempt, endpoint, await _body(request))
+                return await self._calls.make(request, attempt, endpoint, await self._body(request))
             if request.method == "POST" and rest == "/close":
                 return await self._close(attempt)
             if request.method == "POST" and rest == COUNT_TOKENS:
-                return await self._count_tokens(request, attempt, await _body(request))
+                return await self._count_tokens(request, attempt, await self._body(request))
             if request.method == "GET" and rest.startswith("/v1/models"):
                 return await self._models(rest.removeprefix("/v1/models").strip("/"))
-            raise CallError(
-                404, f"{request.method} {rest} is not to be had here; there are POST {', '.join(ENDPOINTS)}"
-            )
+            raise CallError(404, f"unknown endpoint {request.method} {rest}; there are POST {', '.join(ENDPOINTS)}")
         except CallError as error:
             return web.json_response(error_body(str(error), error.status), status=error.status, headers=error.headers)
         except BadRequest as error:
@@ -116,16 +132,35 @@ class Proxy:
     def _authorised(self, request: web.Request) -> ProxiedAttempt:
         given = request.headers.get("x-api-key") or request.headers.get("Authorization", "").removeprefix("Bearer ")
         if not given.isascii():
-            raise CallError(401, "the API key is none of this proxy's: it holds something else than ASCII")
+            raise CallError(401, "the API key is not one of this proxy: it holds characters beyond ASCII")
         try:
             return self._attempts.authorised(request.match_info["rollout_id"], request.match_info["attempt_id"], given)
         except BadKey as error:
             raise CallError(401, str(error)) from error
 
+    async def _body(self, request: web.Request) -> Json:
+        try:
+            if request.content.is_eof():  # it came with its head, as nearly all do
+                text = await request.read()
+            else:
+                async with asyncio.timeout(self._policy.body_s):
+                    text = await request.read()
+        except TimeoutError:
+            raise CallError(408, f"the request's body did not arrive within {self._policy.body_s:.0f} s") from None
+        except web.HTTPRequestEntityTooLarge as error:
+            raise CallError(413, f"the request is larger than max_record_bytes: {error.text}") from error
+        try:
+            found = orjson.loads(text)
+        except orjson.JSONDecodeError as error:
+            raise CallError(400, f"the body is not JSON: {error}") from error
+        if not isinstance(found, dict):
+            raise CallError(400, "the body is not a JSON object")
+        return found
+
     @staticmethod
     def _refuse_closed(attempt: ProxiedAttempt) -> None:
         if attempt.closed:  # 410: a status that no SDK retries
-            raise CallError(410, f"attempt {attempt.attempt_id} has ended; it can't call a model any more")
+            raise CallError(410, f"attempt {attempt.attempt_id} has ended and can't call a model any more")
 
     async def _close(self, attempt: ProxiedAttempt) -> web.Response:
         if self._attempts.may_have_lost_calls(attempt):
@@ -142,7 +177,7 @@ class Proxy:
             try:
                 chat = anthropic.to_chat(body)
             except MALFORMED as error:
-                raise BadRequest(f"the request has not the form of {COUNT_TOKENS}: {error!r}") from error
+                raise BadRequest(f"the request does not have the form of {COUNT_TOKENS}: {error!r}") from error
             path = "/tokenize"
             body = {name: chat[name] for name in ("model", "messages", "tools") if name in chat}
         elif target.replicas.upstream.kind == "openai":
@@ -153,7 +188,7 @@ class Proxy:
         return web.json_response(answer, status=status)
 
     async def _models(self, name: str) -> web.Response:
-        """In a form that the SDKs of OpenAI and of Anthropic both understand."""
+        """In a form that both OpenAI's and Anthropic's SDK understand."""
         listed = await asyncio.gather(*map(self._models_of, self._targets.upstreams))
         names = list(dict.fromkeys([*self._targets.names(), *(model for models in listed for model in models)]))
         models = {each: _model(each) for each in names}
@@ -166,7 +201,7 @@ class Proxy:
 
     async def _models_of(self, upstream: str) -> list[str]:
         try:
-            listed = await self._targets.upstreams[upstream].get("/v1/models", MODELS_S)
+            listed = await self._targets.upstreams[upstream].get("/v1/models", self._policy.models_s)
             served = [str(model["id"]) for model in listed["data"]]
         except (Failed, KeyError, TypeError) as error:
             logger.warning("the models of upstream %s can't be listed: %s", upstream, error)
@@ -174,7 +209,7 @@ class Proxy:
         return [name for model in served if (name := self._targets.routed_to(upstream, model)) is not None]
 
     def admin(self) -> web.Application:
-        """``GET /routing``, ``/replicas`` and ``/attempts``, for whoever has ``proxy_admin_token``. No keys in them."""
+        """``GET /routing``, ``/replicas`` and ``/attempts``, with ``proxy_admin_token``. They show no keys."""
         token = self._settings.proxy_admin_token.get_secret_value()
 
         @web.middleware
@@ -197,7 +232,7 @@ class Proxy:
             return web.json_response(found)
 
         async def attempts(_: web.Request) -> web.Response:
-            calls = {"recorded": self._calls.recorded, "unrecorded": self.unrecorded}
+            calls = {"recorded": self._recorder.recorded, "unrecorded": self.unrecorded}
             return web.json_response({"known": len(self._attempts), "in_flight": self.in_flight, **calls})
 
         app = web.Application(middlewares=[gate])
@@ -206,33 +241,13 @@ class Proxy:
 
 
 def check_open(settings: Settings, host: str, admin_host: str = "") -> None:
-    """Raises `ConfigError` if others than this machine could reach a proxy that asks nobody for a secret."""
+    """Raises `ConfigError` if other machines could reach a proxy that asks for no secret."""
     if not is_loopback(host) and not settings.proxy_secret.get_secret_value():
         raise ConfigError(
             f"the proxy at {host} is open to others: set proxy_secret (MILLSTREAM_PROXY_SECRET), which runners share"
         )
     if admin_host and not is_loopback(admin_host) and not settings.proxy_admin_token.get_secret_value():
         raise ConfigError(f"the proxy's admin port at {admin_host} is open to others: set proxy_admin_token")
-
-
-async def _body(request: web.Request) -> Json:
-    try:
-        if request.content.is_eof():  # it has come with its head, as nearly all do
-            text = await request.read()
-        else:
-            async with asyncio.timeout(BODY_S):
-                text = await request.read()
-    except TimeoutError:
-        raise CallError(408, f"the request's body did not arrive within {BODY_S:.0f} s") from None
-    except web.HTTPRequestEntityTooLarge as error:
-        raise CallError(413, f"the request is larger than max_record_bytes: {error.text}") from error
-    try:
-        found = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise CallError(400, f"the body is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise CallError(400, "the body is not a JSON object")
-    return found
 
 
 def _model(name: str) -> Json:

@@ -1,4 +1,4 @@
-"""The attempts that call models here: who may, how many calls have been recorded, and that there are no more."""
+"""The attempts that call models here: their keys, how many calls each has made, and which are closed."""
 
 import asyncio
 import hmac
@@ -6,14 +6,18 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final
 
 from millstream.pipeline.proxy.limits import Limiter, limited
 from millstream.schemas.attempt_keys import BadKey, claims_of
 from millstream.schemas.config.upstreams import Limits
 
-CLOSED_KEPT_S: Final = 3600.0  # how long an attempt's end is remembered; longer than any call of it can be under way
-SKEW_S: Final = 5.0  # that a runner's clock may be behind ours
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptPolicy:
+    """How long attempts are remembered, and how exact clocks are."""
+
+    kept_s: float = 3600.0  # after its last call; longer than a call of it can be under way
+    skew_s: float = 5.0  # by which a runner's clock may be behind this one's
 
 
 @dataclass(slots=True)
@@ -22,7 +26,7 @@ class ProxiedAttempt:
 
     rollout_id: str
     attempt_id: str
-    key: bytes  # the last one that was found good
+    key: bytes  # the last one that was accepted
     expires: float  # s since the epoch
     issued: float
     resources_id: str = ""
@@ -39,7 +43,7 @@ class ProxiedAttempt:
         self.drained.clear()
 
     def leave(self) -> None:
-        """A call is over, and recorded."""
+        """A call has ended and is recorded."""
         self.in_flight -= 1
         self.touched = time.monotonic()
         if not self.in_flight:
@@ -47,7 +51,7 @@ class ProxiedAttempt:
 
 
 class Attempts:
-    """All that called here within the last hour. ``shared_key`` fits every attempt; empty: there is none."""
+    """Those that called within the last hour. ``shared_key`` is accepted for every attempt, unless it is empty."""
 
     def __init__(
         self,
@@ -55,14 +59,16 @@ class Attempts:
         *,
         shared_key: str = "",
         limits: Limits | None = None,
+        policy: AttemptPolicy = AttemptPolicy(),
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._secret = secret
         self._shared_key = shared_key.encode()
         self._limits = limits or Limits()
+        self._policy = policy
         self._clock = clock
         self._started = clock()
-        self._known: OrderedDict[str, ProxiedAttempt] = OrderedDict()  # the one longest untouched first
+        self._known: OrderedDict[str, ProxiedAttempt] = OrderedDict()  # least recently used first
 
     @property
     def in_flight(self) -> int:
@@ -86,8 +92,8 @@ class Attempts:
         return attempt
 
     def may_have_lost_calls(self, attempt: ProxiedAttempt) -> bool:
-        """It began before this proxy did: another process may have counted calls of it that we know nothing of."""
-        return attempt.issued < self._started - SKEW_S
+        """Whether it began before this proxy did, so that another process may have counted calls of it."""
+        return attempt.issued < self._started - self._policy.skew_s
 
     def _new(self, rollout_id: str, attempt_id: str, key: str) -> ProxiedAttempt:
         limiter = Limiter(f"attempt {attempt_id}", self._limits) if limited(self._limits) else None
@@ -101,7 +107,7 @@ class Attempts:
         )
 
     def _forget_old(self) -> None:
-        horizon = time.monotonic() - CLOSED_KEPT_S
+        horizon = time.monotonic() - self._policy.kept_s
         while self._known:
             oldest = next(iter(self._known.values()))
             if oldest.in_flight or oldest.touched > horizon:

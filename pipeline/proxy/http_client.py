@@ -1,7 +1,7 @@
 """HTTP/1.1 to a model server, over connections that are kept open.
 
-A general client took a third of the proxy's CPU; this one takes a fifth of that. The parser is llhttp, that of Node.js,
-by httptools. Protocol: RFC 9112. No redirects, cookies or compression.
+A general client took a third of the proxy's CPU; this one takes a fifth of that. The parser is llhttp (of Node.js), by
+httptools. Protocol: RFC 9112, without redirects, cookies or compression.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Self, cast
 from urllib.parse import urlsplit
@@ -16,16 +17,22 @@ from urllib.parse import urlsplit
 import httptools
 from aiohappyeyeballs import start_connection
 
-CONNECT_S: Final = 5.0
-IDLE_S: Final = 60.0  # a connection that has not been used for so long is not used again
-# A machine that has vanished says nothing: its connections end after a minute, answers of hours do not.
+# A machine that has vanished says nothing: its connections end after a minute, answers that take hours do not.
 PROBES: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}  # s, ms
-UNREAD: Final = 256 << 10  # bytes of an answer that are held for a slow reader; then the server has to wait
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionPolicy:
+    """How long connections are waited for and kept, and how much is read ahead."""
+
+    connect_s: float = 5.0  # a machine that is up answers within milliseconds; a lost SYN is repeated after 1 s and 3 s
+    idle_s: float = 60.0  # unused for longer, it is not used again: the server may just be closing it
+    unread: int = 256 << 10  # bytes of an answer that are held for a slow reader; then the server has to wait
 
 
 class HttpError(Exception):
-    """The server can't be reached, broke off, or does not speak HTTP. ``unseen``: a server may close an idle connection
-    just as it is used; the request has not been seen then."""
+    """The server can't be reached, broke off, or does not speak HTTP. ``unseen``: the server closed an idle connection
+    just as it was used, and has not seen the request."""
 
     def __init__(self, message: str, *, unseen: bool = False) -> None:
         super().__init__(message)
@@ -33,9 +40,11 @@ class HttpError(Exception):
 
 
 class Server:
-    """The connections to one server; ``url`` may have a path, which all paths go below. Belongs to one event loop."""
+    """The connections to one server. ``url`` may have a path, below which all requests go. Belongs to one event
+    loop."""
 
-    def __init__(self, url: str, max_connections: int = 512) -> None:
+    def __init__(self, url: str, max_connections: int = 512, policy: ConnectionPolicy = ConnectionPolicy()) -> None:
+        self._policy = policy
         parts = urlsplit(url)
         self._host = parts.hostname or ""
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
@@ -59,10 +68,10 @@ class Server:
             connection.transport.abort()
 
     async def connection(self, *, new: bool) -> "_Connection":
-        """For one exchange, then `done`. Raises `HttpError`."""
+        """For one exchange, which ends with `done`. Raises `HttpError`."""
         await self._places.acquire()
         try:
-            horizon = time.monotonic() - IDLE_S
+            horizon = time.monotonic() - self._policy.idle_s
             while self._idle:
                 connection = self._idle.pop()
                 if not new and connection.used > horizon and not connection.transport.is_closing():
@@ -76,7 +85,7 @@ class Server:
     async def _connect(self) -> "_Connection":
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(CONNECT_S):
+            async with asyncio.timeout(self._policy.connect_s):
                 found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
                 sock = await start_connection(found, happy_eyeballs_delay=0.25)  # RFC 8305; uvloop does not have it
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -84,20 +93,20 @@ class Server:
                     if hasattr(socket, name):  # Linux has them all
                         sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self._gone),
+                    lambda: _Connection(self._gone, self._policy.unread),
                     sock=sock,
                     ssl=self._tls,
                     server_hostname=self._host if self._tls else None,
                 )
         except TimeoutError as error:
-            raise HttpError(f"no connection within {CONNECT_S:.0f} s") from error
+            raise HttpError(f"no connection within {self._policy.connect_s:.0f} s") from error
         except OSError as error:  # ssl.SSLError, too
             raise HttpError(error.strerror or str(error)) from error
         self._all.add(connection)
         return connection
 
     def done(self, connection: "_Connection") -> None:
-        """The exchange is over, or given up."""
+        """The exchange has ended, or was left early."""
         if connection.reusable:
             connection.used = time.monotonic()
             self._idle.append(connection)
@@ -112,7 +121,7 @@ class Server:
 
 
 class Exchange:
-    """A request and its answer. The server hears that nobody waits any more when this is left before the end."""
+    """A request and its answer. Leaving it before the end closes the connection, so that the server stops."""
 
     status: int
     headers: Mapping[str, str]  # names in lower case
@@ -123,7 +132,7 @@ class Exchange:
         self._connection: _Connection | None = None
 
     async def __aenter__(self) -> Self:
-        """Returns when the answer's head is there. Raises `HttpError`."""
+        """Returns when the head of the answer has come. Raises `HttpError`."""
         try:
             await self._begin(new=False)
         except HttpError as error:
@@ -171,12 +180,13 @@ class Exchange:
 
 
 class _Connection(asyncio.Protocol):
-    """One exchange at a time. The methods named ``on_…`` are the parser's to call."""
+    """One exchange at a time. The parser calls the methods named ``on_…``."""
 
     transport: asyncio.Transport
 
-    def __init__(self, gone: "Callable[[_Connection], None]") -> None:
+    def __init__(self, gone: "Callable[[_Connection], None]", max_unread: int) -> None:
         self._gone = gone
+        self._max_unread = max_unread
         self._parser = httptools.HttpResponseParser(self)
         self._loop = asyncio.get_running_loop()
         self.used = 0.0  # last, monotonic
@@ -184,7 +194,7 @@ class _Connection(asyncio.Protocol):
         self.headers: dict[str, str] = {}
         self.reusable = False
         self._served = 0
-        self._open = False  # an answer is awaited, or comes
+        self._open = False  # an answer is awaited or coming
         self._begun = False
         self._head_complete = False
         self._pieces: list[bytes] = []
@@ -193,7 +203,7 @@ class _Connection(asyncio.Protocol):
         self._waiter: asyncio.Future[None] | None = None
 
     async def ask(self, request: bytes) -> None:
-        """Returns when the head of the answer is there. Raises `HttpError`."""
+        """Returns when the head of the answer has come. Raises `HttpError`."""
         self.headers, self._pieces, self._unread = {}, [], 0
         self._open, self.reusable, self._begun, self._head_complete = True, False, False, False
         self.transport.resume_reading()
@@ -208,7 +218,7 @@ class _Connection(asyncio.Protocol):
                 return b""
             await self._more()
         found, self._pieces = b"".join(self._pieces), []
-        if self._unread > UNREAD and not self.transport.is_closing():
+        if self._unread > self._max_unread and not self.transport.is_closing():
             self.transport.resume_reading()
         self._unread = 0
         return found
@@ -224,7 +234,7 @@ class _Connection(asyncio.Protocol):
             self._waiter.set_result(None)
 
     def _fail(self, message: str) -> None:
-        """Nothing more is believed of what the server says; an answer that was whole by then stays one."""
+        """Nothing that follows is used; an answer that was complete by then stays so."""
         if self._open:
             self._error = HttpError(message, unseen=not self._begun and self._served > 0)
         self._open = self.reusable = False
@@ -258,7 +268,7 @@ class _Connection(asyncio.Protocol):
 
     def on_message_begin(self) -> None:
         if not self._open:  # ends the parsing
-            raise ValueError("the server answers without being asked")
+            raise ValueError("the server answered without being asked")
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
@@ -270,7 +280,7 @@ class _Connection(asyncio.Protocol):
     def on_body(self, body: bytes) -> None:
         self._pieces.append(body)
         self._unread += len(body)
-        if self._unread > UNREAD:
+        if self._unread > self._max_unread:
             self.transport.pause_reading()
 
     def on_message_complete(self) -> None:

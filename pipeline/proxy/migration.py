@@ -91,7 +91,7 @@ class Remainder:
         return {**_token(token, logprob), "top_logprobs": [_token(*other) for other in top]}
 
 
-def may_go_on(plan: Plan) -> bool:
+def can_migrate(plan: Plan) -> bool:
     """Whether another replica could say the rest, were it to break off."""
     request = plan.request
     if plan.path not in (CHAT.path, COMPLETIONS.path) or plan.rechunk or choices_asked(request) != 1:
@@ -104,7 +104,7 @@ def may_go_on(plan: Plan) -> bool:
 
 def remainder_of(plan: Plan, reader: Reader) -> Remainder | None:
     """What is missing of a stream that has begun; None if that can't be said exactly."""
-    if not isinstance(reader, ChatReader) or not may_go_on(plan):
+    if not isinstance(reader, ChatReader) or not can_migrate(plan):
         return None
     answer, request, text = reader.answer, plan.request, plan.path == COMPLETIONS.path
     message, prompt, ids = answer.message or {}, answer.prompt_token_ids, answer.token_ids

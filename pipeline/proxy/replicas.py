@@ -1,7 +1,7 @@
-"""The replicas of a model server: which of them is asked, which is left alone for a while, and when to ask again.
+"""The replicas of a model server: which one is asked, which one is left alone for a while, and when calls are retried.
 
-A replica that fails `FAILURES` times in a row is left alone (a circuit breaker), for longer each time. A policy's
-replica is back when its ``/health`` says so; any other when one call that tries it succeeds.
+A replica that fails several times in a row is left alone (a circuit breaker), for longer each time. A policy's replica
+is back when its ``/health`` says so; any other when one call that tries it succeeds.
 """
 
 import asyncio
@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from types import TracebackType
 from typing import Any, Final
@@ -18,26 +18,33 @@ from typing import Any, Final
 import orjson
 from pydantic import SecretStr
 
-from millstream.pipeline.proxy.http_client import Exchange, HttpError, Server
+from millstream.pipeline.proxy.http_client import ConnectionPolicy, Exchange, HttpError, Server
 from millstream.schemas.config.upstreams import Upstream
 from millstream.schemas.ids import rank
 
 logger = logging.getLogger(__name__)
 
-FAILURES: Final = 3
-COOLDOWN_S: Final = 1.0  # of a replica that failed, doubled each time up to
-MAX_COOLDOWN_S: Final = 30.0
-HEALTH_S: Final = 2.0  # for an answer of /health
-TRIES: Final = 6
-BACKOFF_S: Final = 0.25  # doubled with each try, and of that a random part ("full jitter")
-MAX_BACKOFF_S: Final = 8.0
-RETRIED: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})
-# A replica may have this much more than its share of the calls under way before another one takes a rollout's.
-BOUND: Final = 1.25
+RETRIED: Final = frozenset({408, 409, 425, 429, 500, 502, 503, 504, 529})  # statuses that may pass
+MAX_ERROR_BODY: Final = 64 << 10  # bytes of a retried status's body that are kept for the client
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaPolicy:
+    """When a replica is left alone, and how often and how soon a call is retried."""
+
+    failures: int = 3  # in a row, then the replica is left alone
+    cooldown_s: float = 1.0  # of such a replica, doubled with each further failure
+    max_cooldown_s: float = 30.0  # so that a server that is back is found within half a minute
+    health_s: float = 2.0  # for an answer of /health, which takes milliseconds
+    tries: int = 6  # of a call; the pauses between them add up to 8 s at most
+    backoff_s: float = 0.25  # doubled with each try, and of that a random part ("full jitter")
+    max_backoff_s: float = 8.0
+    load_bound: float = 1.25  # a replica's share of the calls under way, until another one takes a rollout's
+    connections: ConnectionPolicy = field(default_factory=ConnectionPolicy)
 
 
 class Failed(Exception):
-    """A try that another one may make good; ``status`` and ``body`` are the server's, if it answered."""
+    """A try that failed and may succeed when repeated; ``status`` and ``body`` are the server's, if it answered."""
 
     def __init__(
         self, message: str, *, status: int = 502, body: bytes = b"", retry_after_s: float = 0.0, broken: bool = True
@@ -46,7 +53,7 @@ class Failed(Exception):
         self.status = status
         self.body = body
         self.retry_after_s = retry_after_s
-        self.broken = broken  # it speaks against the replica
+        self.broken = broken  # this speaks against the replica
 
 
 @dataclass(eq=False)
@@ -55,24 +62,36 @@ class Replica:
 
     url: str
     server: Server
+    max_failures: int
     in_flight: int = 0
     failures: int = 0  # in a row
     cooldown_until: float = 0.0
     trying: bool = False  # one call finds out whether it is back
 
+    @property
+    def down(self) -> bool:
+        return self.failures >= self.max_failures
+
     def usable(self, now: float) -> bool:
-        return self.failures < FAILURES or (now >= self.cooldown_until and not self.trying)
+        return not self.down or (now >= self.cooldown_until and not self.trying)
 
 
 class Replicas:
-    """Of one upstream. ``clock`` is monotonic, in seconds."""
+    """Those of one upstream. ``clock`` is monotonic, in seconds."""
 
     def __init__(
-        self, name: str, upstream: Upstream, key: SecretStr, clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        upstream: Upstream,
+        key: SecretStr,
+        policy: ReplicaPolicy = ReplicaPolicy(),
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name = name
         self.upstream = upstream
-        self.all = [Replica(url, Server(url, upstream.max_connections)) for url in upstream.urls]
+        self.policy = policy
+        servers = (Server(url, upstream.max_connections, policy.connections) for url in upstream.urls)
+        self.all = [Replica(url, server, policy.failures) for url, server in zip(upstream.urls, servers, strict=True)]
         self.key = key
         self._clock = clock
         self._checks: dict[Replica, asyncio.Task[None]] = {}
@@ -85,31 +104,42 @@ class Replicas:
 
     def pick(self, rollout_id: str, avoid: Sequence[Replica] = ()) -> Replica | None:
         """A rollout's calls go to the same replica, whose prefix cache knows its prompts, unless that has more than its
-        share (consistent hashing with bounded loads: Mirrokni et al. 2018). None if all of them rest."""
+        share (consistent hashing with bounded loads: Mirrokni et al. 2018). None if all of them are left alone."""
         now = self._clock()
         usable = [replica for replica in self.all if replica.usable(now)]
         usable = [replica for replica in usable if replica not in avoid] or usable
         if len(usable) < 2:
             return usable[0] if usable else None
-        most = math.ceil(BOUND * (sum(replica.in_flight for replica in usable) + 1) / len(usable))
+        most = math.ceil(self.policy.load_bound * (sum(replica.in_flight for replica in usable) + 1) / len(usable))
         fitting = [replica for replica in usable if replica.in_flight < most] or usable
         return max(fitting, key=lambda replica: rank(rollout_id, replica.url))
 
     def tries(self, rollout_id: str, deadline: float) -> "Tries":
+        """``deadline`` is of the clock."""
         return Tries(self, rollout_id, deadline, self._clock)
 
     def cooldown_left_s(self) -> float:
-        """Until a replica may be tried again; all of them rest."""
-        if self.upstream.trainable:  # its health is looked at
-            return COOLDOWN_S
+        """Until a replica may be tried again, when all are left alone."""
+        if self.upstream.trainable:  # its health is checked
+            return self.policy.cooldown_s
         return max(0.0, min(replica.cooldown_until for replica in self.all) - self._clock())
 
     def post(self, replica: Replica, path: str, body: bytes, headers: dict[str, str], deadline: float) -> "Post":
         exchange = replica.server.request("POST", path, headers, body)
         return Post(self.name, replica, exchange, max(0.0, deadline - self._clock()))
 
+    async def context_length(self, replica: Replica, model: str, headers: dict[str, str], deadline: float) -> int:
+        """Tokens of prompt and answer together that a vLLM allows a model. Raises `Failed`."""
+        body = orjson.dumps({"model": model, "prompt": ""})
+        async with self.post(replica, "/tokenize", body, headers, deadline) as answer:
+            text = await answer.read()
+        try:
+            return int(orjson.loads(text)["max_model_len"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise Failed(f"{self.name} does not say how many tokens {model} can have", broken=False) from error
+
     async def get(self, path: str, timeout_s: float) -> Any:
-        """JSON of the first replica that can be used. Raises `Failed`."""
+        """JSON of the first usable replica. Raises `Failed`."""
         replica = self.pick("")
         if replica is None:
             raise Failed(f"{self.name} does not answer")
@@ -136,9 +166,10 @@ class Replicas:
         if not error.broken:
             return
         replica.failures += 1
-        if replica.failures < FAILURES:
+        if not replica.down:
             return
-        cooldown = min(MAX_COOLDOWN_S, COOLDOWN_S * 2 ** (replica.failures - FAILURES))
+        policy = self.policy
+        cooldown = min(policy.max_cooldown_s, policy.cooldown_s * 2 ** (replica.failures - policy.failures))
         replica.cooldown_until = self._clock() + cooldown
         logger.warning("replica %s of %s is not used for %.0f s: %s", replica.url, self.name, cooldown, error)
         if self.upstream.trainable and replica not in self._checks:
@@ -150,10 +181,13 @@ class Replicas:
         replica.failures = 0
 
     async def _until_healthy(self, replica: Replica) -> None:
-        while replica.failures >= FAILURES:
-            await asyncio.sleep(COOLDOWN_S)
+        while replica.down:
+            await asyncio.sleep(self.policy.cooldown_s)
             try:
-                async with asyncio.timeout(HEALTH_S), replica.server.request("GET", "/health", {}) as answer:
+                async with (
+                    asyncio.timeout(self.policy.health_s),
+                    replica.server.request("GET", "/health", {}) as answer,
+                ):
                     if answer.status == 200:
                         self.succeeded(replica)
                         logger.info("replica %s of %s is back", replica.url, self.name)
@@ -162,10 +196,10 @@ class Replicas:
 
 
 class Post:
-    """``async with`` it: a request to a replica, and the head of its answer, of whatever status. Raises `Failed` if the
-    server can't be reached, breaks off, takes too long, or answers with a status that is tried again.
+    """``async with`` it: a request to a replica, and the head of its answer, whatever the status. Raises `Failed` if
+    the server can't be reached, breaks off, takes too long, or answers with a status that is retried.
 
-    No generator: each call comes through here."""
+    A class and not a generator, because each call comes through here."""
 
     def __init__(self, name: str, replica: Replica, exchange: Exchange, timeout_s: float) -> None:
         self._name = name
@@ -175,7 +209,7 @@ class Post:
 
     async def __aenter__(self) -> Exchange:
         self._replica.in_flight += 1
-        self._replica.trying = self._replica.failures >= FAILURES
+        self._replica.trying = self._replica.down
         await self._timeout.__aenter__()
         try:
             answer = await self._exchange.__aenter__()
@@ -183,7 +217,7 @@ class Post:
                 raise Failed(
                     f"{self._name} answered {answer.status}",
                     status=answer.status,
-                    body=(await answer.read())[: 64 << 10],
+                    body=(await answer.read())[:MAX_ERROR_BODY],
                     retry_after_s=retry_after_s(answer.headers.get("retry-after", "")),
                     broken=answer.status >= 500,
                 )
@@ -207,7 +241,7 @@ class Post:
 
 
 class Tries:
-    """One call's way through the replicas, with a pause between two tries."""
+    """One call's tries, with a pause between two of them."""
 
     def __init__(self, replicas: Replicas, rollout_id: str, deadline: float, clock: Callable[[], float]) -> None:
         self._replicas = replicas
@@ -215,25 +249,26 @@ class Tries:
         self._rollout_id = rollout_id
         self._deadline = deadline
         self._clock = clock
-        self._number = 0
+        self.number = 0  # of the present try, from 1
         self._pause_s = 0.0  # before the next one, at least
         self._replica: Replica | None = None
 
     @property
     def last(self) -> Failed:
-        """What went wrong last."""
+        """The last try's failure."""
         return self._last or Failed(f"no replica of {self._replicas.name} can be reached", status=503)
 
     async def next(self) -> Replica | None:
-        """The replica to try now; None when there have been enough tries, or no time is left."""
-        while self._number < TRIES:
-            if self._number:
-                backoff = min(MAX_BACKOFF_S, BACKOFF_S * 2 ** (self._number - 1))
+        """The replica to try now; None after enough tries, or when no time is left."""
+        policy = self._replicas.policy
+        while self.number < policy.tries:
+            if self.number:
+                backoff = min(policy.max_backoff_s, policy.backoff_s * 2 ** (self.number - 1))
                 pause = max(self._pause_s, random.uniform(0, backoff))  # noqa: S311 - a jitter
                 if self._clock() + pause > self._deadline:
                     return None
                 await asyncio.sleep(pause)
-            self._number += 1
+            self.number += 1
             avoid = () if self._replica is None else (self._replica,)
             self._replica = self._replicas.pick(self._rollout_id, avoid)
             if self._replica is not None:
@@ -242,7 +277,7 @@ class Tries:
         return None
 
     def failed(self, error: Failed) -> None:
-        """The replica given last has failed."""
+        """The replica that `next` returned has failed."""
         self._last, self._pause_s = error, error.retry_after_s
         assert self._replica is not None
         self._replicas.failed(self._replica, error)

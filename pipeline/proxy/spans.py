@@ -31,7 +31,6 @@ _SAMPLING: Final = {
         for name in ("min_p", "repetition_penalty", "logit_bias", "response_format", "guided_json")
     },
 }
-MIXED: Final = "mixed"
 
 
 @dataclass(slots=True)
@@ -122,13 +121,6 @@ def call_span(
         response_logprobs=_float32(answer.logprobs),
         model_version=facts.model_version,
     )
-
-
-def version_of(start: str | None, end: str | None) -> str | None:
-    """Of an answer whose server told the versions at its start and at its end, or one of them."""
-    if start and end and start != end:
-        return MIXED
-    return start or end or None
 
 
 def _trace_context(traceparent: str, attempt_id: str) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from policy_server import PolicyServer
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.pipeline.proxy import Proxy
+from millstream.pipeline.proxy.app import ProxyPolicy
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.schemas.attempt_keys import attempt_key, attempt_path
 from millstream.schemas.config.settings import load_settings
@@ -21,6 +22,7 @@ from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import Span
 
 SECRET = "s3cret"
+DEFAULT_POLICY = ProxyPolicy()
 ANYWHERE = "http://127.0.0.1:0"
 
 
@@ -56,7 +58,9 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig_of(log: MemoryLog | None = None, models: int = 1, **settings: Any) -> AsyncIterator[Rig]:
+async def rig_of(
+    log: MemoryLog | None = None, models: int = 1, policy: ProxyPolicy = DEFAULT_POLICY, **settings: Any
+) -> AsyncIterator[Rig]:
     """``models``: policy servers, replicas of one upstream unless the settings say otherwise; `Rig.model` is the first
     of them. In the settings ``{url}`` stands for its address."""
     async with AsyncExitStack() as stack:
@@ -66,7 +70,7 @@ async def rig_of(log: MemoryLog | None = None, models: int = 1, **settings: Any)
         upstreams = {"model": {"urls": urls}}
         found = load_settings(**fixed | {"upstreams": upstreams, "routes": {"*": "model"}} | _filled(settings, urls[0]))
         log = log or MemoryLog(found.topics)
-        proxy = Proxy(log, found)
+        proxy = Proxy(log, found, policy)
         url = await stack.enter_async_context(serve(proxy.app, ANYWHERE))
         rig = Rig(url, servers, log, proxy, found.topics)
         yield rig

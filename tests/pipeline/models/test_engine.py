@@ -11,9 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from examples.calculator import model
-from millstream.pipeline.models.engine import Engine
+from millstream.pipeline.models.engine import Completion, Engine, EngineClosed
 from millstream.pipeline.models.policy import left_pad, load_model, load_tokenizer, one_thread, parameters
-from millstream.pipeline.protocols.completion import BackendUnavailable, Completion
 from millstream.schemas.errors import ConfigError
 
 pytestmark = pytest.mark.torch
@@ -226,7 +225,7 @@ async def test_what_was_asked_is_answered_before_it_closes(folder: Path) -> None
     await asyncio.sleep(0)  # let them be queued
     await engine.close()
     assert {answer.status for answer in await asyncio.gather(*asked)} == {200}
-    with pytest.raises(BackendUnavailable):
+    with pytest.raises(EngineClosed):
         await engine.chat(ask())
     await engine.close()
 

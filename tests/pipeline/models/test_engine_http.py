@@ -12,7 +12,7 @@ pytest.importorskip("torch")
 from examples.calculator import model
 from millstream.pipeline.models.engine import Engine
 from millstream.pipeline.models.engine_http import engine_app
-from millstream.pipeline.protocols.completion import MODEL_VERSION
+from millstream.pipeline.protocols import model_version
 
 pytestmark = pytest.mark.torch
 
@@ -37,7 +37,7 @@ async def test_over_http_as_in_process(engine: Engine, url: str) -> None:
     exact = REQUEST | {"seed": 3, "logprobs": True, "return_token_ids": True, "request_id": "r"}
     here = await engine.chat(exact)
     async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/chat/completions", json=exact) as response:
-        assert response.headers[MODEL_VERSION] == "run.0.4"
+        assert response.headers[model_version.HEADER] == "run.0.4"
         assert await response.json() | {"created": 0} == here.body | {"created": 0}
 
 

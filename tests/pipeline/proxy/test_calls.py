@@ -222,8 +222,8 @@ async def test_a_call_that_cannot_be_recorded_fails():
         ("{base}/v1/chat/completions", "{broken", 400, "not JSON"),
         ("{base}/v1/chat/completions", "[]", 400, "not a JSON object"),
         ("{base}/v1/chat/completions", '{"n": "many"}', 400, "n has to be a whole number"),
-        ("{base}/pause", "{}", 404, "not to be had"),
-        ("{base}/v1/audio/speech", "{}", 404, "not to be had"),
+        ("{base}/pause", "{}", 404, "unknown endpoint"),
+        ("{base}/v1/audio/speech", "{}", 404, "unknown endpoint"),
     ],
 )
 async def test_bad_requests_are_answered_in_openais_form(rig, path, body, status, message):

@@ -7,20 +7,20 @@ import pytest
 from proxy_rig import rig_of
 
 from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.pipeline.proxy.app import ProxyPolicy
 
 pytestmark = pytest.mark.kafka
 ASKED = {"model": "policy", "messages": [{"role": "user", "content": "say one two three"}]}
 
 
-async def test_calls_fail_clearly_while_kafka_is_away_and_go_on_when_it_is_back(
-    kafka_broker, kafka_settings, monkeypatch
-):
-    monkeypatch.setattr("millstream.pipeline.proxy.calls.RECORD_S", 2.0)
+async def test_calls_fail_clearly_while_kafka_is_away_and_go_on_when_it_is_back(kafka_broker, kafka_settings):
     settings = kafka_settings()
     log = KafkaLog(settings)
     await log.create_topics()
     on_kafka = {"kafka_bootstrap_servers": settings.kafka_bootstrap_servers, "topic_prefix": settings.topic_prefix}
-    async with rig_of(log, **on_kafka, kafka_partitions=settings.kafka_partitions) as rig:
+    async with rig_of(
+        log, policy=ProxyPolicy(record_s=2.0), **on_kafka, kafka_partitions=settings.kafka_partitions
+    ) as rig:
         await rig.client.chat.completions.create(**ASKED)
         await asyncio.to_thread(kafka_broker.down)
         try:

@@ -10,7 +10,7 @@ from policy_server import Fault
 from proxy_rig import ANYWHERE, rig_of
 from pydantic import SecretStr
 
-from millstream.pipeline.proxy.replicas import FAILURES, Failed, Replicas, retry_after_s
+from millstream.pipeline.proxy.replicas import Failed, ReplicaPolicy, Replicas, retry_after_s
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.producers.control import publish_control
 from millstream.schemas.attempt_keys import attempt_key
@@ -54,7 +54,7 @@ async def test_a_dead_replica_is_left_alone_and_nobody_notices():
         for _ in range(20):
             await rig.client.chat.completions.create(**ASKED)
         assert len(alive.requests) == 20
-        assert len(dead.requests) <= FAILURES
+        assert len(dead.requests) <= ReplicaPolicy().failures
         assert {span.status for span in await rig.spans()} == {"Ok"}
 
 
@@ -93,7 +93,7 @@ async def test_a_broken_replica_rests_for_longer_each_time_and_is_tried_by_one_c
     now = 0.0
     replicas = Replicas("x", Upstream(urls=("http://a",), kind="openai"), SecretStr(""), clock=lambda: now)
     (replica,) = replicas.all
-    for _ in range(FAILURES):
+    for _ in range(ReplicaPolicy().failures):
         assert replicas.pick("r") is replica
         replicas.failed(replica, Failed("no"))
     assert replicas.pick("r") is None
@@ -195,7 +195,10 @@ async def test_versions_side_by_side_are_shared_by_rollouts_and_a_pinned_one_sta
     ("settings", "message"),
     [
         ({"routes": {"*": "nowhere"}}, r"routes.\*: there is no upstream 'nowhere'"),
-        ({"upstreams": {"a": {"urls": ["{url}"]}, "b": {"urls": ["{url}"]}}, "routes": {}}, "routes: with several"),
+        (
+            {"upstreams": {"a": {"urls": ["{url}"]}, "b": {"urls": ["{url}"]}}, "routes": {}},
+            "routes: several",
+        ),
         ({"upstreams": {"a": {"urls": ["{url}"], "key_env": "NOT_SET"}}, "routes": {"*": "a"}}, "upstreams.a.*NOT_SET"),
         ({"upstreams": {"a": {"urls": ["host:1"]}}, "routes": {"*": "a"}}, "not an address"),
     ],

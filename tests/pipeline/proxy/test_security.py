@@ -12,7 +12,8 @@ import pytest
 from policy_server import Fault
 from proxy_rig import ANYWHERE, SECRET, Rig, rig_of
 
-from millstream.pipeline.proxy.app import check_open
+from millstream.pipeline.proxy.app import ProxyPolicy, check_open
+from millstream.pipeline.proxy.replicas import ReplicaPolicy
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.schemas.attempt_keys import KEY_GRACE_S, attempt_key, attempt_path
 from millstream.schemas.config.settings import load_settings
@@ -232,12 +233,12 @@ async def test_bodies_that_are_too_large_are_refused_packed_or_not():
         assert len(rig.model.requests) == 1
 
 
-async def test_a_body_that_does_not_come_is_not_waited_for(rig, monkeypatch):
-    monkeypatch.setattr("millstream.pipeline.proxy.app.BODY_S", 0.2)
-    target = rig.base.removeprefix(rig.url) + CHAT
-    status, answer = await raw(rig, head(rig, target, f"Content-Length: {len(BODY)}") + BODY[:10])
-    assert (status, rig.model.requests) == (408, [])
-    assert b"did not arrive" in answer
+async def test_a_body_that_does_not_come_is_not_waited_for():
+    async with rig_of(policy=ProxyPolicy(body_s=0.2)) as rig:
+        target = rig.base.removeprefix(rig.url) + CHAT
+        status, answer = await raw(rig, head(rig, target, f"Content-Length: {len(BODY)}") + BODY[:10])
+        assert (status, rig.model.requests) == (408, [])
+        assert b"did not arrive" in answer
 
 
 async def test_a_head_that_does_not_come_is_not_waited_for(rig):
@@ -282,12 +283,12 @@ async def test_no_secret_is_in_any_span_log_line_answer_or_admin_page(monkeypatc
     """A full run through all endpoints, with servers that tell the key they were given."""
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("UPSTREAM_KEY", UPSTREAM_KEY)
-    monkeypatch.setattr("millstream.pipeline.proxy.replicas.BACKOFF_S", 0.01)
+    policy = ProxyPolicy(replicas=ReplicaPolicy(backoff_s=0.01))
     told: list[str] = []
     kinds = {kind: {"urls": ["{url}"], "kind": kind, "key_env": "UPSTREAM_KEY"} for kind in ("vllm", "openai")}
     routes = {"policy": "vllm", "*": "openai"}
     async with rig_of(
-        upstreams=kinds, routes=routes, proxy_admin_token=ADMIN_TOKEN, proxy_shared_key="shared-5d"
+        policy=policy, upstreams=kinds, routes=routes, proxy_admin_token=ADMIN_TOKEN, proxy_shared_key="shared-5d"
     ) as rig:
         headers = {"Authorization": f"Bearer {rig.key}"}
         leaks = {"error": {"message": f"Incorrect API key provided: {UPSTREAM_KEY}", "type": "x"}}

@@ -1,0 +1,76 @@
+"""Calls become spans in the log, acknowledged."""
+
+import asyncio
+import logging
+
+from millstream.pipeline.protocols.answers import Answer
+from millstream.pipeline.proxy.attempts import ProxiedAttempt
+from millstream.pipeline.proxy.spans import CallFacts, call_span
+from millstream.producers.blob_store import BlobError, Blobs
+from millstream.producers.log.acknowledged import AcknowledgedSends
+from millstream.producers.log.port import Producer
+from millstream.schemas.errors import LogError, TooLarge
+from millstream.schemas.wire.log import KIND_HEADER
+from millstream.schemas.wire.topics import Topics
+
+logger = logging.getLogger(__name__)
+
+
+class NotRecorded(Exception):
+    """The log did not take a call's span. The call stays counted, so its attempt is not trained on without it."""
+
+    def __init__(self, message: str, *, too_large: bool) -> None:
+        super().__init__(message)
+        self.too_large = too_large
+
+
+class Recorder:
+    """Writes the spans of this proxy."""
+
+    def __init__(self, producer: Producer, topics: Topics, blobs: Blobs, ack_s: float) -> None:
+        """``ack_s``: how long a span may take to be acknowledged."""
+        self._sends = AcknowledgedSends(producer, ack_s)
+        self._topic = topics.events
+        self._blobs = blobs
+        self._background: set[asyncio.Task[None]] = set()
+        self.recorded = 0
+        self.unrecorded = 0
+
+    async def record(self, attempt: ProxiedAttempt, facts: CallFacts, answer: Answer, response_id: str) -> None:
+        """Returns when the log has the call. Raises `NotRecorded`."""
+        attempt.spans += 1
+        span = call_span(attempt.rollout_id, attempt.attempt_id, attempt.spans, facts, answer, response_id)
+        try:
+            span = await self._blobs.keep(span)
+            headers = {KIND_HEADER: span.kind.encode()}
+            await self._sends.send(self._topic, span, key=attempt.rollout_id, headers=headers)
+        except (BlobError, LogError, TimeoutError) as error:
+            self.unrecorded += 1
+            raise NotRecorded(str(error) or "time-out", too_large=isinstance(error, TooLarge)) from error
+        self.recorded += 1
+
+    async def try_record(self, attempt: ProxiedAttempt, facts: CallFacts, answer: Answer, response_id: str) -> None:
+        """Logs it if the log does not take the call."""
+        try:
+            await self.record(attempt, facts, answer, response_id)
+        except NotRecorded as error:
+            logger.error("a call of attempt %s is not recorded: %s", attempt.attempt_id, error)
+
+    def record_in_background(self, attempt: ProxiedAttempt, facts: CallFacts, answer: Answer, response_id: str) -> None:
+        """For a call whose client has left. It is under way until it is recorded."""
+
+        async def record() -> None:
+            try:
+                await self.try_record(attempt, facts, answer, response_id)
+            finally:
+                attempt.leave()
+
+        attempt.enter()
+        task = asyncio.get_running_loop().create_task(record())
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def close(self) -> None:
+        """Returns when what runs in the background is recorded."""
+        if self._background:
+            await asyncio.wait(self._background)
