@@ -1,5 +1,5 @@
-"""Counts failed attempts by what failed, as they happen: a processor of one's own. Run it with
-``python -m examples.processor.failures``; several share the work."""
+"""A processor that counts failed attempts by the type of their error. Run it with
+``python -m examples.processor.failures``; several processes share the work."""
 
 import asyncio
 from collections import Counter

@@ -1,4 +1,4 @@
-"""A FastStream broker for processors of one's own: it reads and writes our records, and skips none.
+"""A FastStream broker for users' own processors: it reads and writes Millstream's records, and skips none.
 
 broker = ms.broker(ms.load_settings())
 
@@ -8,7 +8,7 @@ async def count(record): ...
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Final
@@ -26,26 +26,24 @@ from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import CodecError, WrongType
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
-from millstream.schemas.wire.records import RECORD_TYPES, Record
 
 logger = logging.getLogger(__name__)
 
 TRIES: Final = 5
-BACKOFF_S: Final = 0.1  # after the first try; it doubles
+BACKOFF_S: Final = 0.1  # after the first try; doubles with each
 SASL: Final = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
 
 
 class Undecodable(CodecError):
-    """A subscriber met a body that is no record of ours."""
+    """A body that is not a Millstream record."""
 
 
 class Codec:
-    """Bodies are Avro single-object encoding. Batches leave out records of other ``types``, and send on to the dead
-    letters what can't be decoded, so that the rest of the batch can be used."""
+    """Bodies in Avro single-object encoding. What can't be decoded in a batch becomes a dead letter; the rest of the
+    batch is handed over."""
 
-    def __init__(self, broker: "Broker", types: Iterable[type[Record]] = RECORD_TYPES) -> None:
+    def __init__(self, broker: "Broker") -> None:
         self._broker = broker
-        self._types = frozenset(types)
 
     async def decode(self, msg: Any) -> Any:
         try:
@@ -57,8 +55,7 @@ class Codec:
         records = []
         for raw in msg.raw_message:
             try:
-                if codec.type_of(raw.value or b"") in self._types:
-                    records.append(codec.decode(raw.value))
+                records.append(codec.decode(raw.value or b""))
             except CodecError as error:
                 await self._broker.refuse(raw, "undecodable", error)
         return records
@@ -67,9 +64,7 @@ class Codec:
         if isinstance(msg, bytes):
             return msg, None
         if type(msg) not in codec.CODECS:
-            raise WrongType(
-                f"{type(msg).__name__} can't be published: publish bytes, or a record of millstream.schemas"
-            )
+            raise WrongType(f"{type(msg).__name__} can't be published: publish bytes or a record of millstream.schemas")
         return codec.encode(msg), None
 
     async def encode_batch(self, msgs: Sequence[Any], serializer: Any = None) -> list[tuple[bytes, None]]:
@@ -77,10 +72,10 @@ class Codec:
 
 
 class Broker(KafkaBroker):
-    """FastStream's Kafka broker. A subscriber with a ``group_id`` starts with the oldest record, reads what is
-    committed, and meets each record at least once: one whose handler raises is read again, up to ``tries`` times in
-    all, and then goes to the dead-letter topic, with the handler's name as its role. A subscriber without a group only
-    watches: it starts with the next record, commits nothing, and logs what it can't use."""
+    """FastStream's Kafka broker. A subscriber with a ``group_id`` starts at the oldest record, reads committed records
+    and handles each at least once. If its handler raises, the record is read again, up to ``tries`` times in all, and
+    then becomes a dead letter with the handler's name as its role. A subscriber without a group only watches: it starts
+    at the next record, commits nothing, and logs what it can't use."""
 
     def __init__(self, settings: Settings, tries: int = TRIES) -> None:
         self._settings = settings
@@ -101,7 +96,7 @@ class Broker(KafkaBroker):
         )
 
     def subscriber(self, *topics: Any, **options: Any) -> Any:
-        """As in FastStream; every option there may be given here."""
+        """As FastStream's, with other defaults."""
         defaults = {
             "auto_offset_reset": "earliest" if options.get("group_id") else "latest",
             "ack_policy": AckPolicy.NACK_ON_ERROR if options.get("group_id") else AckPolicy.MANUAL,
@@ -111,13 +106,13 @@ class Broker(KafkaBroker):
         return super().subscriber(*topics, **defaults | options)
 
     async def failed(self, raw: Any, error: Exception) -> bool:
-        """Whether the record is done with: else it has to be read again. ``raw`` is a record, or a batch of them."""
+        """Returns whether the record, or batch of them, is done with; else it is read again."""
         records: tuple[ConsumerRecord, ...] = raw if isinstance(raw, tuple) else (raw,)
         first, group = records[0], self.context.get_local("handler_").group_id
-        place = group, first.topic, first.partition
-        offset, tries = self._failed.get(place, (-1, 0))
+        position = group, first.topic, first.partition
+        offset, tries = self._failed.get(position, (-1, 0))
         tries = tries + 1 if offset == first.offset else 1
-        self._failed[place] = first.offset, tries
+        self._failed[position] = first.offset, tries
         undecodable = isinstance(error, Undecodable)
         if group is not None and tries < self._tries and not undecodable:
             await asyncio.sleep(BACKOFF_S * 2 ** (tries - 1))
@@ -127,12 +122,12 @@ class Broker(KafkaBroker):
         return True
 
     async def refuse(self, raw: ConsumerRecord, reason: str, error: Exception) -> None:
-        """Sends a record to the dead letters, if whoever can't use it is in a group."""
+        """Logs a record as unusable; makes a dead letter of it if the subscriber is in a group."""
         subscriber = self.context.get_local("handler_")
         name = subscriber.calls[0].name
         headers = {key: value or b"" for key, value in raw.headers}
-        place, key = Partition(raw.topic, raw.partition), record_key(raw.key)
-        record = LogRecord(place, raw.offset, raw.timestamp, key, raw.value or b"", headers)
+        partition, key = Partition(raw.topic, raw.partition), record_key(raw.key)
+        record = LogRecord(partition, raw.offset, raw.timestamp, key, raw.value or b"", headers)
         logger.error("%s can't use %s: %s: %s", name, record.place, type(error).__name__, error)
         if subscriber.group_id is not None:
             letter = dead_letter(record, name, reason, f"{type(error).__name__}: {error}")
@@ -141,7 +136,7 @@ class Broker(KafkaBroker):
 
 
 async def _parse(msg: Any, original: Callable[[Any], Awaitable[Any]]) -> Any:
-    """FastStream's own parser wants headers in UTF-8; a record that it can't parse would be skipped."""
+    """FastStream's parser requires headers in UTF-8, and skips a record that it can't parse."""
     parsed = await original(tuple(map(_readable, msg)) if isinstance(msg, tuple) else _readable(msg))
     parsed.raw_message = msg
     return parsed
@@ -152,7 +147,7 @@ def _readable(raw: ConsumerRecord) -> ConsumerRecord:
 
 
 class _Guard(BaseMiddleware):
-    """Around one record: its parsing, its handler and what that publishes. True from here counts as success."""
+    """Surrounds the parsing, the handler and the publishing of one record. Returning True counts as success."""
 
     def __init__(self, broker: Broker, msg: Any, /, *, context: Any) -> None:
         super().__init__(msg, context=context)
@@ -174,7 +169,6 @@ def _security(settings: Settings) -> BaseSecurity:
 
 
 def broker(settings: Settings, tries: int = TRIES) -> Broker:
-    """A FastStream broker that is connected, secured and limited as the settings say, and whose bodies are our records
-    (handlers get them decoded, publish takes them as they are). What becomes of a record whose handler raises: see
-    `Broker`."""
+    """A FastStream broker with the connection, security and limits of the settings. Handlers get decoded records, and
+    ``publish`` takes records. `Broker` says what happens to a record whose handler raises."""
     return Broker(settings, tries)

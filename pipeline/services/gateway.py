@@ -14,12 +14,9 @@ import hmac
 import json
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
 
-from faststream.asgi import AsgiFastStream, AsyncAPIRoute
-from faststream.kafka import KafkaBroker
-from faststream.specification import AsyncAPI
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
@@ -33,23 +30,23 @@ from millstream.consumers.log.port import Log
 from millstream.pipeline.addresses import is_loopback
 from millstream.pipeline.services.health import Health, watched
 from millstream.pipeline.services.otlp_receiver import PATH as TRACES
-from millstream.pipeline.services.otlp_receiver import OtlpReceiver
+from millstream.pipeline.services.otlp_receiver import OtlpPolicy, OtlpReceiver
 from millstream.pipeline.services.rollout_status import read_rollout_status
 from millstream.pipeline.services.serve_asgi import for_this_machine, limited, listen, serve_until_signal
+from millstream.pipeline.services.topics_page import topics_page
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.producers.log.port import Producer, closing
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import CodecError, ConfigError, MillstreamError
-from millstream.schemas.wire import codec, records
+from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import Partition
-from millstream.schemas.wire.records import AttemptEvent, RolloutEnd, RolloutTask, Worker
-from millstream.schemas.wire.topics import PRIORITIES, Topics
+from millstream.schemas.wire.records import RolloutTask
 
 logger = logging.getLogger(__name__)
 
 OR_SQL: Final = "for rollouts that have ended ask the store: `millstream rollouts`"
-OPEN_PATHS: Final = ("/livez", "/readyz", TRACES)  # for probes, which have no token, and for attempts, which have keys
+OPEN_PATHS: Final = ("/livez", "/readyz", TRACES)  # probes have no token, attempts have keys
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,10 @@ class GatewayPolicy:
     """Limits of a gateway."""
 
     max_body_bytes: int = 64 << 20  # of a request
-    ready_s: float = 2.0  # within which Kafka has to answer a probe: probes wait a few seconds
-    status_s: float = 10.0  # for reading a rollout's status: an old rollout has a lot of the log behind it
+    ready_s: float = 2.0  # for Kafka to answer a readiness probe; probes wait a few seconds
+    status_s: float = 10.0  # for reading a rollout's status; the older the rollout, the more of the log is read
     status_reads: int = 4  # at a time; each holds a connection to Kafka
+    otlp: OtlpPolicy = field(default_factory=OtlpPolicy)
 
 
 class PublishOptions(BaseModel):
@@ -81,7 +79,7 @@ LINES: Final = TypeAdapter(list[TaskLine])
 
 
 class Refused(Exception):
-    """A request that can't be served; ``problems`` are JSON."""
+    """A request that can't be served. ``problems`` are JSON."""
 
     def __init__(self, http_status: int, *problems: dict[str, Any] | str) -> None:
         self.http_status = http_status
@@ -101,11 +99,7 @@ class Gateway:
         self._tasks = TaskPublisher(producer, self._topics)
         self._policy = policy
         self._status_reads = asyncio.Semaphore(policy.status_reads)
-        page = AsgiFastStream(
-            _described(self._topics),
-            asyncapi_path=AsyncAPIRoute("/asyncapi", try_it_out_path=None),
-            specification=AsyncAPI(title="Millstream"),
-        )
+        page = topics_page(self._topics, "/asyncapi")
         token = settings.gateway_token.get_secret_value()
         self.app = Starlette(
             routes=[
@@ -113,7 +107,7 @@ class Gateway:
                 Route("/cancel", self._cancel, methods=["POST"]),
                 Route("/pause", self._pause, methods=["POST"]),
                 Route("/resume", self._pause, methods=["POST"]),
-                Route(TRACES, OtlpReceiver(producer, settings).receive, methods=["POST"]),
+                Route(TRACES, OtlpReceiver(producer, settings, policy.otlp).receive, methods=["POST"]),
                 Route("/rollouts/{rollout_id}", self._rollout),
                 *(Route(path, health.respond) for path in ("/livez", "/metrics")),
                 Route("/readyz", self._is_ready),
@@ -190,23 +184,6 @@ class Gateway:
         return JSONResponse({"status": "ok"})
 
 
-def _described(topics: Topics) -> KafkaBroker:
-    """All topics with what they hold; this broker is never started."""
-    page = KafkaBroker()
-    holds: dict[str, Any] = {
-        **dict.fromkeys(map(topics.tasks, PRIORITIES), RolloutTask),
-        topics.events: AttemptEvent | records.Span | RolloutEnd,
-        topics.triplets: records.Triplet | RolloutEnd,
-        topics.control: records.Control,
-        topics.workers: Worker,
-        topics.dead: records.DeadLetter,
-    }
-    for topic in topics.all:
-        about = f"Key: {topic.key}. Partitions: {topic.partitions}, {topic.cleanup}. Avro single-object encoding."
-        page.publisher(topic.name, title=topic.name, description=about, schema=holds[topic.name])
-    return page
-
-
 def _checked(adapter: TypeAdapter[Any], value: Any) -> Any:
     try:
         return adapter.validate_python(value)
@@ -220,10 +197,10 @@ def _checked(adapter: TypeAdapter[Any], value: Any) -> Any:
 
 
 def _gate(token: str) -> Callable[[Request, Callable[[Request], Awaitable[Response]]], Awaitable[Response]]:
-    """Asks for the token; without one, that the request is meant for this machine."""
+    """Requires the token or, if there is none, a request to a name of this machine."""
 
     async def dispatch(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if request.scope["path"] not in OPEN_PATHS:  # request.url is made of the Host header: a caller's to choose
+        if request.scope["path"] not in OPEN_PATHS:  # request.url holds what the caller wrote into Host
             given = request.headers.get("authorization", "")
             if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
                 message = "send Authorization: Bearer TOKEN, with the gateway_token of this deployment"
@@ -245,8 +222,8 @@ async def _failed(_: Request, error: Exception) -> Response:
 
 
 async def serve_gateway(settings: Settings, host: str, port: int) -> None:
-    """Serves until SIGTERM or SIGINT. Raises `ConfigError` if it would be open to others without a token, or if the
-    address can't be had."""
+    """Serves until SIGTERM or SIGINT. Raises `ConfigError` if other machines could reach it without a token, or if the
+    address is not available."""
     if not is_loopback(host) and not settings.gateway_token.get_secret_value():
         raise ConfigError(
             f"--host {host} is open to others: set gateway_token (MILLSTREAM_GATEWAY_TOKEN), or use 127.0.0.1"

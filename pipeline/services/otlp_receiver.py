@@ -1,7 +1,7 @@
-"""``POST /v1/traces``: the spans of agents that are processes of their own, in whatever language, by OTLP/HTTP 1.x.
+"""``POST /v1/traces``: receives spans from agents' own processes, in any language, by OTLP/HTTP 1.x.
 
-A request is answered with 200 when the log has all of its spans. One that belongs to no attempt, or is too large, is
-counted in ``partial_success``, with the reason. 503 means: send it again.
+A request is answered with 200 once the log has stored its spans. Spans that belong to no attempt or are too large are
+counted in ``partial_success``, with the reason. 503 means: send the request again.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ import hmac
 import json
 import zlib
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Final
 
 from google.protobuf import json_format
@@ -34,13 +35,19 @@ from millstream.schemas.wire.log import KIND_HEADER
 from millstream.schemas.wire.records import Span
 
 PATH: Final = "/v1/traces"
-MAX_BODY: Final = 64 << 20  # bytes, unpacked: what exporters send at most
-AT_ONCE: Final = 4  # requests that are held in memory
-RECORD_S: Final = 8.0  # for the log to take a request's spans; exporters wait for 10
-RETRY_AFTER_S: Final = 2
 PROTOBUF: Final = "application/x-protobuf"
 JSON: Final = "application/json"
 PARSERS: Final[dict[str, Callable[[bytes], ExportTraceServiceRequest]]] = {PROTOBUF: parse_protobuf, JSON: parse_json}
+
+
+@dataclass(frozen=True)
+class OtlpPolicy:
+    """Limits of an OTLP receiver."""
+
+    max_body_bytes: int = 64 << 20  # decompressed; exporters send less
+    requests: int = 4  # in memory at a time
+    record_s: float = 8.0  # for the log to store a request's spans; exporters wait for 10 s
+    retry_after_s: int = 2
 
 
 class _Refused(Exception):
@@ -52,15 +59,16 @@ class _Refused(Exception):
 
 
 class OtlpReceiver:
-    """Takes what is authorised by the key of the attempt it belongs to, or by the gateway's token."""
+    """Accepts spans with the key of their attempt, or with the gateway's token."""
 
-    def __init__(self, producer: Producer, settings: Settings) -> None:
+    def __init__(self, producer: Producer, settings: Settings, policy: OtlpPolicy = OtlpPolicy()) -> None:
         self._producer = producer
         self._topics = settings.topics
         self._token = settings.gateway_token.get_secret_value()
         self._secret = settings.proxy_secret.get_secret_value()
         self._blobs = Blobs(settings.blob_url)
-        self._room = asyncio.Semaphore(AT_ONCE)
+        self._policy = policy
+        self._free = asyncio.Semaphore(policy.requests)
 
     async def receive(self, request: Request) -> Response:
         """The endpoint."""
@@ -69,38 +77,42 @@ class OtlpReceiver:
             if form not in PARSERS:
                 raise _Refused(415, f"send Content-Type: {PROTOBUF} or {JSON}, not {form!r}")
             key = self._key_of(request)
-            async with self._room:
-                body = await limited(request, MAX_BODY, _too_large()).body()
+            async with self._free:
+                limit = self._policy.max_body_bytes
+                body = await limited(request, limit, _too_large(limit)).body()
                 packed = request.headers.get("content-encoding", "identity")
                 spans, rejected = await asyncio.to_thread(self._read, form, packed, body, key)
                 await self._store(spans, rejected)
         except _Refused as error:
-            return _answer(form, Status(message=str(error)), error.http_status)
-        answer = ExportTraceServiceResponse()
+            answer = _answer(form, Status(message=str(error)), error.http_status)
+            if error.http_status == 503:
+                answer.headers["Retry-After"] = str(self._policy.retry_after_s)
+            return answer
+        message = ExportTraceServiceResponse()
         if rejected:
-            answer.partial_success.rejected_spans = len(rejected)
-            answer.partial_success.error_message = "; ".join(dict.fromkeys(rejected))[:2000]
-        return _answer(form, answer)
+            message.partial_success.rejected_spans = len(rejected)
+            message.partial_success.error_message = "; ".join(dict.fromkeys(rejected))[:2000]
+        return _answer(form, message)
 
     def _key_of(self, request: Request) -> str | None:
-        """The attempt's key that was sent; None if every attempt's spans are welcome."""
+        """The attempt's key that was sent; None if the sender may send spans of any attempt."""
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self._token and hmac.compare_digest(given.encode(), self._token.encode()):
             return None
-        if not given and not self._token:  # as for all else: whoever is on this machine is trusted
+        if not given and not self._token:
             if for_this_machine(request):
                 return None
             raise _Refused(403, "without a token the gateway answers requests to localhost only")
         if not given:
             raise _Refused(401, "send Authorization: Bearer KEY, with the attempt's key or the gateway_token")
         if not self._secret:
-            raise _Refused(401, "this gateway can't check an attempt's key: give it proxy_secret, as the runners have")
+            raise _Refused(401, "this gateway can't check attempt keys: set proxy_secret, as for the runners")
         return given
 
     def _read(self, form: str, packed: str, body: bytes, key: str | None) -> tuple[list[Span], list[str]]:
-        """The spans, and why others are rejected."""
+        """The spans, and the reasons why others are rejected."""
         try:
-            spans, rejected = from_otlp(PARSERS[form](_unpacked(body, packed)))
+            spans, rejected = from_otlp(PARSERS[form](_unpacked(body, packed, self._policy.max_body_bytes)))
         except Malformed as error:
             raise _Refused(400, str(error)) from error
         if key is not None:
@@ -115,14 +127,14 @@ class OtlpReceiver:
                 raise _Refused(401, f"{error} of rollout {rollout_id}") from error
 
     async def _store(self, spans: list[Span], rejected: list[str]) -> None:
-        """Returns when the log has them; adds to ``rejected`` what it will never take."""
+        """Returns once the log has stored them; adds to ``rejected`` the reasons of those that it can't store."""
         written = Acknowledgements(self._producer)
         try:
             spans = [await self._blobs.keep(span) for span in spans]
             await asyncio.to_thread(self._send, written, spans, rejected)
-            await asyncio.wait_for(written.wait(), RECORD_S)
+            await asyncio.wait_for(written.wait(), self._policy.record_s)
         except (BlobError, LogError, TimeoutError) as error:
-            raise _Refused(503, f"the spans can't be written, send them again: {error or 'time-out'}") from error
+            raise _Refused(503, f"the spans can't be stored, send them again: {error or 'time-out'}") from error
 
     def _send(self, written: Acknowledgements, spans: list[Span], rejected: list[str]) -> None:
         for span in spans:
@@ -133,32 +145,30 @@ class OtlpReceiver:
                 rejected.append(f"span {span.name!r}: {error}")
 
 
-def _unpacked(body: bytes, packed: str) -> bytes:
+def _unpacked(body: bytes, packed: str, limit: int) -> bytes:
     if packed == "identity":
         return body
     if packed not in ("gzip", "deflate"):
         raise _Refused(415, f"send Content-Encoding: gzip, deflate or none, not {packed!r}")
-    unpacking = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # sees itself which of the two it is
+    unpacking = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # detects which of the two it is
     try:
-        plain = unpacking.decompress(body, MAX_BODY + 1)
+        plain = unpacking.decompress(body, limit + 1)
     except zlib.error as error:
         raise Malformed(f"the body is not {packed}: {error}") from error
-    if len(plain) > MAX_BODY:
-        raise _too_large()
+    if len(plain) > limit:
+        raise _too_large(limit)
     if not unpacking.eof or unpacking.unused_data:
-        raise Malformed(f"the body is not one whole {packed} stream")
+        raise Malformed(f"the body is not one complete {packed} stream")
     return plain
 
 
-def _too_large() -> _Refused:
-    return _Refused(413, f"the body has more than {MAX_BODY:,} bytes; export fewer spans at once")
+def _too_large(limit: int) -> _Refused:
+    return _Refused(413, f"the body has more than {limit:,} bytes; export fewer spans at once")
 
 
 def _answer(form: str, message: Message, http_status: int = 200) -> Response:
-    """In the form of the request; JSON if that is neither."""
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if http_status == 503 else {}
-    if http_status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
+    """In the request's content type; JSON if that is unknown."""
+    headers = {"WWW-Authenticate": "Bearer"} if http_status == 401 else {}
     if form == PROTOBUF:
         return Response(message.SerializeToString(), http_status, headers, PROTOBUF)
     return Response(json.dumps(json_format.MessageToDict(message)), http_status, headers, JSON)

@@ -1,4 +1,4 @@
-"""Serves an aiohttp application for as long as a block runs."""
+"""Serves aiohttp applications: the proxy and the engine."""
 
 import logging
 from collections.abc import AsyncIterator
@@ -10,13 +10,13 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from millstream.schemas.errors import ConfigError
 
-SHUTDOWN_S = 5.0  # how long requests under way may go on when the block ends
-HEAD_S = 75.0  # how long a connection may lie idle, or take over a request's head
+SHUTDOWN_S = 5.0  # how long requests under way may take when the block ends
+HEAD_S = 75.0  # how long a connection may be idle, or take to send a request's head
 logger = logging.getLogger(__name__)
 
 
 def _without_content(record: logging.LogRecord) -> bool:
-    """aiohttp logs of a malformed request the line that is wrong. That may be the one with the key."""
+    """aiohttp logs the malformed line of a request, which may hold a key."""
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, HttpProcessingError):
         record.exc_info = record.exc_text = None
@@ -37,12 +37,12 @@ async def serve(
     reuse_port: bool = False,
     head_s: float = HEAD_S,
 ) -> AsyncIterator[str]:
-    """Listens at ``url`` (port 0: any free one) and yields the URL it is reached at. A handler is cancelled when its
-    client has gone. With ``reuse_port`` a successor may listen there already while this one lets its last requests
-    end, for ``shutdown_s``. Raises `ConfigError` if the address can't be had."""
+    """Listens at ``url`` (port 0: any free one) while the body runs, and yields its URL. A handler is cancelled when
+    its client disconnects. With ``reuse_port`` a successor may listen there while this one lets its last requests end,
+    for ``shutdown_s``. Raises `ConfigError` if the address is not available."""
     parts = urlsplit(url)
     if parts.scheme != "http" or parts.hostname is None or parts.port is None:
-        raise ConfigError(f"{url!r} can't be served: an address is http://HOST:PORT")
+        raise ConfigError(f"{url!r} can't be served: use http://HOST:PORT")
     runner = web.AppRunner(
         app,
         access_log=None,

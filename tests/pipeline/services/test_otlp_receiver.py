@@ -22,7 +22,8 @@ from millstream.consumers.adapter.adapter import Adapter
 from millstream.consumers.log.read_to_end import read_to_end
 from millstream.consumers.runner.runner import Runner
 from millstream.pipeline.proxy import Proxy
-from millstream.pipeline.services import otlp_receiver
+from millstream.pipeline.services.gateway import GatewayPolicy
+from millstream.pipeline.services.otlp_receiver import OtlpPolicy
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
@@ -150,7 +151,7 @@ def bearer(of: Span) -> str:
     return f"Bearer {attempt_key('secret', of.rollout_id, of.attempt_id, valid_s=60.0)}"
 
 
-async def test_only_the_attempt_itself_or_who_has_the_token_may_send_spans(kafka_settings: MakeSettings) -> None:
+async def test_spans_need_the_key_of_their_attempt_or_the_token(kafka_settings: MakeSettings) -> None:
     async with serving(kafka_settings(proxy_secret="secret", gateway_token="t")) as client:
         one, request = a_request()
         body = request.SerializeToString()
@@ -162,14 +163,14 @@ async def test_only_the_attempt_itself_or_who_has_the_token_may_send_spans(kafka
             assert (http_status, ExportTraceServiceResponse.FromString(answer)) == (200, ExportTraceServiceResponse())
         stored = await records(client, client.settings.topics.events, Span)
         assert [(s.rollout_id, s.source) for s in stored] == [(one.rollout_id, "otlp")] * 2
-    async with serving(kafka_settings()) as client:  # open to this machine alone
+    async with serving(kafka_settings()) as client:  # without a token it is open to this machine
         assert (await post(client, body))[0] == 200
         assert (await post(client, body, Host="rebound.example:8600"))[0] == 403
         http_status, answer, _ = await post(client, body, Authorization=bearer(one))
         assert (http_status, "proxy_secret" in Status.FromString(answer).message) == (401, True)
 
 
-async def test_spans_of_no_attempt_and_too_large_ones_are_counted_with_the_reason(client: Client) -> None:
+async def test_spans_without_an_attempt_and_too_large_ones_are_counted_with_the_reason(client: Client) -> None:
     one, request = a_request()
     _, large = a_request(name="large", attributes={f"text{n}": "x" * (200 << 10) for n in range(6)})
     request.MergeFrom(large)
@@ -195,10 +196,9 @@ async def test_json_is_answered_in_json(client: Client) -> None:
     assert (stored.rollout_id, stored.span_id) == ("x", "2" * 16)
 
 
-async def test_what_can_not_be_read_is_refused_for_good(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(otlp_receiver, "MAX_BODY", 1 << 20)
+async def test_unreadable_requests_are_refused(kafka_settings: MakeSettings) -> None:
     bomb = gzip.compress(bytes(10 << 20))
-    for body, http_status, headers in [
+    refused: list[tuple[bytes, int, dict[str, str]]] = [
         (b"\xff", 400, {}),
         (b"{", 400, {"Content_Type": "application/json"}),
         (b"", 415, {"Content_Type": "text/plain"}),
@@ -207,14 +207,16 @@ async def test_what_can_not_be_read_is_refused_for_good(client: Client, monkeypa
         (gzip.compress(b"")[:-1], 400, {"Content_Encoding": "gzip"}),
         (bomb, 413, {"Content_Encoding": "gzip"}),
         (bytes(2 << 20), 413, {}),
-    ]:
-        answered, answer, _ = await post(client, body, **headers)
-        assert answered == http_status, (answer, headers)
-        if not headers.get("Content_Type"):
-            assert Status.FromString(answer).message
+    ]
+    async with serving(kafka_settings(), GatewayPolicy(otlp=OtlpPolicy(max_body_bytes=1 << 20))) as client:
+        for body, http_status, headers in refused:
+            answered, answer, _ = await post(client, body, **headers)
+            assert answered == http_status, (answer, headers)
+            if not headers.get("Content_Type"):
+                assert Status.FromString(answer).message
 
 
-async def test_while_the_log_takes_nothing_the_exporter_is_asked_to_come_again(
+async def test_while_the_log_is_away_the_exporter_is_asked_to_retry(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def send(*args: Any, **kwargs: Any) -> None:
