@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
-from millstream.producers.log.port import Producer, send_acknowledged
+from millstream.producers.log.acks import send_acknowledged
+from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskPublisher
 from millstream.schemas.errors import CodecError, ConfigError, TooLarge
 from millstream.schemas.ids import new_id
@@ -38,7 +39,7 @@ def dead_letter(record: LogRecord, role: str, reason: str, error: str) -> DeadLe
 
 
 def send_dead_letter(send: Callable[..., None], topics: Topics, letter: DeadLetter) -> None:
-    """Sends it (by `Producer.send` or `Acknowledgements.send`) to the dead-letter topic under its original key; without
+    """Sends it (by `Producer.send` or `Acks.send`) to the dead-letter topic under its original key; without
     its body if there is no room for both: the original stays where it is, and the letter says where."""
     headers = {KIND_HEADER: letter.reason.encode()}
     try:

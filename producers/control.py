@@ -4,7 +4,8 @@ import json
 import time
 from typing import Literal
 
-from millstream.producers.log.port import Producer, send_acknowledged
+from millstream.producers.log.acks import send_acknowledged
+from millstream.producers.log.port import Producer
 from millstream.schemas.control import Resources
 from millstream.schemas.wire.log import KIND_HEADER
 from millstream.schemas.wire.records import Control

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
-from millstream.producers.log.acknowledgements import Acknowledgements
+from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
 from millstream.schemas.config.settings import Settings, problems_of
 from millstream.schemas.errors import ConfigError
@@ -125,7 +125,7 @@ class TaskPublisher:
 
     async def publish(self, tasks: Iterable[RolloutTask]) -> None:
         """Returns when the log has acknowledged all of them. Raises what `Producer.send` does, and `LogError`."""
-        acknowledgements = Acknowledgements(self._producer)
+        acknowledgements = Acks(self._producer)
         for task in tasks:
             acknowledgements.send(self._topics.tasks(task.priority), task)
         await acknowledgements.wait()

@@ -15,7 +15,7 @@ from millstream.consumers.dead_letters import send_dead_letter
 from millstream.consumers.runner.claims import ROLE, Claim
 from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.producers.blob_store import STORE_S, BlobError, Blobs
-from millstream.producers.log.acknowledgements import Acknowledgements
+from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
 from millstream.schemas.errors import CodecError, LogError, TooLarge
 from millstream.schemas.spans import semconv
@@ -51,8 +51,8 @@ class AttemptWriter:
         self.last_acknowledged = time.monotonic()  # when the youngest acknowledged sign of life was sent
         self._last_sign = self.last_acknowledged
         self._calling = False
-        self._spans = Acknowledgements(producer)
-        self._states = Acknowledgements(producer)
+        self._spans = Acks(producer)
+        self._states = Acks(producer)
         self._producer = producer
         self._topics = topics
         self._worker_id = worker_id
@@ -220,7 +220,7 @@ class AttemptWriter:
             await self._states.wait()
         except LogError as error:
             outcome = stopped_by(status.LOST, type(error).__name__, f"a span or state was not written: {error}")
-        terminal = Acknowledgements(self._producer)
+        terminal = Acks(self._producer)
         with self._lock:
             counts = {semconv.SOURCE_AGENT: self._spans.sent}
             if proxy_spans is not None:

@@ -21,7 +21,7 @@ from millstream.consumers.dead_letters import dead_letter, send_dead_letter
 from millstream.consumers.log.port import Consumer, Log
 from millstream.consumers.runner.fairness import WeightedTurns
 from millstream.consumers.runner.starvation import Starvation
-from millstream.producers.log.acknowledgements import Acknowledgements
+from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
 from millstream.schemas.control import Resources
 from millstream.schemas.errors import CodecError, LogError, LogUnavailable, TooLarge, TransactionAborted
@@ -188,7 +188,7 @@ class Claims:
         claims: list[Claim] = []
         first: dict[Partition, int] = {}
         following: dict[Partition, int] = {}
-        sending = Acknowledgements(self._producer)
+        sending = Acks(self._producer)
         try:
             for record in records:
                 first.setdefault(record.partition, record.offset)
@@ -219,7 +219,7 @@ class Claims:
             return []
         return claims
 
-    async def _prepare(self, task: RolloutTask, sending: Acknowledgements) -> Claim:
+    async def _prepare(self, task: RolloutTask, sending: Acks) -> Claim:
         if task.resources_id is None:
             resources = self._control.latest(task.experiment_id)
             if resources is None:

@@ -18,7 +18,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wai
 from millstream.consumers.dead_letters import dead_letter, send_dead_letter
 from millstream.consumers.log.port import Log
 from millstream.consumers.sink.port import Batch, Sink, Unusable
-from millstream.producers.log.acknowledgements import Acknowledgements
+from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import CodecError, LogError, LogUnavailable, StoreError, TransactionAborted
@@ -272,7 +272,7 @@ class SinkRole:
             letter = dead_letter(item.record, "sink", item.reason, item.error)
         except CodecError:  # a live record that has no encoding either
             letter = dead_letter(replace(item.record, value=b""), "sink", item.reason, item.error)
-        sending = Acknowledgements(self._producer)
+        sending = Acks(self._producer)
         send_dead_letter(sending.send, self._topics, letter)
         await sending.wait()
         self.stats.dead_letters += 1

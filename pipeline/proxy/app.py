@@ -32,7 +32,7 @@ from millstream.pipeline.proxy.recorder import Recorder
 from millstream.pipeline.proxy.replicas import Failed, ReplicaPolicy
 from millstream.pipeline.proxy.targets import Targets
 from millstream.producers.blob_store import Blobs
-from millstream.producers.log.acknowledged import BURST_MS
+from millstream.producers.log.paced import PacePolicy
 from millstream.producers.log.port import Producer
 from millstream.schemas.attempt_keys import BadKey
 from millstream.schemas.config.settings import Settings
@@ -95,7 +95,7 @@ class Proxy:
         return self._recorder.unrecorded
 
     async def _lifespan(self, _app: web.Application) -> AsyncIterator[None]:
-        self._producer = self._log.producer(linger_ms=BURST_MS)
+        self._producer = self._log.producer(linger_ms=PacePolicy().linger_ms)
         blobs = Blobs(self._settings.blob_url)
         self._recorder = Recorder(self._producer, self._settings.topics, blobs, self._policy.record_s)
         cache = AnswerCache(self._settings.cache_ttl_s, self._policy.cache_bytes)

@@ -7,7 +7,8 @@ from millstream.pipeline.protocols.answers import Answer
 from millstream.pipeline.proxy.attempts import ProxiedAttempt
 from millstream.pipeline.proxy.spans import CallFacts, call_span
 from millstream.producers.blob_store import BlobError, Blobs
-from millstream.producers.log.acknowledged import AcknowledgedSends
+from millstream.producers.log.acks import send_acknowledged
+from millstream.producers.log.paced import PacedProducer, PacePolicy
 from millstream.producers.log.port import Producer
 from millstream.schemas.errors import LogError, TooLarge
 from millstream.schemas.wire.log import KIND_HEADER
@@ -29,7 +30,7 @@ class Recorder:
 
     def __init__(self, producer: Producer, topics: Topics, blobs: Blobs, ack_s: float) -> None:
         """``ack_s``: how long a span may take to be acknowledged."""
-        self._sends = AcknowledgedSends(producer, ack_s)
+        self._producer = PacedProducer(producer, PacePolicy(timeout_s=ack_s))
         self._topic = topics.events
         self._blobs = blobs
         self._background: set[asyncio.Task[None]] = set()
@@ -43,7 +44,7 @@ class Recorder:
         try:
             span = await self._blobs.keep(span)
             headers = {KIND_HEADER: span.kind.encode()}
-            await self._sends.send(self._topic, span, key=attempt.rollout_id, headers=headers)
+            await send_acknowledged(self._producer, self._topic, span, key=attempt.rollout_id, headers=headers)
         except (BlobError, LogError, TimeoutError) as error:
             self.unrecorded += 1
             raise NotRecorded(str(error) or "time-out", too_large=isinstance(error, TooLarge)) from error

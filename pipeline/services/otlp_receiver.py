@@ -24,7 +24,7 @@ from starlette.responses import Response
 
 from millstream.pipeline.services.serve_asgi import for_this_machine, limited
 from millstream.producers.blob_store import BlobError, Blobs
-from millstream.producers.log.acknowledgements import Acknowledgements
+from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
 from millstream.schemas.attempt_keys import BadKey, claims_of
 from millstream.schemas.config.settings import Settings
@@ -128,7 +128,7 @@ class OtlpReceiver:
 
     async def _store(self, spans: list[Span], rejected: list[str]) -> None:
         """Returns once the log has stored them; adds to ``rejected`` the reasons of those that it can't store."""
-        written = Acknowledgements(self._producer)
+        written = Acks(self._producer)
         try:
             spans = [await self._blobs.keep(span) for span in spans]
             await asyncio.to_thread(self._send, written, spans, rejected)
@@ -136,7 +136,7 @@ class OtlpReceiver:
         except (BlobError, LogError, TimeoutError) as error:
             raise _Refused(503, f"the spans can't be stored, send them again: {error or 'time-out'}") from error
 
-    def _send(self, written: Acknowledgements, spans: list[Span], rejected: list[str]) -> None:
+    def _send(self, written: Acks, spans: list[Span], rejected: list[str]) -> None:
         for span in spans:
             headers = {KIND_HEADER: span.kind.encode()}
             try:

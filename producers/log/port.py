@@ -18,8 +18,8 @@ LINGER_MS: Final = 2.0  # for throughput; who awaits each acknowledgement wants 
 OnAck = Callable[[Exception | None, int], None]
 
 
-class Producer(Protocol):
-    """Writes records. Idempotent: a record that the client itself sends again is stored once."""
+class Sender(Protocol):
+    """Takes records for a log."""
 
     def send(
         self,
@@ -40,6 +40,10 @@ class Producer(Protocol):
         Raises `BufferFull`, `TooLarge`, `CodecError`, `Fenced`; never drops. In a transaction ``on_ack`` means
         "written"; readers see the record once the transaction has been committed.
         """
+
+
+class Producer(Sender, Protocol):
+    """Writes records. Idempotent: a record that the client itself sends again is stored once."""
 
     def flush(self, timeout_s: float) -> None:
         """Waits until everything handed over is acknowledged or refused. Raises `LogUnavailable` at the deadline."""
@@ -76,32 +80,3 @@ async def closing(producer: Producer) -> AsyncIterator[Producer]:
         yield producer
     finally:
         await asyncio.to_thread(producer.close)
-
-
-async def send_acknowledged(
-    producer: Producer,
-    topic: str,
-    value: Record | bytes,
-    *,
-    key: str | None = None,
-    partition: int | None = None,
-    headers: Headers | None = None,
-) -> int:
-    """Sends and awaits the acknowledgement; returns the offset. Raises what ``send`` raises, and `LogError`."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[int] = loop.create_future()
-
-    def settle(error: Exception | None, offset: int) -> None:
-        if done.done():
-            return
-        if error is None:
-            done.set_result(offset)
-        else:
-            done.set_exception(error)
-
-    def on_ack(error: Exception | None, offset: int) -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, error, offset)
-
-    producer.send(topic, value, key=key, partition=partition, headers=headers, on_ack=on_ack)
-    return await done

@@ -9,7 +9,7 @@ import pytest
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import HOST, LocalKafka
 from millstream.pipeline.addresses import free_port
-from millstream.producers.log.port import send_acknowledged
+from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.wire.log import LogRecord, Partition

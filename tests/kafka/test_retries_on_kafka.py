@@ -11,7 +11,7 @@ from millstream.consumers.adapter.adapter import Adapter
 from millstream.consumers.dead_letters import replay
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.pipeline.cli.dead_letters import find, listed
-from millstream.producers.log.port import send_acknowledged
+from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition

@@ -25,7 +25,7 @@ from millstream.pipeline.replay import Start, run_replay
 from millstream.pipeline.replay_output import open_output
 from millstream.pipeline.store.clickhouse import ClickHouseStore
 from millstream.pipeline.store.stored_events import stored_events
-from millstream.producers.log.port import send_acknowledged
+from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.wire import codec

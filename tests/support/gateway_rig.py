@@ -12,7 +12,8 @@ from millstream.pipeline.addresses import LOOPBACK
 from millstream.pipeline.services.gateway import Gateway, GatewayPolicy
 from millstream.pipeline.services.health import Health
 from millstream.pipeline.services.serve_asgi import listen, uvicorn_server
-from millstream.producers.log.port import Producer, send_acknowledged
+from millstream.producers.log.acks import send_acknowledged
+from millstream.producers.log.port import Producer
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.wire.records import AttemptEvent, RolloutEnd
 

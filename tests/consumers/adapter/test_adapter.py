@@ -14,7 +14,7 @@ from millstream.consumers.adapter.triplets import to_triplets
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.port import Log
-from millstream.producers.log.port import send_acknowledged
+from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.records import DeadLetter, RolloutEnd, RolloutTask, Triplet

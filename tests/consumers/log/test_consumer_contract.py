@@ -20,7 +20,8 @@ from contract_helpers import (
     read_nothing,
 )
 
-from millstream.producers.log.port import Producer, send_acknowledged
+from millstream.producers.log.acks import send_acknowledged
+from millstream.producers.log.port import Producer
 from millstream.schemas.errors import TransactionAborted
 from millstream.schemas.wire.log import EndOfPartition, LogRecord, Partition
 

@@ -19,7 +19,8 @@ from contract_helpers import (
     read_nothing,
 )
 
-from millstream.producers.log.port import TransactionalProducer, send_acknowledged
+from millstream.producers.log.acks import send_acknowledged
+from millstream.producers.log.port import TransactionalProducer
 from millstream.schemas.errors import Fenced, LogError, TooLarge, TransactionAborted, WrongType
 from millstream.schemas.wire.codec import decode, encode
 from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition

@@ -13,7 +13,7 @@ from millstream.consumers.adapter.adapter import Adapter
 from millstream.consumers.dead_letters import dead_letter, replay, send_dead_letter
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.pipeline.cli.dead_letters import find, listed
-from millstream.producers.log.port import send_acknowledged
+from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition

@@ -13,7 +13,7 @@ from faststream.kafka import KafkaMessage
 
 import millstream as ms
 from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.producers.log.port import send_acknowledged
+from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import WrongType
 from millstream.schemas.wire import codec

@@ -16,7 +16,7 @@ from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.pipeline.addresses import free_port
 from millstream.pipeline.services.gateway import GatewayPolicy, serve_gateway
-from millstream.producers.log.port import send_acknowledged
+from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
