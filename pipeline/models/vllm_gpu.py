@@ -1,7 +1,7 @@
-"""Weights from a trainer's GPU to vLLM's by NCCL or CUDA IPC: vLLM's own trainer side. UNTESTED ON GPU.
+"""Sends weights from a trainer's GPU to vLLM's by NCCL or CUDA IPC, with vLLM's own trainer side. UNTESTED ON GPU.
 
 Needs vLLM in the trainer's environment. Written against https://docs.vllm.ai/en/latest/training/weight_transfer: its
-`trainer_init` meets the workers once, and `send_weights` makes the calls start, update and finish.
+`trainer_init` connects to the workers once, and `send_weights` makes the calls start, update and finish.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,24 +15,22 @@ from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactor
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-TIMEOUT_S = 300.0
-
 
 class GpuSender:
     """For one vLLM process. One thread at a time."""
 
-    def __init__(self, transfer: str, url: str, token: str, workers: int, port: int) -> None:
-        """``port``: a free one of this machine, for the meeting by NCCL."""
+    def __init__(self, transfer: str, url: str, token: str, workers: int, port: int, call_s: float) -> None:
+        """``port``: a free one of this machine, for NCCL's rendezvous. ``call_s``: for one call."""
         info: Any = IPCTrainerInitInfo(rank=0)
         if transfer == "nccl":
             info = NCCLTrainerInitInfo(rank=0, master_address="127.0.0.1", master_port=port, world_size=workers + 1)
         self._info = info
-        self._client = _Client(url, token)
+        self._client = _Client(url, token, call_s)
         self._source = _Source()
         self._engine: Any = None
 
     def send(self, tensors: Mapping[str, Tensor], version: str) -> None:
-        """Start, update, finish. ``tensors`` lie on a GPU. Raises what requests and vLLM raise."""
+        """Starts, updates and finishes. ``tensors`` are on a GPU. Raises what requests and vLLM raise."""
         self._source.tensors, self._client.version = tensors, version
         if self._engine is None:
             self._engine = WeightTransferTrainerFactory.trainer_init(
@@ -52,17 +50,18 @@ class _Source(WeightSource):  # type: ignore[misc]
 
 
 class _Client(HTTPVLLMWeightSyncClient):  # type: ignore[misc]
-    """vLLM's, with the token that its server asks for here, and the version's name."""
+    """vLLM's client, with this server's token and the version's name."""
 
     version = ""
 
-    def __init__(self, url: str, token: str) -> None:
-        super().__init__(url, TIMEOUT_S)
+    def __init__(self, url: str, token: str, call_s: float) -> None:
+        super().__init__(url, call_s)
         self._token = token
+        self._call_s = call_s
 
     def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
         headers = {"x-millstream-admin": self._token}
-        requests.post(f"{self.base_url}/{path}", json=json, headers=headers, timeout=TIMEOUT_S).raise_for_status()
+        requests.post(f"{self.base_url}/{path}", json=json, headers=headers, timeout=self._call_s).raise_for_status()
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         super().finish_weight_update(weight_version or self.version)

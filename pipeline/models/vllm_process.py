@@ -1,4 +1,4 @@
-"""A vLLM process of ours: started on loopback, ended with us. Its environment is its own (`make vllm`)."""
+"""Starts and ends a vLLM process, which listens on loopback and has its own environment (`make vllm`)."""
 
 import asyncio
 import contextlib
@@ -20,9 +20,6 @@ from millstream.pipeline.addresses import LOOPBACK, free_port
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError, MillstreamError
 
-START_S: Final = 600.0  # large models take minutes to load
-STOP_S: Final = 10.0
-PROBE_S: Final = 10.0  # for an answer that takes milliseconds
 PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 Transfer = Literal["file", "nccl", "ipc"]
 ENGINES: Final[Mapping[str, str]] = {
@@ -43,13 +40,38 @@ class VllmOptions:
     replicas: int = 1  # processes; one at a time gets new weights
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmPolicy:
+    """What is waited for in starting, watching and changing a vLLM."""
+
+    start_s: float = 600.0  # large models take minutes to load
+    stop_s: float = 10.0  # for an orderly end, which takes a second or two; then the process is killed
+    probe_s: float = 10.0  # for an answer that takes milliseconds, and between two probes
+    # A vLLM that has missed so many probes in a row hangs. It answers between two steps of the engine, which take
+    # seconds at most, because long prompts are cut into pieces; a change of weights takes longer, and is not probed.
+    hung_probes: int = 6
+    call_s: float = 300.0  # for one call of the weight-transfer protocol; large weights take minutes
+    restart_s: tuple[float, ...] = (1.0, 2.0, 5.0, 15.0, 60.0)  # before each further restart of what does not start
+
+
+DEFAULT_POLICY: Final = VllmPolicy()
+
+
 class VllmProcess:
     """One process at a time, at one address. Its output goes to a file in ``folder``."""
 
     def __init__(
-        self, model: Path, options: VllmOptions, settings: Settings, folder: Path, name: str, port: int = 0
+        self,
+        model: Path,
+        options: VllmOptions,
+        settings: Settings,
+        folder: Path,
+        name: str,
+        port: int = 0,
+        policy: VllmPolicy = DEFAULT_POLICY,
     ) -> None:
         """``model`` is a Hugging Face folder. ``port`` 0: any free one."""
+        self.policy = policy
         self._model = model.resolve()
         self._options = options
         self._python = settings.vllm_python
@@ -57,7 +79,7 @@ class VllmProcess:
         self.log = folder / f"{name}.log"
         self._port = port or free_port()
         self.url = f"http://{LOOPBACK}:{self._port}"
-        self.token = token_hex(32)  # that opens its development endpoints
+        self.token = token_hex(32)  # opens its development endpoints
         self._process: asyncio.subprocess.Process | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
@@ -66,8 +88,7 @@ class VllmProcess:
         return None if self._process is None or self._process.returncode is not None else self._process.pid
 
     async def start(self) -> None:
-        """Returns when it answers. Raises `MillstreamError` with the end of its log if it ends before, or takes longer
-        than `START_S`."""
+        """Returns when it answers. Raises `MillstreamError`, with the end of its log if it ends before."""
         if not self._python.is_file():
             raise ConfigError(f"no vLLM at {self._python} (setting vllm_python); `make vllm` sets it up")
         with self.log.open("ab") as output:
@@ -81,40 +102,40 @@ class VllmProcess:
                 start_new_session=True,
                 preexec_fn=die_with_parent if sys.platform == "linux" else None,
             )
-        deadline = time.monotonic() + START_S
+        deadline = time.monotonic() + self.policy.start_s
         async with aiohttp.ClientSession() as session:
             while not await self.answers(session):
                 if self.pid is None:
                     raise MillstreamError(f"vLLM ended as it started ({self.log}):\n{self._last_lines()}")
                 if time.monotonic() > deadline:
                     await self.kill()
-                    raise MillstreamError(f"vLLM did not come up within {START_S:g} s; see {self.log}")
+                    raise MillstreamError(f"vLLM did not come up within {self.policy.start_s:g} s; see {self.log}")
                 await asyncio.sleep(0.2)
 
     async def ended(self) -> int:
-        """Waits for its end; the exit code."""
+        """Returns its exit code when it ends."""
         assert self._process is not None
         return await self._process.wait()
 
     async def stop(self) -> None:
-        """Lets it end in good order; kills it when that takes too long."""
+        """Lets it end gracefully; kills it if that takes too long."""
         if self.pid is not None:
             assert self._process is not None
             self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), STOP_S)
+                await asyncio.wait_for(self._process.wait(), self.policy.stop_s)
         await self.kill()
 
     async def kill(self) -> None:
-        """Ends it at once, with all processes that it has started."""
+        """Kills it with all processes that it has started."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             await self._process.wait()
 
     async def answers(self, session: aiohttp.ClientSession) -> bool:
-        """Whether the engine does, within `PROBE_S`. (vLLM's ``/health`` asks the API server alone.)"""
-        timeout = aiohttp.ClientTimeout(total=PROBE_S)
+        """Whether the engine answers a probe. (vLLM's ``/health`` asks the API server alone.)"""
+        timeout = aiohttp.ClientTimeout(total=self.policy.probe_s)
         headers = {"x-millstream-admin": self.token}
         try:
             async with session.get(f"{self.url}/weight_info", headers=headers, timeout=timeout) as answer:
@@ -134,7 +155,7 @@ class VllmProcess:
             *("--middleware", "millstream_middleware.Versions"),
             *("--worker-extension-cls", "millstream_worker.Worker"),
             *("--weight-transfer-config", f'{{"backend": "{ENGINES[options.transfer]}"}}'),
-            # Else the model's folder may cut off tokens that the logprobs know nothing of.
+            # Else a generation_config.json in the folder may limit sampling in ways the log-probabilities do not show.
             *("--generation-config", "vllm"),
             "--enable-request-id-headers",
             *lora,
@@ -142,7 +163,7 @@ class VllmProcess:
         ]
 
     def _environment(self) -> dict[str, str]:
-        """Without our own settings and secrets; with what opens the endpoints for weights."""
+        """Without Millstream's settings and secrets; with the switches that open the endpoints for weights."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MILLSTREAM_", "PYTHONPATH"))}
         return inherited | {
             "PYTHONPATH": str(Path(plugins.__file__).parent),
@@ -151,10 +172,10 @@ class VllmProcess:
             "VLLM_SERVER_DEV_MODE": "1",
             "VLLM_NO_USAGE_STATS": "1",
             "HF_HUB_OFFLINE": "1",
-            # Longer than proxies keep an idle connection: after vLLM's 5 s, calls meet one that is just being closed.
+            # Longer than proxies keep an idle connection: with vLLM's 5 s, calls meet one that is just being closed.
             "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "120",
             **({"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"} if self._options.adapters else {}),
-            # Over HTTP, handles of GPU memory travel pickled: only to who has the token.
+            # Handles of GPU memory travel pickled over HTTP; the endpoint asks for the token.
             **({"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"} if self._options.transfer == "ipc" else {}),
         }
 

@@ -16,8 +16,8 @@ pytest.importorskip("torch")
 
 from vllm_rig import ENGINE, processes_of
 
-from millstream.pipeline.models import vllm_process, vllm_server
 from millstream.pipeline.models.server import UpdateFailed
+from millstream.pipeline.models.vllm_process import VllmPolicy
 from millstream.pipeline.models.weights import Weights
 from millstream.schemas.errors import ConfigError
 
@@ -212,9 +212,8 @@ def lives(pid):
 @pytest.mark.parametrize("frozen", ["the API server", ENGINE])
 async def test_a_vllm_that_hangs_is_ended_and_comes_back(server, client, monkeypatch, frozen):
     await deploy(server, 6)
-    monkeypatch.setattr(vllm_process, "PROBE_S", 2.0)
-    monkeypatch.setattr(vllm_server, "PROBE_S", 2.0)
     replica = server.replicas[0]
+    monkeypatch.setattr(replica.process, "policy", VllmPolicy(probe_s=2.0))
     found = dict(processes_of(replica.process.pid)) | {"the API server": replica.process.pid}
     stream = asyncio.create_task(client.ask(200, stream=True))
     os.kill(found[frozen], signal.SIGSTOP)
@@ -233,7 +232,7 @@ async def test_when_the_version_before_can_not_be_brought_back_vllm_starts_anew_
     broken["model.norm.weight"][0] = float("nan")
     good.rename(tmp_path / "away")  # a disk that has gone for a moment
     running = [asyncio.create_task(client.ask(200, stream=True)) for _ in range(4)]
-    with pytest.raises(UpdateFailed, match=r"tell\.1\.8 did not go live.*tell\.1\.7 can't be brought back.*anew"):
+    with pytest.raises(UpdateFailed, match=r"tell\.1\.8 did not go live.*tell\.1\.7 can't be brought back.*restarted"):
         await server.update(broken, "tell.1.8")
     shutil.move(tmp_path / "away", good)
     assert await served_until_restarted(server, client) <= {(503, None), (200, "tell.1.7")}

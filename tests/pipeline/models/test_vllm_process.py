@@ -1,4 +1,4 @@
-"""Starting vLLM where there is none, and watching over what stands in for it."""
+"""Starting vLLM where there is none, and keeping a stand-in for it running."""
 
 import asyncio
 import os
@@ -13,17 +13,17 @@ pytest.importorskip("safetensors")
 import numpy as np
 from safetensors.numpy import save_file
 
-from millstream.pipeline.models import vllm_process, vllm_server
 from millstream.pipeline.models.server import UpdateFailed
-from millstream.pipeline.models.vllm_process import VllmOptions, VllmProcess
-from millstream.pipeline.models.vllm_server import Replica
+from millstream.pipeline.models.vllm_process import DEFAULT_POLICY, VllmOptions, VllmPolicy, VllmProcess
+from millstream.pipeline.models.vllm_replica import Replica
 from millstream.pipeline.models.weights import Weights
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError, MillstreamError
 
 
-def process(tmp_path, python):
-    return VllmProcess(tmp_path, VllmOptions(), load_settings(vllm_python=python), tmp_path, "vllm")
+def process(tmp_path, python, policy=DEFAULT_POLICY):
+    settings = load_settings(vllm_python=python)
+    return VllmProcess(tmp_path, VllmOptions(), settings, tmp_path, "vllm", policy=policy)
 
 
 async def test_a_missing_environment_is_named(tmp_path):
@@ -39,17 +39,16 @@ async def test_what_ends_at_once_says_why(tmp_path):
 
 
 @pytest.fixture
-async def replica(tmp_path, monkeypatch):
-    """Of a stand-in, with short patience."""
-    monkeypatch.setattr(vllm_process, "PROBE_S", 0.2)
-    monkeypatch.setattr(vllm_server, "PROBE_S", 0.2)
-    monkeypatch.setattr(vllm_server, "CALL_S", 2.0)
+async def replica(tmp_path):
+    """One of a stand-in, with short time-outs."""
     python = tmp_path / "python"
     python.write_text(
         f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parents[2] / "support" / "vllm_standin.py"} "$@"\n'
     )
     python.chmod(0o755)
-    replica = Replica(process(tmp_path, python), VllmOptions(), version(tmp_path, 0))
+    replica = Replica(
+        process(tmp_path, python, VllmPolicy(probe_s=0.2, call_s=2.0)), VllmOptions(), version(tmp_path, 0)
+    )
     await replica.start()
     yield replica
     await replica.close()
@@ -63,7 +62,7 @@ def version(folder, number):
 
 
 async def until_restarted(replica):
-    while replica.restarts == 0:  # noqa: ASYNC110 - nothing tells of it
+    while replica.restarts == 0:  # noqa: ASYNC110 - there is no event for it
         await asyncio.sleep(0.05)
 
 
@@ -79,7 +78,7 @@ async def test_one_that_hangs_is_ended_and_comes_back_with_the_last_good_version
 
 async def test_one_that_hangs_in_an_update_is_ended_at_once(replica, tmp_path):
     os.kill(replica.process.pid, signal.SIGSTOP)
-    with pytest.raises(UpdateFailed, match=r"run\.0\.1 did not go live.*TimeoutError.*anew with it"):
+    with pytest.raises(UpdateFailed, match=r"run\.0\.1 did not go live.*TimeoutError.*restarted with it"):
         await replica.load(version(tmp_path, 1))
     await until_restarted(replica)
     await replica._canary("policy", "run.0.0")
