@@ -1,4 +1,4 @@
-"""Commands about a model's versions: deploy, roll back, split, and what came of them. (`serve` is a role, in `cli`.)"""
+"""Commands about a model's versions: deploy, roll back, split, and their results. (`serve` is a role, in `roles`.)"""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -27,21 +27,21 @@ Model = Annotated[str, typer.Argument(help="The name that agents ask for.")]
 WaitS = Annotated[float, typer.Option(min=0, help="Seconds to wait for the server's answer.")]
 
 
-class _Told:
-    """What the control topic says of models."""
+class _ModelControl:
+    """What the control topic says about models."""
 
     def __init__(self, log: Log, topics: Topics) -> None:
-        self.follower = ControlFollower(log, topics, on_control=self._hear)
+        self.follower = ControlFollower(log, topics, on_control=self._on_control)
         self.servers: dict[str, ServerState] = {}
         self.answers: dict[str, ModelAnswer] = {}
-        self.more = asyncio.Event()
+        self.changed = asyncio.Event()
 
-    def _hear(self, record: Control) -> None:
+    def _on_control(self, record: Control) -> None:
         if record.kind == ServerState.kind:
             self.servers[record.name] = ServerState.from_control(record)
         elif record.kind == ModelAnswer.kind:
             self.answers[record.name] = ModelAnswer.from_control(record)
-        self.more.set()
+        self.changed.set()
 
 
 @app.command(epilog="Example: millstream model deploy policy runs/adapters/7 --version policy.0.7 --lora")
@@ -52,7 +52,7 @@ def deploy(
     lora: Annotated[bool, typer.Option(help="An adapter, served beside the model and other adapters.")] = False,
     wait_s: WaitS = 600.0,
 ) -> None:
-    """Load a version; all rollouts use it when it has proved itself, else nothing changes."""
+    """Load a version; all rollouts use it once it has been checked, else nothing changes."""
     command = ModelCommand(
         command_id=new_id(), action="deploy", model=model, version=version, folder=str(folder.absolute()), lora=lora
     )
@@ -88,13 +88,13 @@ def split(
 
 @app.command(epilog="Example: millstream model status --json")
 def status(as_json: Json = False) -> None:
-    """Show each model's versions with their shares, and who serves them."""
+    """Show each model's versions with their shares, and the replicas that serve them."""
     settings = load_settings()
-    told = with_log(settings, lambda log: _read(log, settings.topics))
-    table, rows = told.follower.routing, []
+    control = with_log(settings, lambda log: _read(log, settings.topics))
+    table, rows = control.follower.routing, []
     for model, arms in table.models.items():
         for arm in arms:
-            state = told.servers.get(arm.upstream)
+            state = control.servers.get(arm.upstream)
             served = state is not None and (arm.version == state.version or arm.served_as in state.adapters)
             alive = [] if state is None else [replica["url"] for replica in state.replicas if replica["alive"]]
             count = 0 if state is None else len(state.replicas)
@@ -124,35 +124,35 @@ def _ask(command: ModelCommand, wait_s: float) -> None:
 
 
 async def _answered(log: Log, topics: Topics, command: ModelCommand, wait_s: float) -> ModelAnswer:
-    """Publishes a command and waits for what becomes of it. Raises `ConfigError` if nobody answers."""
-    async with _listening(log, topics) as told, closing(log.producer()) as producer:
-        known = sorted(state.model for state in told.servers.values())
+    """Publishes a command and returns its result. Raises `ConfigError` if no server answers."""
+    async with _following(log, topics) as control, closing(log.producer()) as producer:
+        known = sorted(state.model for state in control.servers.values())
         if command.model not in known:
-            raise ConfigError(f"nobody serves {command.model}; served are: {', '.join(known) or 'none'}")
+            raise ConfigError(f"no server serves {command.model}; served are: {', '.join(known) or 'none'}")
         await publish_control(producer, topics, command.to_control())
         try:
             async with asyncio.timeout(wait_s):
-                while command.command_id not in told.answers:
-                    told.more.clear()
-                    await told.more.wait()
+                while command.command_id not in control.answers:
+                    control.changed.clear()
+                    await control.changed.wait()
         except TimeoutError:
             raise ConfigError(
-                f"no answer within {wait_s:g} s; the command stays on the topic, and is done when the server is back"
+                f"no answer within {wait_s:g} s; the server carries the command out when it is back"
             ) from None
-    return told.answers[command.command_id]
+    return control.answers[command.command_id]
 
 
-async def _read(log: Log, topics: Topics) -> _Told:
-    async with _listening(log, topics) as told:
-        return told
+async def _read(log: Log, topics: Topics) -> _ModelControl:
+    async with _following(log, topics) as control:
+        return control
 
 
 @asynccontextmanager
-async def _listening(log: Log, topics: Topics) -> AsyncIterator[_Told]:
-    """Knows all that the control topic holds, and goes on listening."""
-    told = _Told(log, topics)
+async def _following(log: Log, topics: Topics) -> AsyncIterator[_ModelControl]:
+    """Has read what the control topic holds, and follows it."""
+    control = _ModelControl(log, topics)
     try:
-        await told.follower.start()
-        yield told
+        await control.follower.start()
+        yield control
     finally:
-        await told.follower.close()
+        await control.follower.close()

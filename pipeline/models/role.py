@@ -1,10 +1,9 @@
-"""The role that serves a model: it keeps vLLM running, does what commands on the control topic ask, and publishes a
-routing table once the weights that it speaks of are served."""
+"""The role that serves a model: it keeps vLLM running, carries out commands from the control topic, and publishes a
+routing table once the weights that the table names are served."""
 
 import asyncio
 import logging
 from pathlib import Path
-from typing import Final
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.port import Log
@@ -19,30 +18,32 @@ from millstream.schemas.wire.topics import Topics
 
 logger = logging.getLogger(__name__)
 
-LOOK_S: Final = 1.0  # how soon a change of the replicas is told
-
 
 class ModelRole:
     """Serves ``model``, which proxies reach at the upstream of that name in their settings. One process for a model."""
 
-    def __init__(self, log: Log, topics: Topics, server: VllmServer, model: str, upstream: str) -> None:
+    def __init__(
+        self, log: Log, topics: Topics, server: VllmServer, model: str, upstream: str, report_s: float = 1.0
+    ) -> None:
+        """A change of the replicas is reported within ``report_s``."""
+        self._report_s = report_s
         self._log = log
         self._topics = topics
         self._server = server
         self._model = model
         self._upstream = upstream
         self._producer = log.producer()
-        self._follower = ControlFollower(log, topics, on_control=self._hear)
-        self._told: ServerState | None = None
+        self._follower = ControlFollower(log, topics, on_control=self._on_control)
+        self._reported: ServerState | None = None
         self._waiting: dict[str, Control] = {}  # commands without an answer, in the order of the log
-        self._heard = asyncio.Event()
+        self._command_came = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until ``stop``. Raises `MillstreamError` if the model can't be served."""
         try:
             await self._follower.start()
             used = self._used(self._follower.routing)
-            adapters, whole = {}, None  # as it was when this ended
+            adapters, whole = {}, None  # what was served when the role last ended
             for arm in used:
                 weights = self._server.weights(arm.weights, arm.version, lora=self._is_adapter(arm))
                 if self._is_adapter(arm):
@@ -55,12 +56,12 @@ class ModelRole:
                 arm = self._arm(self._model, base.version, base.folder)
                 await self._publish(self._follower.routing.deploy(self._model, arm), "")
             while not stop.is_set():
-                await self._tell()
+                await self._report_state()
                 while self._waiting:
                     await self._answer(next(iter(self._waiting.values())))
-                self._heard.clear()
-                waits = [asyncio.ensure_future(event.wait()) for event in (stop, self._heard)]
-                await asyncio.wait(waits, timeout=LOOK_S, return_when=asyncio.FIRST_COMPLETED)
+                self._command_came.clear()
+                waits = [asyncio.ensure_future(event.wait()) for event in (stop, self._command_came)]
+                await asyncio.wait(waits, timeout=self._report_s, return_when=asyncio.FIRST_COMPLETED)
                 for wait in waits:
                     wait.cancel()
         finally:
@@ -68,28 +69,28 @@ class ModelRole:
             await self._server.close()
             await asyncio.to_thread(self._producer.close)
 
-    def _hear(self, record: Control) -> None:
+    def _on_control(self, record: Control) -> None:
         if record.kind == ModelCommand.kind:
             self._waiting[record.name] = record
-            self._heard.set()
+            self._command_came.set()
         elif record.kind == ModelAnswer.kind:
             self._waiting.pop(record.name, None)
 
     async def _answer(self, record: Control) -> None:
-        """Does what a command asks. One that another model's server has to do is left to it."""
+        """Carries out a command and answers it. Commands about other models are left to their servers."""
         del self._waiting[record.name]
         try:
             command = ModelCommand.from_control(record)
             if command.model != self._model:
                 return
             mark = f" [{command.command_id}]"
-            # The table may be out, and the answer not, when this process ended in between.
+            # If a predecessor ended in between, the table is published and the answer is not.
             if not self._follower.routing.reason.endswith(mark):
                 await self._publish(await self._do(command), mark)
             answer = ModelAnswer(command_id=record.name, table_id=self._follower.routing.table_id)
         except (ConfigError, UpdateFailed) as error:
             answer = ModelAnswer(command_id=record.name, error=str(error))
-        await self._tell()
+        await self._report_state()
         await publish_control(self._producer, self._topics, answer.to_control())
 
     async def _do(self, command: ModelCommand) -> RoutingTable:
@@ -101,7 +102,7 @@ class ModelRole:
             for other in known.models.get(self._model, ()):
                 if other.version == arm.version and (other.served_as, other.weights) != (name, arm.weights):
                     raise ConfigError(
-                        f"{self._model} {arm.version} is that of {other.weights}: these need a version of their own"
+                        f"{self._model} {arm.version} names {other.weights}: give these weights another version"
                     )
             table = known.deploy(self._model, arm)
         elif command.action == "rollback":
@@ -112,7 +113,7 @@ class ModelRole:
         whole = [arm.version for arm in used if not self._is_adapter(arm)]
         if len(whole) > 1:
             raise ConfigError(
-                f"{self._model}: {' and '.join(whole)} are whole models, of which a server has one at a time; "
+                f"{self._model}: {' and '.join(whole)} are whole models, and a server has one at a time; "
                 "serve one of them elsewhere, or deploy LoRA adapters"
             )
         for arm in used:
@@ -123,7 +124,7 @@ class ModelRole:
         return table
 
     async def _publish(self, table: RoutingTable, mark: str) -> None:
-        """This model's part of ``table``, beside what others have said meanwhile of theirs."""
+        """Publishes this model's part of ``table``, beside what other models' servers have published meanwhile."""
         await self._follower.wait_until_current()
         models = {**self._follower.routing.models, self._model: table.models[self._model]}
         whole = RoutingTable(table_id=new_id(), models=models, reason=table.reason + mark)
@@ -133,8 +134,8 @@ class ModelRole:
         for name in set(self._server.adapters) - kept:
             await self._server.remove_adapter(name)
 
-    async def _tell(self) -> None:
-        """What is served, if that has changed."""
+    async def _report_state(self) -> None:
+        """Publishes what is served, if that has changed."""
         state = ServerState(
             upstream=self._upstream,
             model=self._model,
@@ -144,12 +145,12 @@ class ModelRole:
                 {"url": r.process.url, "alive": r.alive, "restarts": r.restarts} for r in self._server.replicas
             ),
         )
-        if state != self._told:
+        if state != self._reported:
             await publish_control(self._producer, self._topics, state.to_control())
-            self._told = state
+            self._reported = state
 
     def _used(self, table: RoutingTable) -> list[Arm]:
-        """What this server has to serve."""
+        """The arms that this server has to serve."""
         arms = table.models.get(self._model, ())
         return [arm for arm in arms if arm.weight > 0 and arm.upstream == self._upstream]
 

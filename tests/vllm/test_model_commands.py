@@ -102,7 +102,7 @@ async def test_versions_are_deployed_split_rolled_back_and_survive_the_role(depl
         (["deploy", "policy", str(whole), "--version", "7"], "run.epoch.step"),
         (["split", "policy", "tell.0.0=0.5", "tell.0.9=0.5"], "no version tell.0.9; kept are"),
         (["rollback", "policy", "--to", "tell.0.9"], "no version tell.0.9"),
-        (["deploy", "other", str(whole), "--version", "tell.0.2"], "nobody serves other; served are: policy"),
+        (["deploy", "other", str(whole), "--version", "tell.0.2"], "no server serves other; served are: policy"),
     ):
         code, output = await deployment.run(*arguments)
         assert (code, why in output) == (1, True), output
