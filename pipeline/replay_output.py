@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from millstream.consumers.adapter.decision import without_triplets
 from millstream.consumers.adapter.replay import Replayed
-from millstream.consumers.adapter.settle import without_triplets
 from millstream.consumers.log.port import Log
 from millstream.consumers.sink.parquet import arrow_type
 from millstream.schemas.config.settings import Settings

@@ -28,8 +28,18 @@ STARVING: Final = Metric(
 
 # Adapter: it sees the end of each rollout exactly once
 ROLLOUT_ENDS: Final = Metric("millstream_rollouts_ended", "Rollouts that have ended.", "counter", ("mode", "status"))
-RETRIES: Final = Metric("millstream_retries", "Retries of the rollouts that have ended.", "counter")
-LOST_ATTEMPTS: Final = Metric("millstream_lost_attempts", "Lost attempts of the rollouts that have ended.", "counter")
+RETRIES: Final = Metric("millstream_retries", "Attempts retried, by how they had ended.", "counter", ("status",))
+LOST_ATTEMPTS: Final = Metric("millstream_lost_attempts", "Attempts lost, retried or not.", "counter")
+DEAD_LETTERS: Final = Metric("millstream_dead_letters", "Dead letters of the adapter.", "counter", ("reason",))
+TRANSACTIONS_ABORTED: Final = Metric(
+    "millstream_transactions_aborted", "Transactions aborted; their decisions are sent again.", "counter"
+)
+LATE_RECORDS: Final = Metric(
+    "millstream_late_records",
+    "Records after the end of their attempt or rollout, again when they are read again. zombie_result: a success.",
+    "counter",
+    ("kind",),
+)
 _SECONDS: Final = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0, 3600.0)
 ROLLOUT_SECONDS: Final = Metric(
     "millstream_rollout_seconds", "From the publication of a rollout to its end.", "histogram", ("mode",), _SECONDS

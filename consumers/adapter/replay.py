@@ -7,7 +7,7 @@ is decided anew. So the same functions give the same triplets and ends, byte for
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from millstream.consumers.adapter.settle import success
+from millstream.consumers.adapter.decision import success
 from millstream.consumers.adapter.triplets import ToTriplets, Trace, to_triplets, total_reward
 from millstream.schemas.errors import CodecError
 from millstream.schemas.spans import semconv

@@ -1,9 +1,9 @@
-"""Whether an attempt that did not succeed is made again, and when: the default policy of every task.
+"""Whether and when an attempt that did not succeed is retried.
 
-Two budgets. An attempt that failed by the agent's own doing (`status.RETRIED`, or what the task's ``retry_on`` names of
-it) is made again while fewer than ``max_attempts`` have failed so. One that was lost through no doing of the agent is
-made again ``max_lost_attempts`` times, at no cost to the first budget. Each attempt has a number of its own, so
-those that failed are ``attempt - lost_attempts``. What was cancelled is never made again.
+There are two budgets. An attempt that failed because of the agent (`status.RETRIED`, or the task's ``retry_on`` of
+these) is retried while fewer than ``max_attempts`` have failed so. One that was lost, which is never the agent's fault,
+is retried ``max_lost_attempts`` times, at no cost to the first budget. Each attempt has its own number, so those that
+failed are ``attempt - lost_attempts``. A cancelled attempt is never retried.
 """
 
 from collections.abc import Callable
@@ -14,9 +14,9 @@ from millstream.schemas.wire import status
 from millstream.schemas.wire.records import RolloutTask
 from millstream.schemas.wire.topics import PRIORITIES
 
-# Base and cap in seconds. A lost attempt's next runner is as good as ever, so it need hardly wait; the cap keeps a task
-# that kills its runners from taking them down in a row. What has failed may have met a service that is overloaded, and
-# what ran out of time surely waited for something: that gets time to recover.
+# Base and cap in seconds. A lost attempt needs hardly any delay; the cap keeps a task that kills its runners from
+# ending them one after the other. A failure may come from an overloaded service, and a time-out most likely does: that
+# gets time to recover.
 BACKOFF_S: Final = {
     status.LOST: (0.1, 10.0),
     status.FAILED: (1.0, 60.0),
@@ -25,15 +25,15 @@ BACKOFF_S: Final = {
 }
 
 
-def backoff_s(how: str, times: int, random: Callable[[], float]) -> float:
-    """Seconds until the next attempt, after ``times`` of that kind. Exponential with full jitter: those that failed
-    together don't come back together. (M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.)"""
-    base, cap = BACKOFF_S[how]
+def backoff_s(base_and_cap: tuple[float, float], times: int, random: Callable[[], float]) -> float:
+    """Seconds until the next attempt, after ``times`` of that kind. Exponential with full jitter: attempts that failed
+    together don't return together. (M. Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.)"""
+    base, cap = base_and_cap
     return random() * min(cap, base * 2.0 ** min(times - 1, 32))
 
 
 def refusal(task: RolloutTask, how: str, retry_override: str | None = None) -> str | None:
-    """Why ``task``, an attempt of which ended as ``how``, gets no other attempt; None if it gets one.
+    """Why ``task``, whose attempt ended as ``how``, is not retried; None if it is.
 
     ``retry_override`` is a hook's decision, "yes" or "no", instead of ``retry_on``; the budgets still hold."""
     if how == status.LOST:
@@ -45,11 +45,11 @@ def refusal(task: RolloutTask, how: str, retry_override: str | None = None) -> s
 
 
 def next_task(task: RolloutTask, how: str, state: bytes | None) -> RolloutTask:
-    """The next attempt's task; it goes on from ``state``, the last that the agent saved."""
+    """The next attempt's task. ``state``: the last that the agent saved."""
     return replace(
         task,
         attempt=task.attempt + 1,
         lost_attempts=task.lost_attempts + (how == status.LOST),
         state=state,
-        priority=task.priority if task.priority in PRIORITIES else "normal",  # some other publisher's
+        priority=task.priority if task.priority in PRIORITIES else "normal",  # of a foreign publisher
     )

@@ -1,37 +1,40 @@
-"""The adapter's decisions, without any I/O: folds one partition of ``events`` and says what becomes of each rollout.
+"""The adapter's decisions, without I/O: folds one partition of ``events`` and decides what becomes of each rollout.
 
 preparing ──► open ──succeeded──────────────────────────► Decision(succeeded)
                │  └──failed, timeout, cancelled, lost──► Decision, unless another claim of the attempt lives: another
-               └──lease ran out, too large────────────► attempt after a backoff (`retry`), or the end; likewise
-retry mark (our own, or a predecessor's) ──────────────► waits in tasks; attempts up to that number are late for good
-RolloutEnd (our own mark, or a predecessor's) ─────────► ended: whatever still comes is late, and ignored
+               └──lease expired, too large────────────► attempt after a backoff (`retry`), or the end; likewise
+retry mark (our own, or a predecessor's) ──────────────► waits in tasks; attempts up to that number are late from now on
+RolloutEnd (our own mark, or a predecessor's) ─────────► ended: later records are late, and ignored
 
-All live claims of a rollout are of one attempt number: a claim of a higher one means that the lower were given up.
+All live claims of a rollout have one attempt number: a claim of a higher one means that the lower were given up.
 """
 
 import random
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from millstream.consumers.adapter.retry import backoff_s, next_task, refusal
-from millstream.consumers.adapter.triplets import ToTriplets, Trace, total_reward, trained_version
+from millstream.consumers.adapter.decision import Dead, Decision, Retry, decode_spans, end_of, success, without_triplets
+from millstream.consumers.adapter.retry import BACKOFF_S, backoff_s, next_task, refusal
+from millstream.consumers.adapter.triplets import ToTriplets
 from millstream.schemas.errors import CodecError
-from millstream.schemas.spans import semconv
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import KIND_HEADER, LogRecord
-from millstream.schemas.wire.prefixes import share
-from millstream.schemas.wire.records import AttemptEvent, DeadLetter, ErrorInfo, RolloutEnd, RolloutTask, Span, Triplet
+from millstream.schemas.wire.records import AttemptEvent, DeadLetter, ErrorInfo, RolloutEnd, RolloutTask, Span
 
 ROLE: Final = "adapter"
 LEASE: Final = "lease"
 TOO_LARGE: Final = "too_large"
-# A claim that has never begun to run is most likely one whose commit failed: its task is delivered to another runner
-# once the group has noticed. Retried before that, it would run twice.
-CLAIM_LEASES: Final = 3
-ATTEMPT_BYTES: Final = 64 << 20  # kept of an open rollout: a thousand calls with prompts of 64 KB
-SPAN_BYTES: Final = 500  # that a span takes beside its body
+SPAN_BYTES: Final = 500  # memory of a span beside its body
+
+
+@dataclass(frozen=True, slots=True)
+class FoldPolicy:
+    # A claim that has never begun to run is most likely one whose commit failed: the group delivers its task to another
+    # runner once it has noticed. Retried earlier, it would run twice. So it expires after this many leases.
+    claim_leases: int = 3
+    attempt_bytes: int = 64 << 20  # kept of an open rollout: a thousand calls with prompts of 64 KB
+    backoff_s: Mapping[str, tuple[float, float]] = field(default_factory=lambda: BACKOFF_S)
 
 
 @dataclass(slots=True)
@@ -50,50 +53,31 @@ class FoldedAttempt:
 
 @dataclass(slots=True)
 class OpenRollout:
-    """What is known of a rollout between its first claim and its end; spans stay encoded until it settles."""
+    """A rollout between its first claim and its end. Spans stay encoded until it settles."""
 
     first_offset: int
     number: int  # of the attempt that is claimed
-    attempts: dict[str, FoldedAttempt] = field(default_factory=dict)  # those that live; none once it is decided
+    attempts: dict[str, FoldedAttempt] = field(default_factory=dict)  # the live ones; none once it is decided
     seen: set[str] = field(default_factory=set)  # every attempt ever claimed
     spans: list[LogRecord] = field(default_factory=list)
     size: int = 0  # bytes, estimated
 
 
-Dead = tuple[LogRecord, str, str]  # for the dead-letter topic, with reason and error
-
-
-@dataclass(frozen=True, slots=True)
-class Retry:
-    """Another attempt: its task, and the mark that makes sure there is only one."""
-
-    task: RolloutTask
-    mark: AttemptEvent
-    due: float  # s; not written before
-
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What becomes of a rollout, with everything that has to be written for it. With ``retry`` that alone is written,
-    and the rest only if it can't be."""
-
-    how: str  # status of the attempt that decided
-    end: RolloutEnd
-    triplets: tuple[Triplet, ...] = ()
-    dead: tuple[Dead, ...] = ()
-    retry: Retry | None = None
-
-
 class PartitionFold:
-    """The state of one partition. Feed it every record in log order; clocks are arguments, in seconds. ``random`` gives
-    the jitter, ``ignored`` counts what came too late."""
+    """The state of one partition. Feed it every record in log order. Clocks are arguments, in seconds. ``random`` is
+    the jitter's source. ``on_late`` is called for each record that came too late: late_event, late_span, and
+    zombie_result for a success of an attempt that had been given up, or of a rollout that another attempt had ended.
+    Records that are read again are late again."""
 
     def __init__(
         self,
         to_triplets: ToTriplets,
+        policy: FoldPolicy = FoldPolicy(),
+        *,
         random: Callable[[], float] = random.random,
-        ignored: Counter[str] | None = None,
+        on_late: Callable[[str], None] = lambda kind: None,
     ) -> None:
+        self._policy = policy
         self._to_triplets = to_triplets
         self._random = random
         self.open: dict[str, OpenRollout] = {}  # in order of their first offset
@@ -102,12 +86,12 @@ class PartitionFold:
         self.retried: dict[str, tuple[int, int]] = {}  # rollout → offset of its last retry mark, its attempt
         self.decided: dict[str, Decision] = {}  # not yet written; these are still open
         self.refused: set[int] = set()  # offsets whose dead letter has been written
-        self.unreadable: list[Dead] = []  # spans of attempts that failed; whoever drives the fold takes them away
-        self.ignored: Counter[str] = Counter() if ignored is None else ignored
+        self.unreadable: list[Dead] = []  # spans of failed attempts; the fold's owner removes them
+        self._on_late = on_late
         self.size = 0  # bytes of all open rollouts, estimated
 
     def scan(self, record: LogRecord) -> None:
-        """First pass after an assignment: only the marks of what has been decided already."""
+        """First pass after an assignment: reads only the marks of earlier decisions."""
         try:
             kind = codec.type_of(record.value)
             if kind is RolloutEnd:
@@ -122,7 +106,7 @@ class PartitionFold:
             pass  # `apply` reports it
 
     def apply(self, record: LogRecord, now: float) -> None:
-        """Folds one record. Raises `CodecError` if it can't be read; the state is then as before."""
+        """Folds one record. Raises `CodecError` if it can't be decoded; the state is then unchanged."""
         kind = codec.type_of(record.value)
         if kind is AttemptEvent:
             self._attempt_event(codec.decode_as(AttemptEvent, record.value), record, now)
@@ -132,33 +116,33 @@ class PartitionFold:
             if rollout is not None and rollout.attempts:
                 rollout.spans.append(record)
                 self._grow(rollout, _size(record))
-                if rollout.size > ATTEMPT_BYTES:
-                    message = f"the adapter keeps at most {ATTEMPT_BYTES:,} bytes of an attempt"
+                if rollout.size > (limit := self._policy.attempt_bytes):
+                    message = f"the adapter keeps at most {limit:,} bytes of an attempt"
                     self.too_large(key, message, record.timestamp * 1_000_000, now)
             else:
-                self.ignored["late_span"] += 1
+                self._on_late("late_span")
                 settled = max(self.ended.get(key, (-1,))[0], self.retried.get(key, (-1,))[0])
-                if rollout is not None or record.offset >= settled:  # else it isn't late, but read again
-                    codec.decode(record.value)  # nobody else will look at it: is it a span at all?
+                if rollout is not None or record.offset >= settled:  # else it is not late, but read again
+                    codec.decode(record.value)  # raises if it is not a span: it is decoded nowhere else
         elif kind is RolloutEnd:
             self._ended(codec.decode_as(RolloutEnd, record.value), record.offset)
         elif kind is DeadLetter:
             self.refused.add(codec.decode_as(DeadLetter, record.value).offset)
         else:
-            raise CodecError(f"{record.place}: {kind.__name__} has no place among the events", record=kind.__name__)
+            raise CodecError(f"{record.place}: {kind.__name__} does not belong among events", record=kind.__name__)
 
     def expire(self, now: float, not_before: float, time_ns: int) -> None:
-        """Gives up what has been silent for longer than its lease (`CLAIM_LEASES` of them if it has never begun to
-        run); nobody's silence counts from before ``not_before``. Ends and marks are stamped with ``time_ns``."""
+        """Gives up attempts without a heartbeat for longer than their lease, or ``claim_leases`` of it if they have
+        never begun to run. Time before ``not_before`` does not count. Ends and marks are stamped with ``time_ns``."""
         for rollout_id, rollout in list(self.open.items()):
             for attempt in list(rollout.attempts.values()):
-                patience = attempt.lease_s * (CLAIM_LEASES if attempt.status == status.PREPARING else 1)
+                patience = attempt.lease_s * (self._policy.claim_leases if attempt.status == status.PREPARING else 1)
                 if now - max(attempt.last_seen, not_before) > patience:
                     error = ErrorInfo(type=LEASE, message=f"no heartbeat for {patience:g} s", stack="")
                     self._finish(rollout_id, rollout, attempt, status.LOST, error, time_ns, now)
 
     def too_large(self, rollout_id: str, message: str, time_ns: int, now: float) -> None:
-        """Fails the live attempt of a rollout whose records can't be kept, and drops them."""
+        """Fails the live attempt of a rollout whose records take too much memory, and drops them."""
         rollout = self.open[rollout_id]
         *others, attempt = rollout.attempts.values()
         for other in others:
@@ -167,15 +151,15 @@ class PartitionFold:
         self._finish(rollout_id, rollout, attempt, status.FAILED, error, time_ns, now)
 
     def largest(self) -> tuple[int, str]:
-        """Size and id of the open rollout that takes most memory; (0, "") if none is."""
+        """Size and id of the open rollout that takes most memory; (0, "") without one."""
         return max(((rollout.size, rollout_id) for rollout_id, rollout in self.open.items()), default=(0, ""))
 
     def ready(self, now: float) -> Iterator[tuple[str, Decision]]:
-        """What may be written: everything decided, but for retries that wait for their backoff."""
+        """The decisions that may be written: all but retries that wait for their backoff."""
         return (item for item in self.decided.items() if item[1].retry is None or item[1].retry.due <= now)
 
     def written(self, rollout_id: str, offset: int) -> None:
-        """The decision is in the log now; ``offset`` is at or before its mark."""
+        """The decision has been committed; ``offset`` is at or before its mark."""
         decision = self.decided[rollout_id]
         if decision.retry is not None:
             self._retried(decision.retry.mark, offset)
@@ -183,17 +167,17 @@ class PartitionFold:
             self._ended(decision.end, offset)
 
     def oversized(self, rollout_id: str, reason: str) -> None:
-        """The decision's task or triplets can't be written: the rollout ends without them, and says why."""
+        """The decision's task or triplets are too large: the rollout ends without them, for this ``reason``."""
         decision = self.decided[rollout_id]
         end = without_triplets(decision.end, reason)
         self.decided[rollout_id] = replace(decision, end=end, triplets=(), retry=None)
 
     def oldest_open(self, without: set[str]) -> int | None:
-        """First offset of the oldest rollout that still needs its records, those in ``without`` left out."""
+        """First offset of the oldest open rollout, those in ``without`` excepted."""
         return next((r.first_offset for rid, r in self.open.items() if rid not in without), None)
 
     def prune(self, committed: int) -> None:
-        """Forgets marks below the committed offset: nobody reads what lies before them again."""
+        """Forgets marks below the committed offset: the records before them are not read again."""
         self.ended = {rid: mark for rid, mark in self.ended.items() if mark[0] >= committed}
         self.retried = {rid: mark for rid, mark in self.retried.items() if mark[0] >= committed}
         self.refused = {offset for offset in self.refused if offset >= committed}
@@ -206,7 +190,7 @@ class PartitionFold:
         rollout = self.open.get(mark.rollout_id)
         if rollout is not None and rollout.number <= mark.attempt:
             self._forget(mark.rollout_id)
-        # The second pass meets marks older than the last one, which the first pass has found.
+        # The second pass reads marks older than the last one, which the first pass has found.
         if mark.attempt >= self.retried.get(mark.rollout_id, (0, 0))[1]:
             self.retried[mark.rollout_id] = (offset, mark.attempt)
 
@@ -220,19 +204,19 @@ class PartitionFold:
         self.size += size
 
     def _decide(self, rollout_id: str, rollout: OpenRollout, decision: Decision) -> None:
-        """Nothing that it still writes matters."""
+        """Its later records are ignored."""
         self.decided[rollout_id] = decision
         rollout.attempts.clear()
         rollout.spans.clear()
         self._grow(rollout, -rollout.size)
 
     def _late(self, event: AttemptEvent) -> None:
-        self.ignored["late_event"] += 1
+        self._on_late("late_event")
         if event.status != status.SUCCEEDED:
             return
         _, winner = self.ended.get(event.rollout_id, (0, None))
-        if winner != event.attempt_id:  # else it is the very event that ended the rollout, read again
-            self.ignored["zombie_result"] += 1
+        if winner != event.attempt_id:  # else it is the event that ended the rollout, read again
+            self._on_late("zombie_result")
 
     def _attempt_event(self, event: AttemptEvent, record: LogRecord, now: float) -> None:
         rollout = self.open.get(event.rollout_id)
@@ -279,7 +263,7 @@ class PartitionFold:
         ):
             self._late(event)
             return
-        # It seemed lost, and waits for its backoff: but its task is in somebody's hands, and no other is needed.
+        # It seemed lost and waits for its backoff, but a runner has its task: no retry is needed.
         self.decided.pop(event.rollout_id, None)
         if rollout is None:
             rollout = self.open[event.rollout_id] = OpenRollout(record.offset, task.attempt)
@@ -310,17 +294,17 @@ class PartitionFold:
         now: float,
         retry_override: str | None = None,
     ) -> None:
-        """An attempt is over without success. A claim whose runner lost the task leaves another one alive: the rollout
-        then goes on with that."""
+        """Ends an attempt without success. If another claim of it is alive (its runner lost the task), the rollout
+        goes on with that."""
         del rollout.attempts[attempt.attempt_id]
         if rollout.attempts:
             return
-        self.unreadable += _decode_spans(rollout.spans, attempt.attempt_id)[1]
+        self.unreadable += decode_spans(rollout.spans, attempt.attempt_id)[1]
         task = attempt.task
         outcome = status.CANCELLED if how == status.CANCELLED else status.FAILED
         reason = f"{how}: {error.message}" if error.type == LEASE else f"{how}: {error.type}: {error.message}"
         end = replace(
-            _end(task, attempt.attempt_id, attempt.claimed, outcome, ended),
+            end_of(task, attempt.attempt_id, attempt.claimed, outcome, ended),
             lost_attempts=task.lost_attempts + (how == status.LOST),
             trainable=False,
             reason=reason,
@@ -344,92 +328,15 @@ class PartitionFold:
                 lease_s=attempt.lease_s,
                 error=error,
             )
-            retry = Retry(following, mark, now + backoff_s(how, times, self._random))
+            retry = Retry(following, mark, now + backoff_s(self._policy.backoff_s[how], times, self._random))
         self._decide(rollout_id, rollout, Decision(how, end, dead=(dead,), retry=retry))
 
 
-def success(
-    task: RolloutTask, claimed: int, event: AttemptEvent, records: Sequence[LogRecord], to_triplets: ToTriplets
-) -> Decision:
-    """What becomes of a rollout whose attempt has succeeded; ``records`` are the spans between its claim and
-    ``event``, in log order. The one place where spans become triplets, for the adapter and for a replay."""
-    end = _end(task, event.attempt_id, claimed, status.SUCCEEDED, event.time)
-    spans, unreadable = _decode_spans(records, event.attempt_id)
-    counts = Counter(span.source for span in spans if span.source in semconv.COUNTED_SOURCES)
-    expected = Counter({source: n for source, n in event.span_counts.items() if n})
-    try:
-        triplets = tuple(share(to_triplets(Trace(task, event.attempt_id, spans))))
-    except Exception as error:  # a user's own code; the rollout has ended all the same
-        reason = f"the adapter's function failed: {type(error).__name__}: {error}"
-        return Decision(status.SUCCEEDED, replace(end, trainable=False, reason=reason), (), unreadable)
-    if counts != expected:
-        reason = f"spans are missing: the attempt wrote {dict(expected)}, the log holds {dict(counts)}"
-        triplets = tuple(replace(t, trainable=False, reason=reason) for t in triplets)
-    trainable = any(t.trainable for t in triplets)
-    return Decision(
-        status.SUCCEEDED,
-        replace(
-            end,
-            turns=len(triplets),
-            spans=len(spans),
-            reward=total_reward(spans),
-            model_version=trained_version(triplets),
-            trainable=trainable,
-            reason=None if trainable or not triplets else triplets[0].reason,
-        ),
-        triplets,
-        unreadable,
-    )
-
-
-def without_triplets(end: RolloutEnd, reason: str) -> RolloutEnd:
-    """The end of a rollout whose triplets can't be written."""
-    return replace(end, turns=0, trainable=False, reason=reason, model_version=None)
-
-
 def _size(record: LogRecord) -> int:
-    """Bytes that a span takes; of one that is not encoded, its long parts."""
+    """Bytes that a span takes, estimated from its long parts if it is not encoded."""
     span = record.value
     if isinstance(span, bytes):
         return SPAN_BYTES + len(span)
     assert isinstance(span, Span)
     tokens = (span.prompt_token_ids, span.response_token_ids, span.response_logprobs)
     return 2 * SPAN_BYTES + sum(map(len, span.attributes.values())) + sum(len(part or b"") for part in tokens)
-
-
-def _decode_spans(records: Sequence[LogRecord], attempt_id: str) -> tuple[list[Span], tuple[Dead, ...]]:
-    spans: list[Span] = []
-    unreadable: list[Dead] = []
-    exported: set[tuple[str, str]] = set()
-    for record in records:
-        try:
-            span = codec.decode_as(Span, record.value)
-        except CodecError as error:
-            unreadable.append((record, "undecodable", str(error)))
-            continue
-        if span.attempt_id != attempt_id:
-            continue
-        if span.source == semconv.SOURCE_OTLP:  # whose exporter sends again what it has heard nothing of
-            if (span.trace_id, span.span_id) in exported:
-                continue
-            exported.add((span.trace_id, span.span_id))
-        spans.append(span)
-    return spans, tuple(unreadable)
-
-
-def _end(task: RolloutTask, attempt_id: str, claimed: int, outcome: str, ended: int) -> RolloutEnd:
-    return RolloutEnd(
-        rollout_id=task.rollout_id,
-        group_id=task.group_id,
-        group_size=task.group_size,
-        experiment_id=task.experiment_id,
-        mode=task.mode,
-        resources_id=task.resources_id,
-        status=outcome,
-        attempt_id=attempt_id,
-        attempts=task.attempt,
-        lost_attempts=task.lost_attempts,
-        created_at=task.created_at,
-        started_at=claimed,
-        ended_at=ended,
-    )

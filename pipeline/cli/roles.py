@@ -87,7 +87,7 @@ def adapter(
     health_port: HealthPort = 0,
 ) -> None:
     """Settle rollouts: turn their spans into triplets, and end each rollout exactly once."""
-    from millstream.consumers.adapter.adapter import LOST_CALL_S, Adapter
+    from millstream.consumers.adapter.adapter import Adapter
     from millstream.consumers.adapter.triplets import TripletMaker
     from millstream.schemas.import_path import load_object
 
@@ -98,8 +98,9 @@ def adapter(
     async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
         topics = settings.topics
         transactional_id = f"{topics.prefix}.adapter.{replica}"
-        role = Adapter(log, topics, transactional_id=transactional_id, to_triplets=chosen)
-        health.check(metrics.TRANSACTION_AGE, lambda: role.call_s, LOST_CALL_S)
+        registry = health.registry
+        role = Adapter(log, topics, transactional_id=transactional_id, to_triplets=chosen, registry=registry)
+        health.check(metrics.TRANSACTION_AGE, lambda: role.call_age_s, role.policy.lost_call_s)
         if chosen is maker:
             health.export(metrics.CALLS_DROPPED, lambda: maker.calls_dropped)
             health.export(metrics.REWARDS_LEFT_OUT, lambda: maker.rewards_left_out)

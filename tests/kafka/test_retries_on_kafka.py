@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 from factories import event, task
+from prometheus_client import CollectorRegistry
 
 from millstream.consumers.adapter.adapter import Adapter
 from millstream.consumers.dead_letters import replay
@@ -22,12 +23,12 @@ pytestmark = pytest.mark.kafka
 
 
 @asynccontextmanager
-async def adapter_on(log, topics):
+async def adapter_on(log, topics, registry=None):
     stop = asyncio.Event()
-    adapter = Adapter(log, topics, transactional_id=f"{topics.prefix}.adapter.0")
+    adapter = Adapter(log, topics, transactional_id=f"{topics.prefix}.adapter.0", registry=registry)
     running = asyncio.create_task(adapter.run(stop))
     try:
-        yield adapter
+        yield
     finally:
         stop.set()
         await running
@@ -66,7 +67,8 @@ async def test_attempts_are_made_again_across_a_restart_and_what_is_given_up_is_
             await write(event(of, "a", "preparing"), event(of, "a", "failed"))
         second = await read(log, waiting, 6)
     assert sorted((of.rollout_id, of.attempt) for of in second) == sorted((of.rollout_id, 2) for of in first)
-    async with adapter_on(log, topics) as adapter:
+    registry = CollectorRegistry()
+    async with adapter_on(log, topics, registry):
         for of in second:
             await write(event(of, "b", "preparing"), event(of, "b", "failed" if of is second[0] else "succeeded"))
         ends = await read(log, triplets, 6)
@@ -77,7 +79,7 @@ async def test_attempts_are_made_again_across_a_restart_and_what_is_given_up_is_
     assert all(isinstance(end, RolloutEnd) for end in ends)
     assert sorted(end.status for end in ends) == ["cancelled", "failed", *["succeeded"] * 5]
     assert len(await read(log, waiting, 6)) == 6  # the restarted adapter published none again
-    assert adapter.stats.retries == {}
+    assert registry.get_sample_value("millstream_retries_total", {"status": "failed"}) is None
 
     ((place, role, reason, key, _, _),) = await listed(log, topics, None, None)
     assert (role, reason, key) == ("adapter", "attempts_exhausted", second[0].rollout_id)
@@ -121,7 +123,8 @@ async def test_a_successor_waits_for_what_its_frozen_predecessor_may_still_commi
             await send_acknowledged(producer, topics.events, one, key=of.rollout_id, partition=partition)
         return of
 
-    async with adapter_on(log, topics) as adapter:
+    registry = CollectorRegistry()
+    async with adapter_on(log, topics, registry):
         for count in (1, 2, 3):  # by the third transaction it would have settled ours, too
             await read(log, [Partition(topics.triplets, 1)], count)
             await ended_on(1)
@@ -129,4 +132,4 @@ async def test_a_successor_waits_for_what_its_frozen_predecessor_may_still_commi
         last = await ended_on(0)
         ends = await read(log, [Partition(topics.triplets, 0)], 2)
     assert [end.rollout_id for end in ends] == [ours.rollout_id, last.rollout_id]
-    assert adapter.stats.zombie_results_ignored == 0
+    assert registry.get_sample_value("millstream_late_records_total", {"kind": "zombie_result"}) is None

@@ -7,9 +7,9 @@ from itertools import chain
 
 import pytest
 from factories import call, event, reward, task
+from prometheus_client import CollectorRegistry
 
-from millstream.consumers.adapter import adapter as adapter_module
-from millstream.consumers.adapter.adapter import Adapter
+from millstream.consumers.adapter.adapter import Adapter, AdapterPolicy
 from millstream.consumers.adapter.triplets import to_triplets
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.memory_log import MemoryLog
@@ -85,6 +85,13 @@ class Reader:
         while records := await self.consumer.poll(100, 0.5):
             self.found += [(record, codec.decode(record.value)) for record in records]
         return self.found
+
+
+def counted(registry, name, *labels):
+    """A counter's values by its labels, zeros left out."""
+    samples = [s for m in registry.collect() for s in m.samples if s.name == f"millstream_{name}_total"]
+    keys = [tuple(sample.labels[label] for label in labels) for sample in samples]
+    return {key[0] if len(key) == 1 else key: s.value for key, s in zip(keys, samples, strict=True) if s.value}
 
 
 def history(of, attempt="a", value=0.5):
@@ -180,15 +187,17 @@ async def test_an_attempt_that_failed_goes_back_to_its_tasks_and_the_next_one_en
         Reader(bed, bed.topics.events),
         Reader(bed, bed.topics.triplets),
     )
-    async with adapter_on(bed) as adapter:
+    registry = CollectorRegistry()
+    async with adapter_on(bed, registry=registry):
         firsts = [(event(of, "a", "preparing"), event(of, "a", "failed", state=b"s")) for of in tasks]
         await write(bed, *chain(*firsts))
         await again.until(lambda found: len(found) == 20)
-    assert adapter.stats.retries == {"failed": 20}
+    assert counted(registry, "retries", "status") == {"failed": 20}
     assert len({record.partition for record, _ in again.found}) == 4
     marks = await events.until(lambda found: sum(getattr(v, "status", "") == "retry" for _, v in found) == 20)
     assert rollout_status(v for v in marks if v.rollout_id == tasks[0].rollout_id) == "retrying"
-    async with adapter_on(bed) as adapter:  # the successor doesn't make them again
+    registry = CollectorRegistry()
+    async with adapter_on(bed, registry=registry):  # the successor does not retry them again
         assert {(of.attempt, of.lost_attempts, of.state) for _, of in again.found} == {(2, 0, b"s")}
         await write(bed, *chain(*(history(of, attempt="b") for _, of in again.found)))
         await write(bed, *(event(of, "a", "succeeded") for of in tasks))
@@ -197,7 +206,12 @@ async def test_an_attempt_that_failed_goes_back_to_its_tasks_and_the_next_one_en
         await ends.until(lambda found: found[-1][1].rollout_id == last.rollout_id)
     assert {(v.status, v.attempts) for v in found if isinstance(v, RolloutEnd)} == {("succeeded", 2)}
     assert len(await again.rest()) == 20
-    assert (adapter.stats.ended, adapter.stats.retries, adapter.stats.zombie_results_ignored) == (21, {}, 20)
+    assert counted(registry, "rollouts_ended", "mode", "status") == {
+        ("train", "succeeded"): 20,
+        ("train", "cancelled"): 1,
+    }
+    assert counted(registry, "retries", "status") == {}
+    assert counted(registry, "late_records", "kind")["zombie_result"] == 20
 
 
 async def test_a_task_that_kills_its_runners_ends_as_one_dead_letter(bed):
@@ -207,7 +221,8 @@ async def test_a_task_that_kills_its_runners_ends_as_one_dead_letter(bed):
         Reader(bed, bed.topics.dead, 1),
         Reader(bed, bed.topics.triplets),
     )
-    async with adapter_on(bed) as adapter:
+    registry = CollectorRegistry()
+    async with adapter_on(bed, registry=registry):
         await write(bed, event(of, "a1", "preparing"), event(of, "a1", "running"))
         for attempt in (2, 3):
             *_, of = await again.until(lambda found, n=attempt: len(found) == n - 1)
@@ -217,18 +232,19 @@ async def test_a_task_that_kills_its_runners_ends_as_one_dead_letter(bed):
     (letter,) = await dead.until(lambda found: len(found) == 1)
     assert (letter.reason, letter.error) == ("lost_attempts_exhausted", "lost: no heartbeat for 0.1 s")
     assert codec.decode_as(RolloutTask, letter.value) == of
-    assert (adapter.stats.lost_attempts, adapter.stats.retries, adapter.stats.dead_letters) == (3, {"lost": 2}, 1)
+    assert counted(registry, "lost_attempts") == {(): 3}
+    assert counted(registry, "retries", "status") == {"lost": 2}
+    assert counted(registry, "dead_letters", "reason") == {"lost_attempts_exhausted": 1}
     async with adapter_on(bed):  # a restart reads it all again
         await write(bed, event(last := task(), "z", "preparing"), event(last, "z", "cancelled"))
         await ends.until(lambda found: len(found) == 2)
     assert len(await dead.rest()) == 1
 
 
-async def test_when_memory_runs_out_the_largest_attempt_fails_and_the_others_go_on(bed, monkeypatch):
-    monkeypatch.setattr(adapter_module, "PROCESS_BYTES", 20_000)
+async def test_when_memory_runs_out_the_largest_attempt_fails_and_the_others_go_on(bed):
     large, small = task(), task()
     ends = Reader(bed, bed.topics.triplets)
-    async with adapter_on(bed):
+    async with adapter_on(bed, policy=AdapterPolicy(process_bytes=20_000)):
         await write(bed, event(small, "s", "preparing"), event(large, "l", "preparing"))
         await write(bed, *(reward(large, "l", 0.0) for _ in range(100)))
         (end,) = await ends.until(lambda found: len(found) == 1)

@@ -11,8 +11,9 @@ from collections import Counter
 
 import pytest
 
-from millstream.consumers.adapter import settle
-from millstream.consumers.adapter.adapter import Adapter
+from millstream.consumers.adapter.adapter import Adapter, AdapterPolicy
+from millstream.consumers.adapter.retry import BACKOFF_S
+from millstream.consumers.adapter.settle import FoldPolicy
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.sink.clickhouse import ClickHouseSink
 from millstream.consumers.sink.sink import SinkRole
@@ -157,19 +158,13 @@ def decoded(value):
 
 async def adapt(log, topics):
     """Until the adapter has read all events and decided what it can. Returns the rollouts still open."""
-    adapter = Adapter(log, topics, transactional_id="a")
+    policy = AdapterPolicy(fold=FoldPolicy(backoff_s=dict.fromkeys(BACKOFF_S, (0.0, 0.0))))
+    adapter = Adapter(log, topics, transactional_id="a", policy=policy)
     stop = asyncio.Event()
     running = asyncio.create_task(adapter.run(stop))
-
-    def busy():
-        ends = {p: len(log.partition(p).records) for p in adapter._parts}
-        return len(ends) < topics.partitions or any(
-            part.position < ends[p] or part.dead or part.fold.unreadable or part.fold.decided
-            for p, part in adapter._parts.items()
-        )
-
     async with asyncio.timeout(200):
-        while not running.done() and busy():  # noqa: ASYNC110 - the adapter tells nobody
+        await adapter.wait_ready()
+        while not running.done() and not adapter.idle:  # noqa: ASYNC110 - a property
             await asyncio.sleep(0.05)
     still_open = {rollout_id for part in adapter._parts.values() for rollout_id in part.fold.open}
     stop.set()
@@ -177,8 +172,7 @@ async def adapt(log, topics):
     return still_open
 
 
-async def test_every_record_is_accepted_or_among_the_dead_letters(settings, store, monkeypatch):
-    monkeypatch.setattr(settle, "backoff_s", lambda *_: 0.0)
+async def test_every_record_is_accepted_or_among_the_dead_letters(settings, store):
     topics = settings.topics
     log, fuzz = MemoryLog(topics, encode=True), Fuzz(SEED)
     for _ in range(RECORDS):

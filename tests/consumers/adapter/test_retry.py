@@ -12,9 +12,9 @@ from millstream.schemas.wire import status
 @given(st.sampled_from(sorted(BACKOFF_S)), st.integers(1, 10_000), st.floats(0, 1, exclude_max=True))
 def test_a_backoff_lies_anywhere_below_an_exponential_bound(how, times, jitter):
     base, cap = BACKOFF_S[how]
-    assert backoff_s(how, times, lambda: 0.0) == 0.0
-    assert 0 <= backoff_s(how, times, lambda: jitter) <= backoff_s(how, times, lambda: 1.0) <= cap
-    assert backoff_s(how, 3, lambda: 1.0) == 4 * base
+    assert backoff_s((base, cap), times, lambda: 0.0) == 0.0
+    assert 0 <= backoff_s((base, cap), times, lambda: jitter) <= backoff_s((base, cap), times, lambda: 1.0) <= cap
+    assert backoff_s((base, cap), 3, lambda: 1.0) == 4 * base
 
 
 def test_every_status_that_may_be_made_again_has_a_backoff():

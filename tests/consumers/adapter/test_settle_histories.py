@@ -79,7 +79,7 @@ class World:
         self.fold.prune(self.committed)
 
     def restart(self):
-        self.fold = PartitionFold(to_triplets, self.random.random)
+        self.fold = PartitionFold(to_triplets, random=self.random.random)
         for record, _ in self.log[self.committed :]:
             self.fold.scan(record)
         self.position = self.committed

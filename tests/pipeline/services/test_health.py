@@ -186,7 +186,7 @@ STUCK = """
     async def lose_a_call(log, topics, health):
         type(log.transactional_producer("t")).init_transactions = lambda *_: time.sleep(60)
         adapter = Adapter(log, topics, transactional_id="t")
-        health.check(TRANSACTION_AGE, lambda: adapter.call_s)
+        health.check(TRANSACTION_AGE, lambda: adapter.call_age_s)
         await adapter.run(asyncio.Event())
 
     asyncio.run(main())
