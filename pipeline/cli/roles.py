@@ -16,6 +16,7 @@ from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.model import app as model_app
 from millstream.pipeline.cli.output import Json, err, out, print_rows
+from millstream.producers.log.port import closing
 from millstream.schemas import metrics
 from millstream.schemas.config.settings import Settings, load_settings
 
@@ -35,18 +36,13 @@ def runner(
     processes: Annotated[int | None, typer.Option(min=0, help="Agent processes; 0: run agents in threads.")] = None,
     concurrency: Annotated[int | None, typer.Option(min=1, help="Concurrent attempts in each process.")] = None,
     env: Annotated[list[str] | None, typer.Option(help="Environment variable to pass to agents; repeatable.")] = None,
-    drain_s: Annotated[
-        float, typer.Option(min=0, help="Seconds for running attempts to end after a stop signal.")
-    ] = 30.0,
+    drain_s: Annotated[float, typer.Option(min=0, help="Seconds for attempts to end after a signal.")] = 30.0,
     hook: Annotated[list[str] | None, typer.Option(help="module:attribute of a hook; repeatable.")] = None,
     instrument: Annotated[
-        str | None,
-        typer.Option(help="Frameworks to trace, such as openai,langchain, or none. Default: all that are installed."),
+        str | None, typer.Option(help="Frameworks to trace: openai,langchain … or none. Default: all installed.")
     ] = None,
     memory_limit: Annotated[int | None, typer.Option(min=1, help="Memory limit of an agent process in MiB.")] = None,
-    max_attempts_per_process: Annotated[
-        int | None, typer.Option(min=1, help="Attempts after which an agent process is replaced.")
-    ] = None,
+    max_attempts_per_process: Annotated[int | None, typer.Option(min=1, help="Then it is replaced.")] = None,
     health_port: HealthPort = 0,
 ) -> None:
     """Claim tasks and run an agent on them."""
@@ -78,12 +74,8 @@ def runner(
 
 @app.command(epilog="Example: millstream adapter --replica 0")
 def adapter(
-    replica: Annotated[
-        str, typer.Option(help="Stable name of this replica. Two with one name fence each other.")
-    ] = "0",
-    function: Annotated[
-        str, typer.Option("--adapter", help="module:attribute of a function from a Trace to triplets.")
-    ] = "",
+    replica: Annotated[str, typer.Option(help="Name of this replica. Two with one name fence each other.")] = "0",
+    function: Annotated[str, typer.Option("--adapter", help="module:attribute of a function, Trace → triplets.")] = "",
     health_port: HealthPort = 0,
 ) -> None:
     """Settle rollouts: turn their spans into triplets, and end each rollout exactly once."""
@@ -117,9 +109,7 @@ def sink(
     name: Annotated[str | None, typer.Option(help="Sinks with one name share the records. Default: by --sink.")] = None,
     flush_rows: Annotated[int | None, typer.Option(min=1, help="Maximum records of a batch.")] = None,
     flush_bytes: Annotated[int, typer.Option(min=1, help="Maximum bytes of a batch.")] = 32 << 20,
-    flush_ms: Annotated[
-        int, typer.Option(min=1, help="Milliseconds after which a batch is stored, full or not.")
-    ] = 1000,
+    flush_ms: Annotated[int, typer.Option(min=1, help="Maximum age of a record when it is stored.")] = 1000,
     health_port: HealthPort = 0,
 ) -> None:
     """Write all records to ClickHouse, Parquet files, a tracing back end, or a sink of your own."""
@@ -186,19 +176,11 @@ def serve(
     folder: Annotated[Path, typer.Argument(help="Hugging Face model folder below weights_root.")],
     name: Annotated[str, typer.Option(help="Model name that agents request.")] = "policy",
     version: Annotated[str, typer.Option(help="Version of the weights in the folder: run.epoch.step.")] = "base.0.0",
-    upstream: Annotated[
-        str, typer.Option(help="Name of the model in the proxies' settings: [upstreams.NAME].")
-    ] = "policy",
-    replicas: Annotated[
-        int, typer.Option(min=1, help="vLLM processes; new weights are loaded one process at a time.")
-    ] = 1,
-    port: Annotated[
-        int, typer.Option(min=1, help="Loopback port of the first replica; the others use the next ones.")
-    ] = 8500,
+    upstream: Annotated[str, typer.Option(help="NAME of [upstreams.NAME] in the proxies' settings.")] = "policy",
+    replicas: Annotated[int, typer.Option(min=1, help="vLLM processes; they load weights in turn.")] = 1,
+    port: Annotated[int, typer.Option(min=1, help="Loopback port of the first replica; the next ones follow.")] = 8500,
     adapters: Annotated[int, typer.Option(min=0, help="Maximum LoRA adapters in a batch; 0: off.")] = 0,
-    arg: Annotated[
-        list[str] | None, typer.Option(help="Argument for vLLM, as --arg=--dtype=float32; repeatable.")
-    ] = None,
+    arg: Annotated[list[str] | None, typer.Option(help="vLLM argument: --arg=--dtype=float32; repeatable.")] = None,
     log_dir: Annotated[Path, typer.Option(help="Folder for vLLM's logs.")] = Path("runs/vllm"),
     health_port: HealthPort = 0,
 ) -> None:
@@ -220,15 +202,23 @@ def serve(
 
 @app.command(epilog="Example: millstream gateway --port 8600")
 def gateway(
-    host: Annotated[
-        str, typer.Option(help="Address to listen at; any but loopback needs gateway_token.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at; 0: any free one.")] = 8600,
+    host: Annotated[str, typer.Option(help="Address to listen at. Unless loopback, set gateway_token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, help="Port to listen at; 0: any free one.")] = 8600,
 ) -> None:
     """Serve HTTP: publish, cancel, pause, status of rollouts, OTLP spans, a page that describes the topics."""
-    from millstream.pipeline.services.gateway import serve_gateway
+    from millstream.pipeline.services.gateway import Gateway, check_open
+    from millstream.pipeline.services.serve_asgi import listen, serve_until_signal
 
-    asyncio.run(serve_gateway(load_settings(), host, port))
+    settings = load_settings()
+    check_open(settings, host)
+    listener = listen(host, port)
+
+    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+        async with closing(log.producer()) as producer:
+            role = Gateway(log, producer, settings, health)
+            await serve_until_signal(role.app, listener)
+
+    _run_role(settings, "gateway", 0, work)
 
 
 @app.command(epilog="Example: millstream train examples/calculator/train.toml")

@@ -12,7 +12,6 @@ It keeps no state: several gateways may serve one deployment.
 import asyncio
 import hmac
 import json
-import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
@@ -25,25 +24,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.port import Log
 from millstream.pipeline.addresses import is_loopback
-from millstream.pipeline.services.health import Health, watched
+from millstream.pipeline.services.health import Health
 from millstream.pipeline.services.otlp_receiver import PATH as TRACES
 from millstream.pipeline.services.otlp_receiver import OtlpPolicy, OtlpReceiver
 from millstream.pipeline.services.rollout_status import read_rollout_status
-from millstream.pipeline.services.serve_asgi import for_this_machine, limited, listen, serve_until_signal
+from millstream.pipeline.services.serve_asgi import for_this_machine, limited
 from millstream.pipeline.services.topics_page import topics_page
 from millstream.producers.control import cancel_record, pause_record, publish_control
-from millstream.producers.log.port import Producer, closing
+from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import CodecError, ConfigError, MillstreamError
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import RolloutTask
-
-logger = logging.getLogger(__name__)
 
 OR_SQL: Final = "for rollouts that have ended ask the store: `millstream rollouts`"
 OPEN_PATHS: Final = ("/livez", "/readyz", TRACES)  # probes have no token, attempts have keys
@@ -221,19 +217,9 @@ async def _failed(_: Request, error: Exception) -> Response:
     return JSONResponse({"errors": [str(error)]}, 422 if isinstance(error, CodecError) else 503)
 
 
-async def serve_gateway(settings: Settings, host: str, port: int) -> None:
-    """Serves until SIGTERM or SIGINT. Raises `ConfigError` if other machines could reach it without a token, or if the
-    address is not available."""
+def check_open(settings: Settings, host: str) -> None:
+    """Raises `ConfigError` if other machines could reach a gateway at ``host`` that has no token."""
     if not is_loopback(host) and not settings.gateway_token.get_secret_value():
         raise ConfigError(
             f"--host {host} is open to others: set gateway_token (MILLSTREAM_GATEWAY_TOKEN), or use 127.0.0.1"
         )
-    log = KafkaLog(settings)
-    await log.check()
-    listener = listen(host, port)
-    async with (
-        closing(log.producer()) as producer,
-        watched(log, settings, "gateway", 0, asyncio.Event()) as health,
-    ):
-        logger.info("the gateway listens at %s:%d", *listener.getsockname()[:2])
-        await serve_until_signal(Gateway(log, producer, settings, health).app, listener)

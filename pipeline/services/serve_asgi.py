@@ -1,6 +1,7 @@
 """Serves ASGI applications with uvicorn."""
 
 import asyncio
+import logging
 import signal
 import socket
 from typing import Any, Final
@@ -12,6 +13,8 @@ from starlette.types import Message
 
 from millstream.pipeline.addresses import is_loopback
 from millstream.schemas.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 SHUTDOWN_S: Final = 5  # how long requests under way may take after the signal
 KEEP_ALIVE_S: Final = 30  # of an idle connection, as ClickHouse: clients that ask now and then find it open
@@ -69,4 +72,5 @@ async def serve_until_signal(app: Any, listener: socket.socket) -> None:
     # has closed what is open.
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, lambda: None)
+    logger.info("listening at %s:%d", *listener.getsockname()[:2])
     await uvicorn_server(app).serve(sockets=[listener])

@@ -15,7 +15,7 @@ from gateway_rig import Client, serving
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.pipeline.addresses import free_port
-from millstream.pipeline.services.gateway import GatewayPolicy, serve_gateway
+from millstream.pipeline.services.gateway import GatewayPolicy, check_open
 from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError
@@ -192,9 +192,10 @@ async def test_without_a_token_only_this_machine_is_answered(client: Client) -> 
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "gateway.example"])
-async def test_others_are_not_let_in_without_a_token(host: str) -> None:
+def test_other_machines_need_a_token(host: str) -> None:
     with pytest.raises(ConfigError, match="MILLSTREAM_GATEWAY_TOKEN"):
-        await serve_gateway(load_settings(), host, 0)
+        check_open(load_settings(), host)
+    check_open(load_settings(gateway_token="t"), host)
 
 
 @kafka
