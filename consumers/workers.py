@@ -1,4 +1,4 @@
-"""What the processes of a deployment do now, and how much waits for them: read from the log, when asked."""
+"""The processes of a deployment and the tasks that wait for them, read from the log on request."""
 
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
@@ -8,16 +8,16 @@ from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import Worker
 from millstream.schemas.wire.topics import PRIORITIES, Topics
 
-GONE_S = 20.0  # a process that has not been heard of for so long is gone; it reports every five seconds
+GONE_S = 20.0  # without a report, after which a process counts as gone; it reports every five seconds
 
 
 async def read_workers(log: Log, topics: Topics) -> list[Worker]:
-    """The last record of each worker, in the order of their starts. Also of those that have ended."""
+    """The last record of each process, ended ones included, in the order of their starts."""
     found: dict[str, Worker] = {}
     async for record in read_to_end(log, [Partition(topics.workers, 0)]):
         try:
             worker = codec.decode_as(Worker, record.value)
-        except CodecError:  # of a newer version, perhaps; the others are still worth showing
+        except CodecError:  # perhaps of a newer version
             continue
         found[worker.worker_id] = worker
     return sorted(found.values(), key=lambda worker: worker.started)
@@ -28,7 +28,7 @@ def is_alive(worker: Worker, now_ns: int) -> bool:
 
 
 async def unclaimed(log: Log, topics: Topics) -> dict[str, int]:
-    """Tasks by priority that no runner has claimed: end offsets − offsets committed by the group ``PREFIX.runner``."""
+    """Unclaimed tasks by priority: end offsets − offsets committed by the group ``PREFIX.runner``."""
     consumer = log.consumer(f"{topics.prefix}.runner")
     try:
         waiting = {}

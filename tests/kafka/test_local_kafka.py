@@ -1,4 +1,4 @@
-"""The launcher: one folder is one broker, whoever starts or stops it."""
+"""The launcher: a folder holds one broker, which any process may start or stop."""
 
 import os
 import socket
@@ -29,7 +29,7 @@ async def test_a_killed_broker_starts_again_with_its_data_and_any_process_stops_
     assert kafka.status() is None
     try:
         first = kafka.up()
-        assert kafka.up().pid == first.pid  # it runs already
+        assert kafka.up().pid == first.pid  # already running
         settings = load_settings(kafka_bootstrap_servers=first.bootstrap_servers, kafka_partitions=1)
         log = KafkaLog(settings)
         await log.create_topics()

@@ -1,4 +1,4 @@
-"""Every role as a process: what probes see of it, what it tells of itself, and how it stops."""
+"""Every role as a process: its probes, its reports, and how it stops."""
 
 import asyncio
 import os
@@ -18,7 +18,7 @@ from millstream.schemas.config.settings import Settings
 pytestmark = pytest.mark.kafka
 
 
-async def test_every_role_is_probed_and_tells_of_itself(
+async def test_every_role_has_probes_and_reports_itself(
     tmp_path: Path, kafka_settings: Callable[..., Settings]
 ) -> None:
     settings = kafka_settings()
@@ -57,6 +57,8 @@ async def test_every_role_is_probed_and_tells_of_itself(
                     await asyncio.sleep(0.05)
                 assert (await get(role, "/livez"))[0] == 200
                 assert "# HELP millstream_poll_age_seconds" in (await get(role, "/metrics"))[1]
+            async with http.post(f"http://127.0.0.1:{ports['gateway']}/tasks", json={"input": 1}) as published:
+                assert published.status == 202
             while len(found := await read_workers(log, settings.topics)) < len(ports):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert {worker.role for worker in found} == set(ports)

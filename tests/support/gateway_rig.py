@@ -1,7 +1,7 @@
-"""A gateway with a real Kafka behind it, over HTTP."""
+"""A gateway over HTTP, on a real Kafka."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -32,15 +32,6 @@ class Client:
         async with self.http.post(path, json=body) as answer:
             return answer.status, await answer.json()
 
-    async def until(self, path: str, fits: Callable[[Any], bool]) -> Any:
-        """Asks until the answer fits."""
-        async with asyncio.timeout(30):
-            while True:
-                _, answer = await self.get(path)
-                if fits(answer):
-                    return answer
-                await asyncio.sleep(0.02)
-
     async def send(self, *records: AttemptEvent | RolloutEnd) -> None:
         for record in records:
             await send_acknowledged(self.producer, self.settings.topics.events, record, key=record.rollout_id)
@@ -57,9 +48,7 @@ async def serving(settings: Settings, *policy: GatewayPolicy) -> AsyncIterator[C
     running = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         async with aiohttp.ClientSession(f"http://127.0.0.1:{listener.getsockname()[1]}") as http:
-            client = Client(http, log, producer, settings)
-            await client.until("/readyz", lambda answer: answer == {"status": "ok"})
-            yield client
+            yield Client(http, log, producer, settings)
     finally:
         server.should_exit = True
         await running

@@ -1,4 +1,4 @@
-"""The command line as somebody at a terminal meets it."""
+"""The command line, as a user runs it."""
 
 import os
 import subprocess
@@ -62,7 +62,7 @@ def test_a_broken_line_publishes_nothing_and_is_named(tmp_path):
     assert "Nothing was published" in result.stderr
 
 
-def test_a_broker_that_is_down_is_said_within_ten_seconds(tmp_path):
+def test_a_broker_that_is_down_is_reported_within_ten_seconds(tmp_path):
     began = time.monotonic()
     result = millstream("adapter", cwd=tmp_path, MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:1")
     assert time.monotonic() - began < 10 + 3  # and the interpreter's start

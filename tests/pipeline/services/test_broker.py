@@ -1,4 +1,4 @@
-"""Processors on `ms.broker`, with a real Kafka: whatever a handler raises, no record is skipped."""
+"""Processors on `ms.broker`, with a real Kafka: no record is skipped if a handler raises."""
 
 import asyncio
 import os
@@ -45,7 +45,7 @@ async def send(log: KafkaLog, settings: Settings, values: list[Any], **headers: 
 
 
 async def read(log: KafkaLog, topic: str, partitions: int = 1) -> list[Any]:
-    """All that a topic holds now."""
+    """All records of a topic."""
     consumer = log.consumer()
     try:
         mine = [Partition(topic, n) for n in range(partitions)]
@@ -60,7 +60,7 @@ async def read(log: KafkaLog, topic: str, partitions: int = 1) -> list[Any]:
 
 
 class Seen:
-    """What a handler has met, and an event for when that is enough."""
+    """The values that a handler got; ``done`` is set once they are enough."""
 
     def __init__(self, enough: Callable[["Seen"], bool]) -> None:
         self.values: list[Any] = []
@@ -94,7 +94,7 @@ async def test_a_handler_that_raises_skips_nothing(kafka_settings: MakeSettings,
         await seen.wait()
     assert await read(log, settings.topics.dead) == []
     if not batch:
-        assert sorted(seen.values) == list(range(20))  # and none was met twice
+        assert sorted(seen.values) == list(range(20))  # each once
         even = [n for n in seen.values if n % 2 == 0]
         assert even == sorted(even)  # partitions keep their order
 
@@ -127,7 +127,7 @@ async def test_a_record_that_always_fails_becomes_a_dead_letter_and_the_rest_goe
 
 
 @pytest.mark.parametrize("batch", [False, True], ids=["one by one", "batches"])
-async def test_what_is_no_record_becomes_a_dead_letter_at_once(kafka_settings: MakeSettings, batch: bool) -> None:
+async def test_what_can_not_be_decoded_becomes_a_dead_letter_at_once(kafka_settings: MakeSettings, batch: bool) -> None:
     settings, log = await begin(kafka_settings, [0, b'{"json": 1}', 2, codec.encode(task())[:-3], 4])
     broker = ms.broker(settings)
     seen = Seen(lambda s: set(s.values) == {0, 2, 4})
@@ -167,7 +167,7 @@ async def test_headers_may_hold_anything(kafka_settings: MakeSettings, batch: bo
     assert letters[0].headers["trace"] == b"\xff\xfe"  # as it was
 
 
-async def test_a_processor_that_ends_while_a_record_fails_meets_it_again(kafka_settings: MakeSettings) -> None:
+async def test_a_processor_that_ends_while_a_record_fails_gets_it_again(kafka_settings: MakeSettings) -> None:
     settings, log = await begin(kafka_settings, [0, 1, 2])
     failing = asyncio.Event()
     first, second = ms.broker(settings), ms.broker(settings)

@@ -1,20 +1,15 @@
 """The gateway over HTTP, with a real Kafka behind it."""
 
 import asyncio
-import os
-import signal
-import sys
 from collections.abc import Callable
 from typing import Any
 
-import aiohttp
 import pytest
 from factories import event, task
 from gateway_rig import Client, serving
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.pipeline.addresses import free_port
 from millstream.pipeline.services.gateway import GatewayPolicy, check_open
 from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import Settings, load_settings
@@ -79,7 +74,7 @@ async def test_what_is_published_can_be_followed_to_its_end(client: Client) -> N
 
 
 @kafka
-async def test_a_request_that_is_wrong_is_told_what_is_wrong(client: Client) -> None:
+async def test_a_bad_request_is_answered_with_its_problems(client: Client) -> None:
     too_large = [{"input": 1}, {"input": "x" * (1 << 20)}]
     for path, body, http_status, problem in [
         ("/tasks", {}, 422, {"index": 0, "field": "input", "message": "Field required"}),
@@ -133,7 +128,7 @@ async def test_cancel_and_pause_reach_the_control_topic(client: Client) -> None:
 
 
 @kafka
-async def test_what_it_can_not_read_does_not_hide_a_rollout(client: Client) -> None:
+async def test_an_unreadable_record_does_not_hide_a_rollout(client: Client) -> None:
     one = task(rollout_id=new_id())
     topic = client.settings.topics.events
     await client.send(event(one, "a", "preparing"))
@@ -144,14 +139,16 @@ async def test_what_it_can_not_read_does_not_hide_a_rollout(client: Client) -> N
 
 
 @kafka
-async def test_a_log_that_can_not_be_read_in_time_is_a_503(kafka_settings: MakeSettings) -> None:
-    async with serving(kafka_settings(), GatewayPolicy(status_s=0.0)) as client:
+async def test_kafka_that_does_not_answer_in_time_is_a_503(kafka_settings: MakeSettings) -> None:
+    async with serving(kafka_settings(), GatewayPolicy(status_s=0.0, ready_s=0.0)) as client:
+        assert (await client.get("/readyz"))[0] == 503
         http_status, answer = await client.get(f"/rollouts/{new_id()}")
         assert (http_status, "can't be read in time" in answer["errors"][0]) == (503, True)
 
 
 @kafka
-async def test_it_says_that_it_lives(client: Client) -> None:
+async def test_probes_and_metrics(client: Client) -> None:
+    assert await client.get("/readyz") == (200, {"status": "ok"})
     assert (await client.get("/livez"))[0] == 200
     assert "millstream_poll_age_seconds" in (await client.get("/metrics"))[1]
 
@@ -172,7 +169,7 @@ async def test_the_page_shows_every_topic_with_its_records(client: Client) -> No
 
 
 @kafka
-async def test_a_token_is_asked_for(kafka_settings: MakeSettings) -> None:
+async def test_the_token_is_required(kafka_settings: MakeSettings) -> None:
     async with serving(kafka_settings(gateway_token="s3cret")) as client:
         for given in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "s3cret"}):
             for path in ("/metrics", "/asyncapi.json", "/rollouts/r"):
@@ -185,7 +182,7 @@ async def test_a_token_is_asked_for(kafka_settings: MakeSettings) -> None:
 
 
 @kafka
-async def test_without_a_token_only_this_machine_is_answered(client: Client) -> None:
+async def test_without_a_token_only_requests_to_this_machine_are_answered(client: Client) -> None:
     assert (await client.get("/metrics", Host="rebound.example:8600"))[0] == 403
     assert (await client.get("/metrics", Host="localhost:8600"))[0] == 200
     assert (await client.get("/metrics", Host="[::1]:8600"))[0] == 200
@@ -196,37 +193,3 @@ def test_other_machines_need_a_token(host: str) -> None:
     with pytest.raises(ConfigError, match="MILLSTREAM_GATEWAY_TOKEN"):
         check_open(load_settings(), host)
     check_open(load_settings(gateway_token="t"), host)
-
-
-@kafka
-async def test_the_command_serves_until_it_is_told_to_stop(kafka_settings: MakeSettings) -> None:
-    settings, port = kafka_settings(), free_port()
-    log = KafkaLog(settings)
-    await log.create_topics()
-    environment = os.environ | {
-        "MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
-        "MILLSTREAM_TOPIC_PREFIX": settings.topic_prefix,
-        "MILLSTREAM_KAFKA_PARTITIONS": "4",
-        "MILLSTREAM_GATEWAY_TOKEN": "t",
-    }
-    arguments = ["-m", "millstream.pipeline", "gateway", "--host", "0.0.0.0", "--port", str(port)]
-    process = await asyncio.create_subprocess_exec(sys.executable, *arguments, env=environment)
-    try:
-        headers = {"Authorization": "Bearer t"}
-        async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", headers=headers) as http, asyncio.timeout(40):
-            while True:
-                try:
-                    async with http.get("/readyz") as ready:
-                        if ready.status == 200:
-                            break
-                except aiohttp.ClientConnectionError:
-                    pass
-                await asyncio.sleep(0.05)
-            async with http.post("/tasks", json={"input": 1}) as published:
-                assert published.status == 202
-        assert len(await read(log, settings.topics.tasks("normal"), 1)) == 1
-        process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 20) == 0
-    finally:
-        if process.returncode is None:
-            process.kill()
