@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -62,6 +62,30 @@ async def read_dead_letters(log: Log, topics: Topics) -> AsyncIterator[tuple[Log
                 yield record, codec.decode_as(DeadLetter, record.value)
             except CodecError as error:
                 logger.warning("%s is no dead letter: %s", record.place, error)
+
+
+async def list_dead_letters(
+    log: Log, topics: Topics, reason: str | None = None, role: str | None = None
+) -> list[tuple[LogRecord, DeadLetter]]:
+    """As `read_dead_letters`, of one reason and of one role, if given."""
+    return [
+        (record, letter)
+        async for record, letter in read_dead_letters(log, topics)
+        if reason in (None, letter.reason) and role in (None, letter.role)
+    ]
+
+
+async def find_dead_letters(log: Log, topics: Topics, places: Sequence[str]) -> list[DeadLetter]:
+    """The dead letters at these places. Raises `ConfigError` naming those that are not there."""
+    found = {letter_place(record): letter async for record, letter in read_dead_letters(log, topics)}
+    if missing := [place for place in places if place not in found]:
+        raise ConfigError(f"no dead letter at {', '.join(missing)}; see `millstream dead list` (partition:offset)")
+    return [found[place] for place in places]
+
+
+def letter_place(record: LogRecord) -> str:
+    """Where a dead letter is on its topic: ``partition:offset``."""
+    return f"{record.partition.number}:{record.offset}"
 
 
 async def replay(producer: Producer, topics: Topics, letter: DeadLetter) -> str:

@@ -1,24 +1,17 @@
-"""``millstream dataset``: the log's triplets as data sets for other ways of learning."""
+"""``millstream dataset``: writes the log's triplets as data sets for other training methods."""
 
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
-from millstream.consumers.log.port import Log
-from millstream.consumers.log.read_to_end import read_to_end
 from millstream.pipeline.cli.open import with_log
 from millstream.pipeline.training import datasets
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.config.settings import load_settings
-from millstream.schemas.wire import codec
-from millstream.schemas.wire.log import Partition
-from millstream.schemas.wire.prefixes import expand
 from millstream.schemas.wire.records import Triplet
-from millstream.schemas.wire.topics import Topics
 
 app = typer.Typer(no_args_is_help=True, help="Triplets as data sets, written to standard output.")
 
@@ -48,29 +41,12 @@ def dataset_text(experiment: Experiment = None, mode: Mode = "train") -> None:
     _write(experiment, mode, lambda rollouts: (text + "\n\n" for text in datasets.texts(rollouts)))
 
 
-async def read_rollouts(log: Log, topics: Topics, experiment: str | None, mode: str) -> list[list[Triplet]]:
-    """The rollouts whose triplets the log still holds, each whole."""
-    found: dict[str, list[Triplet]] = {}
-    partitions = [Partition(topics.triplets, number) for number in range(topics.partitions)]
-    async for record in read_to_end(log, partitions):
-        value = codec.decode(record.value)
-        if isinstance(value, Triplet) and value.mode == mode and experiment in (None, value.experiment_id):
-            found.setdefault(value.rollout_id, []).append(value)
-    return [expand(triplets) for triplets in found.values()]
-
-
-def whole(triplet: Triplet, blobs: Blobs) -> Triplet:
-    """With its long contents in place of their references. Raises `BlobError`."""
-    tools = None if triplet.tools is None else blobs.whole(triplet.tools)
-    return replace(triplet, prompt=blobs.whole(triplet.prompt), response=blobs.whole(triplet.response), tools=tools)
-
-
 def _line(example: dict[str, Any]) -> str:
     return json.dumps(example, ensure_ascii=False) + "\n"
 
 
 def _write(experiment: str | None, mode: str, form: Callable[[Iterable[list[Triplet]]], Iterator[str]]) -> None:
     settings = load_settings()
-    rollouts = with_log(settings, lambda log: read_rollouts(log, settings.topics, experiment, mode))
+    rollouts = with_log(settings, lambda log: datasets.read_rollouts(log, settings.topics, experiment, mode))
     blobs = Blobs(settings.blob_url)
-    sys.stdout.writelines(form([whole(triplet, blobs) for triplet in rollout] for rollout in rollouts))
+    sys.stdout.writelines(form([datasets.with_contents(triplet, blobs) for triplet in rollout] for rollout in rollouts))

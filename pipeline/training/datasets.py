@@ -1,24 +1,49 @@
-"""Other uses of triplets than reinforcement learning: data sets for fine-tuning, preferences, and prompts.
+"""Triplets as data sets for other methods than reinforcement learning: fine-tuning, preferences, prompts.
 
-Each function takes rollouts as lists of whole triplets (`prefixes.expand`) and leaves out what is not trainable. A call
-that was given no reward counts with the next one of its rollout, as in training (`credit.turn_rewards`). They raise
-`CodecError` naming rollout and turn if a text does not hold messages.
+The functions take rollouts as lists of whole triplets (`prefixes.expand`) and leave out what is not trainable. A call
+without a reward gets the next one of its rollout, as in training (`credit.turn_rewards`). They raise `CodecError` with
+rollout and turn if a text does not hold messages.
 """
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
+from millstream.consumers.log.port import Log
+from millstream.consumers.log.read_to_end import read_to_end
 from millstream.pipeline.algorithms.credit import turn_rewards
+from millstream.producers.blob_store import Blobs
 from millstream.schemas.errors import CodecError
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.log import Partition
+from millstream.schemas.wire.prefixes import expand
 from millstream.schemas.wire.records import Triplet
+from millstream.schemas.wire.topics import Topics
 
 Rollout = Sequence[Triplet]
 
 
+async def read_rollouts(log: Log, topics: Topics, experiment: str | None, mode: str) -> list[list[Triplet]]:
+    """The triplets that the log still holds, with whole prompts, by rollout."""
+    found: dict[str, list[Triplet]] = {}
+    partitions = [Partition(topics.triplets, number) for number in range(topics.partitions)]
+    async for record in read_to_end(log, partitions):
+        value = codec.decode(record.value)
+        if isinstance(value, Triplet) and value.mode == mode and experiment in (None, value.experiment_id):
+            found.setdefault(value.rollout_id, []).append(value)
+    return [expand(triplets) for triplets in found.values()]
+
+
+def with_contents(triplet: Triplet, blobs: Blobs) -> Triplet:
+    """The triplet with its long contents in place of the references to them. Raises `BlobError`."""
+    tools = None if triplet.tools is None else blobs.whole(triplet.tools)
+    return replace(triplet, prompt=blobs.whole(triplet.prompt), response=blobs.whole(triplet.response), tools=tools)
+
+
 def messages(rollouts: Iterable[Rollout], min_reward: float | None = None) -> Iterator[dict[str, Any]]:
-    """An example of OpenAI's fine-tuning format for each call that earned ``min_reward``: its prompt, its answer, its
-    tools. Earlier answers within the prompt have weight 0, so that each is learnt once."""
+    """An example in OpenAI's fine-tuning format for each call that earned ``min_reward``: its prompt, answer and tools.
+    Earlier answers within the prompt have weight 0, so that each is trained on once."""
     for triplet, reward in _rewarded(rollouts):
         if min_reward is None or reward >= min_reward:
             prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in _messages(triplet, "prompt")]
@@ -26,8 +51,8 @@ def messages(rollouts: Iterable[Rollout], min_reward: float | None = None) -> It
 
 
 def preferences(rollouts: Iterable[Rollout]) -> Iterator[dict[str, Any]]:
-    """A pair of OpenAI's preference format for each prompt that several calls of a group share: the answers that earned
-    most and least, if those differ."""
+    """A pair in OpenAI's preference format for each prompt that several calls of a group share: the answers with the
+    highest and the lowest reward, if they differ."""
     asked: dict[tuple[str, str], list[tuple[float, Triplet]]] = {}
     for triplet, reward in _rewarded(rollouts):
         asked.setdefault((triplet.group_id, triplet.prompt), []).append((reward, triplet))
@@ -42,7 +67,7 @@ def preferences(rollouts: Iterable[Rollout]) -> Iterator[dict[str, Any]]:
 
 
 def texts(rollouts: Iterable[Rollout]) -> Iterator[str]:
-    """What a person or a model that improves prompts reads: each call of a rollout as a dialogue, with its reward."""
+    """Each rollout as dialogues with their rewards, for people and for models that improve prompts."""
     for rollout in rollouts:
         parts = []
         for triplet, reward in _rewarded([rollout]):
@@ -64,20 +89,20 @@ def _tools(triplet: Triplet) -> dict[str, Any]:
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    """In the form of chat completions; elsewhere a tool's fields stand at its top."""
+    """In the form of chat completions; in other APIs the fields of ``function`` are at the top."""
     if "function" in tool:
         return tool
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
 def _messages(triplet: Triplet, field: Literal["prompt", "response"]) -> list[dict[str, Any]]:
-    """Messages (a list, or one) in OpenAI's form; those of the semantic conventions hold their content in parts."""
+    """Messages (a list, or one) in OpenAI's form; those of the semantic conventions have their content in parts."""
     try:
         found = json.loads(getattr(triplet, field))
         return [_openai(message) for message in (found if isinstance(found, list) else [found])]
     except (ValueError, KeyError, TypeError) as error:
         raise CodecError(
-            f"rollout {triplet.rollout_id}, turn {triplet.turn}: its {field} holds no messages that are known here "
+            f"rollout {triplet.rollout_id}, turn {triplet.turn}: its {field} is not in a known form of messages "
             f"({type(error).__name__}: {error})",
             record="Triplet",
             field=field,

@@ -9,9 +9,8 @@ from factories import event, task
 from prometheus_client import CollectorRegistry
 
 from millstream.consumers.adapter.adapter import Adapter
-from millstream.consumers.dead_letters import replay
+from millstream.consumers.dead_letters import list_dead_letters, replay
 from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.pipeline.cli.dead_letters import find, listed
 from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.wire import codec
@@ -81,9 +80,10 @@ async def test_attempts_are_made_again_across_a_restart_and_what_is_given_up_is_
     assert len(await read(log, waiting, 6)) == 6  # the restarted adapter published none again
     assert registry.get_sample_value("millstream_retries_total", {"status": "failed"}) is None
 
-    ((place, role, reason, key, _, _),) = await listed(log, topics, None, None)
-    assert (role, reason, key) == ("adapter", "attempts_exhausted", second[0].rollout_id)
-    await replay(producer, topics, (await find(log, topics, [place]))[0])
+    ((_, letter),) = await list_dead_letters(log, topics)
+    assert (letter.role, letter.reason) == ("adapter", "attempts_exhausted")
+    assert letter.key == second[0].rollout_id.encode()
+    await replay(producer, topics, letter)
     again = [of for of in await read(log, waiting, 7) if of.attempt == 1]
     assert [of.metadata for of in again if isinstance(of, RolloutTask)] == [{"replay_of": second[0].rollout_id}]
     await asyncio.to_thread(producer.close)

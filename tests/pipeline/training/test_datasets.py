@@ -6,8 +6,7 @@ from dataclasses import replace
 import factories
 import pytest
 
-from millstream.pipeline.cli.dataset import whole
-from millstream.pipeline.training.datasets import messages, preferences, texts
+from millstream.pipeline.training.datasets import messages, preferences, texts, with_contents
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.errors import CodecError
 from millstream.schemas.spans.blobs import LIMIT
@@ -87,7 +86,7 @@ def test_the_semantic_conventions_parts_become_openais_messages():
 
 
 def test_a_text_without_messages_is_named():
-    with pytest.raises(CodecError, match="rollout r, turn 0: its response holds no messages"):
+    with pytest.raises(CodecError, match="rollout r, turn 0: its response is not in a known form of messages"):
         list(texts([[triplet("r", 0, [USER], {})]]))
 
 
@@ -97,4 +96,4 @@ async def test_long_contents_are_in_the_data_set_and_not_in_the_triplet(tmp_path
     span = await blobs.keep(factories.span(factories.task(), "a", attributes={"messages": long}))
     kept = replace(RIGHT[1], prompt=span.attributes["messages"])
     assert len(kept.prompt) < 200
-    assert whole(kept, blobs) == replace(kept, prompt=long)
+    assert with_contents(kept, blobs) == replace(kept, prompt=long)

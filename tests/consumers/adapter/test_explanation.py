@@ -9,15 +9,16 @@ import pytest
 from factories import call, event, reward, task
 
 from millstream.consumers.adapter.adapter import Adapter
+from millstream.consumers.adapter.explanation import explained
 from millstream.consumers.adapter.read_trace import read_trace
 from millstream.consumers.adapter.triplets import TripletMaker
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.read_to_end import read_to_end
+from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
 from millstream.consumers.sink.rows import to_rows
-from millstream.pipeline.cli.dataset import read_rollouts
-from millstream.pipeline.cli.explain import explained
 from millstream.pipeline.store.clickhouse import ClickHouseStore
 from millstream.pipeline.training.collector import Collector
+from millstream.pipeline.training.datasets import read_rollouts
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.config.triplet_rules import TripletRules
 from millstream.schemas.errors import ConfigError
@@ -109,10 +110,10 @@ async def test_everybody_reads_whole_prompts_although_the_log_holds_them_once(se
     settings = load_settings(clickhouse_dsn=f"chdb://{tmp_path / 'store'}")
     rows, unusable = to_rows(written, TOPICS.events)
     assert not unusable
-    with closing(ClickHouseStore(settings)) as store:
-        store.migrate()
+    with closing(ClickHouseWriter(settings)) as writer, closing(ClickHouseStore(settings)) as store:
+        writer.migrate()
         for block in rows:
-            block.insert(store, block.table)
+            block.insert(writer, block.table)
         assert store.triplets([one.rollout_id]) == whole
         asked = store.sql("SELECT prefix_turn, length(prompt_token_ids), prompt_tokens FROM triplets ORDER BY turn")
     assert asked.rows == [(None, 30, 30), (0, 1, 33), (1, 3, 35)]

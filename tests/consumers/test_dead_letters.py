@@ -10,9 +10,15 @@ from factories import event, task
 from fastavro import schemaless_writer
 
 from millstream.consumers.adapter.adapter import Adapter
-from millstream.consumers.dead_letters import dead_letter, replay, send_dead_letter
+from millstream.consumers.dead_letters import (
+    dead_letter,
+    find_dead_letters,
+    letter_place,
+    list_dead_letters,
+    replay,
+    send_dead_letter,
+)
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.pipeline.cli.dead_letters import find, listed
 from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.wire import codec
@@ -37,19 +43,19 @@ def records(log, topic):
 
 
 async def test_listing_by_reason_and_role(log):
-    assert await listed(log, TOPICS, None, None) == []
+    assert await list_dead_letters(log, TOPICS) == []
     producer = log.producer()
     for role, reason in (("runner", "undecodable"), ("adapter", "undecodable"), ("adapter", "attempts_exhausted")):
         send_dead_letter(producer.send, TOPICS, letter(role=role, reason=reason))
     producer.send(TOPICS.dead, b"no dead letter", partition=0)
-    assert len(await listed(log, TOPICS, None, None)) == 3
-    assert len(await listed(log, TOPICS, "undecodable", None)) == 2
-    ((place, *rest),) = await listed(log, TOPICS, "undecodable", "runner")
-    assert rest == ["runner", "undecodable", "k\N{REPLACEMENT CHARACTER}", "t.tasks.low[1]@5", "why"]
-    (found,) = await find(log, TOPICS, [place])
-    assert found.value == b"garbage"
+    assert len(await list_dead_letters(log, TOPICS)) == 3
+    assert len(await list_dead_letters(log, TOPICS, "undecodable", None)) == 2
+    ((record, listed),) = await list_dead_letters(log, TOPICS, "undecodable", "runner")
+    assert (listed.role, listed.reason, listed.error, listed.value) == ("runner", "undecodable", "why", b"garbage")
+    place = letter_place(record)
+    assert await find_dead_letters(log, TOPICS, [place]) == [listed]
     with pytest.raises(ConfigError, match="no dead letter at 0:99, x"):
-        await find(log, TOPICS, [place, "0:99", "x"])
+        await find_dead_letters(log, TOPICS, [place, "0:99", "x"])
 
 
 async def test_a_refused_record_is_sent_again_as_it_was(log):
@@ -121,19 +127,19 @@ async def test_what_a_newer_version_wrote_is_replayed_after_an_upgrade(log, newe
         await send_acknowledged(producer, TOPICS.events, event(of, "a", "preparing"), key=of.rollout_id)
         await send_acknowledged(producer, TOPICS.events, value, key=of.rollout_id, headers={"kind": b"succeeded"})
         await first(log, TOPICS.dead)
-    ((place, _, reason, _, _, error),) = await listed(log, TOPICS, None, None)
-    assert reason == "undecodable"
-    assert codec.fingerprint_of(schema).hex() in error
+    ((record, listed),) = await list_dead_letters(log, TOPICS)
+    assert listed.reason == "undecodable"
+    assert codec.fingerprint_of(schema).hex() in listed.error
 
     upgrade()
-    said = await replay(producer, TOPICS, (await find(log, TOPICS, [place]))[0])
+    said = await replay(producer, TOPICS, (await find_dead_letters(log, TOPICS, [letter_place(record)]))[0])
     assert said.startswith(f"sent to {TOPICS.events} as it was")
     refused, again = [r for r in records(log, TOPICS.events) if r.value == value]
     assert (refused.partition, refused.key, refused.headers) == (again.partition, again.key, again.headers)
     async with adapter_on(log):
         end = codec.decode((await first(log, TOPICS.triplets)).value)
     assert (end.rollout_id, end.status) == (of.rollout_id, "succeeded")
-    assert len(await listed(log, TOPICS, None, None)) == 1
+    assert len(await list_dead_letters(log, TOPICS)) == 1
 
 
 async def test_what_an_adapter_gives_up_can_be_replayed(log):
@@ -142,9 +148,10 @@ async def test_what_an_adapter_gives_up_can_be_replayed(log):
         for what in ("preparing", "failed"):
             await send_acknowledged(log.producer(), TOPICS.events, event(of, "a", what), key=of.rollout_id)
         await first(log, TOPICS.dead)
-    ((place, role, reason, key, _, error),) = await listed(log, TOPICS, None, None)
-    assert (role, reason, key, error) == ("adapter", "attempts_exhausted", of.rollout_id, "failed: ValueError: no")
-    said = await replay(log.producer(), TOPICS, (await find(log, TOPICS, [place]))[0])
+    ((_, listed),) = await list_dead_letters(log, TOPICS)
+    assert (listed.role, listed.reason, listed.error) == ("adapter", "attempts_exhausted", "failed: ValueError: no")
+    assert listed.key == of.rollout_id.encode()
+    said = await replay(log.producer(), TOPICS, listed)
     (record,) = records(log, TOPICS.tasks("normal"))
     assert said == f"rollout {of.rollout_id} is run again as {codec.decode_as(RolloutTask, record.value).rollout_id}"
 
