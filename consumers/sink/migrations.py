@@ -1,4 +1,4 @@
-"""The store's schema over time: numbered files, a lock for whoever applies them, and how long tables keep rows."""
+"""The schema of the ClickHouse store: its numbered migrations, the lock around them, and how long tables keep rows."""
 
 import hashlib
 import re
@@ -17,9 +17,6 @@ from millstream.schemas.config.settings import RetentionTable
 from millstream.schemas.errors import StoreError
 
 LOCK: Final = "migration_lock"
-LOCK_STALE_S = 60  # then its holder is taken for dead: what a migration does takes milliseconds
-LOCK_WAIT_S = 120.0
-LOCK_POLL_S = 0.1
 TABLE_EXISTS, NO_SUCH_TABLE = 57, 60  # ClickHouse's error codes
 
 # The time that a table's retention counts from. Elsewhere it is the date within the rollout's id, by which the tables
@@ -46,7 +43,7 @@ class Migration:
 
 
 def packaged_migrations() -> list[Migration]:
-    """Those that this version of Millstream brings, in order."""
+    """The migrations of this version of Millstream, in order."""
     found = sorted(
         (f for f in files("millstream.schemas").joinpath("clickhouse").iterdir() if f.name.endswith(".sql")),
         key=lambda f: f.name,
@@ -54,40 +51,49 @@ def packaged_migrations() -> list[Migration]:
     return [Migration(int(f.name[:4]), f.name.removesuffix(".sql"), f.read_text("utf-8")) for f in found]
 
 
-@contextmanager
-def locked(client: Client, what: str) -> Iterator[None]:
-    """Only one process at a time is in here, for the client's database. Raises `StoreError` if that takes too long.
+@dataclass(frozen=True, slots=True)
+class LockPolicy:
+    """How the migration lock is waited for."""
 
-    The lock is a table: creating one is atomic, and a server without Keeper has no other lock. One that a dead process
-    left behind is renamed to a name made of its own id: of all that wait only one succeeds in that, and none takes away
-    the lock that follows.
+    stale_s: float = 60  # then its holder counts as dead: a migration takes milliseconds
+    wait_s: float = 120.0  # longer than that, so that a stale lock can be taken over
+    poll_s: float = 0.1
+
+
+@contextmanager
+def locked(client: Client, what: str, policy: LockPolicy = LockPolicy()) -> Iterator[None]:
+    """Holds the migration lock of the client's database. Raises `StoreError` if the lock can't be had in time.
+
+    The lock is a table: creating one is atomic, and a server without Keeper has no other lock. To take over a dead
+    process's lock is to rename it to a name with the dead one's id: only one of those that wait can do so, and none can
+    remove the lock that comes after.
     """
     mine = str(uuid4())
-    waiting_until = time.monotonic() + LOCK_WAIT_S
+    waiting_until = time.monotonic() + policy.wait_s
     stale: list[str] = []
     while not _done(client, f"CREATE TABLE {LOCK} (held UInt8) ENGINE = Memory COMMENT '{mine}'", TABLE_EXISTS):
         for holder, age_s in _held(client):
-            if age_s > LOCK_STALE_S:
+            if age_s > policy.stale_s:
                 name = f"`{LOCK}_{holder}`"
                 if _done(client, f"RENAME TABLE {LOCK} TO {name}", TABLE_EXISTS, NO_SUCH_TABLE):
                     stale.append(name)
         if time.monotonic() > waiting_until:
             raise StoreError(
-                f"database {what} has been under migration by other processes for {LOCK_WAIT_S:g} s; if there are "
-                f"none, drop its table {LOCK}"
+                f"other processes have been migrating database {what} for {policy.wait_s:g} s; if there are none, drop "
+                f"its table {LOCK}"
             )
-        time.sleep(LOCK_POLL_S)
+        time.sleep(policy.poll_s)
     try:
         yield
     finally:
-        if mine in dict(_held(client)):  # else we were taken for dead
+        if mine in dict(_held(client)):  # else another process took the lock over
             client.command(f"DROP TABLE {LOCK}")
         for name in stale:
             client.command(f"DROP TABLE IF EXISTS {name}")
 
 
 def _held(client: Client) -> list[tuple[str, int]]:
-    """Holder and age in seconds; nothing if nobody has the lock."""
+    """Holder and age in seconds; empty if the lock is free."""
     rows = client.query(
         "SELECT comment, toInt64(now()) - toInt64(metadata_modification_time) FROM system.tables "
         "WHERE database = currentDatabase() AND name = {name:String}",
@@ -108,7 +114,7 @@ def _done(client: Client, statement: str, *lost: int) -> bool:
 
 
 def apply_retention(client: Client, days: Mapping[RetentionTable, int]) -> None:
-    """Lets each table keep its rows for so many days, or for ever. ClickHouse deletes in the background."""
+    """Sets how many days each table keeps its rows (absent: forever). ClickHouse deletes them in the background."""
     tables = client.query("SELECT name, engine_full FROM system.tables WHERE database = currentDatabase()").result_rows
     engines = {row[0]: row[1] for row in tables}
     for table in get_args(RetentionTable):
@@ -127,5 +133,5 @@ def _expiry(table: RetentionTable, days: int) -> str:
     if table in RETENTION_TIMES:
         return f"toDateTime({RETENTION_TIMES[table]}) + toIntervalDay({days})"
     date = "Date" if table == "spans" else "date"
-    # The rows of an id without a date would be gone at once: they stay.
+    # Rows of an id without a date would expire at once: keep them.
     return f"if({date} = toDate(0), toDate(65535), {date} + toIntervalDay({days}))"

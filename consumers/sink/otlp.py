@@ -9,6 +9,7 @@ import gzip
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from http import HTTPStatus
 
 import urllib3
@@ -25,27 +26,34 @@ from millstream.schemas.wire.records import Span
 
 logger = logging.getLogger(__name__)
 
-REQUEST_SPANS = 1000  # collectors take 20 MiB by default; a request that is too large is cut in two
-EXPORT_S = 10.0  # the exporters' own default
 BAD_SPANS = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 PROTOBUF = "application/x-protobuf"
 
 _Pairs = Sequence[tuple[LogRecord, Span]]
 
 
+@dataclass(frozen=True, slots=True)
+class ExportPolicy:
+    """How spans are sent."""
+
+    spans: int = 1000  # in a request: collectors take 20 MiB by default; what is larger is halved
+    timeout_s: float = 10.0  # OpenTelemetry exporters' own default
+
+
 class OtlpSink:
     """A `Sink` that exports to ``otlp_endpoint``. ``rejected`` counts the spans that the back end said it dropped."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, policy: ExportPolicy = ExportPolicy()) -> None:
         self._endpoint = settings.otlp_endpoint
         if not self._endpoint.startswith(("http://", "https://")):
             raise ConfigError(
                 f"setting otlp_endpoint: {self._endpoint!r} is not an address like http://collector:4318/v1/traces"
             )
+        self._policy = policy
         self._events = settings.topics.events
         self._headers = {name: value.get_secret_value() for name, value in settings.otlp_headers.items()}
         self._headers |= {"Content-Type": PROTOBUF, "Content-Encoding": "gzip"}
-        self._http = urllib3.PoolManager(retries=False, timeout=EXPORT_S)
+        self._http = urllib3.PoolManager(retries=False, timeout=policy.timeout_s)
         self._not_before = 0.0  # the back end has asked us to wait
         # A batch comes again as a whole: how many of its spans are settled by now, and which of these are no good.
         self._token = ""
@@ -58,7 +66,7 @@ class OtlpSink:
         if batch.token != self._token:
             self._token, self._settled, self._unusable = batch.token, 0, []
         while self._settled < len(spans):
-            part = spans[self._settled : self._settled + REQUEST_SPANS]
+            part = spans[self._settled : self._settled + self._policy.spans]
             self._unusable += self._export(part)
             self._settled += len(part)
         return undecodable + self._unusable

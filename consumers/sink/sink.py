@@ -1,9 +1,8 @@
-"""The sink: everything that lies on the topics, into whatever keeps it.
+"""The sink role: stores all records of all topics in a `Sink`.
 
-At least once: the batch first, then the commit. One batch is under way while the next is gathered; when that is full
-too the partitions are paused, and the sink goes on polling, so that it stays in its group however long the store is
-away. The batch under way never changes: a retry repeats the very same one. What belongs to a lost partition is not
-committed; its new owner reads and stores it again.
+At least once: it stores a batch, then commits. While one batch is stored, the next is gathered; when that is full, too,
+the role pauses its partitions and keeps polling, so that it stays in its group however long the store is down. A retry
+repeats exactly the same batch. Offsets of a lost partition are not committed; its new owner stores those records again.
 """
 
 import asyncio
@@ -26,23 +25,33 @@ from millstream.schemas.wire.log import LogRecord, Partition
 
 logger = logging.getLogger(__name__)
 
-POLL_RECORDS = 1000
-POLL_S = 0.2
-IDLE_S = 0.02  # after a poll that found little: the sink is in no hurry, and others need the CPU
-RETRY_S = 0.2  # bound of the first wait after the store or the log failed; doubles, and chance picks below it
-RETRY_MAX_S = 10.0
-SLOW_S = 10.0  # a store that takes longer for a batch is in trouble
-LOG_EVERY_S = 10.0  # between warnings of the same outage
-DRAIN_S = 15.0  # at most, at the end: longer than a transaction that somebody left open
-
 
 @dataclass(frozen=True, slots=True)
 class FlushPolicy:
-    """When a batch is stored: at whichever limit it meets first."""
+    """When a batch is stored: at whichever limit it reaches first."""
 
     rows: int  # records, to be exact: a claim makes two rows
     bytes: int = 32 << 20  # encoded
-    age_s: float = 1.0  # since its first record was read; an insert costs some 10 ms of CPU however small it is
+    age_s: float = 1.0  # of its first record; an insert costs some 10 ms of CPU however small it is
+
+
+@dataclass(frozen=True, slots=True)
+class PollPolicy:
+    """How the log is read."""
+
+    records: int = 1000  # at once
+    wait_s: float = 0.2
+    idle_s: float = 0.02  # after a poll that found little: the sink is in no hurry, and others need the CPU
+
+
+@dataclass(frozen=True, slots=True)
+class OutagePolicy:
+    """How failures of the store or the log are retried and reported."""
+
+    retry_s: float = 0.2  # upper bound of the first pause; doubles with each retry, up to:
+    retry_max_s: float = 10.0
+    slow_s: float = 10.0  # a batch that takes longer counts as an outage
+    log_every_s: float = 10.0  # between two warnings
 
 
 @dataclass(slots=True)
@@ -58,7 +67,7 @@ class SinkStats:
 
 @dataclass(slots=True)
 class _Gathered:
-    """What has been read and not yet been handed to the store."""
+    """Records that have been read and are not yet being stored."""
 
     parts: dict[Partition, list[LogRecord]] = field(default_factory=dict)
     records: int = 0
@@ -80,8 +89,11 @@ class _Gathered:
 
 
 class SinkRole:
-    """Reads every topic as a member of the group ``PREFIX.sink[.NAME]``: sinks of one name share the records, each name
-    gets all of them."""
+    """Reads every topic as a member of the group ``PREFIX.sink[.NAME]``: each name gets all records, and sinks of the
+    same name share them.
+
+    ``drain_s``: how long it reads on to the end of the log when it is stopped. The default is longer than an open
+    transaction holds up readers."""
 
     def __init__(
         self,
@@ -91,12 +103,18 @@ class SinkRole:
         *,
         name: str = "",
         flush: FlushPolicy | None = None,
+        poll: PollPolicy = PollPolicy(),
+        outage: OutagePolicy = OutagePolicy(),
+        drain_s: float = 15.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._topics = settings.topics
         self._log = log
         self._sink = sink
-        self._policy = flush or FlushPolicy(settings.span_batch_size)
+        self._flush = flush or FlushPolicy(settings.span_batch_size)
+        self._poll_policy = poll
+        self._outage = outage
+        self._drain_s = drain_s
         self._clock = clock
         self._consumer = log.consumer(".".join(filter(None, (self._topics.prefix, "sink", name))))
         self._producer: Producer | None = None  # made for the first dead letter
@@ -109,7 +127,7 @@ class SinkRole:
         self._failure: Exception | None = None  # of the delivery's last try
         self._paused: set[Partition] = set()
         self._joined = False
-        self._warned = -LOG_EVERY_S
+        self._warned: float | None = None
         self.stats = SinkStats()
 
     @property
@@ -119,18 +137,19 @@ class SinkRole:
 
     @property
     def outage_s(self) -> float:
-        """Seconds since the store began to fail or was last heard of; 0 while all is well."""
+        """Seconds for which the store has been failing or slow; 0 if it is neither."""
         if self._delivery is None:
             return 0.0
         took = self._clock() - self._delivering_since
-        return took if self._failure is not None or took > SLOW_S else 0.0
+        return took if self._failure is not None or took > self._outage.slow_s else 0.0
 
     @property
     def trouble(self) -> str | None:
-        """What keeps records from being stored, for people; None if nothing does."""
+        """Why records are not being stored, as a text; None if they are."""
         if not (seconds := self.outage_s):
             return None
-        return f"{self.waiting} records wait since {seconds:.0f} s: {self._failure or 'the store does not answer'}"
+        why = self._failure or "the store does not answer"
+        return f"{self.waiting} records have been waiting for {seconds:.0f} s: {why}"
 
     # RebalanceListener: called within poll, must not block.
 
@@ -150,7 +169,7 @@ class SinkRole:
             self._paused.discard(partition)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Runs until ``stop``; then stores and commits what the log holds by that time, and leaves."""
+        """Runs until ``stop``; then stores and commits what the log holds by that time, and leaves the group."""
         try:
             await self._consumer.subscribe([topic.name for topic in self._topics.all], self)
             while not stop.is_set():
@@ -174,10 +193,10 @@ class SinkRole:
             self._deliver()
 
     def _full(self) -> bool:
-        return self._gathered.records >= self._policy.rows or self._gathered.bytes >= self._policy.bytes
+        return self._gathered.records >= self._flush.rows or self._gathered.bytes >= self._flush.bytes
 
     def _due(self) -> bool:
-        old = self._clock() - self._gathered.since >= self._policy.age_s
+        old = self._clock() - self._gathered.since >= self._flush.age_s
         return self._gathered.records > 0 and (old or self._full())
 
     async def _gather(self) -> None:
@@ -185,26 +204,26 @@ class SinkRole:
             self._consumer.resume(self._paused)
             self._paused.clear()
         before = self._gathered.records
-        await self._poll(min(POLL_S, self._policy.age_s))
-        if self._gathered.records - before < POLL_RECORDS // 2 and not self._due():
-            await asyncio.sleep(IDLE_S)
+        await self._poll(min(self._poll_policy.wait_s, self._flush.age_s))
+        if self._gathered.records - before < self._poll_policy.records // 2 and not self._due():
+            await asyncio.sleep(self._poll_policy.idle_s)
 
     async def _hold(self) -> None:
-        """Waits a moment for the delivery. Stays in the group: polls, with everything paused."""
+        """Waits briefly for the delivery. Polls with all partitions paused, to stay in the group."""
         assert self._delivery is not None
         if running := self._consumer.assignment() - self._paused:
             self._consumer.pause(running)
             self._paused |= running
-        await asyncio.wait({self._delivery}, timeout=POLL_S)
+        await asyncio.wait({self._delivery}, timeout=self._poll_policy.wait_s)
         await self._poll(0.0)
 
     async def _poll(self, timeout_s: float) -> None:
-        room = max(1, min(POLL_RECORDS, self._policy.rows - self._gathered.records))
+        room = max(1, min(self._poll_policy.records, self._flush.rows - self._gathered.records))
         try:
             batch = await self._consumer.poll(room, timeout_s)
         except LogUnavailable as error:
-            self._warn("the log can't be read, trying again: %s", error)
-            await asyncio.sleep(RETRY_S)
+            self._warn("the log can't be read, retrying: %s", error)
+            await asyncio.sleep(self._outage.retry_s)
             return
         if not self._gathered.records:
             self._gathered.since = self._clock()
@@ -231,12 +250,12 @@ class SinkRole:
         await self._commit()
 
     async def _store(self, batch: Batch) -> None:
-        """Tries until the batch is stored, and what can't be stored is among the dead letters."""
+        """Retries until the batch is stored and its unusable records are dead letters."""
         unusable: list[Unusable] | None = None
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type((StoreError, LogError)),
-            # Full jitter: sinks that failed together don't come back together.
-            wait=wait_random_exponential(multiplier=RETRY_S, max=RETRY_MAX_S),
+            # Full jitter: sinks that failed together don't retry together.
+            wait=wait_random_exponential(multiplier=self._outage.retry_s, max=self._outage.retry_max_s),
             before_sleep=self._failed,
         ):
             with attempt:
@@ -260,17 +279,17 @@ class SinkRole:
         assert isinstance(error, Exception)
         self._failure = error
         self.stats.retries += 1
-        self._warn("%d records wait, trying again: %s", self.waiting, error)
+        self._warn("%d records are waiting, retrying: %s", self.waiting, error)
 
     async def _dead_letter(self, item: Unusable) -> None:
         """Raises `LogError` unless the dead letter is acknowledged."""
         if item.reason == "undecodable" and item.record.partition.topic == self._topics.events:
-            return  # the adapter's to put away: it reads that too
+            return  # the adapter reads this topic, too, and sends the dead letter
         if self._producer is None:
             self._producer = self._log.producer()
         try:
             letter = dead_letter(item.record, "sink", item.reason, item.error)
-        except CodecError:  # a live record that has no encoding either
+        except CodecError:  # a record in memory that can't be encoded, either
             letter = dead_letter(replace(item.record, value=b""), "sink", item.reason, item.error)
         sending = Acks(self._producer)
         send_dead_letter(sending.send, self._topics, letter)
@@ -283,31 +302,33 @@ class SinkRole:
         try:
             await self._consumer.commit(self._uncommitted)
         except TransactionAborted as error:
-            logger.info("a partition was lost before its commit; its new owner stores the same rows again: %s", error)
-            # Those that are still ours are committed with what comes next.
+            logger.info(
+                "a partition was lost before its commit; its new owner stores the same records again: %s", error
+            )
+            # The offsets of the other partitions are committed with the next batch.
         except LogUnavailable as error:
-            self._warn("offsets are not committed, trying again with the next: %s", error)
+            self._warn("offsets are not committed, retrying with the next batch: %s", error)
             return
         self._uncommitted.clear()
 
     async def _drain(self) -> None:
-        """Reads to the ends as they are now, stores and commits; for `DRAIN_S` at most, nothing is lost by that."""
+        """Reads to the current end of the log, stores and commits. Nothing is lost if the time is not enough."""
         try:
-            async with asyncio.timeout(DRAIN_S):
+            async with asyncio.timeout(self._drain_s):
                 while not await self._drained():
                     pass
         except (TimeoutError, LogUnavailable) as error:
             logger.warning(
-                "stopped before the end of the log, %d records unstored; the next sink goes on there: %s",
+                "stopped before the end of the log with %d records not stored; the next sink continues there: %s",
                 self.waiting,
-                str(error) or f"{DRAIN_S:g} s were not enough",
+                str(error) or f"{self._drain_s:g} s were not enough",
             )
 
     async def _drained(self) -> bool:
-        """Reads, stores and commits once. False if there is more to do: partitions came, or our own dead letters."""
+        """Reads, stores and commits once. False if there is more: new partitions, or dead letters of its own."""
         while not self._joined:
-            await self._poll(POLL_S)
-        mine, buried = self._consumer.assignment(), self.stats.dead_letters
+            await self._poll(self._poll_policy.wait_s)
+        mine, dead_letters = self._consumer.assignment(), self.stats.dead_letters
         ends = await self._consumer.end_offsets(mine)
         while not all(self._reached(partition, end) for partition, end in ends.items()):
             await self._step()
@@ -316,16 +337,17 @@ class SinkRole:
                 self._deliver()
             await self._hold()
             await self._settle()
-        return self._joined and self._consumer.assignment() <= mine and self.stats.dead_letters == buried
+        return self._joined and self._consumer.assignment() <= mine and self.stats.dead_letters == dead_letters
 
     def _reached(self, partition: Partition, end: int) -> bool:
-        """Also if the partition has been lost."""
+        """True as well if the partition has been lost."""
         position = self._consumer.position(partition) if partition in self._consumer.assignment() else end
         return position is not None and position >= end
 
     def _warn(self, message: str, *args: object) -> None:
-        if self._clock() - self._warned >= LOG_EVERY_S:
-            self._warned = self._clock()
+        now = self._clock()
+        if self._warned is None or now - self._warned >= self._outage.log_every_s:
+            self._warned = now
             logger.warning(message, *args)
 
 
@@ -334,8 +356,8 @@ def _size(record: LogRecord) -> int:
 
 
 def _token(parts: dict[Partition, list[LogRecord]]) -> str:
-    """Made of both ends of each range: the same token with other rows would drop them. With their timestamps, because a
-    log that is made anew begins at offset 0 again."""
+    """Both ends of each range, because ClickHouse drops a block with a known token even if its rows are others; with
+    timestamps, because a log that was recreated begins at offset 0 again."""
     ranges = " ".join(
         f"{partition}:{part[0].offset}@{part[0].timestamp}-{part[-1].offset}@{part[-1].timestamp}"
         for partition, part in sorted(parts.items())
