@@ -26,6 +26,7 @@ from rich.table import Table
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.sink.clickhouse import ClickHouseSink
+from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
 from millstream.consumers.sink.encoded_spans import TABLE
 from millstream.consumers.sink.sink import FlushPolicy, SinkRole
 from millstream.deploy.kafka.local import LocalKafka
@@ -87,9 +88,9 @@ def publish(producer: Producer, topic: str, count: int) -> float:
     return size / count
 
 
-async def through_the_sink(log: KafkaLog, settings: Settings, store: ClickHouseStore, count: int) -> float:
+async def through_the_sink(log: KafkaLog, settings: Settings, writer: ClickHouseWriter, count: int) -> float:
     """CPU seconds from the first poll to the last commit."""
-    role = SinkRole(log, ClickHouseSink(store, settings.topics.events), settings, flush=FlushPolicy(BATCH))
+    role = SinkRole(log, ClickHouseSink(writer, settings.topics.events), settings, flush=FlushPolicy(BATCH))
     stop = asyncio.Event()
     began = time.process_time()
     running = asyncio.create_task(role.run(stop))
@@ -101,12 +102,11 @@ async def through_the_sink(log: KafkaLog, settings: Settings, store: ClickHouseS
     return used
 
 
-def floor(store: ClickHouseStore, bodies: list[bytes]) -> float:
+def floor(writer: ClickHouseWriter, bodies: list[bytes]) -> float:
     """CPU seconds to decode every body and to insert the spans' columns once, into a table without views."""
     schema = fastavro.parse_schema(codec.load_schema("Span"))
     names = codec.CODECS[Span].field_names
-    writer = store._writer  # ClickHouse's client itself
-    writer.command(f"CREATE TABLE floor AS {TABLE} ENGINE = MergeTree ORDER BY (rollout_id, sequence)")
+    writer.client.command(f"CREATE TABLE floor AS {TABLE} ENGINE = MergeTree ORDER BY (rollout_id, sequence)")
     places = ("log_topic", "log_partition", "log_offset", "log_end")
     began = time.process_time()
     for first in range(0, len(bodies), BATCH):
@@ -117,13 +117,13 @@ def floor(store: ClickHouseStore, bodies: list[bytes]) -> float:
         columns: list[Any] = [[row[name] for row in rows] for name in names]
         numbers = range(first, first + len(rows))
         columns += [["events"] * len(rows), [0] * len(rows), numbers, numbers]
-        writer.insert("floor", columns, column_names=[*names, *places], column_oriented=True)
+        writer.client.insert("floor", columns, column_names=[*names, *places], column_oriented=True)
     return time.process_time() - began
 
 
-async def freshness(log: KafkaLog, settings: Settings, store: ClickHouseStore) -> list[float]:
+async def freshness(log: KafkaLog, settings: Settings, writer: ClickHouseWriter, store: ClickHouseStore) -> list[float]:
     """Seconds from a span's sending until a query sees it, at `FRESH_RATE` spans per second."""
-    role = SinkRole(log, ClickHouseSink(store, settings.topics.events), settings)
+    role = SinkRole(log, ClickHouseSink(writer, settings.topics.events), settings)
     stop, producer = asyncio.Event(), log.producer()
     running = asyncio.create_task(role.run(stop))
     question = "SELECT countIf(SpanName LIKE 'fresh-%') FROM spans_raw"
@@ -142,7 +142,7 @@ async def freshness(log: KafkaLog, settings: Settings, store: ClickHouseStore) -
     sending = asyncio.create_task(send())
     while len(seen) < FRESH_RATE * FRESH_S:
         await asyncio.sleep(0.05)
-        ((there,),) = (await asyncio.to_thread(store.query, question)).rows
+        ((there,),) = (await asyncio.to_thread(store.sql, question)).rows
         # They arrive in batches: the n that are there are the first n sent, to within a batch.
         seen += [time.monotonic()] * (there - len(seen))
     await sending
@@ -152,10 +152,10 @@ async def freshness(log: KafkaLog, settings: Settings, store: ClickHouseStore) -
     return [at - was for at, was in zip(seen, sent, strict=True)]
 
 
-def fill(store: ClickHouseStore, rows: int) -> None:
+def fill(writer: ClickHouseWriter, rows: int) -> None:
     """Stores rows as a thousand rollouts at a time would leave them: a rollout's spans lie scattered over 20 blocks."""
     for first in range(0, rows, 1_000_000):
-        store._writer.command(FILL.format(first=first, count=min(1_000_000, rows - first)))
+        writer.client.command(FILL.format(first=first, count=min(1_000_000, rows - first)))
 
 
 FILL = """
@@ -187,9 +187,9 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return (time.perf_counter() - began) * 1e3
 
 
-def questions(store: ClickHouseStore, rows: int) -> dict[str, float]:
+def questions(writer: ClickHouseWriter, store: ClickHouseStore, rows: int) -> dict[str, float]:
     """What people ask, of a store with ``rows`` spans."""
-    fill(store, rows)
+    fill(writer, rows)
     ids = [row[0] for row in store.sql("SELECT RolloutId FROM spans_raw ORDER BY cityHash64(SpanId) LIMIT 200").rows]
     one = "SELECT * FROM spans WHERE RolloutId = {rollout:String}"
     assert len(store.sql(one, {"rollout": ids[0]}).rows) == SPANS_PER_ROLLOUT
@@ -221,21 +221,23 @@ def main() -> None:
             settings = load_settings(
                 kafka_bootstrap_servers=broker.bootstrap_servers, clickhouse_dsn=f"chdb://{folder}/store"
             )
-            log, store = KafkaLog(settings), ClickHouseStore(settings)
+            log, writer = KafkaLog(settings), ClickHouseWriter(settings)
             asyncio.run(log.create_topics())
-            store.migrate()
+            writer.migrate()
+            store = ClickHouseStore(settings)
             producer = log.producer()
             figures["mean_body_bytes"] = publish(producer, settings.topics.events, count)
             producer.close()
-            used = asyncio.run(through_the_sink(log, settings, store, count))
+            used = asyncio.run(through_the_sink(log, settings, writer, count))
             figures["spans_per_cpu_second"] = count / used
             bodies = [codec.encode(span) for span in spans(count)]
-            figures["floor_spans_per_cpu_second"] = count / floor(store, bodies)
-            fresh = asyncio.run(freshness(log, settings, store))
+            figures["floor_spans_per_cpu_second"] = count / floor(writer, bodies)
+            fresh = asyncio.run(freshness(log, settings, writer, store))
             figures["freshness_p99_ms"] = statistics.quantiles(fresh, n=100)[98] * 1e3
-            store._writer.command("TRUNCATE TABLE spans_raw")
-            figures |= questions(store, rows)
+            writer.client.command("TRUNCATE TABLE spans_raw")
+            figures |= questions(writer, store, rows)
             store.close()
+            writer.close()
         finally:
             broker.down()
     figures["ratio_to_floor"] = figures["spans_per_cpu_second"] / figures["floor_spans_per_cpu_second"]

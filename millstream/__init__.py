@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from millstream.pipeline.algorithms.grpo import GRPO as GRPO
     from millstream.pipeline.services.broker import broker as broker
     from millstream.pipeline.store.clickhouse import ClickHouseStore as ClickHouseStore
-    from millstream.pipeline.store.memory_store import MemoryStore as MemoryStore
-    from millstream.pipeline.store.results import AsyncStore as AsyncStore
     from millstream.pipeline.store.results import Attempt as Attempt
     from millstream.pipeline.store.results import Reward as Reward
     from millstream.pipeline.store.results import Rollout as Rollout
@@ -63,9 +61,8 @@ _NAMES = {
     "pipeline.algorithms.grpo": "GRPO",
     "pipeline.training.algorithm": "Algorithm",
     "pipeline.services.broker": "broker",
-    "pipeline.store.memory_store": "MemoryStore",
     "pipeline.store.clickhouse": "ClickHouseStore",
-    "pipeline.store.results": "AsyncStore Attempt Reward Rollout Store",
+    "pipeline.store.results": "Attempt Reward Rollout Store",
     "pipeline.tracing.traced_rollout": "TracedRollout",
     "pipeline.tracing.tracer": "Tracer",
     "pipeline.training.trainer": "Trainer",

@@ -16,7 +16,7 @@ from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.port import Log
 from millstream.consumers.runner.runner import Runner
-from millstream.consumers.sink.clickhouse import ClickHouseSink
+from millstream.consumers.sink.clickhouse import open_clickhouse_sink
 from millstream.consumers.sink.sink import SinkRole
 from millstream.pipeline.addresses import LOOPBACK, is_loopback
 from millstream.pipeline.models.server import ModelServer
@@ -24,7 +24,6 @@ from millstream.pipeline.models.vllm_server import VllmServer
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.proxy.targets import DEFAULT
 from millstream.pipeline.services.serve_aiohttp import serve
-from millstream.pipeline.store.clickhouse import ClickHouseStore
 from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.schemas.config.upstreams import Upstream
 from millstream.schemas.errors import ConfigError
@@ -115,10 +114,9 @@ async def _local_roles(log: Log, setup: Setup) -> AsyncIterator[None]:
     order in which records flow, so the store has everything afterwards. A role that fails ends the run."""
     settings, topics = setup.settings, setup.settings.topics
     secret = settings.proxy_secret.get_secret_value() or token_hex(32)
-    store = await asyncio.to_thread(ClickHouseStore, settings, log)
+    clickhouse = await asyncio.to_thread(open_clickhouse_sink, settings)
     async with AsyncExitStack() as stack:
-        stack.callback(store.close)
-        await asyncio.to_thread(store.migrate)
+        stack.callback(clickhouse.close)
         settings = settings.model_copy(update={"proxy_url": "", "proxy_secret": SecretStr(secret)})
         if settings.upstreams:
             url = await stack.enter_async_context(serve(Proxy(log, settings).app, ANY_PORT))
@@ -126,7 +124,7 @@ async def _local_roles(log: Log, setup: Setup) -> AsyncIterator[None]:
         name = f"{topics.prefix}.adapter.embedded-{os.getpid()}"
         adapter = Adapter(log, topics, transactional_id=name, to_triplets=setup.to_triplets)
         runner = Runner(log, settings, setup.agent, processes=0, drain_s=0.0, hooks=setup.hooks)
-        sink = SinkRole(log, ClickHouseSink(store, topics.events), settings)
+        sink = SinkRole(log, clickhouse, settings)
         roles = [runner.run, adapter.run, sink.run]
         stops = [asyncio.Event() for _ in roles]
         try:

@@ -15,6 +15,7 @@ hypothesis_settings.load_profile("noisy")
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
     from millstream.deploy.kafka.local import LocalKafka
     from millstream.pipeline.store.clickhouse import ClickHouseStore
     from millstream.schemas.config.settings import Settings
@@ -49,22 +50,32 @@ def _require_kafka() -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Path]":
     """Of the one embedded store's engine that a process can have."""
-    from millstream.pipeline.store.clickhouse import ClickHouseStore
+    from millstream.consumers.sink.clickhouse_connection import connect
     from millstream.schemas.config.settings import load_settings
 
     folder = tmp_path_factory.mktemp("runs") / "a b" / "store"
-    held = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{folder}"))
+    held = connect(load_settings(clickhouse_dsn=f"chdb://{folder}"))
     yield folder
     held.close()
 
 
 @pytest.fixture
-def store(settings: "Settings") -> "Iterator[ClickHouseStore]":
-    """Empty, at the settings of the test."""
+def writer(settings: "Settings") -> "Iterator[ClickHouseWriter]":
+    """To the store of the test's settings, with empty tables."""
+    from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
+
+    opened = ClickHouseWriter(settings)
+    opened.migrate()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def store(settings: "Settings", writer: "ClickHouseWriter") -> "Iterator[ClickHouseStore]":
+    """What `writer` has written."""
     from millstream.pipeline.store.clickhouse import ClickHouseStore
 
     opened = ClickHouseStore(settings)
-    opened.migrate()
     yield opened
     opened.close()
 

@@ -3,14 +3,11 @@
 from collections.abc import Iterator
 from typing import Any
 
+from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
 from millstream.consumers.sink.encoded_spans import EncodedSpans
 from millstream.consumers.sink.port import Batch, Unusable
-from millstream.consumers.sink.rows import Inserter, Rows, to_rows
-from millstream.schemas.errors import StoreError
-
-
-class RowsRefused(StoreError):
-    """A row can't be what its table holds: sending it again can't help."""
+from millstream.consumers.sink.rows import Inserter, Rows, RowsRefused, to_rows
+from millstream.schemas.config.settings import Settings
 
 
 class ClickHouseSink:
@@ -58,3 +55,14 @@ class ClickHouseSink:
             half = len(rows) // 2
             yield from self._insert(rows.cut(0, half), f"{token}<")
             yield from self._insert(rows.cut(half, len(rows)), f"{token}>")
+
+
+def open_clickhouse_sink(settings: Settings) -> ClickHouseSink:
+    """Connects, and brings the tables up to date. Raises `ConfigError`, `StoreError`."""
+    writer = ClickHouseWriter(settings)
+    try:
+        writer.migrate()
+    except BaseException:
+        writer.close()
+        raise
+    return ClickHouseSink(writer, settings.topics.events)

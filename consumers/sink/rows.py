@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from millstream.consumers.sink.encoded_spans import EncodedInserter, EncodedSpans, span_body
 from millstream.consumers.sink.port import Unusable
-from millstream.schemas.errors import CodecError
+from millstream.schemas.errors import CodecError, StoreError
 from millstream.schemas.ids import id_time_ms
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import LogRecord
@@ -35,12 +35,16 @@ Fields = Mapping[str, Sequence[Any]]  # field name → its value in each record
 Column = Callable[[Fields], Sequence[Any]]
 
 
+class RowsRefused(StoreError):
+    """The table can't hold one of the rows: retrying the same block does not help."""
+
+
 class Inserter(EncodedInserter, Protocol):
-    """Where the rows go; `pipeline.store.ClickHouseStore` is one."""
+    """Takes the rows; `ClickHouseWriter` is one."""
 
     def insert(self, table: str, column_names: Sequence[str], columns: Sequence[Sequence[Any]], token: str) -> None:
-        """Stores the rows. A repeated ``token`` may be dropped. Raises `RowsRefused`, or `StoreError` if it may help to
-        try again: some of the rows may be there by then."""
+        """Stores the rows. A block whose ``token`` was used before may be dropped. Raises `RowsRefused`, or
+        `StoreError` if a retry may help: some of the rows may be stored by then."""
 
     def close(self) -> None: ...
 

@@ -121,7 +121,7 @@ def main(
     except KeyboardInterrupt:
         console.print("interrupted")
         raise typer.Exit(130) from None
-    console.print(f"ask more: {_question(settings)}", highlight=False, soft_wrap=True)
+    console.print(f"ask more: {_question(settings.clickhouse_dsn)}", highlight=False, soft_wrap=True)
     learnt = summary["first_reward"] < FIRST_REWARD_BELOW and summary["validation_reward"] > VALIDATION_ABOVE
     console.print(
         f"first step {summary['first_reward']:.2f} → held-out validation {summary['validation_reward']:.2f}: "
@@ -176,8 +176,8 @@ def in_process(run_dir: Path, adapter: str) -> Settings:
 
 
 def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
-    """A broker and seven processes; all of them have ended when this returns, however it ends."""
-    proxy, model, store = free_port(), free_port(), free_port()
+    """A broker and six processes; all of them have ended when this returns, however it ends."""
+    proxy, model, queries = free_port(), free_port(), free_port()
     folder = run_dir / "store"
     with _broker(run_dir / "kafka") as bootstrap:
         variables = {
@@ -185,18 +185,18 @@ def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
             "MILLSTREAM_PROXY_URL": f"http://127.0.0.1:{proxy}",
             "MILLSTREAM_PROXY_SECRET": token_hex(32),
             "MILLSTREAM_MODEL_URL": f"http://127.0.0.1:{model}",
-            "MILLSTREAM_CLICKHOUSE_DSN": f"clickhouse://127.0.0.1:{store}",
+            "MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{folder}",
             "MILLSTREAM_LEASE_SECONDS": str(LEASE_S),
         }
         settings = load_settings(**{key.removeprefix("MILLSTREAM_").lower(): value for key, value in variables.items()})
         processes = Processes(run_dir / "log", os.environ | variables, say=console.print)
         patience_s = INTERRUPTED_S
         try:
-            processes.start("store", "store", "serve", str(folder), "--port", str(store))
             asyncio.run(KafkaLog(settings).create_topics())
-            _wait_until_up(f"http://127.0.0.1:{store}/ping", processes)
-            console.print(f"ask meanwhile: {_question(settings)}", highlight=False, soft_wrap=True)
-            processes.start("sink", "sink")
+            processes.start("sink", "sink", "--query-port", str(queries))
+            _wait_until_up(f"http://127.0.0.1:{queries}/ping", processes)
+            meanwhile = _question(f"clickhouse://127.0.0.1:{queries}")
+            console.print(f"ask meanwhile: {meanwhile}", highlight=False, soft_wrap=True)
             processes.start("adapter", "adapter", *(["--adapter", adapter] if adapter else []))
             processes.start("proxy", "proxy")
             _wait_until_up(f"{settings.proxy_url}/livez", processes)
@@ -213,7 +213,7 @@ def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
             patience_s = STOP_S
         finally:
             processes.stop_all(patience_s)
-        return load_settings(clickhouse_dsn=f"chdb://{folder}")
+        return settings
 
 
 def close(run_dir: Path, settings: Settings, seconds: float) -> dict[str, Any]:
@@ -256,9 +256,9 @@ def _broker(folder: Path) -> Iterator[str]:
         broker.down()
 
 
-def _question(settings: Settings) -> str:
+def _question(clickhouse_dsn: str) -> str:
     millstream = Path(sys.executable).with_name("millstream")
-    return f'MILLSTREAM_CLICKHOUSE_DSN={settings.clickhouse_dsn} {millstream} sql "SELECT …"'
+    return f'MILLSTREAM_CLICKHOUSE_DSN={clickhouse_dsn} {millstream} sql "SELECT …"'
 
 
 def _wait_until_up(url: str, processes: Processes, seconds: float = 30.0) -> None:

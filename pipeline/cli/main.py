@@ -17,7 +17,6 @@ from millstream.pipeline.cli import (
     model,
     replay,
     roles,
-    store,
     workers,
 )
 from millstream.pipeline.cli.output import err
@@ -35,7 +34,6 @@ app.add_typer(dead_letters.app, name="dead")
 app.add_typer(explain.app, name="explain")
 app.add_typer(dataset.app, name="dataset")
 app.add_typer(model.app, name="model")
-app.add_typer(store.app, name="store")
 
 EXIT_ERROR = 1
 EXIT_FENCED = 3  # another process took over this one's identity: the supervisor should start it again

@@ -5,7 +5,7 @@ import gc
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -14,6 +14,7 @@ import typer
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.port import Log
+from millstream.pipeline.addresses import LOOPBACK
 from millstream.pipeline.cli.model import app as model_app
 from millstream.pipeline.cli.output import Json, err, out, print_rows
 from millstream.producers.log.port import closing
@@ -110,11 +111,18 @@ def sink(
     flush_rows: Annotated[int | None, typer.Option(min=1, help="Maximum records of a batch.")] = None,
     flush_bytes: Annotated[int, typer.Option(min=1, help="Maximum bytes of a batch.")] = 32 << 20,
     flush_ms: Annotated[int, typer.Option(min=1, help="Maximum age of a record when it is stored.")] = 1000,
+    query_port: Annotated[
+        int, typer.Option(min=0, help="Serves an embedded store to readers, as ClickHouse does at 8123; 0: off.")
+    ] = 0,
+    query_host: Annotated[
+        str, typer.Option(help="Where it listens. Anything but loopback needs clickhouse_password.")
+    ] = LOOPBACK,
     health_port: HealthPort = 0,
 ) -> None:
     """Write all records to ClickHouse, Parquet files, a tracing back end, or a sink of your own."""
+    from millstream.consumers.sink.choose import open_sink, sink_name
     from millstream.consumers.sink.sink import FlushPolicy, SinkRole
-    from millstream.pipeline.store.choose_sink import open_sink, sink_name
+    from millstream.pipeline.store.read_server import serving_queries
 
     settings = load_settings(span_batch_size=flush_rows)
     group = sink_name(kind) if name is None else name
@@ -130,7 +138,8 @@ def sink(
             health.export(metrics.SINK_STORED, lambda: role.stats.records)
             health.export(metrics.SINK_RETRIES, lambda: role.stats.retries)
             health.export(metrics.SINK_DEAD, lambda: role.stats.dead_letters)
-            await role.run(stop)
+            with serving_queries(settings, query_host, query_port) if query_port else nullcontext():
+                await role.run(stop)
         finally:
             opened.close()
 

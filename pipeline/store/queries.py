@@ -1,20 +1,18 @@
-"""The questions that Millstream itself asks the store."""
+"""The queries behind the store's methods and the commands."""
 
-import json
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any, Final, TypeVar
 
-from millstream.pipeline.store.results import Result, Store
+from millstream.pipeline.store.results import Result
 from millstream.schemas.control import Resources
-from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import Control, Record, Span, SpanEvent, SpanLink, Triplet
 
 Ask = Callable[[str, Mapping[str, Any]], Result]
 R = TypeVar("R", bound=Record)
 
-# How the reward went from version to version.
+# Reward by model version.
 REWARDS_BY_VERSION: Final = """
 SELECT
     model_version,
@@ -31,8 +29,8 @@ GROUP BY model_version
 ORDER BY min(ended_at), model_version
 """
 
-# The arms of a model side by side: rewards of the rollouts that succeeded (none given counts as 0), with the normal
-# approximation's 95 % confidence interval. A rollout that met two versions is no arm's: `mixed`.
+# The versions of a model side by side: rewards of the rollouts that succeeded (none given counts as 0), with the 95 %
+# confidence interval of the normal approximation. A rollout that met two versions counts as `mixed`.
 COMPARE_VERSIONS: Final = """
 WITH arms AS (
     SELECT
@@ -58,9 +56,7 @@ ORDER BY min(rollouts.created_at), version
 """
 
 _TIMES = ("created_at", "started_at", "ended_at", "last_seen", "time")
-
-
-OF_TASKS: Final = {"rollout_id", "group_id", "experiment_id", "mode"}  # what a rollout's task says already
+OF_TASKS: Final = {"rollout_id", "group_id", "experiment_id", "mode"}  # filters that the task alone answers
 
 
 def read(
@@ -73,32 +69,20 @@ def read(
     limit: int | None = None,
     offset: int = 0,
 ) -> list[R]:
-    """Rows of a view whose columns are called as the record's fields; the rest as for `read_columns`."""
+    """Rows of a table or view whose columns have the names of the record's fields; times as ns since the epoch.
+
+    ``filters``: column → value, any of a list, or None for no condition. Everything but their values is pasted into the
+    text and must not come from a user."""
     names = [f.name for f in fields(record)]
-    return [record(**row) for row in read_columns(ask, names, view, filters, order=order, limit=limit, offset=offset)]
-
-
-def read_columns(
-    ask: Ask,
-    names: Iterable[str],
-    view: str,
-    filters: Mapping[str, Any],
-    *,
-    order: str,
-    limit: int | None = None,
-    offset: int = 0,
-) -> list[dict[str, Any]]:
-    """Rows of a table or view, times as ns since the epoch. ``filters``: column → value, any of a list, or None for no
-    condition. All but their values stands in the text: it must not come from a user."""
     columns = [f"toUnixTimestamp64Nano({name}) AS {name}" if name in _TIMES else name for name in names]
     where, parameters = _conditions(filters)
     sql = f"SELECT {', '.join(columns)} FROM {view} WHERE {where} ORDER BY {order}"  # noqa: S608
-    return ask(sql + _limit(limit, offset), parameters).records()
+    return [record(**row) for row in ask(sql + _limit(limit, offset), parameters).records()]
 
 
 def read_newest(ask: Ask, filters: Mapping[str, Any], direction: str, limit: int, offset: int) -> list[str]:
-    """Ids of the rollouts that were published last (``direction`` DESC) or first; ``filters`` as for `read`, but only
-    `OF_TASKS`."""
+    """Ids of the rollouts that were published last (``direction`` DESC) or first; ``filters`` as in `read`, of
+    `OF_TASKS` alone."""
     where, parameters = _conditions(filters)
     order = f"min(created_at) {direction}, rollout_id {direction}"
     sql = f"SELECT rollout_id FROM tasks_raw WHERE {where} GROUP BY rollout_id ORDER BY {order}"  # noqa: S608
@@ -107,21 +91,9 @@ def read_newest(ask: Ask, filters: Mapping[str, Any], direction: str, limit: int
 
 def read_spans(ask: Ask, filters: Mapping[str, Any], before: int | None = None) -> list[Span]:
     """Spans in log order; ``before``: with lower offsets only."""
-    return [span for _, span in read_placed_spans(ask, filters, before)]
-
-
-def read_placed_spans(
-    ask: Ask, filters: Mapping[str, Any], before: int | None = None
-) -> Iterator[tuple[tuple[Partition, int], Span]]:
-    """The same, each with its partition and offset."""
     where, parameters = _conditions(filters)
     found = ask(_SPANS.format(where=where), {**parameters, "before": -1 if before is None else before})
-    return ((place_of(row), _span(row)) for row in found.records())
-
-
-def place_of(row: dict[str, Any]) -> tuple[Partition, int]:
-    """Takes partition and offset out of a row."""
-    return Partition(row.pop("topic"), row.pop("partition")), row.pop("offset")
+    return [_span(row) for row in found.records()]
 
 
 def read_triplets(ask: Ask, filters: Mapping[str, Any], limit: int | None) -> list[Triplet]:
@@ -194,8 +166,7 @@ SELECT
     t.prompt_token_ids AS prompt_token_ids, t.has_prompt AS has_prompt,
     t.response_token_ids AS response_token_ids, t.has_response AS has_response,
     t.response_logprobs AS response_logprobs, t.has_logprobs AS has_logprobs,
-    s.Reward AS reward, s.RewardName AS reward_name, s.ModelVersion AS model_version,
-    s.Topic AS topic, s.Partition AS partition, s.Offset AS offset
+    s.Reward AS reward, s.RewardName AS reward_name, s.ModelVersion AS model_version
 FROM (SELECT *, RolloutId AS rollout_id, AttemptId AS attempt_id FROM spans WHERE {where}) AS s
 LEFT JOIN (SELECT * FROM token_ids WHERE {where}) AS t
     ON s.AttemptId = t.attempt_id AND s.Source = t.source AND s.Sequence = t.sequence AND s.SpanId = t.span_id
@@ -222,35 +193,3 @@ def _packed(row: dict[str, Any]) -> dict[str, bytes]:
     """The record's little-endian int32 and float32, from arrays."""
     formats = {"prompt_token_ids": "i", "response_token_ids": "i", "response_logprobs": "f"}
     return {name: struct.pack(f"<{len(row[name])}{code}", *row[name]) for name, code in formats.items()}
-
-
-def granules_read(store: Store, query: str) -> Result:
-    """What a query reads of each table, once per reading: parts and granules, and the indexes that chose them.
-
-    Raises `StoreError`, also for what can't be explained.
-    """
-    plan = "".join(row[0] for row in store.sql(f"EXPLAIN json = 1, indexes = 1 {query}").rows)
-    rows = []
-    for node in _nodes(json.loads(plan)[0]["Plan"]):
-        if node["Node Type"] == "ReadFromMergeTree":
-            # Each index leaves less to the next. That of the last step is what is read, of the first what there is.
-            steps = node["Indexes"]
-            first, last = steps[0], steps[-1]
-            used = [s.get("Name", s["Type"]) for s in steps if s["Selected Granules"] < s["Initial Granules"]]
-            rows.append(
-                (
-                    node["Description"],
-                    last["Selected Parts"],
-                    first["Initial Parts"],
-                    last["Selected Granules"],
-                    first["Initial Granules"],
-                    ", ".join(used),
-                )
-            )
-    return Result(("table", "parts_read", "parts", "granules_read", "granules", "indexes"), rows)
-
-
-def _nodes(plan: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    yield plan
-    for child in plan.get("Plans", []):
-        yield from _nodes(child)

@@ -1,212 +1,176 @@
-"""An embedded store behind ClickHouse's HTTP interface, for development: several processes share it.
+"""ClickHouse's HTTP interface in front of an embedded store, for reading: the process that holds the folder serves it.
 
-    GET, POST /    a statement in `query`, the body, or both (joined by a line break); other parameters are settings,
-                   but for `param_NAME`, `database`, `default_format`, `wait_end_of_query` and names of transport
+    GET, POST /    one statement that reads, in `query`, in the body, or in both (joined by a line break), with
+                   `param_NAME`, `database` and `default_format`; settings and compression are ignored
     GET /ping      "Ok.", without a password
 
-It differs from a server: no sessions, users, progress headers or native protocol. Whoever may ask can do what the
-process may, `file()` and `url()` included.
+There are no sessions and no users. A client can read what the process can read: not only the store, but also files.
 """
 
 import base64
 import binascii
-import gzip
 import hmac
-import io
-import json
-import zlib
-from collections.abc import Iterable, Iterator
-from secrets import token_hex
-from typing import IO, Final, cast
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from threading import Thread
+from typing import Any, Final
 
-import lz4.frame
+import chdb
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
-from starlette.datastructures import UploadFile
-from starlette.requests import Request as HttpRequest
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from millstream.pipeline.services.serve_asgi import for_this_machine, limited
-from millstream.pipeline.store.engine import DEFAULT_FORMAT, SYNTAX_ERROR, Answer, Engine, Refused, Request
+from millstream.consumers.sink.clickhouse_connection import EMBEDDED, address, embedded_path
+from millstream.pipeline.addresses import is_loopback
+from millstream.pipeline.services.serve_asgi import for_this_machine, limited, listen, uvicorn_server
+from millstream.pipeline.store.read_only import FORMAT_QUERY, reading_statement
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import ConfigError, StoreError
 
-MAX_BODY: Final = 256 << 20  # bytes of a request, and of what its compressed body holds
-GET_IS_READ_ONLY: Final = "2"  # ClickHouse's `readonly`: no writes, but settings may be given
+DEFAULT_FORMAT: Final = "TabSeparated"
+FORMAT: Final = re.compile(r"\sFORMAT\s+(\w+)\s*;?\s*\Z", re.IGNORECASE)  # the driver appends it to the statement
 
-# Parameters that are no settings.
-TRANSPORT: Final = {
-    *("query", "query_id", "database", "default_format", "user", "password", "role", "quota_key", "stacktrace"),
-    *("session_id", "session_check", "session_timeout", "close_session", "client_protocol_version"),
-    *("wait_end_of_query", "buffer_size", "compress", "decompress"),
-}
-
-# ClickHouse's numbers of errors, and the statuses that it answers with where that is not 500.
-UNKNOWN_COMPRESSION_METHOD: Final = 89
-NOT_IMPLEMENTED: Final = 48
-QUERY_IS_TOO_LARGE: Final = 296
+# ClickHouse's error codes
+READONLY: Final = 164
 AUTHENTICATION_FAILED: Final = 516
-STATUS: Final = {
-    **dict.fromkeys([6, 26, 27, 38, 41, 53, SYNTAX_ERROR, 70, 72, 117, 321], 400),
-    **dict.fromkeys([46, 47, 50, 56, 60, 73, 81, 115], 404),  # unknown function, name, type, table, setting …
-    159: 408,
-    NOT_IMPLEMENTED: 501,
-    AUTHENTICATION_FAILED: 403,
-    QUERY_IS_TOO_LARGE: 413,
-    UNKNOWN_COMPRESSION_METHOD: 400,
-}
-TYPES: Final = {"JSON": "application/json", "CSV": "text/csv", "TabSeparated": "text/tab-separated-values"}
+STD_EXCEPTION: Final = 1001
 
 
-def store_app(engine: Engine, password: str, max_body: int = MAX_BODY) -> Starlette:
-    """The engine stays the caller's to close. Without a password it answers requests from this machine alone, but
-    those that a web page makes a browser send."""
+@dataclass(frozen=True, slots=True)
+class QueryLimits:
+    """What one request may cost the process that serves it."""
 
-    async def statement(request: HttpRequest) -> Response:
+    request_bytes: int = 32 << 20  # the ids of some 800,000 rollouts
+    result_bytes: int = 256 << 20  # a result is held in memory; `millstream export` on the folder itself has no limit
+    seconds: int = 300  # clickhouse-connect's own time-out
+
+
+class QueryRefused(Exception):
+    """With ClickHouse's ``code`` for the error."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message if message.startswith("Code: ") else f"Code: {code}. DB::Exception: {message}")
+        self.code = code
+
+
+@contextmanager
+def serving_queries(settings: Settings, host: str, port: int) -> Iterator[int]:
+    """Serves the embedded store, which this process has opened, from a thread; yields the port (0: any free one).
+    Cancels the queries that still run at the end. Raises `ConfigError` if the store or the address can't be served."""
+    if not settings.clickhouse_dsn.startswith(EMBEDDED):
+        raise ConfigError(
+            f"--query-port serves an embedded store ({EMBEDDED}…), but clickhouse_dsn is {address(settings)}"
+        )
+    path, password = embedded_path(settings.clickhouse_dsn), settings.clickhouse_password.get_secret_value()
+    if not is_loopback(host) and not password:
+        raise ConfigError(
+            f"--query-host {host} is open to others: set clickhouse_password (MILLSTREAM_CLICKHOUSE_PASSWORD), or use "
+            "127.0.0.1"
+        )
+    listener = listen(host, port)
+    server = uvicorn_server(
+        read_app(path, password), lifespan="off"
+    )  # outside of the main thread, it leaves signals alone
+    # Outside of the main thread, uvicorn leaves signals alone.
+    thread = Thread(target=server.run, args=([listener],), name="millstream-queries", daemon=True)
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        _connect(path).query("KILL QUERY WHERE query NOT LIKE 'KILL QUERY%' ASYNC")
+        thread.join()
+
+
+def read_app(path: str, password: str, limits: QueryLimits = QueryLimits()) -> Starlette:
+    """Without a password, it answers only programs on this machine, and not web pages in a browser."""
+
+    async def statement(request: Request) -> Response:
         try:
-            _admit(request, password)
-            asked = await _asked(limited(request, max_body, _too_large(max_body)), max_body)
-            if not asked.statement.strip() and request.method == "GET":
+            _authorise(request, password)
+            values = await _values(request, limits)
+            if not values["query"].strip() and request.method == "GET":
                 return PlainTextResponse("Ok.\n")
-            answer = await run_in_threadpool(engine.run, asked)
-        except Refused as error:
-            return _refusal(error)
-        return _response(request, answer)
+            found = await run_in_threadpool(_run, path, values, limits)
+        except QueryRefused as error:
+            return PlainTextResponse(f"{error}\n", 500, {"X-ClickHouse-Exception-Code": str(error.code)})
+        return Response(found, media_type="application/octet-stream")
 
-    async def ping(_: HttpRequest) -> Response:
+    async def ping(_: Request) -> Response:
         return PlainTextResponse("Ok.\n")
 
     return Starlette(routes=[Route("/", statement, methods=["GET", "POST"]), Route("/ping", ping)])
 
 
-def _admit(request: HttpRequest, password: str) -> None:
-    headers, given = request.headers, []
-    scheme, _, credentials = headers.get("authorization", "").partition(" ")
-    if scheme.lower() == "bearer":
-        given.append(credentials)
-    elif scheme.lower() == "basic":
-        try:
-            given.append(base64.b64decode(credentials, validate=True).decode().partition(":")[2])
-        except (binascii.Error, UnicodeDecodeError):
-            raise Refused(AUTHENTICATION_FAILED, "the Authorization header can't be read") from None
-    given += [headers.get("x-clickhouse-key", ""), request.query_params.get("password", "")]
-    if password:
-        if not any(hmac.compare_digest(each.encode(), password.encode()) for each in given):
-            raise Refused(
-                AUTHENTICATION_FAILED,
-                "Authentication failed: send the clickhouse_password that the server was started with, as any user",
-            )
+def _authorise(request: Request, password: str) -> None:
+    headers = request.headers
+    if not password:
+        # A web page can make a browser send requests to loopback, also under a host name of its own.
+        if not for_this_machine(request) or "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
+            raise QueryRefused(AUTHENTICATION_FAILED, "without a password only programs on this machine may query")
         return
-    # A page on the web may make a browser send requests to loopback, also under a name of its own.
-    if not for_this_machine(request) or "origin" in headers or headers.get("sec-fetch-site", "none") != "none":
-        raise Refused(AUTHENTICATION_FAILED, "without a password this server answers programs on its machine alone")
+    given = [headers.get("x-clickhouse-key", "").encode()]
+    scheme, _, credentials = headers.get("authorization", "").partition(" ")
+    if scheme.lower() == "basic":
+        with suppress(binascii.Error):
+            given.append(base64.b64decode(credentials).partition(b":")[2])
+    if not any(hmac.compare_digest(each, password.encode()) for each in given):
+        raise QueryRefused(AUTHENTICATION_FAILED, "Authentication failed: send clickhouse_password, as any user")
 
 
-async def _asked(request: HttpRequest, max_body: int) -> Request:
-    """Raises `Refused`."""
+async def _values(request: Request, limits: QueryLimits) -> dict[str, str]:
+    """The request's parameters; `query` is the whole statement."""
+    too_large = QueryRefused(READONLY, f"the request has more than {limits.request_bytes:,} bytes")
+    request = limited(request, limits.request_bytes, too_large)
     values = dict(request.query_params)
-    if request.headers.get("content-type", "").startswith("multipart/form-data"):
-        body = b""
-        async with request.form(max_part_size=max_body) as form:
-            for name, value in form.multi_items():
-                if isinstance(value, UploadFile):
-                    raise Refused(NOT_IMPLEMENTED, f"external data ({name}) is not supported")
-                values[name] = value
+    body = ""
+    if request.headers.get("content-type", "").startswith("multipart/form-data"):  # for long parameters
+        async with request.form(max_part_size=limits.request_bytes) as form:
+            values |= {name: value for name, value in form.multi_items() if isinstance(value, str)}
     else:
-        encoding = request.headers.get("content-encoding", "")
-        body = await run_in_threadpool(_decoded, await request.body(), encoding, max_body)
-    if values.get("compress", "0") != "0" or values.get("decompress", "0") != "0":
-        raise Refused(NOT_IMPLEMENTED, "compress and decompress are not supported: use HTTP's Content-Encoding")
-    settings = {
-        name: value for name, value in values.items() if name not in TRANSPORT and not name.startswith("param_")
-    }
-    if request.method == "GET" and settings.get("readonly", "0") == "0":
-        settings["readonly"] = GET_IS_READ_ONLY
-    return Request(
-        statement=b"\n".join(part for part in (values.get("query", "").encode(), body) if part),
-        settings=settings,
-        parameters={name.removeprefix("param_"): value for name, value in values.items() if name.startswith("param_")},
-        database=values.get("database", request.headers.get("x-clickhouse-database", "")),
-        default_format=values.get("default_format", request.headers.get("x-clickhouse-format", DEFAULT_FORMAT)),
-        stream=values.get("wait_end_of_query", "0") == "0",
-    )
+        body = (await request.body()).decode("utf-8", "replace")
+    return values | {"query": "\n".join(part for part in (values.get("query", ""), body) if part)}
 
 
-def _too_large(limit: int) -> Refused:
-    return Refused(
-        QUERY_IS_TOO_LARGE,
-        f"the request has more than {limit:,} bytes: send less at once, or start the server with --max-request-mb",
-    )
-
-
-def _decoded(body: bytes, encoding: str, limit: int) -> bytes:
-    if not encoding or encoding == "identity":
-        return body
-    if encoding not in ("lz4", "gzip"):
-        raise Refused(UNKNOWN_COMPRESSION_METHOD, f"Content-Encoding {encoding!r} is not supported: use lz4 or gzip")
-    packed = io.BytesIO(body)
+def _run(path: str, values: dict[str, str], limits: QueryLimits) -> bytes:
+    """Blocks. Raises `QueryRefused`."""
+    statement, file_format = values["query"], values.get("default_format", DEFAULT_FORMAT)
+    if found := FORMAT.search(statement):
+        statement, file_format = statement[: found.start()], found[1]
+    parameters = {name.removeprefix("param_"): value for name, value in values.items() if name.startswith("param_")}
+    connection = _connect(path)
     try:
-        with cast(IO[bytes], lz4.frame.open(packed) if encoding == "lz4" else gzip.open(packed)) as file:
-            decoded = file.read(limit + 1)
-    except (OSError, EOFError, RuntimeError, zlib.error) as error:
-        raise Refused(UNKNOWN_COMPRESSION_METHOD, f"the body is not {encoding}: {error}") from None
-    if len(decoded) > limit:
-        raise _too_large(limit)
-    return decoded
-
-
-def _response(request: HttpRequest, answer: Answer) -> Response:
-    headers = {"X-ClickHouse-Query-Id": request.query_params.get("query_id", token_hex(16))}
-    if answer.summary:
-        headers["X-ClickHouse-Summary"] = json.dumps(answer.summary)
-    if answer.format is not None:
-        headers["X-ClickHouse-Format"] = answer.format
-    chunks: Iterable[bytes] = [answer.body]
-    if answer.rest is not None:
-        headers["X-ClickHouse-Exception-Tag"] = tag = token_hex(8)
-        chunks = _until_refused(answer.body, answer.rest, tag)
-    if request.query_params.get("enable_http_compression", "0") != "0":
-        accepted = {each.strip() for each in request.headers.get("accept-encoding", "").split(",")}
-        encoding = next((each for each in ("lz4", "gzip") if each in accepted), None)
-        if encoding is not None:
-            headers["Content-Encoding"] = encoding
-            chunks = _lz4(chunks) if encoding == "lz4" else _gzip(chunks)
-    kind = next((kind for name, kind in TYPES.items() if (answer.format or "").startswith(name)), None)
-    kind = kind or "application/octet-stream"
-    if answer.rest is None and "Content-Encoding" not in headers:
-        return Response(answer.body, headers=headers, media_type=kind)
-    return StreamingResponse(chunks, headers=headers, media_type=kind)
-
-
-def _until_refused(body: bytes, rest: Iterator[bytes], tag: str) -> Iterator[bytes]:
-    """An error after the status has been sent stands at the end, marked as ClickHouse marks it."""
-    yield body
-    try:
-        yield from rest
-    except Refused as error:
-        text = str(error).encode()
-        yield b"\r\n__exception__\r\n%b\r\n%b\n%d %b\r\n__exception__\r\n" % (
-            tag.encode(),
-            text,
-            len(text) + 1,
-            tag.encode(),
+        if database := values.get("database", ""):
+            connection.query("USE " + _quoted(database))
+        # In one statement: after `readonly` the engine takes no more settings. 1 refuses most table functions, too.
+        connection.query(
+            f"SET max_result_bytes = {limits.result_bytes}, max_execution_time = {limits.seconds}, readonly = 1"
         )
 
+        def format_query(query: str) -> str:
+            escaped = query.replace("\\", "\\\\").replace("\t", "\\t").replace("\n", "\\n")
+            return str(connection.query(FORMAT_QUERY, "TabSeparatedRaw", {"query": escaped}))
 
-def _gzip(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    packer = zlib.compressobj(1, wbits=31)
-    for chunk in chunks:
-        yield packer.compress(chunk)
-    yield packer.flush()
+        statement = reading_statement(statement, format_query)
+        return connection.query(statement, file_format, parameters).bytes() or b""
+    except StoreError as error:
+        raise QueryRefused(READONLY, str(error)) from error
+    except (chdb.ChdbError, RuntimeError) as error:
+        code = re.search(r"Code: (\d+)", str(error))
+        message = str(error)[code.start() :] if code else str(error)
+        raise QueryRefused(int(code[1]) if code else STD_EXCEPTION, message) from error
+    finally:
+        connection.close()
 
 
-def _lz4(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    packer = lz4.frame.LZ4FrameCompressor()
-    yield packer.begin()
-    for chunk in chunks:
-        yield packer.compress(chunk)
-    yield packer.flush()
+def _connect(path: str) -> Any:
+    connect: Any = chdb.connect  # its types depend on which of chdb's two packages was unpacked last
+    return connect(path)
 
 
-def _refusal(error: Refused) -> Response:
-    headers = {"X-ClickHouse-Exception-Code": str(error.code)}
-    return PlainTextResponse(f"{error}\n", STATUS.get(error.code, 500), headers)
+def _quoted(name: str) -> str:
+    return "`" + name.replace("\\", "\\\\").replace("`", "\\`") + "`"

@@ -1,28 +1,26 @@
-"""The store as people ask it: the protocol, what it answers, and its asynchronous form."""
+"""The protocol of a store, and what its methods return."""
 
-import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, ParamSpec, Protocol, TypedDict, TypeVar, Unpack, get_args
+from typing import Any, Literal, Protocol, TypedDict, Unpack, get_args
 
 from millstream.schemas.control import Resources
+from millstream.schemas.errors import StoreError
 from millstream.schemas.wire.records import Span, Triplet
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 RolloutOrder = Literal[
     "created_at", "started_at", "ended_at", "queued_s", "duration_s", "reward", "attempts", "turns", "model_version"
 ]
 """What rollouts can be sorted by."""
 
+# Between two looks of `Store.wait_for`: the pauses double, so that a short wait is quick and a long one cheap.
 FIRST_PAUSE_S = 0.05
 LONGEST_PAUSE_S = 1.0
 
 
 class RolloutFilters(TypedDict, total=False):
-    """Rollouts that are all of these; what is None or left out may be anything."""
+    """Fields that a rollout must have; None or left out: any."""
 
     status: str | None
     experiment_id: str | None
@@ -32,7 +30,7 @@ class RolloutFilters(TypedDict, total=False):
 
 
 class TripletFilters(TypedDict, total=False):
-    """As `RolloutFilters`."""
+    """Fields that a triplet must have; None or left out: any."""
 
     experiment_id: str | None
     group_id: str | None
@@ -55,7 +53,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """Where a rollout stands, or how it ended. Times are ns since the epoch, UTC."""
+    """The state of a rollout, or how it ended. Times are ns since the epoch, UTC."""
 
     rollout_id: str
     group_id: str
@@ -70,16 +68,16 @@ class Rollout:
     lost_attempts: int
     turns: int  # 0 until it has ended, as are ``spans``
     spans: int
-    reward: float | None  # the sum of what its deciding attempt emitted
+    reward: float | None  # sum over the attempt that decided it
     model_version: str | None  # of its first trainable call; ``mixed`` if they differ
     trainable: bool | None  # None until it has ended
     reason: str | None  # why it isn't trainable, or why it ended
     output: str | None  # what the agent returned, as JSON
-    error_type: str  # of the latest attempt that went wrong; empty if none did, or it succeeded in the end
+    error_type: str  # of the latest attempt that failed; empty if none did, or the rollout succeeded
     error_message: str
     created_at: int
     started_at: int | None  # when its first attempt was claimed
-    ended_at: int | None  # None: it has not ended
+    ended_at: int | None  # None: not ended yet
     prompt_tokens: int  # of its triplets
     response_tokens: int
     metadata: Mapping[str, str]
@@ -117,7 +115,7 @@ class Attempt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reward:
-    """A reward that an agent emitted: a span that carries one. ``time`` is in ns since the epoch."""
+    """A reward that an agent emitted. ``time`` is in ns since the epoch."""
 
     rollout_id: str
     attempt_id: str
@@ -130,12 +128,11 @@ class Reward:
 
 
 class Store(Protocol):
-    """Everything that happened, as of now. Reads only; every method may be called from any thread.
+    """Everything that has happened, as of now. Reads only; any thread may call the methods.
 
-    `ClickHouseStore` and `MemoryStore` are two; whoever writes another subclasses this one and inherits ``wait_for``
-    and ``sql_df``. Each record is there once, however often it was sent. Where a method takes filters, None means any,
-    and all that are given have to hold; ``limit`` None means all. Every method raises `StoreError` if the store can't
-    be asked.
+    `ClickHouseStore` is one; a store of your own subclasses this protocol (``examples/store/``). Each record is there
+    once, however often it was sent. A filter that is None matches anything, and all filters have to match; ``limit``
+    None means all. Every method raises `StoreError` if the store can't be read.
     """
 
     def rollouts(
@@ -148,15 +145,15 @@ class Store(Protocol):
         offset: int = 0,
         **filters: Unpack[RolloutFilters],
     ) -> list[Rollout]:
-        """Rollouts, newest first unless told otherwise; those that lack what they are sorted by come last.
+        """Rollouts, newest first by default; those without a value to sort by come last.
 
-        Raises ValueError for a ``sort_by`` that is none of `RolloutOrder`, TypeError for a filter that there isn't."""
+        Raises ValueError if ``sort_by`` is not a `RolloutOrder`, TypeError for an unknown filter."""
 
     def attempts(self, rollout_id: str) -> list[Attempt]:
-        """Its attempts in the order of their claims; none if the rollout is unknown or waits."""
+        """The attempts of a rollout in the order of their claims; empty if it is unknown or queued."""
 
     def spans(self, rollout_id: str, *, attempt_id: str | None = None) -> list[Span]:
-        """Its spans in log order, of one attempt or of all; late ones too."""
+        """The spans of a rollout in log order, of one attempt or of all; including late ones."""
 
     def triplets(
         self,
@@ -165,126 +162,71 @@ class Store(Protocol):
         limit: int | None = None,
         **filters: Unpack[TripletFilters],
     ) -> list[Triplet]:
-        """What was learnt from, or could be, by rollout and turn. Token fields without tokens are None."""
+        """Triplets with whole prompts, by rollout and turn. Token fields without tokens are None."""
 
     def rewards(
         self, rollout_ids: Sequence[str] | None = None, *, name: str | None = None, limit: int | None = None
     ) -> list[Reward]:
-        """Single rewards of every attempt, by rollout and in log order. That of a whole rollout is `Rollout.reward`."""
+        """Single rewards of every attempt, by rollout and in log order. `Rollout.reward` is their sum."""
 
     def latest_resources(self, experiment_id: str | None = None) -> Resources | None:
         """The newest version of the resources; None if there is none."""
 
     def wait_for(self, rollout_ids: Sequence[str], timeout_s: float | None = None) -> list[Rollout]:
-        """Waits until each of these has ended; in the order given. Ids that the store doesn't know yet are waited for.
+        """Waits until each of these rollouts has ended, and returns them in this order. Waits for unknown ids, too.
 
-        Raises TimeoutError after ``timeout_s`` seconds (None: never), which says how many are missing.
+        Raises TimeoutError with the number of missing rollouts after ``timeout_s`` seconds (None: never).
         """
-        waiting = _Waiting(rollout_ids, timeout_s)
-        while waiting.take(self.rollouts(waiting.missing)):
-            time.sleep(waiting.pause())
-        return waiting.ended
+        began, pause_s = time.monotonic(), FIRST_PAUSE_S
+        ended: dict[str, Rollout] = {}
+        missing = list(rollout_ids)
+        while True:
+            ended |= {found.rollout_id: found for found in self.rollouts(missing) if found.ended_at is not None}
+            missing = [rollout_id for rollout_id in rollout_ids if rollout_id not in ended]
+            if not missing:
+                return [ended[rollout_id] for rollout_id in rollout_ids]
+            left_s = LONGEST_PAUSE_S if timeout_s is None else began + timeout_s - time.monotonic()
+            if left_s <= 0:
+                raise TimeoutError(
+                    f"{len(missing)} of {len(rollout_ids)} rollouts have not ended after {timeout_s} s, {missing[0]} "
+                    "among them"
+                )
+            time.sleep(min(pause_s, left_s))
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
     def sql(self, query: str, parameters: Mapping[str, Any] | None = None) -> Result:
-        """Asks in SQL; ``parameters`` fill ``{name:Type}`` and are bound by the engine, never pasted into the text.
+        """Runs a query; ``parameters`` fill ``{name:Type}`` and are bound by the engine, never pasted into the text.
 
-        Raises `StoreError` for anything but one statement that reads, and where a store has no SQL."""
+        Raises `StoreError` for anything but one statement that reads, and if the store has no SQL."""
+        raise StoreError(f"a {type(self).__name__} has no SQL")
 
     def sql_arrow(self, query: str, parameters: Mapping[str, Any] | None = None) -> Any:
-        """As ``sql``; a `pyarrow.Table`."""
+        """As ``sql``; returns a `pyarrow.Table`."""
+        raise StoreError(f"a {type(self).__name__} has no SQL")
 
     def sql_df(self, query: str, parameters: Mapping[str, Any] | None = None) -> Any:
-        """As ``sql``; a `pandas.DataFrame`."""
+        """As ``sql``; returns a `pandas.DataFrame`."""
         return self.sql_arrow(query, parameters).to_pandas()
 
     def follow(self, rollout_id: str) -> AsyncIterator[Span]:
-        """Its spans in log order, as they come: what is there already, then live from the log until it has ended.
+        """The spans of a rollout in log order: those that exist, then new ones from the log until the rollout ends.
 
-        Raises `LogError` if the log can't be read."""
+        Raises `LogError` if the log can't be read, `StoreError` if the store has none."""
+        raise StoreError(f"a {type(self).__name__} has no log to follow")
 
     def close(self) -> None:
-        """Lets go of what the store holds."""
+        """Releases what the store holds."""
 
 
 def checked_order(sort_by: str) -> str:
-    """Names of columns can't be bound: raises ValueError if this is none of `RolloutOrder`."""
+    """The same; raises ValueError unless it is a `RolloutOrder`: names of columns can't be bound."""
     if sort_by not in get_args(RolloutOrder):
-        raise ValueError(f"rollouts can't be sorted by {sort_by!r}, but by {', '.join(get_args(RolloutOrder))}")
+        raise ValueError(f"rollouts can't be sorted by {sort_by!r}, only by {', '.join(get_args(RolloutOrder))}")
     return sort_by
 
 
 def checked(filters: Mapping[str, Any], known: type) -> dict[str, Any]:
-    """The same. Raises TypeError for one that there isn't, as Python would of an argument."""
+    """The same. Raises TypeError for an unknown filter, as Python does for an unknown argument."""
     for name in filters.keys() - known.__annotations__.keys():
-        raise TypeError(f"no filter {name!r}; there are {', '.join(known.__annotations__)}")
+        raise TypeError(f"unknown filter {name!r}; there are {', '.join(known.__annotations__)}")
     return dict(filters)
-
-
-class AsyncStore:
-    """A `Store` for event loops: the same methods, to be awaited. They run in threads."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self.rollouts = _in_thread(store.rollouts)
-        self.attempts = _in_thread(store.attempts)
-        self.spans = _in_thread(store.spans)
-        self.triplets = _in_thread(store.triplets)
-        self.rewards = _in_thread(store.rewards)
-        self.latest_resources = _in_thread(store.latest_resources)
-        self.sql = _in_thread(store.sql)
-        self.sql_arrow = _in_thread(store.sql_arrow)
-        self.sql_df = _in_thread(store.sql_df)
-        self.close = _in_thread(store.close)
-        self.follow = store.follow
-
-    async def wait_for(self, rollout_ids: Sequence[str], timeout_s: float | None = None) -> list[Rollout]:
-        """See `Store.wait_for`; holds no thread while it waits."""
-        waiting = _Waiting(rollout_ids, timeout_s)
-        while waiting.take(await self.rollouts(waiting.missing)):  # noqa: ASYNC110 - the store has no events
-            await asyncio.sleep(waiting.pause())
-        return waiting.ended
-
-
-def _in_thread(call: Callable[P, R]) -> Callable[P, Awaitable[R]]:
-    def asked(*args: P.args, **kwargs: P.kwargs) -> Awaitable[R]:
-        return asyncio.to_thread(call, *args, **kwargs)
-
-    return asked
-
-
-class _Waiting:
-    """Which of some rollouts have not ended, and how long to wait until asking again."""
-
-    def __init__(self, rollout_ids: Sequence[str], timeout_s: float | None) -> None:
-        self._ids = list(rollout_ids)
-        self._timeout_s = timeout_s
-        self._began = time.monotonic()
-        self._found: dict[str, Rollout] = {}
-        self._pause_s = FIRST_PAUSE_S
-
-    @property
-    def missing(self) -> list[str]:
-        return [rollout_id for rollout_id in self._ids if rollout_id not in self._found]
-
-    @property
-    def ended(self) -> list[Rollout]:
-        return [self._found[rollout_id] for rollout_id in self._ids]
-
-    def take(self, rollouts: Sequence[Rollout]) -> bool:
-        """Whether some are still missing."""
-        self._found |= {rollout.rollout_id: rollout for rollout in rollouts if rollout.ended_at is not None}
-        return bool(self.missing)
-
-    def pause(self) -> float:
-        """Raises TimeoutError if there is no time left."""
-        pause_s = self._pause_s
-        self._pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-        if self._timeout_s is None:
-            return pause_s
-        left_s = self._began + self._timeout_s - time.monotonic()
-        if left_s <= 0:
-            raise TimeoutError(
-                f"{len(self.missing)} of {len(self._ids)} rollouts have not ended after {self._timeout_s} s, "
-                f"{self.missing[0]} among them"
-            )
-        return min(pause_s, left_s)

@@ -59,7 +59,7 @@ def in_the_log(bootstrap: str, topic: str) -> Sums:
 
 
 def in_the_view(port: int) -> Sums:
-    client = clickhouse_connect.get_client(host="127.0.0.1", port=port, database="millstream")
+    client = clickhouse_connect.get_client(host="127.0.0.1", port=port, database="millstream", compress=False)
     return {
         partition: (n, checksum, offsets) for partition, n, checksum, offsets in client.query(IN_THE_VIEW).result_rows
     }
@@ -106,18 +106,18 @@ class Storm:
         self.settings = load_settings(kafka_bootstrap_servers=bootstrap)
         self.environment = os.environ | {
             "MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS": bootstrap,
-            "MILLSTREAM_CLICKHOUSE_DSN": f"clickhouse://127.0.0.1:{self.port}",
+            "MILLSTREAM_CLICKHOUSE_DSN": f"clickhouse://127.0.0.1:{self.port}?compress=0",
         }
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str) -> None:
         if name == "server":
-            arguments = ["store", "serve", str(self.folder / "store"), "--port", str(self.port)]
+            arguments = ["tests/support/clickhouse_http.py", str(self.folder / "store"), str(self.port)]
         else:
-            arguments = ["sink", "--flush-ms", "200", "--flush-rows", "2000"]
+            arguments = ["-m", "millstream.pipeline", "sink", "--flush-ms", "200", "--flush-rows", "2000"]
         with (self.folder / "log" / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", "millstream.pipeline", *arguments],
+                [sys.executable, *arguments],
                 env=self.environment,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,

@@ -167,20 +167,20 @@ def test_the_agent_learns_in_one_process(tmp_path):
 @pytest.mark.kafka
 @pytest.mark.chaos
 @pytest.mark.slow
-def test_the_agent_learns_over_kafka_although_a_runner_and_the_store_are_killed(tmp_path):
+def test_the_agent_learns_over_kafka_although_a_runner_and_the_sink_are_killed(tmp_path):
     demo = Demo(tmp_path, "--kafka")
     pids = tmp_path / "run" / "log" / "processes.json"
     while demo.process.poll() is None and demo.output.read_text().count("step ") < 5:
         time.sleep(0.1)
     started = json.loads(pids.read_text())
-    assert set(started) == {"store", "sink", "adapter", "proxy", "runner-1", "runner-2", "trainer"}
+    assert set(started) == {"sink", "adapter", "proxy", "runner-1", "runner-2", "trainer"}
     address = re.search(r"MILLSTREAM_CLICKHOUSE_DSN=(\S+)", demo.output.read_text())[1]
     (meanwhile,) = demo.sql("SELECT count() AS spans FROM spans", MILLSTREAM_CLICKHOUSE_DSN=address)
     assert meanwhile["spans"] > 0
-    os.kill(started["store"], signal.SIGKILL)  # the sink waits for it
+    os.kill(started["sink"], signal.SIGKILL)
     os.kill(started["runner-1"], signal.SIGKILL)
     assert demo.wait() == 0, demo.output.read_text()[-3000:]
-    for killed in ("store", "runner-1"):
+    for killed in ("sink", "runner-1"):
         assert f"{killed} ended (killed by SIGKILL)" in demo.output.read_text()
     check_summary(demo)
     assert demo.summary["validation_reward"] > 0.9

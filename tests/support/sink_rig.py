@@ -5,18 +5,20 @@ import asyncio
 import factories
 
 from millstream.consumers.sink.clickhouse import ClickHouseSink
-from millstream.consumers.sink.sink import FlushPolicy, SinkRole
+from millstream.consumers.sink.sink import FlushPolicy, OutagePolicy, SinkRole
 from millstream.schemas.control import LLM, Resources
 from millstream.schemas.ids import new_id
 from millstream.schemas.wire import status
 from millstream.schemas.wire.records import RolloutEnd, Triplet
 
+IMPATIENT = OutagePolicy(retry_s=0.01, retry_max_s=0.1)
 VIEWS = ("tasks", "attempts", "rollouts", "spans", "rewards", "triplets", "resources", "dead_letters")
 
 
-def role(log, store, settings, *, rows=None, age_s=1.0):
-    policy = FlushPolicy(rows or settings.span_batch_size, age_s=age_s)
-    return SinkRole(log, ClickHouseSink(store, settings.topics.events), settings, flush=policy)
+def role(log, writer, settings, *, rows=None, age_s=1.0, outage=IMPATIENT, **policies):
+    flush = FlushPolicy(rows or settings.span_batch_size, age_s=age_s)
+    sink = ClickHouseSink(writer, settings.topics.events)
+    return SinkRole(log, sink, settings, flush=flush, outage=outage, **policies)
 
 
 def counts(store):
@@ -93,5 +95,5 @@ async def run_to_the_end(*sinks):
 
 async def eventually(condition, seconds=20.0):
     async with asyncio.timeout(seconds):
-        while not condition():  # noqa: ASYNC110 - the store tells nobody
+        while not condition():  # noqa: ASYNC110 - a store has no events
             await asyncio.sleep(0.02)

@@ -172,14 +172,14 @@ async def adapt(log, topics):
     return still_open
 
 
-async def test_every_record_is_accepted_or_among_the_dead_letters(settings, store):
+async def test_every_record_is_accepted_or_among_the_dead_letters(settings, writer, store):
     topics = settings.topics
     log, fuzz = MemoryLog(topics, encode=True), Fuzz(SEED)
     for _ in range(RECORDS):
         fuzz.send(log, topics)
     sent = everything(log)
     still_open = await adapt(log, topics)
-    await store_all(log, store, settings)
+    await store_all(log, writer, settings)
 
     # The adapter: an event that it can't use is dead, once, and nothing else is.
     letters = [codec.decode(record.value) for record in everything(log)[topics.dead][len(sent[topics.dead]) :]]
@@ -233,12 +233,12 @@ def marked(value, record):
     return [value.rollout_id] if isinstance(value, RolloutEnd) else []
 
 
-async def store_all(log, store, settings):
+async def store_all(log, writer, settings):
     """Sinks until one finds nothing new: one that is told to stop drains only for a while."""
     stop = asyncio.Event()
     stop.set()
     while True:
-        sink = SinkRole(log, ClickHouseSink(store, settings.topics.events), settings)
+        sink = SinkRole(log, ClickHouseSink(writer, settings.topics.events), settings)
         await sink.run(stop)
         if not sink.stats.records:
             return

@@ -2,8 +2,8 @@
 
 import pytest
 
+from millstream.consumers.sink.choose import open_sink, sink_name
 from millstream.consumers.sink.parquet import ParquetSink
-from millstream.pipeline.store.choose_sink import open_sink, sink_name
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
 

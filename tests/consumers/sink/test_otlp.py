@@ -14,12 +14,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
-from sink_rig import eventually, publish, run_to_the_end
+from sink_rig import IMPATIENT, eventually, publish, run_to_the_end
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.sink import otlp
-from millstream.consumers.sink import sink as sink_module
-from millstream.consumers.sink.otlp import OtlpSink
+from millstream.consumers.sink.otlp import ExportPolicy, OtlpSink
 from millstream.consumers.sink.port import Batch
 from millstream.consumers.sink.sink import FlushPolicy, SinkRole
 from millstream.schemas.config.settings import Settings, load_settings
@@ -111,16 +110,14 @@ def a_span(**fields: Any) -> Span:
 
 
 async def test_every_span_arrives_although_the_back_end_is_away_for_a_while(
-    backend: BackEnd, settings: Settings, monkeypatch: pytest.MonkeyPatch
+    backend: BackEnd, settings: Settings
 ) -> None:
-    monkeypatch.setattr(sink_module, "RETRY_S", 0.01)
-    monkeypatch.setattr(sink_module, "RETRY_MAX_S", 0.1)
-    monkeypatch.setattr(otlp, "REQUEST_SPANS", 7)
     log = MemoryLog(settings.topics, encode=True)
     expected = publish(log, settings, 20)
     port = backend.port
     backend.stop()
-    sink = SinkRole(log, OtlpSink(settings), settings, name="otlp", flush=FlushPolicy(100))
+    exporter = OtlpSink(settings, ExportPolicy(spans=7))
+    sink = SinkRole(log, exporter, settings, name="otlp", flush=FlushPolicy(100), outage=IMPATIENT)
     running = asyncio.create_task(run_to_the_end(sink))
     await eventually(lambda: sink.stats.retries >= 3)
     assert "can't be reached" in (sink.trouble or "")

@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import factories
 import pyarrow.dataset as ds
 import pytest
-from sink_rig import publish, run_to_the_end
+from sink_rig import eventually, publish, run_to_the_end
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.sink.parquet import ParquetSink, read_records
@@ -124,9 +124,7 @@ async def test_a_full_disk_is_waited_for(settings, tmp_path):
     stop = asyncio.Event()
     role = SinkRole(log, ParquetSink(settings), settings, flush=FlushPolicy(1000, age_s=0.01))
     running = asyncio.create_task(role.run(stop))
-    async with asyncio.timeout(10):
-        while role.trouble is None:  # noqa: ASYNC110 - the sink tells nobody
-            await asyncio.sleep(0.01)
+    await eventually(lambda: role.trouble is not None)
     assert "can't be written" in role.trouble
     (tmp_path / "lake").unlink()
     stop.set()

@@ -7,6 +7,8 @@ from sink_rig import counts, eventually, publish, role, run_to_the_end
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.memory_log import MemoryLog
+from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
+from millstream.consumers.sink.rows import TABLES
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.wire.log import Partition
 
@@ -40,9 +42,9 @@ async def log(settings, kind):
 
 
 @on_each_log
-async def test_what_lies_on_the_topics_lies_in_the_store(log, settings, store, caplog):
+async def test_what_lies_on_the_topics_lies_in_the_store(log, settings, writer, store, caplog):
     expected = publish(log, settings, 60)
-    sink = role(log, store, settings)
+    sink = role(log, writer, settings)
     await run_to_the_end(sink)
     assert counts(store) == expected
     assert store.sql("SELECT status, count(), sum(reward) FROM rollouts GROUP BY status").rows == [
@@ -54,9 +56,9 @@ async def test_what_lies_on_the_topics_lies_in_the_store(log, settings, store, c
 
 
 @on_each_log
-async def test_rows_are_there_soon_without_being_asked_for(log, settings, store):
+async def test_rows_are_there_soon_without_being_asked_for(log, settings, writer, store):
     stop = asyncio.Event()
-    sink = role(log, store, settings, age_s=0.05)
+    sink = role(log, writer, settings, age_s=0.05)
     running = asyncio.create_task(sink.run(stop))
     expected = publish(log, settings, 2)
     await eventually(lambda: counts(store) == expected)
@@ -67,8 +69,8 @@ async def test_rows_are_there_soon_without_being_asked_for(log, settings, store)
 
 
 @on_each_log
-async def test_a_restart_goes_on_where_the_last_one_ended(log, settings, store):
-    first, second, third = (role(log, store, settings) for _ in range(3))
+async def test_a_restart_goes_on_where_the_last_one_ended(log, settings, writer, store):
+    first, second, third = (role(log, writer, settings) for _ in range(3))
     publish(log, settings, 3)
     await run_to_the_end(first)
     expected = publish(log, settings, 2)
@@ -80,7 +82,7 @@ async def test_a_restart_goes_on_where_the_last_one_ended(log, settings, store):
 
 
 @on_each_log
-async def test_what_cannot_be_decoded_is_put_away_and_the_rest_goes_on(log, settings, store):
+async def test_what_cannot_be_decoded_is_put_away_and_the_rest_goes_on(log, settings, writer, store):
     topics = settings.topics
     expected = publish(log, settings, 2)
     producer = log.producer()
@@ -88,7 +90,7 @@ async def test_what_cannot_be_decoded_is_put_away_and_the_rest_goes_on(log, sett
     producer.send(topics.events, b"more garbage", key="k")  # the adapter's to put away
     producer.send(topics.dead, b"\xc3\x01nothing known", key=None)
     producer.close(20.0)
-    sink = role(log, store, settings)
+    sink = role(log, writer, settings)
     await run_to_the_end(sink)
     assert counts(store) == expected | {"dead_letters": 2}
     letters = store.sql(
@@ -106,35 +108,53 @@ async def test_what_cannot_be_decoded_is_put_away_and_the_rest_goes_on(log, sett
     )
     assert letters[0][:2] == (topics.dead, 0)
     assert (sink.stats.unusable, sink.stats.dead_letters) == (3, 2)
-    again = role(log, store, settings)
+    again = role(log, writer, settings)
     await run_to_the_end(again)
     assert again.stats.records == 0
 
 
-async def test_a_key_that_is_no_text_is_put_away_as_it_was(log, settings, store):
+async def test_a_sink_of_another_name_fills_an_empty_store_from_the_log(settings, writer, store):
+    log = MemoryLog(settings.topics, encode=True)
+    publish(log, settings, 40)
+    log.producer().send(settings.topics.tasks("high"), b"garbage", partition=1)
+    await run_to_the_end(role(log, writer, settings))
+    anew = settings.model_copy(update={"clickhouse_database": f"{settings.clickhouse_database}_anew"})
+    second = ClickHouseWriter(anew)
+    second.migrate()
+    await run_to_the_end(role(log, second, anew, name="anew"))
+    for table in [*(table.name for table in TABLES.values()), "spans_raw", "token_ids_raw"]:
+        rows = [sorted(map(str, w.client.query(f"SELECT * FROM {table} FINAL").result_rows)) for w in (writer, second)]
+        assert rows[0] == rows[1] if table != "dead_letters_raw" else rows[0]
+    again = role(log, writer, settings)
+    await run_to_the_end(again)
+    assert again.stats.records <= 1  # the dead letter of the other sink: the groups are independent
+    second.close()
+
+
+async def test_a_key_that_is_no_text_is_put_away_as_it_was(log, settings, writer, store):
     key = b"\xff\x00k"
     log.producer().send(
         settings.topics.tasks("low"), b"garbage", key=key.decode("utf-8", "surrogateescape"), partition=2
     )
-    await run_to_the_end(role(log, store, settings))
+    await run_to_the_end(role(log, writer, settings))
     assert store.sql("SELECT hex(key) FROM dead_letters").rows == [(key.hex().upper(),)]
 
 
-async def test_a_live_record_that_no_column_holds_is_put_away(settings, store):
+async def test_a_live_record_that_no_column_holds_is_put_away(settings, writer, store):
     log = MemoryLog(settings.topics)
     task = factories.task()
     spans = [factories.span(task, "a", sequence=n, name="\ud800" if n == 37 else "work") for n in range(80)]
     for span in spans:
         log.producer().send(settings.topics.events, span, partition=1)
-    await run_to_the_end(role(log, store, settings))
+    await run_to_the_end(role(log, writer, settings))
     assert counts(store)["spans"] == 79
     assert store.sql("SELECT source_offset, reason FROM dead_letters").rows == [(37, "unstorable")]
 
 
 @on_each_log
-async def test_sinks_share_the_work_and_take_over_from_each_other(log, settings, store):
+async def test_sinks_share_the_work_and_take_over_from_each_other(log, settings, writer, store):
     stops = [asyncio.Event() for _ in range(3)]
-    sinks = [role(log, store, settings, age_s=0.03) for _ in stops]
+    sinks = [role(log, writer, settings, age_s=0.03) for _ in stops]
     running = []
     spans = 0
     for sink, stop in zip(sinks, stops, strict=True):
@@ -151,15 +171,15 @@ async def test_sinks_share_the_work_and_take_over_from_each_other(log, settings,
     await running[2]
     assert counts(store)["rollouts"] == 100
     assert counts(store)["spans"] == spans
-    successor = role(log, store, settings)
+    successor = role(log, writer, settings)
     await run_to_the_end(successor)
     assert successor.stats.records == 0
 
 
-async def test_a_log_made_anew_does_not_look_like_the_old_one(settings, store):
+async def test_a_log_made_anew_does_not_look_like_the_old_one(settings, writer, store):
     """Its offsets begin at 0 again: the rows of a second run in the same folder are not those of the first."""
     for _ in range(2):
         log = MemoryLog(settings.topics)
         publish(log, settings, 3)
-        await run_to_the_end(role(log, store, settings))
+        await run_to_the_end(role(log, writer, settings))
     assert counts(store)["rollouts"] == 6

@@ -1,19 +1,18 @@
 """The schema: migrations, retention, roll-ups that stay exact, and the names that others rely on."""
 
 import json
+import re
 import threading
 from uuid import uuid4
 
 import factories
 import pytest
-from typer.testing import CliRunner
 
-from millstream.consumers.sink import migrations
-from millstream.consumers.sink.migrations import locked, packaged_migrations
+from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
+from millstream.consumers.sink.migrations import LockPolicy, locked, packaged_migrations
 from millstream.consumers.sink.rows import to_rows
-from millstream.pipeline.cli.main import app
 from millstream.pipeline.store.clickhouse import ClickHouseStore
-from millstream.pipeline.store.queries import COMPARE_VERSIONS, granules_read
+from millstream.pipeline.store.queries import COMPARE_VERSIONS
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.ids import derived_id, new_id
@@ -34,11 +33,11 @@ def logged(*values, topic=EVENTS):
     return [LogRecord(Partition(topic, 0), at, 1, None, codec.encode(value)) for at, value in enumerate(values)]
 
 
-def insert(store, records):
+def insert(writer, records):
     tables, unusable = to_rows(records, EVENTS)
     assert not unusable
     for rows in tables:
-        rows.insert(store, new_id())
+        rows.insert(writer, new_id())
 
 
 # --- roll-ups
@@ -77,9 +76,9 @@ def rolled_up(store):
     return {view: sorted(store.sql(f"SELECT * FROM {view}").rows, key=str) for view in ROLL_UPS}
 
 
-def test_roll_ups_stay_exact_when_blocks_come_again_with_other_boundaries(store):
+def test_roll_ups_stay_exact_when_blocks_come_again_with_other_boundaries(writer, store):
     records = run(60)
-    insert(store, records)
+    insert(writer, records)
     before = rolled_up(store)
     rewards = store.sql(
         "SELECT model_version, sum(rollouts), sum(rollouts * reward_mean) / sum(rollouts) FROM rewards_per_minute "
@@ -92,21 +91,22 @@ def test_roll_ups_stay_exact_when_blocks_come_again_with_other_boundaries(store)
     assert ended == [("failed", 12), ("succeeded", 48)]
     assert [len(rows) for rows in before.values()] == [6, 6, 6, 7]
     for cut in (17, 90):  # as after a crash: what was not committed comes again, cut anew
-        insert(store, records[cut : cut + 70])
-        insert(store, records[cut + 31 :])
+        insert(writer, records[cut : cut + 70])
+        insert(writer, records[cut + 31 :])
         assert rolled_up(store) == before
     assert store.sql("SELECT count() FROM spans_raw").rows > [(180,)]  # it is the views that are exact
 
 
-def test_a_roll_up_of_some_minutes_leaves_the_rest_unread(store):
+def test_a_roll_up_of_some_minutes_leaves_the_rest_unread(writer, store):
     at = f"toDateTime64('{2027 + 1}-01-01 00:00:00', 9)"
-    insert(store, run(6))
+    insert(writer, run(6))
     for view in ROLL_UPS:
-        read = granules_read(store, f"SELECT * FROM {view} WHERE minute >= {at}")
-        assert [(row[3], "idx_time" in row[5]) for row in read.rows] == [(0, True)], view
+        plan = str(store.sql(f"EXPLAIN indexes = 1 SELECT * FROM {view} WHERE minute >= {at}").rows)
+        assert "idx_time" in plan, view
+        assert re.findall(r"Granules: (\d+)/", plan)[-1] == "0", view
 
 
-def test_versions_of_a_model_are_compared_by_the_rollouts_that_each_served(store):
+def test_versions_of_a_model_are_compared_by_the_rollouts_that_each_served(writer, store):
     values = []
     for versions, rewards in ((["m.0.1"], [0, 1, 0, 1, None]), (["m.0.2"], [1, 1, 1]), (["m.0.1", "m.0.2"], [1, 0])):
         for reward in rewards:
@@ -130,7 +130,7 @@ def test_versions_of_a_model_are_compared_by_the_rollouts_that_each_served(store
                     ended_at=factories.T0 + 1,
                 )
             ]
-    insert(store, logged(*values))
+    insert(writer, logged(*values))
     compared = store.sql(COMPARE_VERSIONS, {"model": "policy"}).records()
     assert [(row["model_version"], row["rollouts"], row["failures"]) for row in compared] == [
         ("m.0.1", 5, 1),
@@ -148,7 +148,7 @@ def test_versions_of_a_model_are_compared_by_the_rollouts_that_each_served(store
 # --- what others rely on
 
 
-def test_the_traces_have_the_names_and_types_of_the_collectors_exporter(store):
+def test_the_traces_have_the_names_and_types_of_the_collectors_exporter(writer, store):
     text, attributes = "LowCardinality(String)", "Map(LowCardinality(String), String)"
     assert [row[:2] for row in store.sql("DESCRIBE TABLE otel_traces").rows] == [
         ("Timestamp", "DateTime64(9)"),
@@ -181,22 +181,22 @@ def test_the_traces_have_the_names_and_types_of_the_collectors_exporter(store):
     ]
     task = factories.task()
     spans = [factories.span(task, "a", trace_id="t1", sequence=n, start=factories.T0 + n * 10**9) for n in range(3)]
-    insert(store, logged(*spans))
-    insert(store, logged(*spans))
+    insert(writer, logged(*spans))
+    insert(writer, logged(*spans))
     assert store.sql("SELECT count() FROM otel_traces WHERE TraceId = 't1'").rows == [(3,)]
     assert store.sql("SELECT TraceId, End - Start FROM otel_traces_trace_id_ts").rows == [("t1", 2)]
 
 
-def test_workers_and_experiments(store):
+def test_workers_and_experiments(writer, store):
     worker = Worker(worker_id="w", role="runner", host="h", version="1", slots=4, running=1, started=1, last_seen=5)
-    insert(store, logged(worker, topic="millstream.workers"))
-    insert(store, logged(Worker(**{**vars_of(worker), "running": 2, "last_seen": 9}), topic="millstream.workers"))
+    insert(writer, logged(worker, topic="millstream.workers"))
+    insert(writer, logged(Worker(**{**vars_of(worker), "running": 2, "last_seen": 9}), topic="millstream.workers"))
     assert store.sql("SELECT worker_id, slots, running, toUnixTimestamp64Nano(last_seen) FROM workers").rows == [
         ("w", 4, 2, 9)
     ]
     body = {"run": "calc", "seed": 3, "algorithm": "Grpo", "settings": {"a": 1}, "millstream": "0.1.0"}
     experiment = Control(kind="experiment", name="e", experiment_id="e", body=json.dumps(body), created_at=1)
-    insert(store, logged(experiment, topic="millstream.control"))
+    insert(writer, logged(experiment, topic="millstream.control"))
     ((*found, configuration),) = store.sql(
         "SELECT experiment_id, run, algorithm, seed, version, configuration FROM experiments"
     ).rows
@@ -207,29 +207,20 @@ def vars_of(record):
     return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 
-def test_explain_says_what_a_query_reads(store, settings, monkeypatch):
+def test_a_query_for_one_rollout_reads_its_granules_alone(writer, store):
     task = factories.task()
-    insert(store, logged(*[factories.span(task, "a", sequence=n) for n in range(3)]))
-    store.close()
-    monkeypatch.setenv("MILLSTREAM_CLICKHOUSE_DSN", settings.clickhouse_dsn)
-    monkeypatch.setenv("MILLSTREAM_CLICKHOUSE_DATABASE", settings.clickhouse_database)
-
-    def explain(query):
-        answer = CliRunner().invoke(app, ["store", "explain", query, "--json"])
-        assert answer.exit_code == 0, answer.output
-        return [(row["table"].partition(".")[2], row["granules_read"]) for row in json.loads(answer.output)]
-
-    assert explain(f"SELECT * FROM spans WHERE RolloutId = '{task.rollout_id}'") == [("spans_raw", 1)]
-    assert explain("SELECT * FROM spans WHERE RolloutId = '0'") == [("spans_raw", 0)]
-    assert explain("SELECT 1") == []
+    insert(writer, logged(*[factories.span(task, "a", sequence=n) for n in range(3)]))
+    for rollout_id, granules in ((task.rollout_id, "1"), ("0", "0")):
+        plan = store.sql("EXPLAIN indexes = 1 SELECT * FROM spans WHERE RolloutId = {r:String}", {"r": rollout_id})
+        assert re.findall(r"Granules: (\d+)/", str(plan.rows))[-1] == granules
 
 
 # --- migrations
 
 
 def test_a_store_of_the_first_version_keeps_its_rows(settings):
-    store = ClickHouseStore(settings)
-    store.migrate(packaged_migrations()[:1])
+    writer, store = ClickHouseWriter(settings), ClickHouseStore(settings)
+    writer.migrate(packaged_migrations()[:1])
     task, attempt = factories.task(), new_id()
     day = "toDate(UUIDv7ToDateTime(toUUID('" + task.rollout_id + "'), 'UTC'))"
     for statement in (
@@ -246,8 +237,8 @@ def test_a_store_of_the_first_version_keeps_its_rows(settings):
         "INSERT INTO workers_raw (worker_id) SELECT 'w'",
         "INSERT INTO dead_letters_raw (source_topic, reason) SELECT 't', 'undecodable'",
     ):
-        store._writer.command(statement)
-    assert store.migrate() == [m.name for m in packaged_migrations()[1:]]
+        writer.client.command(statement)
+    assert writer.migrate() == [m.name for m in packaged_migrations()[1:]]
     for query, expected in {
         "SELECT status, reward, input FROM rollouts": ("succeeded", 0.5, "q"),
         "SELECT SpanName FROM spans": ("work",),
@@ -260,39 +251,42 @@ def test_a_store_of_the_first_version_keeps_its_rows(settings):
     }.items():
         assert store.sql(query).rows == [expected], query
     store.close()
+    writer.close()
 
 
 def test_processes_that_start_at_once_migrate_once(settings):
-    stores = [ClickHouseStore(settings) for _ in range(4)]
-    gate, applied, failed = threading.Barrier(len(stores)), [], []
+    writers = [ClickHouseWriter(settings) for _ in range(4)]
+    gate, applied, failed = threading.Barrier(len(writers)), [], []
 
-    def start(store):
+    def start(writer):
         gate.wait()
         try:
-            applied.extend(store.migrate())
+            applied.extend(writer.migrate())
         except StoreError as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=start, args=(store,)) for store in stores]
+    threads = [threading.Thread(target=start, args=(writer,)) for writer in writers]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failed
     assert sorted(applied) == [m.name for m in packaged_migrations()]
-    assert stores[0].sql("SELECT count() FROM migrations").rows == [(len(applied),)]
-    assert stores[0].sql("SELECT name FROM system.tables WHERE name LIKE 'migration_lock%'").rows == []
-    for store in stores:
-        store.close()
+    ask = writers[0].client.query
+    assert ask("SELECT count() FROM migrations").result_rows == [(len(applied),)]
+    assert ask("SELECT name FROM system.tables WHERE name LIKE 'migration_lock%'").result_rows == []
+    for writer in writers:
+        writer.close()
 
 
-def test_a_lock_is_waited_for_and_that_of_a_dead_process_is_taken_over(store, monkeypatch):
-    monkeypatch.setattr(migrations, "LOCK_WAIT_S", 0.3)
-    store._writer.command("CREATE TABLE migration_lock (held UInt8) ENGINE = Memory COMMENT 'a dead process'")
-    with pytest.raises(StoreError, match="drop its table migration_lock"), locked(store._writer, "d"):
+def test_a_lock_is_waited_for_and_that_of_a_dead_process_is_taken_over(writer, store):
+    writer.client.command("CREATE TABLE migration_lock (held UInt8) ENGINE = Memory COMMENT 'a dead process'")
+    with (
+        pytest.raises(StoreError, match="drop its table migration_lock"),
+        locked(writer.client, "d", LockPolicy(wait_s=0.3)),
+    ):
         pass
-    monkeypatch.setattr(migrations, "LOCK_STALE_S", -1)
-    with locked(store._writer, "d"):
+    with locked(writer.client, "d", LockPolicy(stale_s=-1)):
         assert store.sql("SELECT comment FROM system.tables WHERE name = 'migration_lock'").rows != [
             ("a dead process",)
         ]
@@ -307,30 +301,29 @@ def test_retention_is_what_the_settings_say_now(settings):
     undated = factories.task(rollout_id="mine")
 
     def left(**days):
-        store = ClickHouseStore(settings.model_copy(update={"retention_days": days}))
-        store.migrate()
+        writer = ClickHouseWriter(settings.model_copy(update={"retention_days": days}))
+        writer.migrate()
         for table in ("spans_raw", "attempts_raw"):
-            store._writer.command(f"OPTIMIZE TABLE {table} FINAL")
-        found = [row[0] for row in store.sql("SELECT RolloutId FROM spans ORDER BY RolloutId").rows]
-        attempts = store.sql("SELECT count() FROM attempts_raw").rows[0][0]
-        store.close()
+            writer.client.command(f"OPTIMIZE TABLE {table} FINAL")
+        found = [row[0] for row in writer.client.query("SELECT RolloutId FROM spans ORDER BY RolloutId").result_rows]
+        attempts = writer.client.query("SELECT count() FROM attempts_raw").result_rows[0][0]
+        writer.close()
         return found, attempts
 
     everything = sorted(t.rollout_id for t in (old, new, undated))
     assert left() == ([], 0)
-    store = ClickHouseStore(settings)
+    writer = ClickHouseWriter(settings)
     insert(
-        store,
+        writer,
         logged(*[v for t in (old, new, undated) for v in (factories.span(t, "a"), factories.event(t, "a", "failed"))]),
     )
-    store.close()
     assert left() == (everything, 3)
     assert left(spans=10_000) == (everything, 3)
     assert left(spans=1000) == (sorted([new.rollout_id, "mine"]), 3)
     assert left() == (sorted([new.rollout_id, "mine"]), 3)  # and from here on everything stays
-    engine = ClickHouseStore(settings)
-    assert engine.sql("SELECT count() FROM system.tables WHERE engine_full LIKE '%TTL%'").rows == [(0,)]
-    engine.close()
+    limited = "SELECT count() FROM system.tables WHERE database = currentDatabase() AND engine_full LIKE '%TTL%'"
+    assert writer.client.query(limited).result_rows == [(0,)]
+    writer.close()
 
 
 def test_retention_of_a_table_that_there_is_not(monkeypatch):

@@ -154,7 +154,7 @@ def test_sql_in_every_format(ask):
     found = pyarrow.parquet.read_table(io.BytesIO(ask(*asked, "--format", "parquet", binary=True)))
     assert found.to_pylist() == expected
     assert WRONG in ask(*asked)
-    with pytest.raises(StoreError, match="only answers questions"):
+    with pytest.raises(StoreError, match="readonly: it takes SELECT"):
         ask("sql", "DROP TABLE tasks_raw")
 
 

@@ -87,12 +87,10 @@ def test_train_names_what_is_wrong_with_its_file(tmp_path):
 
 def test_sql_and_rollouts_on_an_empty_store(tmp_path):
     dsn = {"MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{tmp_path / 'store'}"}
-    from millstream.pipeline.store.clickhouse import ClickHouseStore
+    from millstream.consumers.sink.clickhouse import open_clickhouse_sink
     from millstream.schemas.config.settings import load_settings
 
-    store = ClickHouseStore(load_settings(clickhouse_dsn=dsn["MILLSTREAM_CLICKHOUSE_DSN"]))
-    store.migrate()
-    store.close()
+    open_clickhouse_sink(load_settings(clickhouse_dsn=dsn["MILLSTREAM_CLICKHOUSE_DSN"])).close()
     assert millstream("rollouts", "--json", **dsn).stdout.strip() == "[]"
     assert millstream("sql", "--format", "csv", "SELECT 1 AS a, 'x' AS b", **dsn).stdout.split() == ['"a","b"', '1,"x"']
     wrong = millstream("sql", "SELEC 1", **dsn)

@@ -1,7 +1,4 @@
-import os
 import random
-import subprocess
-import sys
 from collections import Counter
 from functools import partial
 from uuid import uuid4
@@ -10,15 +7,12 @@ import factories
 import pytest
 
 from examples.calculator.demo import CLOSING_QUERIES
-from millstream.consumers.sink.clickhouse import RowsRefused
-from millstream.consumers.sink.migrations import Migration, packaged_migrations
-from millstream.consumers.sink.port import Batch
-from millstream.consumers.sink.rows import TABLES, to_rows
+from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
+from millstream.consumers.sink.rows import to_rows
 from millstream.pipeline.store.clickhouse import ClickHouseStore
-from millstream.pipeline.store.memory_store import MemoryStore
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.control import LLM, PromptTemplate, Resources
-from millstream.schemas.errors import ConfigError, StoreError
+from millstream.schemas.errors import StoreError
 from millstream.schemas.ids import new_id
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import LogRecord, Partition
@@ -35,8 +29,8 @@ def settings(folder):
 class Writer:
     """Writes records as if they lay on one partition, in the order given."""
 
-    def __init__(self, store):
-        self.store = store
+    def __init__(self, writer):
+        self.writer = writer
         self.offset = 0
 
     def __call__(self, *values, topic=EVENTS):
@@ -51,12 +45,12 @@ class Writer:
         tables, unusable = to_rows(records, EVENTS)
         assert not unusable
         for rows in tables:
-            rows.insert(self.store, token or new_id())
+            rows.insert(self.writer, token or new_id())
 
 
 @pytest.fixture
-def write(store):
-    return Writer(store)
+def write(writer):
+    return Writer(writer)
 
 
 def end(of, state, attempt_id=None, **fields):
@@ -79,98 +73,30 @@ def one(store, sql, **parameters):
     return dict(zip(result.columns, result.rows[0], strict=True))
 
 
-# --- opening and migrating
-
-
-def test_migrating_again_changes_nothing(settings):
-    store = ClickHouseStore(settings)
-    applied = store.migrate()
-    assert applied == [m.name for m in packaged_migrations()]
-    assert store.migrate() == []
-    store.close()
-    again = ClickHouseStore(settings)
-    assert again.migrate() == []
-    assert again.sql("SELECT name FROM migrations ORDER BY version").rows == [(name,) for name in applied]
-    again.close()
-
-
-def test_a_store_of_a_newer_version_is_refused(store):
-    with pytest.raises(StoreError, match=r"migration 2 \(0002_views\).*upgrade"):
-        store.migrate(packaged_migrations()[:1])
-
-
-def test_there_is_a_column_for_everything_that_the_sink_writes(store):
-    for table in TABLES.values():
-        rows = store.sql(f"DESCRIBE TABLE {table.name}").rows
-        assert set(table.columns) == {name for name, _, default, *_ in rows if default != "DEFAULT"}, table.name
-
-
-def test_a_changed_migration_is_refused(store):
-    first, *others = packaged_migrations()
-    with pytest.raises(StoreError, match=r"migration 1 \(0001_tables\).*other contents"):
-        store.migrate([Migration(first.version, first.name, first.sql + "\n"), *others])
-
-
-def test_a_migration_that_broke_off_is_taken_up_again(store):
-    sql = "CREATE TABLE IF NOT EXISTS extra (a Int8) ENGINE = MergeTree ORDER BY a;\nSELECT nonsense;\n"
-    with pytest.raises(StoreError, match="nonsense"):
-        store.migrate([*packaged_migrations(), Migration(3, "0003_extra", sql)])
-    mended = Migration(3, "0003_extra", sql.replace("nonsense", "1"))
-    assert store.migrate([*packaged_migrations(), mended]) == ["0003_extra"]
-    assert store.sql("SELECT count() FROM extra").rows == [(0,)]
-
-
-def test_a_folder_that_another_process_holds(store, settings):
-    code = (
-        "from millstream.pipeline.store.clickhouse import ClickHouseStore\n"
-        "from millstream.schemas.config.settings import load_settings\n"
-        "from millstream.schemas.errors import StoreError\n"
-        f"try: ClickHouseStore(load_settings(clickhouse_dsn={settings.clickhouse_dsn!r}))\n"
-        "except StoreError as error: print(error)"
-    )
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    assert f"held by another process (pid {os.getpid()})" in other.stdout
-    assert "millstream store serve" in other.stdout
-
-
-def test_a_relative_folder_lies_below_the_current_one(store, settings, folder, monkeypatch):
-    monkeypatch.chdir(folder.parent.parent)
-    same = ClickHouseStore(settings.model_copy(update={"clickhouse_dsn": "chdb://a b/store"}))
-    assert same.migrate() == []
-    same.close()
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(StoreError, match=r"file/store can't be made"):
-        ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{tmp_path}/file/store"))
-
-
-def test_a_server_that_does_not_answer_is_named_without_its_password():
-    with pytest.raises(StoreError, match=r"clickhouse://me:\*\*\*@127\.0\.0\.1:1 can't be opened") as caught:
-        ClickHouseStore(load_settings(clickhouse_dsn="clickhouse://me:secret@127.0.0.1:1"))
-    assert "secret" not in str(caught.value)
-
-
-def test_a_dsn_of_something_else():
-    with pytest.raises(ConfigError, match="clickhouse_dsn"):
-        ClickHouseStore(load_settings(clickhouse_dsn="postgres://somewhere"))
+# --- opening
 
 
 def test_asking_before_anything_was_written(settings):
     store = ClickHouseStore(settings)
-    with pytest.raises(StoreError, match=r"no database d\w+ yet: a training run or `millstream sink` makes it"):
+    with pytest.raises(StoreError, match=r"no database d\w+ yet: a training run or `millstream sink` creates it"):
         store.sql("SELECT 1")
+    writer = ClickHouseWriter(settings)
+    writer.migrate()
+    assert store.sql("SELECT count() FROM rollouts").rows == [(0,)]
     store.close()
+    writer.close()
 
 
 def test_two_deployments_share_a_store(store, settings):
-    other = ClickHouseStore(settings.model_copy(update={"clickhouse_database": f"{settings.clickhouse_database}_2"}))
-    other.migrate()
-    Writer(other)(factories.task())
-    assert other.sql("SELECT count() FROM tasks").rows == [(1,)]
+    other = settings.model_copy(update={"clickhouse_database": f"{settings.clickhouse_database}_2"})
+    writer = ClickHouseWriter(other)
+    writer.migrate()
+    Writer(writer)(factories.task())
+    second = ClickHouseStore(other)
+    assert second.sql("SELECT count() FROM tasks").rows == [(1,)]
     assert store.sql("SELECT count() FROM tasks").rows == [(0,)]
-    other.close()
+    second.close()
+    writer.close()
 
 
 # --- asking
@@ -235,51 +161,15 @@ def test_a_batch_that_is_sent_twice_counts_once(store, write):
     assert one(store, "SELECT sum(value) AS s FROM rewards")["s"] == 1.5
 
 
-def test_a_token_that_comes_again_is_dropped_before_it_is_stored(store, write):
-    records = write(factories.task())
-    rows = "SELECT count() FROM tasks_raw"
-    for token, expected in [("a", 2), ("a", 2), ("b", 3)]:
-        write.insert(records, token)
-        assert store.sql(rows).rows == [(expected,)]
-
-
 def test_heartbeats_do_not_grow_the_table(store, write):
     task, attempt = factories.task(), new_id()
     write(factories.event(task, attempt, status.PREPARING))
     for beat in range(20):
         write(factories.event(task, attempt, status.RUNNING, time=factories.T0 + beat))
     assert store.sql("SELECT count() FROM attempts_raw FINAL").rows == [(2,)]
-    store._writer.command("OPTIMIZE TABLE attempts_raw FINAL")
+    write.writer.client.command("OPTIMIZE TABLE attempts_raw FINAL")
     assert store.sql("SELECT count() FROM attempts_raw").rows == [(2,)]
     assert store.sql("SELECT toUnixTimestamp64Nano(last_seen) FROM attempts").rows == [(factories.T0 + 19,)]
-
-
-def test_a_value_that_no_column_holds_is_named_and_the_others_can_go_on(store):
-    with pytest.raises(RowsRefused, match="controls_raw"):
-        store.insert("controls_raw", ["kind", "name"], [["a"], ["\ud800"]], "t")
-    with pytest.raises(RowsRefused, match="offset"):
-        store.insert("attempts_raw", ["rollout_id", "offset"], [["a"], [1 << 70]], "t")
-    with pytest.raises(StoreError, match="nowhere"):
-        store.insert("nowhere", ["a"], [[1]], "t")
-    store.insert("controls_raw", ["kind", "name"], [["a"], ["b"]], "t")
-    assert store.sql("SELECT name FROM controls_raw").rows == [("b",)]
-
-
-def test_spans_that_are_none_are_refused_and_say_why(store):
-    task = factories.task()
-    good = codec.encode(factories.call(task, "a", "r"))
-    odd = codec.encode(factories.call(task, "a", "r", prompt_token_ids=b"abc"))
-    for body, why in [
-        (good[:-3], "EOF"),
-        (good[:10], "EOF"),
-        (good + b"x", "no_bytes_left_over"),
-        (odd, "within a number"),
-    ]:
-        (rows,), _ = to_rows([LogRecord(Partition(EVENTS, 0), 7, 1, None, body)] * 2, EVENTS)
-        with pytest.raises(RowsRefused, match=why):
-            rows.insert(store, new_id())
-    assert store.sql("SELECT count() FROM spans_raw").rows == [(0,)]
-    assert store.sql("SELECT count() FROM token_ids_raw").rows == [(0,)]
 
 
 # --- what the views say
@@ -551,16 +441,6 @@ def test_the_views_agree_with_the_transition_table(store, write):
         for attempt, state in attempt_statuses(events).items():
             assert attempts.pop(attempt) == state, statuses(events)
     assert attempts == {}
-
-
-def test_a_store_in_memory_says_the_same_of_every_history(store, write):
-    memory = MemoryStore()
-    histories = [history(random.Random(seed)) for seed in range(300)]
-    memory.write(Batch(write(*[task for task, _ in histories], topic="millstream.tasks.normal"), ""))
-    memory.write(Batch(write(*[event for _, events in histories for event in events]), ""))
-    assert memory.rollouts() == store.rollouts()
-    for rollout in memory.rollouts(limit=30):
-        assert memory.attempts(rollout.rollout_id) == store.attempts(rollout.rollout_id)
 
 
 def statuses(events):

@@ -1,11 +1,10 @@
-"""A rollout's spans, live from a real log."""
+"""The spans of a rollout, live from a real log."""
 
 import asyncio
 
 import factories
 import pytest
 
-import millstream as ms
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.schemas.wire import status
 from millstream.schemas.wire.records import RolloutEnd
@@ -13,11 +12,14 @@ from millstream.schemas.wire.records import RolloutEnd
 pytestmark = pytest.mark.kafka
 
 
-async def test_spans_arrive_while_the_rollout_runs(kafka_settings):
-    settings = kafka_settings()
+@pytest.fixture
+def settings(kafka_settings, folder):
+    return kafka_settings(clickhouse_dsn=f"chdb://{folder}")
+
+
+async def test_spans_arrive_while_the_rollout_runs(settings, store):
     log = KafkaLog(settings)
     await log.create_topics()
-    store = ms.MemoryStore(settings.topics, log)
     producer = log.producer()
     task, other = factories.task(), factories.task()
     spans = [factories.span(task, "a", sequence=n) for n in range(3)]
@@ -29,7 +31,7 @@ async def test_spans_arrive_while_the_rollout_runs(kafka_settings):
 
     try:
         send(factories.event(task, "a", status.PREPARING), factories.span(other, "b"), spans[0])
-        followed = ms.AsyncStore(store).follow(task.rollout_id)
+        followed = store.follow(task.rollout_id)
         assert await asyncio.wait_for(anext(followed), 20) == spans[0]
         send(spans[1])
         assert await asyncio.wait_for(anext(followed), 20) == spans[1]

@@ -1,10 +1,8 @@
-"""Finds the sink that ``millstream sink --sink`` names."""
+"""Opens the sink that ``millstream sink --sink`` names."""
 
 from pathlib import Path
 
-from millstream.consumers.sink.clickhouse import ClickHouseSink
 from millstream.consumers.sink.port import Sink
-from millstream.pipeline.store.clickhouse import ClickHouseStore
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.import_path import load_object
@@ -15,16 +13,12 @@ OTLP = "otlp"
 
 
 def open_sink(choice: str, settings: Settings) -> Sink:
-    """``clickhouse`` (its tables are brought up to date), ``parquet``, ``otlp``, or ``module:attribute`` of a `Sink` or
-    of what makes one of the settings. Raises `ConfigError`, `StoreError`."""
+    """Opens ``clickhouse`` (and brings its tables up to date), ``parquet``, ``otlp``, or ``module:attribute``: a `Sink`
+    or a callable that takes the settings and returns one. Raises `ConfigError`, `StoreError`."""
     if choice == CLICKHOUSE:
-        store = ClickHouseStore(settings)
-        try:
-            store.migrate()
-        except BaseException:
-            store.close()
-            raise
-        return ClickHouseSink(store, settings.topics.events)
+        from millstream.consumers.sink.clickhouse import open_clickhouse_sink
+
+        return open_clickhouse_sink(settings)
     if choice == PARQUET:
         from millstream.consumers.sink.parquet import ParquetSink
 
@@ -41,5 +35,5 @@ def open_sink(choice: str, settings: Settings) -> Sink:
 
 
 def sink_name(choice: str) -> str:
-    """What its consumer group is called unless it is named: nothing for ClickHouse, else the choice's last word."""
+    """The default name of the sink's consumer group: empty for ClickHouse, else the last word of the choice."""
     return "" if choice == CLICKHOUSE else choice.rpartition(":")[2]

@@ -1,0 +1,95 @@
+"""Connections to ClickHouse: embedded in this process (``chdb://``) or a server (``clickhouse://``)."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+import clickhouse_connect
+from clickhouse_connect.driver.client import Client
+from clickhouse_connect.driver.exceptions import ClickHouseError
+from clickhouse_connect.driver.httputil import get_pool_manager
+from urllib3.exceptions import HTTPError
+
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import ConfigError, StoreError
+
+EMBEDDED: Final = "chdb://"
+SERVER: Final = "clickhouse://"
+IN_MEMORY: Final = ":memory:"
+
+
+def connect(settings: Settings) -> Client:
+    """A client that any thread may use, without a default database. Raises `ConfigError`, `StoreError`."""
+    dsn = settings.clickhouse_dsn
+    with store_errors(settings, "can't be opened"):
+        if dsn.startswith(EMBEDDED):
+            return _open_embedded(embedded_path(dsn))
+        if not dsn.startswith(SERVER):
+            raise ConfigError(
+                f"setting clickhouse_dsn: {address(settings)!r} begins with neither {SERVER} nor {EMBEDDED}"
+            )
+        return clickhouse_connect.get_client(
+            dsn=dsn,
+            password=settings.clickhouse_password.get_secret_value(),
+            secure=settings.clickhouse_secure,
+            autogenerate_session_id=False,  # a session allows one query at a time
+            pool_mgr=get_pool_manager(maxsize=settings.store_connection_pool),
+        )
+
+
+def embedded_path(dsn: str) -> str:
+    """The absolute path of an embedded store's folder, or `IN_MEMORY`."""
+    path = dsn.removeprefix(EMBEDDED)
+    return path if path == IN_MEMORY else str(Path(path).resolve())
+
+
+def address(settings: Settings) -> str:
+    """``clickhouse_dsn`` without its password."""
+    dsn = settings.clickhouse_dsn
+    parts = urlsplit(dsn)
+    return dsn if parts.password is None else dsn.replace(f":{parts.password}@", ":***@", 1)
+
+
+@contextmanager
+def store_errors(settings: Settings, what: str) -> Iterator[None]:
+    """Raises what ClickHouse or the network reports as a `StoreError`: ``store ADDRESS WHAT: MESSAGE``."""
+    try:
+        yield
+    except ClickHouseError as error:
+        raise StoreError(f"store {address(settings)} {what}: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """The message without the version and stack trace that ClickHouse adds; for a failed connection, the network's
+    message."""
+    if isinstance(cause := error.__cause__, HTTPError):
+        message = str(getattr(cause, "reason", cause))
+        return message.partition("): ")[2] or message  # after the connection's name
+    return re.sub(r"\s*\(version [^)]*\)", "", str(error).strip().partition("\n")[0])
+
+
+def _open_embedded(path: str) -> Client:
+    try:
+        if path != IN_MEMORY:
+            Path(path).mkdir(parents=True, exist_ok=True)
+        return clickhouse_connect.get_client(interface="chdb", path=path)
+    except OSError as error:
+        raise StoreError(f"the embedded store's folder {path} can't be created: {error.strerror}") from error
+    except ClickHouseError as error:
+        if "Error initializing EmbeddedServer" not in str(error):
+            raise
+        raise StoreError(
+            f"the embedded store in {path} is held by another process{_holder(Path(path))}, and only one at a time can "
+            "hold it. Try again when that process has ended; or, if it is a sink, start it with --query-port 8123 and "
+            "read from there (MILLSTREAM_CLICKHOUSE_DSN=clickhouse://127.0.0.1:8123)"
+        ) from error
+
+
+def _holder(folder: Path) -> str:
+    """The process id that the engine has written into its folder."""
+    status = folder / "status"
+    found = re.search(r"PID: (\d+)", status.read_text()) if status.is_file() else None
+    return f" (pid {found[1]})" if found else ""

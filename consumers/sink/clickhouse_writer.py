@@ -1,0 +1,131 @@
+"""Writes to ClickHouse: brings the tables up to date and inserts rows."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from clickhouse_connect.driver.exceptions import DatabaseError, DataError
+
+from millstream.consumers.sink.bad_rows import is_bad_row
+from millstream.consumers.sink.clickhouse_connection import address, connect, first_line, store_errors
+from millstream.consumers.sink.migrations import Migration, apply_retention, locked, packaged_migrations
+from millstream.consumers.sink.rows import RowsRefused
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import StoreError
+
+CANNOT_READ_ALL_DATA: Final = 33  # ClickHouse's error code; for a complete Avro file: one of its rows is truncated
+
+
+class ClickHouseWriter:
+    """An `Inserter`: one process's connection for writing. Any thread may call it; calls wait for each other.
+
+    Raises `StoreError` if the server does not answer, or if another process holds the folder of an embedded store.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._database = settings.clickhouse_database
+        self._types: dict[str, dict[str, str]] = {}
+        self.client = connect(settings)
+        with store_errors(settings, "can't be opened"):
+            known = self.client.query("SELECT name FROM system.databases").result_columns
+        if self._database in known[0]:
+            self.client.database = self._database
+
+    def migrate(self, migrations: Sequence[Migration] | None = None) -> list[str]:
+        """Brings the tables, views and retention up to date; returns the names of the migrations that it applied.
+
+        Raises `StoreError` if the store has migrations that this version of Millstream doesn't know, or other contents
+        of one.
+        """
+        migrations = packaged_migrations() if migrations is None else migrations
+        with store_errors(self._settings, "can't be migrated"):
+            self.client.command(f"CREATE DATABASE IF NOT EXISTS {self._database}")
+            self.client.database = self._database
+            self.client.command(
+                "CREATE TABLE IF NOT EXISTS migrations (version UInt32, name String, checksum String, "
+                "applied_at DateTime64(3, 'UTC') DEFAULT now64(3)) ENGINE = MergeTree ORDER BY version"
+            )
+            applied = []
+            if self._missing(migrations):
+                with locked(self.client, f"{self._database} in {address(self._settings)}"):
+                    applied = self._missing(migrations)  # another process may have been faster
+                    for migration in applied:
+                        self._apply(migration)
+            self._types.clear()
+            apply_retention(self.client, self._settings.retention_days)
+        return [m.name for m in applied]
+
+    def insert(self, table: str, column_names: Sequence[str], columns: Sequence[Sequence[Any]], token: str) -> None:
+        """Inserts columns of equal length in one block. ClickHouse drops a block whose token it has seen before,
+        whatever its rows are.
+
+        Raises `RowsRefused` if the table can't hold one of the rows.
+        """
+        with store_errors(self._settings, f"did not take rows for {table}"):
+            types = self._types.get(table)
+            if types is None:  # else the client asks before each insert
+                described = self.client.query(f"DESCRIBE TABLE {table}").result_rows
+                types = self._types[table] = {row[0]: row[1] for row in described}
+            try:
+                self.client.insert(
+                    table,
+                    columns,
+                    column_names=column_names,
+                    column_type_names=[types[name] for name in column_names],
+                    column_oriented=True,
+                    settings=_insert_settings(token),
+                )
+            except (DataError, ValueError, TypeError, AttributeError) as error:  # raised by the client's serialisers
+                raise RowsRefused(f"{table} can't hold a value: {first_line(error)}") from error
+            except DatabaseError as error:
+                if is_bad_row(error):
+                    raise RowsRefused(f"{table} refuses a row: {first_line(error)}") from error
+                raise
+
+    def insert_avro(self, table: str, column_names: Sequence[str], data: bytes, token: str) -> None:
+        """Inserts an Avro file. Raises `RowsRefused` if a row doesn't match the file's schema or the table."""
+        with store_errors(self._settings, f"did not take rows for {table}"):
+            try:
+                self.client.raw_insert(table, column_names, data, _insert_settings(token), fmt="Avro")
+            except DatabaseError as error:
+                if error.code == CANNOT_READ_ALL_DATA or is_bad_row(error):
+                    raise RowsRefused(f"{table} refuses a row: {first_line(error)}") from error
+                raise
+
+    def close(self) -> None:
+        """Closes the connection. Another process can open an embedded store after its last connection is closed."""
+        self.client.close()
+
+    def _apply(self, migration: Migration) -> None:
+        for statement in migration.statements:
+            self.client.command(statement)
+        row = [migration.version, migration.name, migration.checksum]
+        self.client.insert("migrations", [row], column_names=["version", "name", "checksum"])
+
+    def _missing(self, migrations: Sequence[Migration]) -> list[Migration]:
+        """The migrations that are still to be applied. Raises `StoreError` if the store has others, or newer ones."""
+        known = {m.version: m for m in migrations}
+        where = f"database {self._database} in {address(self._settings)}"
+        applied = self.client.query("SELECT version, name, checksum FROM migrations ORDER BY version").result_rows
+        for version, name, checksum in applied:
+            if version not in known:
+                raise StoreError(
+                    f"{where} has migration {version} ({name}), which this version of Millstream doesn't know: upgrade "
+                    "it, or name another clickhouse_database"
+                )
+            if known[version].checksum != checksum:
+                raise StoreError(
+                    f"migration {version} ({name}) of {where} was applied with other contents than this version of "
+                    "Millstream has: use the version that created the store, or name another clickhouse_database"
+                )
+        done = max((version for version, *_ in applied), default=0)
+        return [m for m in migrations if m.version > done]
+
+
+def _insert_settings(token: str) -> dict[str, Any]:
+    return {
+        "insert_deduplication_token": token,
+        "async_insert": 0,  # else a server's profile could make it answer before the rows are stored
+        # Ids with many different dates make an insert slow, but must not make it fail forever.
+        "throw_on_max_partitions_per_insert_block": 0,
+    }
