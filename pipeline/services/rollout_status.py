@@ -1,6 +1,6 @@
 """The status of a rollout, read from the log on request."""
 
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import Iterable
 from contextlib import aclosing
 from typing import Any
 
@@ -18,26 +18,22 @@ CLOCK_SKEW_MS = 60_000  # by which the clock of a record's writer may be behind 
 
 
 async def read_rollout_status(log: Log, topics: Topics, rollout_id: str) -> dict[str, Any] | None:
-    """What `rollout_status` makes of the records that the log still holds; None if it holds none. The id says since
-    when to read, so the cost grows with the rollout's age. Raises `LogUnavailable`."""
-    try:
-        since_ms = max(0, id_time_ms(rollout_id) - CLOCK_SKEW_MS)
-    except ValueError:
-        since_ms = 0  # not one of our ids: read everything
-    events = Partition(topics.events, partition_of(rollout_id, topics.partitions))
-    found = [record async for record in _records_of(rollout_id, log, [events], since_ms)]
-    if not found:  # not claimed yet: the task may be in any partition
+    """`rollout_status` of the records that the log still holds; None if it holds none. Reading begins at the time in
+    the id, so the cost grows with the rollout's age. Raises `LogUnavailable`."""
+    events = [Partition(topics.events, partition_of(rollout_id, topics.partitions))]
+    found = await _read(log, events, rollout_id)
+    if not found:  # not claimed yet: its task may be in any partition
         tasks = [Partition(topics.tasks(priority), n) for priority in PRIORITIES for n in range(topics.partitions)]
-        async with aclosing(_records_of(rollout_id, log, tasks, since_ms)) as records:
-            async for task in records:
-                found.append(task)
-                break
+        found = await _read(log, tasks, rollout_id, limit=1)
     return rollout_status(found) if found else None
 
 
-async def _records_of(
-    rollout_id: str, log: Log, partitions: list[Partition], since_ms: int
-) -> AsyncGenerator[StatusRecord, None]:
+async def _read(log: Log, partitions: list[Partition], rollout_id: str, limit: int | None = None) -> list[StatusRecord]:
+    try:
+        since_ms = max(0, id_time_ms(rollout_id) - CLOCK_SKEW_MS)
+    except ValueError:
+        since_ms = 0  # an id of another kind has no time
+    found: list[StatusRecord] = []
     async with aclosing(read_to_end(log, partitions, since_ms=since_ms)) as records:
         async for record in records:
             if record.key not in (rollout_id, None):  # tasks have no key
@@ -47,11 +43,14 @@ async def _records_of(
             except CodecError:
                 continue  # the role that reads the topic makes a dead letter of it
             if isinstance(value, StatusRecord) and value.rollout_id == rollout_id:
-                yield value
+                found.append(value)
+                if len(found) == limit:
+                    break
+    return found
 
 
 def rollout_status(records: Iterable[StatusRecord]) -> dict[str, Any]:
-    """JSON of a rollout from its records in log order, at least one."""
+    """A rollout as JSON, from its records in log order; there has to be one."""
     events: list[AttemptEvent | RolloutEnd] = []
     attempts: dict[str, AttemptEvent] = {}  # the event of each attempt's last change
     about: RolloutTask | RolloutEnd | None = None
