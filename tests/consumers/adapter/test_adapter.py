@@ -131,6 +131,7 @@ async def test_a_restart_repeats_no_decision(bed):
     assert ends(reader.found) == 11
 
 
+@pytest.mark.parametrize("bed", [pytest.param("kafka", marks=pytest.mark.kafka)], indirect=True)
 async def test_two_adapters_share_the_work_and_end_each_rollout_once(bed):
     tasks = [task() for _ in range(40)]
     reader = Reader(bed, bed.topics.triplets)

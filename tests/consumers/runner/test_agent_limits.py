@@ -22,18 +22,21 @@ async def test_a_process_over_its_memory_limit_ends_with_its_attempts_and_is_rep
         import asyncio
         import millstream as ms
 
+        neighbour = asyncio.Event()
+
         async def agent(input):
             ms.emit_span("began")
             if input == "hungry":
-                await asyncio.sleep(0.2)
+                await neighbour.wait()
                 hoard = bytearray(400 << 20)
-                await asyncio.sleep(60)
-            await asyncio.sleep(input if input != "hungry" else 0)
+            elif input:
+                neighbour.set()
+            await asyncio.sleep(60 if input else 0)
             return 1.0
     """
     folder = write_agent(tmp_path, code, "hungry.py")
     async with running("hungry:agent", folder, processes=1, concurrency=2, memory_limit=300) as rig:
-        await rig.publish(["hungry", 60])
+        await rig.publish(["hungry", "neighbour"])
         ended = await rig.ends(2)
         await rig.publish([0])
         again = await rig.ends(3)

@@ -16,7 +16,7 @@ from millstream.consumers.runner.runner import Runner
 from millstream.schemas.errors import ConfigError
 
 AGENT = """
-    import asyncio, json, os, time
+    import asyncio, json, os, threading, time
     from pathlib import Path
     import millstream as ms
 
@@ -35,7 +35,7 @@ AGENT = """
         async def on_trace_end(self, agent, runner, tracer, rollout):
             kinds = dict(tracer.kinds)
             note("first", "trace_end", tracer.status, tracer.spans, kinds, tracer.output, repr(tracer.error),
-                 tracer.input_tokens, tracer.output_tokens, tracer.errors, 0.05 <= tracer.duration_s < 5)
+                 tracer.input_tokens, tracer.output_tokens, tracer.errors, tracer.duration_s >= 0.05)
         async def on_rollout_end(self, agent, runner, rollout, status):
             note("first", "rollout_end", status)
 
@@ -73,7 +73,7 @@ AGENT = """
         async def on_rollout_start(self, agent, runner, rollout):
             raise SystemExit(4)
         def on_trace_start(self, agent, runner, tracer, rollout):
-            time.sleep(0.6)
+            threading.Event().wait()
         async def on_trace_end(self, agent, runner, tracer, rollout):
             try:
                 await asyncio.sleep(60)

@@ -39,7 +39,9 @@ class AgentCases:
         trace = traces["Paris"]
         assert trace.status == "succeeded"
         assert_tree(trace)
-        for call in trace.of(semconv.LLM):
+        calls = trace.of(semconv.LLM)
+        assert len(calls) == self.calls
+        for call in calls:
             assert_call(call, "Paris")
 
     @pytest.mark.feature("tools")
