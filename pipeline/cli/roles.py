@@ -255,7 +255,7 @@ def _run_role(
 ) -> None:
     """Runs until SIGTERM or SIGINT, then lets the role end gracefully. A second SIGINT ends it at once, which is safe:
     its successor finds everything in the log."""
-    from millstream.pipeline.services.health import watched  # slow to import: not for `millstream --help`
+    from millstream.pipeline.services.role_process import role_process  # slow to import: not for `millstream --help`
 
     async def run() -> None:
         stop = asyncio.Event()
@@ -269,7 +269,7 @@ def _run_role(
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
         log = KafkaLog(settings)
         await log.check()
-        async with watched(log, settings, role, health_port, stop, report=role != "runner") as health:
+        async with role_process(log, settings, role, health_port, stop, report=role != "runner") as health:
             await work(log, health, stop)
 
     # Modules live as long as the process. Scanning them takes the collector up to a tenth of a busy role's time.

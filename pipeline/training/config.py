@@ -16,7 +16,7 @@ from millstream.consumers.log.port import Log
 from millstream.pipeline.deployment import strategy_of
 from millstream.pipeline.models.server import ModelServer
 from millstream.pipeline.models.vllm_process import Transfer, VllmOptions
-from millstream.pipeline.services.health import watched
+from millstream.pipeline.services.role_process import role_process
 from millstream.pipeline.training.progress import ProgressView
 from millstream.pipeline.training.report import Summary
 from millstream.pipeline.training.strategy import Setup, Strategy
@@ -88,7 +88,7 @@ def with_probes(strategy: Strategy, health_port: int) -> Strategy:
         async with (
             strategy(setup) as (log, server),
             # Idle is fine: a step of training may take any time.
-            watched(log, setup.settings, "trainer", health_port, asyncio.Event(), allow_idle=True),
+            role_process(log, setup.settings, "trainer", health_port, asyncio.Event(), allow_idle=True),
         ):
             yield log, server
 
@@ -116,7 +116,7 @@ def read_inputs(path: Path, settings: Settings) -> list[Any]:
 
 def train_from(path: Path, console: Console | None = None, adapter: str = "", health_port: int = 0) -> Summary:
     """Trains with a live view and writes ``train.json`` into the run's folder. ``adapter`` is ``module:attribute`` of a
-    function from traces to triplets, for runs in memory. ``health_port``: as `watched` serves it.
+    function from traces to triplets, for runs in memory. ``health_port``: as `role_process` serves it.
 
     Raises `ConfigError` for what is wrong with the file, or if the `train` extra is missing.
     """

@@ -1,31 +1,13 @@
-"""What a probe sees of a role, and what becomes of one that is stuck."""
+"""Health: ages against limits, readiness, metrics."""
 
 import asyncio
-import socket
-import subprocess
-import sys
-import textwrap
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
-from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
 
 import pytest
 
-from millstream.consumers.adapter.triplets import to_triplets
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.poll_times import PollTimes
-from millstream.consumers.log.port import Log
-from millstream.consumers.workers import read_workers
-from millstream.pipeline.addresses import LOOPBACK, free_port
-from millstream.pipeline.services.health import EXIT_STUCK, Health, HealthPolicy, watched
-from millstream.pipeline.training.collector import Collector
-from millstream.pipeline.training.config import with_probes
-from millstream.pipeline.training.strategy import Setup
-from millstream.schemas.config.settings import load_settings
-from millstream.schemas.errors import ConfigError
+from millstream.pipeline.services.health import Health, HealthPolicy
 from millstream.schemas.metrics import CALLS_DROPPED, RUNNING, STARVING, TRANSACTION_AGE
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.topics import Topics
@@ -33,42 +15,30 @@ from millstream.schemas.wire.topics import Topics
 TOPICS = Topics("t", 1)
 
 
-def get(port: int, path: str) -> tuple[int, str]:
-    try:
-        with urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as response:
-            return response.status, response.read().decode()
-    except HTTPError as error:
-        return error.code, error.read().decode()
-
-
 async def test_a_role_is_ready_when_all_its_consumers_poll_and_until_it_stops() -> None:
-    stop, port, log = asyncio.Event(), free_port(), MemoryLog(TOPICS)
+    stop, log = asyncio.Event(), MemoryLog(TOPICS)
     health = Health(log.polls, stop)
-    health.export(RUNNING, lambda: 3)
-    health.export(CALLS_DROPPED, lambda: 4)
-    health.start(LOOPBACK, port)
     first, second = log.consumer(), log.consumer("g")
     await first.assign([Partition(TOPICS.control, 0)])
     await second.subscribe([TOPICS.events])
     await first.poll(1, 0)
-    assert (await asyncio.to_thread(get, port, "/readyz"))[0] == 503
+    assert health.answer("/readyz") == (503, b"not ready\n")
     await second.poll(1, 0)
-    assert (await asyncio.to_thread(get, port, "/readyz"))[0] == 200
-    assert (await asyncio.to_thread(get, port, "/livez"))[0] == 200
-    assert (await asyncio.to_thread(get, port, "/"))[0] == 404
-    text = (await asyncio.to_thread(get, port, "/metrics"))[1]
-    assert "millstream_running 3.0" in text
-    assert "millstream_calls_dropped_total 4.0" in text
-    assert "# HELP millstream_poll_age_seconds" in text
+    assert health.answer("/readyz") == (200, b"ready\n")
     health.trouble = lambda: "the store is away"
-    assert await asyncio.to_thread(get, port, "/readyz") == (503, "the store is away\n")
+    assert health.answer("/readyz") == (503, b"the store is away\n")
     stop.set()
-    assert await asyncio.to_thread(get, port, "/readyz") == (503, "not ready\n")
-    with pytest.raises(ConfigError, match=f"{port}: Address already in use"):
-        Health(log.polls, stop).start(LOOPBACK, port)
-    health.close()
-    with pytest.raises(URLError):
-        await asyncio.to_thread(get, port, "/livez")
+    assert health.answer("/readyz") == (503, b"not ready\n")
+
+
+def test_metrics_are_exported_by_type() -> None:
+    health = Health(list, asyncio.Event())
+    health.export(RUNNING, lambda: 3)
+    health.export(CALLS_DROPPED, lambda: 4)
+    text = health.answer("/metrics")[1].decode()
+    for line in ("millstream_running 3.0", "millstream_calls_dropped_total 4.0", "# TYPE millstream_running gauge"):
+        assert line in text
+    assert "# HELP millstream_poll_age_seconds" in text
 
 
 def polled(ago_s: float | None, *, polling_for_s: float | None = None) -> PollTimes:
@@ -107,109 +77,3 @@ def test_an_age_beyond_its_limit_is_reported_by_name() -> None:
     seconds = HealthPolicy().stuck_s + 1
     assert health.answer("/livez") == (503, body.format(seconds).encode())
     assert f"millstream_starving_seconds {seconds}".encode() in health.answer("/metrics")[1]
-
-
-async def test_connections_are_bounded_in_number_and_time() -> None:
-    port = free_port()
-    health = Health(list, asyncio.Event(), HealthPolicy(connections=1, connection_s=0.2))
-    health.start(LOOPBACK, port)
-    try:
-        idle, _ = await asyncio.open_connection(LOOPBACK, port)
-        more, _ = await asyncio.open_connection(LOOPBACK, port)
-        async with asyncio.timeout(10):
-            assert await more.read() == b""
-            assert await idle.read() == b""
-            while (await asyncio.to_thread(get, port, "/livez"))[0] != 200:
-                pass
-    finally:
-        health.close()
-
-
-async def test_a_role_is_reported_while_it_runs() -> None:
-    settings = load_settings(topic_prefix="t", kafka_partitions=1)
-    log, port = MemoryLog(TOPICS), free_port()
-    async with watched(log, settings, "sink", port, asyncio.Event()):
-        async with asyncio.timeout(10):
-            while not (found := await read_workers(log, TOPICS)):  # noqa: ASYNC110
-                await asyncio.sleep(0)
-        (worker,) = found
-        assert (worker.role, worker.slots, worker.host) == ("sink", 0, socket.gethostname())
-        assert "millstream_event_loop_age_seconds 0." in (await asyncio.to_thread(get, port, "/livez"))[1]
-    with pytest.raises(URLError):
-        await asyncio.to_thread(get, port, "/livez")
-
-
-@asynccontextmanager
-async def only_a_log(setup: Setup) -> AsyncIterator[tuple[Log, None]]:
-    yield MemoryLog(setup.settings.topics), None
-
-
-async def test_a_trainer_has_probes_and_reports_its_state(tmp_path: Path) -> None:
-    port, settings = free_port(), load_settings()
-    setup = Setup(settings=settings, agent=None, to_triplets=to_triplets, run_dir=tmp_path)
-    async with with_probes(only_a_log, port)(setup) as (log, _):
-        collector = Collector(log, settings.topics, log.producer())
-        await collector.start()
-        assert (await asyncio.to_thread(get, port, "/readyz"))[0] == 503
-        collecting = asyncio.create_task(collector.collect(["none"]))
-        async with asyncio.timeout(10):
-            while (await asyncio.to_thread(get, port, "/readyz"))[0] != 200:
-                pass
-        assert [worker.role for worker in await read_workers(log, settings.topics)] == ["trainer"]
-        collecting.cancel()
-        await asyncio.wait([collecting])
-
-
-STUCK = """
-    import asyncio, time
-    from millstream.consumers.adapter.adapter import Adapter
-    from millstream.consumers.log.memory_log import MemoryLog
-    from millstream.pipeline.services.health import HealthPolicy, watched
-    from millstream.schemas.config.settings import load_settings
-    from millstream.schemas.metrics import STARVING, TRANSACTION_AGE
-    from millstream.schemas.wire.log import Partition
-    from millstream.schemas.wire.topics import Topics
-
-    async def main():
-        topics = Topics("t", 1)
-        log = MemoryLog(topics)
-        policy = HealthPolicy(stuck_s=0.5, check_s=0.1)
-        async with watched(log, load_settings(), "sink", 0, asyncio.Event(), policy, report=False) as health:
-            HOW
-
-    async def poll_once(log, topics):
-        consumer = log.consumer()
-        await consumer.assign([Partition(topics.control, 0)])
-        await consumer.poll(1, 0)
-        await asyncio.sleep(60)
-
-    async def lose_a_call(log, topics, health):
-        type(log.transactional_producer("t")).init_transactions = lambda *_: time.sleep(60)
-        adapter = Adapter(log, topics, transactional_id="t")
-        health.check(TRANSACTION_AGE, lambda: adapter.call_age_s)
-        await adapter.run(asyncio.Event())
-
-    asyncio.run(main())
-"""
-
-
-@pytest.mark.parametrize(
-    ("how", "metric"),
-    [
-        ("await poll_once(log, topics)", "poll_age"),
-        ("time.sleep(60)", "event_loop_age"),
-        ("health.check(STARVING, lambda: 1.0); await asyncio.sleep(60)", "starving"),
-        ("await lose_a_call(log, topics, health)", "transaction_call"),
-    ],
-)
-def test_a_stuck_process_ends_with_a_code_of_its_own(how: str, metric: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(STUCK).replace("HOW", how)],
-        capture_output=True,
-        text=True,
-        timeout=30,
-        check=False,
-    )
-    assert done.returncode == EXIT_STUCK
-    assert f"millstream_{metric}_seconds is" in done.stderr
-    assert "this process is stuck" in done.stderr

@@ -1,0 +1,120 @@
+"""A role's process: its health is served to probes, it ends if it is stuck, and it reports on the workers topic.
+
+Probes are answered and the process is ended by threads, because an event loop that hangs can do neither.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from typing import Final
+
+from starlette.applications import Starlette
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from millstream.consumers.log.port import Log
+from millstream.pipeline.services.health import Health, HealthPolicy
+from millstream.pipeline.services.serve_asgi import listen, uvicorn_server
+from millstream.producers.workers import new_worker_id, reporting
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import LogUnavailable
+from millstream.schemas.metrics import LOOP_AGE
+
+logger = logging.getLogger(__name__)
+
+EXIT_STUCK: Final = 4  # the supervisor should start the process again
+
+
+@asynccontextmanager
+async def role_process(
+    log: Log,
+    settings: Settings,
+    role: str,
+    port: int,
+    stop: asyncio.Event,
+    policy: HealthPolicy | None = None,
+    *,
+    allow_idle: bool = False,
+    report: bool = True,
+) -> AsyncIterator[Health]:
+    """Watches the process of a role while the body runs: answers probes at ``health_host:port`` unless ``port`` is 0,
+    ends the process if it is stuck, and reports it on the workers topic unless ``report`` is false. Raises
+    `ConfigError` if the address is not available."""
+    health = Health(log.polls, stop, policy or HealthPolicy(), allow_idle=allow_idle)
+    loop_ran = time.monotonic()
+
+    async def run_regularly() -> None:
+        nonlocal loop_ran
+        while True:
+            loop_ran = time.monotonic()
+            await asyncio.sleep(health.policy.check_s)
+
+    health.check(LOOP_AGE, lambda: time.monotonic() - loop_ran)
+    async with AsyncExitStack() as stack:
+        if port:
+            stack.enter_context(probes_answered(health, settings.health_host, port))
+        stack.enter_context(_ended_if_stuck(health))
+        running = asyncio.create_task(run_regularly())
+        stack.callback(running.cancel)
+        if report:
+            await stack.enter_async_context(_reported(log, settings, role))
+        yield health
+
+
+@contextmanager
+def probes_answered(health: Health, host: str, port: int) -> Iterator[None]:
+    """Serves health from a thread. Raises `ConfigError` if the address is not available."""
+    policy = health.policy
+
+    class Bounded(H11Protocol):
+        """uvicorn's protocol, with a limit of connections and of their time."""
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            full = len(self.connections) > policy.connections
+            self.loop.call_later(0.0 if full else policy.connection_s, transport.close)
+
+    app = Starlette(routes=[Route("/{path:path}", health.respond)])
+    server = uvicorn_server(app, http=Bounded, loop="asyncio", lifespan="off")
+    listener = listen(host, port)
+    thread = threading.Thread(target=server.run, args=([listener],), name="millstream-health", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@contextmanager
+def _ended_if_stuck(health: Health) -> Iterator[None]:
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(health.policy.check_s):
+            if (stuck := health.stuck()) is not None:
+                logger.critical("%s: this process is stuck and ends", stuck)
+                os._exit(EXIT_STUCK)
+
+    threading.Thread(target=watch, name="millstream-watch", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+@asynccontextmanager
+async def _reported(log: Log, settings: Settings, role: str) -> AsyncIterator[None]:
+    producer = log.producer()
+    try:
+        async with reporting(producer, settings.topics, role, new_worker_id()):
+            yield
+    finally:
+        try:
+            await asyncio.to_thread(producer.close)
+        except LogUnavailable as error:
+            logger.warning("the last report of this %s is not on %s: %s", role, settings.topics.workers, error)
