@@ -18,14 +18,14 @@ CLOCK_SKEW_MS = 60_000  # by which the clock of a record's writer may be behind 
 
 
 async def read_rollout_status(log: Log, topics: Topics, rollout_id: str) -> dict[str, Any] | None:
-    """`rollout_status` of the records that the log still holds; None if it holds none. Reading begins at the time in
+    """`describe_rollout` of the records that the log still holds; None if it holds none. Reading begins at the time in
     the id, so the cost grows with the rollout's age. Raises `LogUnavailable`."""
     events = [Partition(topics.events, partition_of(rollout_id, topics.partitions))]
     found = await _read(log, events, rollout_id)
     if not found:  # not claimed yet: its task may be in any partition
         tasks = [Partition(topics.tasks(priority), n) for priority in PRIORITIES for n in range(topics.partitions)]
         found = await _read(log, tasks, rollout_id, limit=1)
-    return rollout_status(found) if found else None
+    return describe_rollout(found) if found else None
 
 
 async def _read(log: Log, partitions: list[Partition], rollout_id: str, limit: int | None = None) -> list[StatusRecord]:
@@ -49,7 +49,7 @@ async def _read(log: Log, partitions: list[Partition], rollout_id: str, limit: i
     return found
 
 
-def rollout_status(records: Iterable[StatusRecord]) -> dict[str, Any]:
+def describe_rollout(records: Iterable[StatusRecord]) -> dict[str, Any]:
     """A rollout as JSON, from its records in log order; there has to be one."""
     events: list[AttemptEvent | RolloutEnd] = []
     attempts: dict[str, AttemptEvent] = {}  # the event of each attempt's last change

@@ -7,7 +7,7 @@ from typing import Any
 from factories import event, span, task
 
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.pipeline.services.rollout_status import read_rollout_status, rollout_status
+from millstream.pipeline.services.rollout_status import describe_rollout, read_rollout_status
 from millstream.schemas.ids import derived_id
 from millstream.schemas.wire.records import RolloutEnd, RolloutTask
 from millstream.schemas.wire.topics import Topics
@@ -42,10 +42,10 @@ def test_a_rollouts_status_follows_its_records() -> None:
         (end(first, reward=1.5), "succeeded"),
         (event(second, "a2", "failed"), "succeeded"),  # late
     ]
-    assert rollout_status([first])["status"] == "queued"
+    assert describe_rollout([first])["status"] == "queued"
     records = [record for record, _ in steps]
-    assert [rollout_status(records[: n + 1])["status"] for n in range(len(steps))] == [wanted for _, wanted in steps]
-    found = rollout_status(records)
+    assert [describe_rollout(records[: n + 1])["status"] for n in range(len(steps))] == [wanted for _, wanted in steps]
+    found = describe_rollout(records)
     assert (found["mode"], found["group_id"], found["reward"]) == ("val", first.group_id, 1.5)
     assert [(a["attempt_id"], a["status"]) for a in found["attempts"]] == [("a1", "retry"), ("a2", "preparing")]
 
@@ -53,9 +53,9 @@ def test_a_rollouts_status_follows_its_records() -> None:
 def test_an_attempt_shows_its_last_change_and_its_error() -> None:
     one = task()
     beats = [event(one, "a", "running", time=n) for n in range(5)]
-    (attempt,) = rollout_status([event(one, "a", "preparing"), *beats])["attempts"]
+    (attempt,) = describe_rollout([event(one, "a", "preparing"), *beats])["attempts"]
     assert (attempt["status"], attempt["time"], attempt["error"]) == ("running", 0, None)
-    (attempt,) = rollout_status([event(one, "a", "preparing"), *beats, event(one, "a", "failed")])["attempts"]
+    (attempt,) = describe_rollout([event(one, "a", "preparing"), *beats, event(one, "a", "failed")])["attempts"]
     assert (attempt["status"], attempt["error"]) == ("failed", "ValueError: no")
 
 
