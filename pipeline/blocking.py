@@ -1,4 +1,4 @@
-"""Coroutines for callers who do not await: also where a loop runs already, as it does in a notebook."""
+"""Runs coroutines for callers that do not await, even while a loop is running, as in a notebook."""
 
 import asyncio
 from collections.abc import Awaitable
@@ -11,8 +11,8 @@ T = TypeVar("T")
 
 
 def run_blocking(work: Awaitable[T]) -> T:
-    """What ``work`` comes to. It runs on a loop of its own: in this thread, or if this one has a running loop in
-    another, for which the caller (and its loop) waits. If the wait is interrupted, so is the work."""
+    """The result of ``work``. It runs on a new loop: in this thread, or if this thread has a running loop in another
+    one, while the caller and its loop wait. An interrupt of the wait cancels the work."""
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = []
 
     async def noted() -> T:
@@ -29,7 +29,7 @@ def run_blocking(work: Awaitable[T]) -> T:
         try:
             return done.result()
         except BaseException:
-            with suppress(RuntimeError):  # it has ended, and its loop with it
+            with suppress(RuntimeError):  # it has ended, and so has its loop
                 for loop, task in running:
                     loop.call_soon_threadsafe(task.cancel)
             raise

@@ -1,4 +1,4 @@
-"""Which calls take part, and which of those may be learnt from: one small rule each, with its reason."""
+"""Rules for which calls take part, and which of those can be trained on. Each gives its reason."""
 
 import json
 import re
@@ -13,14 +13,14 @@ from millstream.schemas.spans import semconv
 from millstream.schemas.spans.blobs import is_reference
 
 Rule = Callable[[Call], str | None]
-"""Why not to train on a call; None if this rule has nothing against it. Pure."""
+"""Why not to train on a call, or None. Pure."""
 
 TOKEN_BYTES: Final = 4
 ABORTED: Final = ("abort", "aborted", "cancelled", "error", "content_filter")  # finish reasons of half an answer
 
 
 def selection(rules: TripletRules) -> list[Rule]:
-    """Who takes part: a call that one of these is against earns nothing."""
+    """A call that one of these rules excludes gets no reward."""
     found: list[Rule] = []
     if rules.agent_match:
         agent = re.compile(rules.agent_match)
@@ -35,8 +35,8 @@ def selection(rules: TripletRules) -> list[Rule]:
 
 
 def validation(rules: TripletRules, own: Sequence[Rule]) -> list[Rule]:
-    """What may be learnt from, in this order; ``own`` are the user's rules."""
-    found: list[Rule] = [failed, aborted, said_untrainable]
+    """Whether a call can be trained on; applied in this order. ``own``: the user's rules."""
+    found: list[Rule] = [failed, aborted, marked_untrainable]
     found += [token_ids, empty, counts] if rules.require_tokens else [empty_text]
     if rules.max_tokens is not None:
         found.append(too_long(rules.max_tokens))
@@ -44,7 +44,7 @@ def validation(rules: TripletRules, own: Sequence[Rule]) -> list[Rule]:
 
 
 def repeats(rules: TripletRules) -> Rule:
-    """For the calls of one attempt, in order: it counts the responses it has seen."""
+    """Applied to the calls of one attempt in order: it counts their responses."""
     most, seen = rules.max_repeats, Counter[bytes | str]()
 
     def rule(call: Call) -> str | None:
@@ -65,8 +65,8 @@ def aborted(call: Call) -> str | None:
     return None if reason is None else f"the response was cut off: {reason}"
 
 
-def said_untrainable(call: Call) -> str | None:
-    """By the proxy, which saw more of it."""
+def marked_untrainable(call: Call) -> str | None:
+    """According to the proxy, which knows more about the call."""
     if semconv.CACHED in call.span.attributes:
         return "the answer was repeated from a cache"
     return call.span.attributes.get(semconv.UNTRAINABLE)
@@ -84,7 +84,7 @@ def empty(call: Call) -> str | None:
 
 
 def empty_text(call: Call) -> str | None:
-    """For those who learn from text: neither words nor tool calls."""
+    """For training on text: neither words nor tool calls."""
     if is_reference(call.response):
         return None
     try:
@@ -111,14 +111,14 @@ def too_long(most: int) -> Rule:
 
 
 def _content(message: object) -> list[object]:
-    """What a message says, in OpenAI's form or that of the semantic conventions."""
+    """The parts of a message, in OpenAI's form or that of the semantic conventions."""
     if isinstance(message, list):
         return [part for inner in message for part in _content(inner)]
     if not isinstance(message, dict):
         return []
     content = message.get("content")
-    said = content.strip() if isinstance(content, str) else content
-    return [part for part in (said, message.get("tool_calls"), message.get("parts")) if part]
+    text = content.strip() if isinstance(content, str) else content
+    return [part for part in (text, message.get("tool_calls"), message.get("parts")) if part]
 
 
 def _globs(patterns: Sequence[str]) -> re.Pattern[str]:

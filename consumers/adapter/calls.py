@@ -1,4 +1,4 @@
-"""The LLM calls of a trace, each once, and what lies around them. Positions in the log are the only time there is."""
+"""The LLM calls of a trace, each once, and the spans around them. Time is the position in the log, never a clock."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from millstream.schemas.wire.records import Span
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One LLM call. ``turn`` counts all calls of the attempt; ``ended`` is the position in the trace from which on
-    a reward may be for it; ``agent`` is the name of the agent that made it, if the trace tells."""
+    """One LLM call. ``turn``: its number among all calls of the attempt. ``ended``: the position in the trace after
+    which a reward may be for it. ``agent``: the name of the agent that made it, if the trace has it."""
 
     turn: int
     span: Span
@@ -28,7 +28,7 @@ class Call:
         return attributes.get(semconv.RESPONSE_MODEL) or attributes.get(semconv.REQUEST_MODEL, "")
 
     def text(self, *names: str) -> str:
-        """The first of these attributes that the span has; else an empty JSON list."""
+        """The first of these attributes that the span has, else an empty JSON list."""
         attributes = self.span.attributes
         for name in names:
             if name in attributes:
@@ -45,14 +45,14 @@ class Call:
 
 
 class SpanTree:
-    """Who lies within whom."""
+    """Which spans enclose which."""
 
     def __init__(self, spans: Sequence[Span]) -> None:
         self._by_id = {span.span_id: span for span in spans}
         self._agents: dict[str, str | None] = {}  # span id → name
 
     def enclosing(self, span: Span) -> Iterator[str]:
-        """Ids of the spans around it, innermost first; those too that are not in the trace. A cycle ends it."""
+        """Ids of the spans around it, innermost first, including ids that the trace lacks. Stops at a cycle."""
         seen = {span.span_id}
         parent = span.parent_id
         while parent and parent not in seen:
@@ -62,7 +62,7 @@ class SpanTree:
             parent = outer.parent_id if outer is not None else ""
 
     def agent(self, span: Span) -> str | None:
-        """The name of the agent it was done by: its own attribute, else that of the innermost span around it."""
+        """The name of its agent: its own attribute, else that of the innermost enclosing span."""
         name = span.attributes.get(semconv.AGENT_NAME)
         if name is not None or not span.parent_id:
             return name
@@ -76,17 +76,17 @@ class SpanTree:
             name = None if found is None else found.attributes.get(semconv.AGENT_NAME)
             if name is not None:
                 break
-        self._agents.update(dict.fromkeys(way, name))  # so no stretch is walked twice
+        self._agents.update(dict.fromkeys(way, name))  # so no path is walked twice
         return name
 
 
 def calls_of(spans: Sequence[Span], tree: SpanTree) -> list[Call]:
     """Each LLM call once, in log order.
 
-    The spans of one call (SDK, framework, proxy) share its response id; one without an id that lies around another
-    LLM span is a wrapper of that call. The proxy's span counts, with its token ids; without one, the first. A call
-    ends where the agent's own span of it lies, if there is one: that span and the rewards come from one process, in
-    one order. Else it ends where the proxy's lies, which is in the log before the agent sees the answer.
+    The spans of one call (SDK, framework, proxy) share its response id; one without an id that encloses another LLM
+    span is a wrapper of that call. The proxy's span counts, with its token ids; without one, the first. A call ends at
+    the agent's own span of it, if there is one: that span and the rewards come from one process, in one order. Else it
+    ends at the proxy's span, which is in the log before the agent gets the answer.
     """
     found = [(position, span) for position, span in enumerate(spans) if span.kind == semconv.LLM]
     wrappers: set[str] = set()
@@ -96,7 +96,7 @@ def calls_of(spans: Sequence[Span], tree: SpanTree) -> list[Call]:
     by_agent: dict[str, tuple[int, Span]] = {}
     for position, span in found:
         key = _response_id(span)
-        if not key:  # the call failed, or the framework does not tell
+        if not key:  # the call failed, or the framework does not record it
             if span.span_id in wrappers:
                 continue
             key = span.span_id

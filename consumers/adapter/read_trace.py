@@ -1,6 +1,5 @@
-"""One rollout's attempt, as the log still holds it."""
+"""Reads a rollout's attempts from the log."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from millstream.consumers.adapter.triplets import Trace
@@ -8,40 +7,33 @@ from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
 from millstream.schemas.errors import CodecError, ConfigError
 from millstream.schemas.wire import codec, status
-from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import AttemptEvent, RolloutEnd, RolloutTask, Span
 from millstream.schemas.wire.topics import Topics, partition_of
 
 
 @dataclass(slots=True)
-class _LoggedAttempt:
+class LoggedAttempt:
     task: RolloutTask
-    spans: list[Span] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)  # in log order
     over: bool = False
 
 
-async def read_trace(
-    log: Log, topics: Topics, rollout_id: str, attempt_id: str | None = None
-) -> tuple[Trace, RolloutEnd | None]:
-    """The attempt that decided the rollout (the latest, if none has; or the one asked for), with the end that the
-    adapter wrote. Raises `ConfigError` if the log does not hold it."""
+async def read_attempts(
+    log: Log, topics: Topics, rollout_id: str, start: int = 0
+) -> tuple[dict[str, LoggedAttempt], RolloutEnd | None]:
+    """The rollout's attempts by id, in the order of their claims, and its end; from offset ``start`` of its partition.
+    As in the adapter, spans after an attempt's terminal event are late and left out, and so are undecodable records."""
     partition = Partition(topics.events, partition_of(rollout_id, topics.partitions))
-    found = [record async for record in read_to_end(log, [partition]) if record.key == rollout_id]
-    return trace_of(rollout_id, found, attempt_id)
-
-
-def trace_of(
-    rollout_id: str, records: Iterable[LogRecord], attempt_id: str | None = None
-) -> tuple[Trace, RolloutEnd | None]:
-    """As `read_trace`, from the rollout's records in log order. Spans behind an attempt's terminal event are late and
-    left out, as the adapter does; so are records that can't be read."""
-    attempts: dict[str, _LoggedAttempt] = {}
+    attempts: dict[str, LoggedAttempt] = {}
     end = None
-    for record in records:
+    async for record in read_to_end(log, [partition], {partition: start} if start else None):
+        if record.key != rollout_id:
+            continue
         try:
             value = codec.decode(record.value)
         except CodecError:
-            continue  # the adapter has made a dead letter of it
+            continue  # the adapter has written a dead letter for it
         if isinstance(value, RolloutEnd):
             end = end or value
         elif isinstance(value, Span) and value.attempt_id in attempts:
@@ -49,9 +41,19 @@ def trace_of(
                 attempts[value.attempt_id].spans.append(value)
         elif isinstance(value, AttemptEvent):
             if value.task is not None and value.attempt_id not in attempts:
-                attempts[value.attempt_id] = _LoggedAttempt(codec.decode_as(RolloutTask, value.task))
+                attempts[value.attempt_id] = LoggedAttempt(codec.decode_as(RolloutTask, value.task))
             elif value.attempt_id in attempts and value.status in status.TERMINAL:
                 attempts[value.attempt_id].over = True
+    return attempts, end
+
+
+async def read_trace(
+    log: Log, topics: Topics, rollout_id: str, attempt_id: str | None = None
+) -> tuple[Trace, RolloutEnd | None]:
+    """The given attempt, or the one that decided the rollout (else the latest), with the rollout's end.
+
+    Raises `ConfigError` if the log does not hold it."""
+    attempts, end = await read_attempts(log, topics, rollout_id)
     chosen = attempt_id or (end and end.attempt_id) or next(reversed(attempts), None)
     if chosen not in attempts or chosen is None:
         what = f"attempt {attempt_id}" if attempt_id else "claim"

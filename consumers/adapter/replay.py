@@ -1,7 +1,7 @@
-"""Replay: recorded events through the adapter's pure core once more, with other functions. No I/O.
+"""Replay: recorded events through the adapter's pure core again, with other functions. No I/O.
 
-Which attempt ended a rollout, and in what order rollouts ended, is what the adapter's marks on ``events`` say; nothing
-is decided anew. So the same functions give the same triplets and ends, byte for byte and in the same order.
+The adapter's marks on ``events`` say which attempt ended a rollout, and in which order rollouts ended; a replay decides
+neither. So the same functions give the same triplets and ends, byte for byte and in the same order.
 """
 
 from collections.abc import Callable
@@ -16,12 +16,12 @@ from millstream.schemas.wire.log import LogRecord
 from millstream.schemas.wire.records import AttemptEvent, RolloutEnd, RolloutTask, Span, Triplet
 
 ToReward = Callable[[Trace], float | None]
-"""A reward function: what an attempt as a whole has earned, or None for nothing. Deterministic, without I/O."""
+"""A reward function: the reward of a whole attempt, or None. Deterministic, without I/O."""
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """A rollout once more. ``partition`` is the number of the one that its events lie on."""
+    """A replayed rollout. ``partition``: the number of the partition of its events."""
 
     partition: int
     end: RolloutEnd
@@ -36,8 +36,8 @@ class _LoggedRollout:
 
 
 class Replay:
-    """Feed it the records of one experiment's events, each partition in log order. ``reward`` takes the place of all
-    rewards that the agents emitted."""
+    """Feed it the records of one experiment's events, each partition in log order. ``reward`` replaces all rewards
+    that the agents emitted."""
 
     def __init__(self, experiment_id: str, function: ToTriplets = to_triplets, reward: ToReward | None = None) -> None:
         self._experiment_id = experiment_id
@@ -45,8 +45,8 @@ class Replay:
         self._reward = reward
         self._open: dict[str, _LoggedRollout] = {}
         self.replayed: set[str] = set()  # rollouts
-        self.incomplete: set[str] = set()  # rollouts whose end was recorded, but not everything before it
-        self.unreadable = 0  # records; the adapter has put them away
+        self.incomplete: set[str] = set()  # rollouts whose end was recorded, but not all records before it
+        self.unreadable = 0  # records; the adapter has written dead letters for them
 
     @property
     def open(self) -> int:
@@ -54,7 +54,7 @@ class Replay:
         return len(self._open)
 
     def apply(self, record: LogRecord) -> Replayed | None:
-        """Takes one record; a rollout's end brings the rollout."""
+        """Takes one record. Returns the rollout if the record is its end."""
         try:
             kind = codec.type_of(record.value)
             if kind is Span:
@@ -111,7 +111,7 @@ class Replay:
 
 
 def _rewarded(trace: Trace, reward: float | None) -> Trace:
-    """The trace with this reward, given at its end, and no other."""
+    """The trace with this reward at its end, and no other."""
     spans = [s if s.reward is None else replace(s, reward=None, reward_name=None) for s in trace.spans]
     if reward is not None:
         time = spans[-1].end if spans else trace.task.created_at

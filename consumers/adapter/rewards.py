@@ -1,4 +1,4 @@
-"""Which call each reward belongs to: small strategies, tried in turn. None of them looks at a clock."""
+"""Which call each reward belongs to: strategies, tried in turn. None of them uses a clock."""
 
 import math
 from bisect import bisect_left
@@ -15,8 +15,8 @@ from millstream.schemas.wire.records import Span
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A reward as it was emitted, at a position of the trace. Of one with several dimensions each is a reward; the
-    first is ``primary``."""
+    """A reward at a position of the trace. Each dimension of a multi-dimensional one is a reward; the first is
+    ``primary``."""
 
     position: int
     name: str
@@ -26,26 +26,26 @@ class Reward:
 
     @property
     def link(self) -> str | None:
-        """Response id of the call that it was given to by name."""
+        """Response id of the call that the agent named for it."""
         return self.span.attributes.get(semconv.REWARD_FOR)
 
 
 class Candidates:
-    """The calls that a reward may go to, with what strategies ask about them."""
+    """The calls that a reward may go to, with the lookups that strategies need."""
 
     def __init__(self, calls: Sequence[Call], tree: SpanTree) -> None:
         self.calls = sorted(calls, key=lambda call: call.ended)
         self.tree = tree
 
     def latest_before(self, position: int) -> Call | None:
-        """Of all of them, the last that had ended."""
+        """The last call that had ended."""
         return _before(self.calls, position)
 
     def latest_of_agent(self, agent: str, position: int) -> Call | None:
         return _before(self._by_agent.get(agent, ()), position)
 
     def latest_within(self, span_id: str, position: int) -> Call | None:
-        """The last that had ended below this span, or is its call."""
+        """The last call that had ended below this span, or at it."""
         return _before(self._by_span.get(span_id, ()), position)
 
     def by_response_id(self, response_id: str) -> Call | None:
@@ -73,34 +73,34 @@ class Candidates:
 
 
 Strategy = Callable[[Reward, Candidates], Call | None]
-"""The call that a reward belongs to; None if this strategy knows of none."""
+"""The call that a reward belongs to, or None."""
 
 
 def nearest(reward: Reward, calls: Candidates) -> Call | None:
-    """The latest call that had ended when the reward was given."""
+    """The latest call that had ended when the reward was emitted."""
     return calls.latest_before(reward.position)
 
 
 def by_agent(reward: Reward, calls: Candidates) -> Call | None:
-    """The latest call of the agent that gave the reward, or around whose work it was given."""
+    """The latest call of the agent whose work the reward was emitted in."""
     agent = calls.tree.agent(reward.span)
     return None if agent is None else calls.latest_of_agent(agent, reward.position)
 
 
 def by_span(reward: Reward, calls: Candidates) -> Call | None:
-    """The latest call within the smallest span around the reward that has any."""
+    """The latest call within the smallest span around the reward that has one."""
     within = (calls.latest_within(span_id, reward.position) for span_id in calls.tree.enclosing(reward.span))
     return next((call for call in within if call is not None), None)
 
 
 def final(_reward: Reward, calls: Candidates) -> Call | None:
-    """The attempt's last call, whenever the reward was given."""
+    """The attempt's last call, whenever the reward was emitted."""
     return calls.calls[-1] if calls.calls else None
 
 
 def link(reward: Reward, calls: Candidates) -> Call | None:
-    """The call it was given to by name (``emit_reward(…, for_call=response_id)``). Such a reward goes there whichever
-    the strategy is; with this one, no other reward goes anywhere."""
+    """The call that the agent named (``emit_reward(…, for_call=response_id)``). Such a reward goes there with every
+    strategy; with this one, other rewards match no call."""
     return None if reward.link is None else calls.by_response_id(reward.link)
 
 
@@ -125,7 +125,7 @@ def rewards_of(spans: Sequence[Span]) -> list[Reward]:
 
 
 def match(reward: Reward, calls: Candidates, strategies: Sequence[Strategy]) -> tuple[Call | None, str | None]:
-    """The reward's call; or None, and why."""
+    """The reward's call, or None and the reason."""
     if reward.link is not None:
         call = link(reward, calls)
         return call, None if call else f"no call that is trained on has the response id {reward.link!r}"
@@ -136,7 +136,7 @@ def match(reward: Reward, calls: Candidates, strategies: Sequence[Strategy]) -> 
 
 
 def anomaly(reward: Reward, rules: TripletRules) -> str | None:
-    """Why it can't be a measure of anything; None if it can."""
+    """Why the reward's value is unusable, or None."""
     if not math.isfinite(reward.value):
         return f"reward {reward.name!r} is {reward.value}"
     if rules.reward_range is not None:
@@ -147,7 +147,7 @@ def anomaly(reward: Reward, rules: TripletRules) -> str | None:
 
 
 def earned(rewards: Sequence[Reward], rules: TripletRules) -> float | None:
-    """What a call's rewards make together, weighted, aggregated, scaled and clipped; None if none counts."""
+    """A call's rewards weighted, aggregated, scaled and clipped; None without rewards."""
     values = [reward.value * (rules.weights[reward.name] if rules.weights else 1.0) for reward in rewards]
     if not values:
         return None
@@ -159,11 +159,11 @@ def earned(rewards: Sequence[Reward], rules: TripletRules) -> float | None:
 
 
 def credited(rewards: Sequence[float | None], rules: TripletRules) -> list[float | None]:
-    """What each call of an attempt is credited with, given what each has earned, in log order.
+    """The credit of each call of an attempt, given what each has earned, in log order.
 
-    ``final``: a call that earned nothing of its own gets what the last rewarded one did. ``discounted``: each gets
+    ``final``: a call without rewards of its own gets the credit of the last rewarded call. ``discounted``: each gets
     its return, G(t) = r(t) + discount · G(t+1), where no reward is 0 (Sutton and Barto, Reinforcement Learning, 3.9).
-    An attempt without any reward stays so.
+    An attempt without any reward stays without.
     """
     given = [reward for reward in rewards if reward is not None]
     if not given or rules.credit == "none":

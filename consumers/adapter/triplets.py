@@ -1,7 +1,7 @@
 """Spans → triplets: the pure part of the adapter, which a user's own function may replace.
 
-docs/triplets.md shows the steps in a picture. Each of them has a file: `calls` (each call once), `call_rules` (which
-take part, which may be learnt from), `rewards` (what they earn). Here they are put together.
+docs/triplets.md has a picture of the steps. Each has a file: `calls` (each call once), `call_rules` (which take part,
+which can be trained on), `rewards` (what they earn). This module combines them.
 """
 
 import math
@@ -32,8 +32,8 @@ from millstream.schemas.wire.records import RolloutTask, Span, Triplet
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One attempt as the log holds it: its task and its spans *in log order*, in the names of `semconv` whatever
-    tracing library wrote them."""
+    """One attempt in the log: its task and its spans *in log order*, with the names of `semconv` whichever tracing
+    library wrote them."""
 
     task: RolloutTask
     attempt_id: str
@@ -44,12 +44,12 @@ class Trace:
 
 
 ToTriplets = Callable[[Trace], Sequence[Triplet]]
-"""A custom adapter: from a trace to triplets, by turn. It must be deterministic and do no I/O."""
+"""A custom adapter: from a trace to triplets, by turn. It must be deterministic, without I/O."""
 
 
 @dataclass(slots=True)
 class Verdict:
-    """What becomes of a call: ``reason`` says why it is not trained on; ``reward`` is what it is credited with."""
+    """What becomes of a call. ``reason``: why it is not trained on. ``reward``: its credit."""
 
     call: Call
     selected: bool = True
@@ -60,8 +60,8 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Every call and every reward of a trace, each once: a reward lies in one verdict, or among those ``left_out``
-    with the reason."""
+    """Every call and every reward of a trace, each once. A reward is in one verdict, or ``left_out`` with the
+    reason."""
 
     verdicts: list[Verdict]
     left_out: list[tuple[Reward, str]]
@@ -78,8 +78,8 @@ class Explanation:
 class TripletMaker:
     """The adapter's own function from traces to triplets: one for each LLM call, in log order.
 
-    What ``rules`` name as ``module:attribute`` is looked for from the current folder. Raises `ConfigError` if it isn't
-    found there. ``calls_dropped`` and ``rewards_left_out`` count what it has not used since it was made.
+    A ``module:attribute`` in ``rules`` is imported from the current folder. Raises `ConfigError` if that fails.
+    ``calls_dropped`` and ``rewards_left_out`` count what it has not used so far.
     """
 
     def __init__(self, rules: TripletRules | None = None) -> None:
@@ -103,8 +103,8 @@ class TripletMaker:
     def explain(self, trace: Trace) -> Explanation:
         """What becomes of each call and each reward, and why.
 
-        A reward goes to a call that takes part, learnt from or not: what an empty answer earned is not its
-        predecessor's. One that can't be right makes its call useless: what that earned is not known.
+        A reward goes to a call that takes part, trained on or not: what an empty answer earned is not its
+        predecessor's. An unusable reward makes its call unusable: what it earned is unknown.
         """
         rules, tree = self.rules, SpanTree(trace.spans)
         repeated = repeats(rules)
@@ -143,19 +143,19 @@ _default = TripletMaker()
 
 
 def to_triplets(trace: Trace) -> list[Triplet]:
-    """With the default rules: one triplet for each LLM call, in log order. The deployment's rules are those of
-    ``TripletMaker(settings.triplets)``."""
+    """One triplet for each LLM call, in log order, by the default rules. ``TripletMaker(settings.triplets)`` has the
+    deployment's rules."""
     return _default(trace)
 
 
 def total_reward(spans: Sequence[Span]) -> float | None:
-    """Sum of all finite rewards an attempt emitted; None if it emitted none."""
+    """Sum of all finite rewards of an attempt; None without rewards."""
     given = [span.reward for span in spans if span.reward is not None and math.isfinite(span.reward)]
     return sum(given) if given else None
 
 
 def trained_version(triplets: Sequence[Triplet]) -> str | None:
-    """The model version of the trainable calls; ``mixed`` if they differ."""
+    """The model version of the trainable calls, ``mixed`` if they differ."""
     versions = {t.model_version for t in triplets if t.trainable}
     return versions.pop() if len(versions) == 1 else "mixed" if versions else None
 

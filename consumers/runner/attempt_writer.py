@@ -41,14 +41,14 @@ class _Waiting(NamedTuple):
 
 
 class AttemptWriter:
-    """``started``, ``content``, ``span``, ``save_state`` and ``calling`` may be called from any thread, the rest on
-    one event loop."""
+    """Call ``started``, ``content``, ``span``, ``save_state`` and ``calling`` from any thread, the rest on one event
+    loop."""
 
     def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str, blobs: Blobs) -> None:
         self.claim = claim
-        self.verdict: Outcome | None = None  # what the runner has decided; overrules what the agent's side says
-        self.proxy_url = self.proxy_key = ""  # where its model calls go
-        self.last_acknowledged = time.monotonic()  # when the youngest acknowledged sign of life was sent
+        self.verdict: Outcome | None = None  # the runner's decision; it overrules the agent's side
+        self.proxy_url = self.proxy_key = ""  # of its model calls
+        self.last_acknowledged = time.monotonic()  # when the last acknowledged heartbeat was sent
         self._last_sign = self.last_acknowledged
         self._calling = False
         self._spans = Acks(producer)
@@ -56,12 +56,12 @@ class AttemptWriter:
         self._producer = producer
         self._topics = topics
         self._worker_id = worker_id
-        self._refused: Outcome | None = None  # a span could not be written
+        self._refused: Outcome | None = None  # set if a span could not be written
         self._blobs = blobs
-        self._contents: dict[str, Future[None]] = {}  # by digest: those the agent's side has handed over
-        self._waiting: deque[_Waiting] = deque()  # spans behind one whose contents are not stored yet
+        self._contents: dict[str, Future[None]] = {}  # by digest: received from the agent's side
+        self._waiting: deque[_Waiting] = deque()  # spans whose contents, or whose predecessors', are not stored yet
         self._order = threading.RLock()  # of spans
-        self._lock = threading.Lock()  # the terminal event counts the spans before it: nothing comes between
+        self._lock = threading.Lock()  # the terminal event counts the spans before it: no span in between
 
     @cached_property
     def outcome(self) -> "asyncio.Future[Outcome]":
@@ -74,8 +74,8 @@ class AttemptWriter:
 
     @property
     def spans(self) -> int:
-        """Taken so far."""
-        with self._order:  # not while one is neither here nor there
+        """Received so far."""
+        with self._order:  # not while a span moves from waiting to sent
             return self._spans.sent + len(self._waiting)
 
     @property
@@ -85,16 +85,16 @@ class AttemptWriter:
 
     @property
     def pending_bytes(self) -> int:
-        """Of contents not stored yet, whichever attempt they are of."""
+        """Of contents not stored yet, of all attempts of this process."""
         return self._blobs.pending_bytes
 
     @property
     def silent_s(self) -> float:
-        """How long the agent has done nothing that we know of: no span, no state, no model call under way."""
+        """How long the agent has shown no activity: no span, no state, no model call in progress."""
         return 0.0 if self._calling else time.monotonic() - self._last_sign
 
     def calling(self, calling: bool) -> None:
-        """A model is being called; or none is any more."""
+        """A model call begins, or the last one has ended."""
         self._calling, self._last_sign = calling, time.monotonic()
 
     def started(self) -> None:
@@ -103,7 +103,7 @@ class AttemptWriter:
         self.heartbeat()
 
     def heartbeat(self) -> None:
-        """Repeats ``running``; how long ago one was acknowledged is in ``last_acknowledged``."""
+        """Repeats ``running``. Its acknowledgement updates ``last_acknowledged``."""
         sent_at = time.monotonic()
 
         def on_ack(error: Exception | None, offset: int) -> None:
@@ -122,21 +122,20 @@ class AttemptWriter:
             logger.warning("%s: heartbeat not sent: %s", self.name, error)
 
     def content(self, digest: str, content: bytes) -> None:
-        """A long content that spans will refer to; it is stored in the background."""
+        """A long content that spans will refer to. It is stored in the background."""
         self._last_sign = time.monotonic()
         self._contents[digest] = self._blobs.put(digest, content)
 
     def emit(self, span: Span) -> None:
-        """A finished span of this process, with all that is in it."""
+        """A finished span of this process. Long contents are stored apart."""
         span, contents = kept_apart(span)
         for digest, content in contents.items():
             self.content(digest, content)
         self.span(span, span.kind, contents)
 
     def span(self, span: Span | bytes, kind: str, contents: Iterable[str] = ()) -> None:
-        """A finished span, and the digests of the contents it refers to: it is written behind them, and later spans
-        behind it. One that the log does not take, or whose contents can't be stored, fails the attempt; the agent goes
-        on undisturbed."""
+        """A finished span, and the digests of its contents: it is written after them, and later spans after it. If the
+        log refuses it, or its contents can't be stored, the attempt fails once the agent has ended."""
         self._last_sign = time.monotonic()
         with self._order:
             if not contents and not self._waiting:
@@ -149,7 +148,7 @@ class AttemptWriter:
         self._send_waiting()
 
     def _send_waiting(self) -> None:
-        """Sends what no longer has to wait."""
+        """Sends the spans whose contents are stored."""
         with self._order:
             while self._waiting and all(stored.done() for stored in self._waiting[0].needed):
                 waiting = self._waiting.popleft()
@@ -162,7 +161,7 @@ class AttemptWriter:
                     self._send(waiting.span, waiting.kind)
 
     async def _stored(self) -> None:
-        """Until no span waits for contents any more."""
+        """Waits until all spans are sent."""
         with self._order:
             needed = [stored for waiting in self._waiting for stored in waiting.needed]
         if needed:
@@ -184,7 +183,7 @@ class AttemptWriter:
             self._refused = stopped_by(status.LOST, type(error).__name__, f"a span was not written: {error}")
 
     def save_state(self, state: bytes) -> None:
-        """A checkpoint of the agent's own, for the next attempt. Not counted; one that is not stored ends this one."""
+        """The agent's checkpoint, for the next attempt. One that is not written fails this attempt."""
         self._last_sign = time.monotonic()
         try:
             with self._lock:
@@ -197,19 +196,19 @@ class AttemptWriter:
             self._refused = stopped_by(status.LOST, type(error).__name__, f"a state was not written: {error}")
 
     def refuse(self, error_type: str, message: str, what: str = "a span") -> None:
-        """Something can't be recorded: the attempt fails by it, since training on a hole would be worse."""
+        """Something can't be recorded, so the attempt fails: training on an incomplete trace would be worse."""
         self._refused = stopped_by(status.FAILED, error_type, f"{what} can't be recorded: {message}")
 
     def end(self, outcome: Outcome) -> None:
-        """The agent's side is over; only the first time counts."""
+        """The agent's side has ended. Only the first call counts."""
         if not self.outcome.done():
             self.outcome.set_result(outcome)
 
     async def finish(self, outcome: Outcome, proxy_spans: int | None) -> Outcome:
-        """Waits until every span is acknowledged, writes the terminal event behind them and waits for that, too.
-        Returns what was written. ``proxy_spans``: how many the proxy has written, None without one.
+        """Waits until every span is acknowledged, then writes the terminal event and waits for that.
+        Returns the final outcome. ``proxy_spans``: how many the proxy has written, None without one.
 
-        Raises `LogError` if the terminal event was not taken: the attempt's lease then ends it.
+        Raises `LogError` if the terminal event was not written: the attempt then ends with its lease.
         """
         await self._stored()
         outcome = self._refused or self._verdict_over(outcome)
@@ -239,7 +238,7 @@ class AttemptWriter:
     def _verdict_over(self, outcome: Outcome) -> Outcome:
         if self.verdict is None:
             return outcome
-        if self.verdict.error is not None and outcome.error is not None:  # where the agent was at that time
+        if self.verdict.error is not None and outcome.error is not None:  # where the agent was then
             return replace(self.verdict, error=replace(self.verdict.error, stack=outcome.error.stack))
         return self.verdict
 
@@ -267,7 +266,7 @@ class AttemptWriter:
         )
 
     def _dead_letter(self, error: str) -> None:
-        """The dead letter of a record too large for any topic: all but its body."""
+        """Writes the dead letter of a span too large for any topic, without its body."""
         key = self.claim.task.rollout_id
         letter = DeadLetter(
             topic=self._topics.events,

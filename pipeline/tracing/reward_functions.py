@@ -1,4 +1,4 @@
-"""A tracer's reward functions: called with what the agent returned, within its attempt."""
+"""A tracer's reward functions: called with the agent's result, within its attempt."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -12,12 +12,12 @@ from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.emit import emit_reward
 from millstream.schemas.wire.records import Span
 
-PARAMETERS = ("rollout", "spans")  # that a reward function may have behind the result
+PARAMETERS = ("rollout", "spans")  # that a reward function may have after the result
 
 
 @dataclass(slots=True)
 class Seen:
-    """What an attempt has come to so far."""
+    """What an attempt has done so far."""
 
     spans: list[Span] = field(default_factory=list)  # made in this process
     result: Any = None
@@ -25,7 +25,7 @@ class Seen:
 
 
 class RewardFunctions:
-    """Reward functions, in the order in which they were added, for any number of attempts at once."""
+    """Reward functions in the order of their addition, for any number of attempts at once."""
 
     def __init__(self) -> None:
         self._functions: list[tuple[Callable[..., Any], tuple[str, ...]]] = []
@@ -38,7 +38,7 @@ class RewardFunctions:
         self._functions.append((function, optional_parameters(function, PARAMETERS)))
 
     def watch(self, attempt: AttemptContext | None) -> Seen:
-        """From now on, keeps the attempt's spans."""
+        """Collects the attempt's spans from now on."""
         if attempt is None:
             return Seen()
         seen = self._seen.get(attempt)
@@ -48,7 +48,7 @@ class RewardFunctions:
         return seen
 
     def reward(self, attempt: AttemptContext | None, result: Any) -> None:
-        """Emits what the functions make of the result; whatever one of them raises is raised."""
+        """Emits the functions' rewards for the result. Raises what a function raises."""
         for name, answer in self._answers(attempt, result):
             _emit(name, run_blocking(answer) if inspect.isawaitable(answer) else answer)
 

@@ -1,17 +1,17 @@
-"""One rollout without a runner: what its code does is recorded as an attempt, and can be looked at when it is over."""
+"""One rollout without a runner: its body is recorded as an attempt, and can be inspected afterwards."""
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
+from millstream.consumers.adapter.read_trace import read_attempts
 from millstream.consumers.adapter.rewards import Reward, rewards_of
 from millstream.consumers.adapter.triplets import Trace, TripletMaker
 from millstream.consumers.log.port import Log
-from millstream.consumers.log.read_to_end import read_to_end
 from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.claims import Claim, preparing
 from millstream.consumers.runner.outcome import Outcome, raised, returned, stopped_by
@@ -26,19 +26,18 @@ from millstream.schemas.config.settings import Settings
 from millstream.schemas.control import Resources
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.ids import new_id
-from millstream.schemas.wire import codec, status
-from millstream.schemas.wire.log import KIND_HEADER, Partition
-from millstream.schemas.wire.records import AttemptEvent, RolloutTask, Span, Triplet
-from millstream.schemas.wire.topics import partition_of
+from millstream.schemas.wire import status
+from millstream.schemas.wire.log import KIND_HEADER
+from millstream.schemas.wire.records import RolloutTask, Span, Triplet
 
 logger = logging.getLogger(__name__)
 
 
 class TracedRollout:
-    """A rollout of `Tracer.trace`: entered once, by ``with``, or by ``async with`` where the event loop must not wait.
+    """A rollout of `Tracer.trace`. Enter it once, by ``with``, or by ``async with`` if the event loop must not wait.
 
-    An exception ends it as failed and goes on its way. When it has been left, ``status`` says how it ended, and
-    ``spans`` are all that the log holds of it, in its order, the proxy's among them.
+    An exception ends it as failed and propagates. After it has been left, ``status`` is how it ended, and ``spans`` are
+    all its spans in the log's order, the proxy's among them.
     """
 
     def __init__(
@@ -47,16 +46,16 @@ class TracedRollout:
         log: Log,
         settings: Settings,
         process: ProcessTracer,
-        completions: RewardFunctions,
+        reward_functions: RewardFunctions,
         proxy_url: str = "",
     ) -> None:
-        # Nobody beats for it: its lease is its time limit.
+        # It has no heartbeats, so its lease is its time limit.
         task = replace(task, lease_s=max(task.lease_s, task.timeout_s))
         self.status = ""
         self._log = log
         self._settings = settings
         self._process = process
-        self._completions = completions
+        self._reward_functions = reward_functions
         self._proxy_url = proxy_url
         self._proxies = Proxies([proxy_url] if proxy_url else [], settings.proxy_secret.get_secret_value())
         self._claim = Claim(task, new_id(), Resources(resources_id="", experiment_id=task.experiment_id, items={}))
@@ -76,17 +75,17 @@ class TracedRollout:
             proxy_url=proxy_url,
             proxy_key=self._proxies.key(self._claim) if proxy_url else "",
         )
-        self._seen = completions.watch(self._attempt)
+        self._seen = reward_functions.watch(self._attempt)
         self.spans: Sequence[Span] = self._seen.spans
 
     @property
     def rollout(self) -> RolloutInfo:
-        """What an agent is told of it."""
+        """The ``rollout`` argument of agents."""
         return self._attempt.rollout
 
     @property
     def result(self) -> Any:
-        """What the agent returned. A body that does not call the tracer may set it: the reward functions are then
+        """What the agent returned. A body that does not call the tracer may set it; the reward functions are then
         called at the end."""
         return self._seen.result
 
@@ -96,12 +95,12 @@ class TracedRollout:
 
     @property
     def rewards(self) -> list[Reward]:
-        """With ``name`` and ``value``, in the order in which they were given."""
+        """With ``name`` and ``value``, in the order in which they were emitted."""
         return rewards_of(self.spans)
 
     @property
     def triplets(self) -> list[Triplet]:
-        """By the settings' rules, one for each model call; ``reason`` says why one is not trainable."""
+        """One for each model call, by the settings' rules; ``reason`` is why one is not trainable."""
         return TripletMaker(self._settings.triplets)(Trace(self._claim.task, self._claim.attempt_id, self.spans))
 
     def __enter__(self) -> "TracedRollout":
@@ -129,7 +128,7 @@ class TracedRollout:
             with self._recorded():
                 yield
                 if self._reward_is_due():
-                    self._completions.reward(self._attempt, self.result)
+                    self._reward_functions.reward(self._attempt, self.result)
         finally:
             run_blocking(self._finish())
 
@@ -140,13 +139,13 @@ class TracedRollout:
             with self._recorded():
                 yield
                 if self._reward_is_due():
-                    await self._completions.reward_async(self._attempt, self.result)
+                    await self._reward_functions.reward_async(self._attempt, self.result)
         finally:
             await self._finish()
 
     def _begin(self) -> None:
         if self._entered:
-            raise MillstreamError("a trace is entered once; Tracer.trace makes another")
+            raise MillstreamError("a trace can be entered only once; call Tracer.trace for another")
         self._entered = True
         claim, topics = self._claim, self._settings.topics
 
@@ -164,7 +163,7 @@ class TracedRollout:
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
-        """Its body is the attempt, as in a runner."""
+        """Its body runs as the attempt, as in a runner."""
         try:
             with self._process.attempt(self._attempt):
                 yield
@@ -174,18 +173,18 @@ class TracedRollout:
             raise
 
     def _reward_is_due(self) -> bool:
-        if self._seen.rewarded or not self._completions:
+        if self._seen.rewarded or not self._reward_functions:
             return False
         if self.result is None:
             logger.warning(
-                "%s: the reward functions have nothing to judge: call the tracer in place of the agent, or set the "
+                "%s: there is no result for the reward functions: call the tracer instead of the agent, or set the "
                 "trace's result",
                 self._writer.name,
             )
         return self.result is not None
 
     async def _finish(self) -> None:
-        """Writes its end behind everything else, and reads all of it. Raises `LogError` if the log does not take it."""
+        """Writes the attempt's end after everything else, and reads its spans. Raises `LogError` if the log fails."""
         outcome, proxy_spans = replace(self._outcome, spans=self._writer.spans), None
         if self._proxy_url:
             try:
@@ -195,7 +194,8 @@ class TracedRollout:
                 outcome = stopped_by(status.LOST, "proxy", str(error))
         try:
             final = await self._writer.finish(outcome, proxy_spans)
-            self.spans = await self._read()
+            logged, _ = await read_attempts(self._log, self._settings.topics, self._claim.task.rollout_id, self._start)
+            self.spans = logged[self._claim.attempt_id].spans
         finally:
             await asyncio.to_thread(self._producer.close)
             self._blobs.close()
@@ -203,21 +203,3 @@ class TracedRollout:
         self.status = final.status
         if final.error is not None and final.status != self._outcome.status:  # else the caller has the exception
             logger.warning("%s: %s, %s: %s", self._writer.name, final.status, final.error.type, final.error.message)
-
-    async def _read(self) -> list[Span]:
-        """The attempt's spans between its claim and its end."""
-        topics, rollout_id = self._settings.topics, self._claim.task.rollout_id
-        partition = Partition(topics.events, partition_of(rollout_id, topics.partitions))
-        spans: list[Span] = []
-        async with aclosing(read_to_end(self._log, [partition], {partition: self._start})) as records:
-            async for record in records:
-                if record.key != rollout_id:
-                    continue
-                value = codec.decode(record.value)
-                if not isinstance(value, Span | AttemptEvent) or value.attempt_id != self._claim.attempt_id:
-                    continue
-                if isinstance(value, Span):
-                    spans.append(value)
-                elif value.status in status.TERMINAL:
-                    break
-        return spans

@@ -75,7 +75,7 @@ def test_a_trace_without_a_runner(tracer: ms.Tracer) -> None:
     with tracer.trace(GIVEN) as trace:
         assert run(tracer, trace.rollout.input) == "NO"
     assert (trace.result, trace.status) == ("NO", "succeeded")
-    with pytest.raises(MillstreamError, match="entered once"), trace:
+    with pytest.raises(MillstreamError, match="entered only once"), trace:
         pass
     assert [(r.name, r.value) for r in trace.rewards] == REWARDS
     assert [s.name for s in trace.spans] == [
@@ -175,7 +175,7 @@ def test_a_result_given_by_hand_is_judged_at_the_end_and_none_is_a_warning(
         pass
     assert (trace.rewards, trace.status) == ([], "succeeded")
     (warning,) = [r.message for r in caplog.records]
-    assert "the reward functions have nothing to judge" in warning
+    assert "there is no result for the reward functions" in warning
 
 
 def test_a_number_that_is_returned_is_the_reward_as_in_a_runner() -> None:
@@ -262,5 +262,5 @@ async def test_a_trainer_in_a_notebook(tracer: ms.Tracer, tmp_path: Any) -> None
 
 
 def test_what_is_no_agent_is_refused() -> None:
-    with pytest.raises(ConfigError, match="a tracer needs an agent that can be called, not 'm:agent'"):
+    with pytest.raises(ConfigError, match="a tracer needs a callable agent, not 'm:agent'"):
         ms.Tracer("m:agent")  # type: ignore[arg-type]
