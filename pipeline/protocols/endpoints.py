@@ -4,8 +4,9 @@ A server that speaks the client's protocol is asked in it. Other servers, and ev
 endpoints give), are asked for a chat completion, which is translated for the client.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Final, Protocol
+from typing import Any, Final, Protocol
 
 from millstream.pipeline.protocols import anthropic, openai, responses
 from millstream.pipeline.protocols.answers import (
@@ -37,112 +38,59 @@ class Writer(Protocol):
     def error(self, message: str) -> bytes: ...
 
 
+@dataclass(frozen=True, kw_only=True)
 class Endpoint:
-    """One path that clients may ask."""
+    """One path that clients may ask. ``native`` are the kinds of servers that have it; with ``to_chat`` others can be
+    asked for a chat completion instead."""
 
-    path: ClassVar[str]
-    operation: ClassVar[str] = "chat"  # gen_ai.operation.name
-    native: ClassVar[frozenset[str]]  # kinds of servers that have it
-    translated: ClassVar[bool] = False  # whether other servers can be asked for a chat completion instead
-
-    def reader(self, asked: Json) -> Reader:
-        """Reads the answer of a server that has this endpoint."""
-        raise NotImplementedError
-
-    def messages(self, asked: Json) -> list[Any]:
-        """The prompt as OpenAI messages."""
-        raise NotImplementedError
-
-    def to_chat(self, asked: Json) -> Json:
-        """The chat completion to ask for instead. Raises `BadRequest`."""
-        raise NotImplementedError
-
-    def writer(self, asked: Json) -> Writer:
-        """Translates that chat completion."""
-        raise NotImplementedError
-
-    def error_body(self, message: str, http_status: int) -> Json:
-        return openai.error_body(message, http_status)
+    path: str
+    operation: str = "chat"  # gen_ai.operation.name
+    native: frozenset[str]
+    reader: Callable[[Json], Reader]  # of a native server's answer
+    messages: Callable[[Json], list[Any]]  # the prompt as OpenAI messages
+    to_chat: Callable[[Json], Json] | None = None
+    writer: Callable[[Json], Writer] | None = None  # translates the chat completion
+    error_body: Callable[[str, int], Json] = openai.error_body
 
 
-class Chat(Endpoint):
-    path = "/v1/chat/completions"
-    native = frozenset({"vllm", "openai", "anthropic"})
-
-    def reader(self, asked: Json) -> Reader:
-        return ChatReader(choices_asked(asked))
-
-    def messages(self, asked: Json) -> list[Any]:
-        return asked.get("messages") or []
-
-
-class Completions(Endpoint):
-    path = "/v1/completions"
-    operation = "text_completion"
-    native = frozenset({"vllm", "openai"})
-
-    def reader(self, asked: Json) -> Reader:
-        return ChatReader(choices_asked(asked), text=True)
-
-    def messages(self, asked: Json) -> list[Any]:
-        return openai.prompt_messages(asked)
-
-
-class Responses(Endpoint):
-    path = "/v1/responses"
-    native = frozenset({"openai"})
-    translated = True
-
-    def reader(self, asked: Json) -> Reader:
-        return ResponsesReader()
-
-    def messages(self, asked: Json) -> list[Any]:
-        return responses.to_messages(asked)
-
-    def to_chat(self, asked: Json) -> Json:
-        return responses.to_chat(asked)
-
-    def writer(self, asked: Json) -> Writer:
-        return responses.ResponsesWriter(asked)
-
-
-class Messages(Endpoint):
-    path = "/v1/messages"
-    native = frozenset({"anthropic"})
-    translated = True
-
-    def reader(self, asked: Json) -> Reader:
-        return AnthropicReader()
-
-    def messages(self, asked: Json) -> list[Any]:
-        return anthropic.to_messages(asked)
-
-    def to_chat(self, asked: Json) -> Json:
-        return anthropic.to_chat(asked)
-
-    def writer(self, asked: Json) -> Writer:
-        return anthropic.AnthropicWriter(asked)
-
-    def error_body(self, message: str, http_status: int) -> Json:
-        return anthropic.error_body(message, http_status)
-
-
-class Embeddings(Endpoint):
-    path = "/v1/embeddings"
-    operation = "embeddings"
-    native = frozenset({"vllm", "openai"})
-
-    def reader(self, asked: Json) -> Reader:
-        return UsageReader()
-
-    def messages(self, asked: Json) -> list[Any]:
-        return []
-
-
-CHAT: Final = Chat()
-COMPLETIONS: Final = Completions()
-EMBEDDINGS: Final = Embeddings()
-ENDPOINTS: Final = {each.path: each for each in (CHAT, COMPLETIONS, Responses(), Messages(), EMBEDDINGS)}
+CHAT: Final = Endpoint(
+    path="/v1/chat/completions",
+    native=frozenset({"vllm", "openai", "anthropic"}),
+    reader=lambda asked: ChatReader(choices_asked(asked)),
+    messages=lambda asked: asked.get("messages") or [],
+)
+COMPLETIONS: Final = Endpoint(
+    path="/v1/completions",
+    operation="text_completion",
+    native=frozenset({"vllm", "openai"}),
+    reader=lambda asked: ChatReader(choices_asked(asked), text=True),
+    messages=openai.prompt_messages,
+)
+RESPONSES: Final = Endpoint(
+    path="/v1/responses",
+    native=frozenset({"openai"}),
+    reader=lambda _asked: ResponsesReader(),
+    messages=responses.to_messages,
+    to_chat=responses.to_chat,
+    writer=responses.ResponsesWriter,
+)
+MESSAGES: Final = Endpoint(
+    path="/v1/messages",
+    native=frozenset({"anthropic"}),
+    reader=lambda _asked: AnthropicReader(),
+    messages=anthropic.to_messages,
+    to_chat=anthropic.to_chat,
+    writer=anthropic.AnthropicWriter,
+    error_body=anthropic.error_body,
+)
+EMBEDDINGS: Final = Endpoint(
+    path="/v1/embeddings",
+    operation="embeddings",
+    native=frozenset({"vllm", "openai"}),
+    reader=lambda _asked: UsageReader(),
+    messages=lambda _asked: [],
+)
+ENDPOINTS: Final = {each.path: each for each in (CHAT, COMPLETIONS, RESPONSES, MESSAGES, EMBEDDINGS)}
 
 
 @dataclass(slots=True)
@@ -167,7 +115,7 @@ class Plan:
 
     def writer(self) -> Writer | None:
         """None if the client gets the server's bytes."""
-        if self.served_by is not self.endpoint:
+        if self.served_by is not self.endpoint and self.endpoint.writer is not None:
             return self.endpoint.writer(self.client_asked)
         return Stripped(self.client_asked) if self.policy else None
 
@@ -184,11 +132,11 @@ def plan(endpoint: Endpoint, asked: Json, kind: str) -> Plan:
 
 
 def _plan(endpoint: Endpoint, asked: Json, kind: str) -> Plan:
-    translated = kind not in endpoint.native
-    if translated and not endpoint.translated:
-        raise BadRequest(f"the server of model {asked.get('model')!r} has no {endpoint.path}")
-    chat = endpoint.to_chat(asked) if translated else asked
-    served_by = CHAT if translated else endpoint
+    served_by, chat = endpoint, asked
+    if kind not in endpoint.native:
+        if endpoint.to_chat is None:
+            raise BadRequest(f"the server of model {asked.get('model')!r} has no {endpoint.path}")
+        served_by, chat = CHAT, endpoint.to_chat(asked)
     policy, rechunk = kind == "vllm" and served_by is not EMBEDDINGS, False
     request = chat
     if policy:
@@ -197,7 +145,7 @@ def _plan(endpoint: Endpoint, asked: Json, kind: str) -> Plan:
         if rechunk:
             chat = {name: value for name, value in chat.items() if name not in ("stream", "stream_options")}
         request = policy_request(chat, text=served_by is COMPLETIONS)
-    elif translated and chat.get("stream"):
+    elif served_by is not endpoint and chat.get("stream"):
         request = {**chat, "stream_options": {"include_usage": True}}
     return Plan(endpoint, served_by, asked, chat, request, _messages(endpoint, asked), policy, rechunk)
 
