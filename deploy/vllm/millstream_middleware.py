@@ -1,10 +1,10 @@
 """ASGI middleware for vLLM's API server (``--middleware millstream_middleware.Versions``).
 
-It says which weights made each answer, in the header ``x-model-version``: of a whole answer the version of all its
-tokens, or `mixed`; of a stream the version at its start, and ``: x-model-version=VERSION`` where it changes, and before
-its end that of its last token. And it lets nobody but the supervisor, who has the token, at anything but the model.
+It names the weights that made each answer in the header ``x-model-version``: for a whole answer the version of all its
+tokens, or `mixed`; for a stream the version at its start, with comments ``: x-model-version=VERSION`` where it changes
+and, before the end, for its last token. And it opens the endpoints beside the model's to the supervisor's token alone.
 
-It lives in vLLM's environment, where millstream is not installed: nothing of it is imported here.
+It runs in vLLM's environment, where millstream is not installed, and imports nothing of it.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ TOKEN_VARIABLE: Final = "MILLSTREAM_VLLM_TOKEN"  # noqa: S105 - a variable's nam
 TOKEN_HEADER: Final = b"x-millstream-admin"
 VERSION_HEADER: Final = b"x-model-version"
 MIXED: Final = "mixed"
-UNNAMED: Final = "default"  # vLLM's name for weights that nobody has named
+UNNAMED: Final = "default"  # vLLM's name for weights without a version
 PUBLIC: Final = {
     ("POST", "/v1/chat/completions"),
     ("POST", "/v1/completions"),
@@ -36,11 +36,11 @@ DONE: Final = b"data: [DONE]\n\n"
 
 
 class _Answer:
-    """Which weights the tokens of one request came from, in order."""
+    """The versions of the weights that made the tokens of one request, in order."""
 
     def __init__(self, version: str) -> None:
         self.versions: list[str] = []
-        self.adapter = ""  # version of the LoRA adapter that was asked for
+        self.adapter = ""  # version of the requested LoRA adapter
         self._before = version  # when the request came
 
     def whole(self, now: str) -> str:
@@ -55,7 +55,7 @@ _answer: contextvars.ContextVar[_Answer] = contextvars.ContextVar("answer")
 
 
 class Versions:
-    """Wraps vLLM's application."""
+    """The middleware, around vLLM's application."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -81,20 +81,20 @@ class Versions:
             await self._app(scope, receive, self._labelling(send))
 
     async def _supervised(self, scope: Any, receive: Any, send: Any, engine: Any) -> None:
-        """Whatever it was, afterwards the weights may be others."""
+        """Afterwards the weights may be others."""
         await self._app(scope, receive, self._labelling(send))
         self._version = await engine.get_weight_version()
 
     def _labelling(self, send: Any) -> Any:
-        """Puts the versions into an answer on its way out."""
+        """A ``send`` that puts the versions into the answer."""
         answer = _Answer(self._version)
         _answer.set(answer)
-        held: dict[str, Any] | None = None  # the start of a stream, until its first token tells the version
-        streamed = told = False
-        said = ""
+        held: dict[str, Any] | None = None  # the start of a stream, until its first token shows the version
+        streamed = ended = False
+        named = ""  # the version named last
 
         async def out(message: dict[str, Any]) -> None:
-            nonlocal held, streamed, told, said
+            nonlocal held, streamed, ended, named
             if message["type"] == "http.response.start":
                 streamed = dict(message["headers"]).get(b"content-type", b"").startswith(b"text/event-stream")
                 if streamed:
@@ -105,14 +105,14 @@ class Versions:
             if streamed and message["type"] == "http.response.body":
                 if held is not None:
                     start, held = held, None
-                    said = answer.adapter or self._version
-                    await send(_headed(start, said))
-                elif not answer.adapter and said != self._version and not told:
-                    said = self._version  # of what comes: weights change while nothing is made
-                    message = {**message, "body": _label(said) + message.get("body", b"")}
-                body, ends = message.get("body", b""), not message.get("more_body")
-                if not told and (ends or body == DONE or body.endswith(b"\n" + DONE)):
-                    told = True
+                    named = answer.adapter or self._version
+                    await send(_headed(start, named))
+                elif not answer.adapter and named != self._version and not ended:
+                    named = self._version  # of what follows: weights change while no token is made
+                    message = {**message, "body": _label(named) + message.get("body", b"")}
+                body, last = message.get("body", b""), not message.get("more_body")
+                if not ended and (last or body == DONE or body.endswith(b"\n" + DONE)):
+                    ended = True
                     rest = DONE if body.endswith(DONE) else b""
                     label = _label(answer.last(self._version))
                     message = {**message, "body": body[: len(body) - len(rest)] + label + rest}
@@ -122,7 +122,7 @@ class Versions:
 
 
 def _watch(engine: Any) -> None:
-    """Listens to what the engine says of its outputs: their last one names the weights of each token."""
+    """Notes the engine's outputs: the last one of a request names the weights of each token."""
     generate = engine.generate
 
     async def listening(outputs: Any, answer: _Answer | None) -> AsyncIterator[Any]:

@@ -3,7 +3,7 @@
 Importing it registers the weight-transfer engines ``millstream`` (for any device), ``millstream_nccl`` and
 ``millstream_ipc``: vLLM's own, which take files as well. The last two are untested on GPU.
 
-It lives in vLLM's environment, where millstream is not installed: nothing of it is imported here.
+It runs in vLLM's environment, where millstream is not installed, and imports nothing of it.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ class Worker:
     """Methods for ``/collective_rpc``. vLLM mixes it into its worker class."""
 
     def millstream_canary(self) -> str:
-        """Runs the model once, with attention, outside the scheduler: what is paused stays paused. What is wrong: a
-        parameter or a result that is not a number."""
+        """Runs the model once, with attention, outside the scheduler, so that paused requests stay paused. Returns what
+        is wrong: a parameter or a result that is not a number."""
         runner: Any = self.model_runner  # type: ignore[attr-defined]
         for name, parameter in runner.model.named_parameters():
             if not torch.isfinite(parameter).all():
@@ -53,7 +53,7 @@ class _Files:
         try:
             model.load_weights(weights)
         except Exception:
-            for layer in model.modules():  # what has come so far must not count towards the next update
+            for layer in model.modules():  # these tensors must not count towards the next update
                 info = get_layerwise_info(layer)
                 if info.can_load():
                     info.load_numel, info.loaded_weights = 0, []
@@ -76,8 +76,8 @@ class FileEngine(_Files, WeightTransferEngine):  # type: ignore[misc]
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
-            # The output layer multiplies by a copy packed for its kernel. Where it shares the embedding's weights, none
-            # are loaded into it, and nobody packs them anew.
+            # The output layer multiplies by a copy packed for its kernel. If it shares the embedding's weights, none
+            # are loaded into it, so the copy has to be renewed here.
             for layer in self.model.modules():
                 if isinstance(layer, ParallelLMHead):
                     layer.quant_method.process_weights_after_loading(layer)
@@ -86,7 +86,7 @@ class FileEngine(_Files, WeightTransferEngine):  # type: ignore[misc]
         raise NotImplementedError("the update names no files")
 
     def shutdown(self) -> None:
-        """Nothing is open."""
+        """There is nothing to close."""
 
 
 class NcclEngine(_Files, NCCLWeightTransferEngine):  # type: ignore[misc]
@@ -104,7 +104,7 @@ def _read(path: str, sha256: str) -> list[tuple[str, torch.Tensor]]:
         raise ValueError(f"{path} is not a safetensors file below {root}")
     with file.open("rb") as opened:
         if hashlib.file_digest(opened, "sha256").hexdigest() != sha256:
-            raise ValueError(f"{path} does not have the checksum that was said")
+            raise ValueError(f"{path} does not have the announced checksum")
     return sorted(load_file(file).items())
 
 

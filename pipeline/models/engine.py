@@ -1,7 +1,7 @@
 """A small inference engine: chat completions from a torch model in this process, in vLLM's form.
 
-For models that fit a laptop's CPU. While a batch is in work the next one gathers; new weights go live between two
-batches, so every answer is made by exactly one version.
+It is for models that fit a laptop's CPU. Requests gather while a batch is generated. New weights go live between two
+batches, so each answer is made by exactly one version.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ READ = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature
     "return_token_ids",
     "request_id",
 }
-IGNORED = {"user", "metadata", "store"}  # they change nothing about an answer
-# What the engine can't do, unless it is asked for in the one way that means "don't".
+IGNORED = {"user", "metadata", "store"}  # without effect on the answer
+# What the engine does not support, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "n": (1,),
     "stream": (False,),
@@ -56,7 +56,7 @@ class EngineClosed(Exception):
 
 
 class Unsupported(Exception):
-    """A request that this engine can't answer; ``param`` is the field at fault."""
+    """A request that this engine can't answer because of the field ``param``."""
 
     def __init__(self, message: str, param: str | None, code: str = "unsupported_parameter") -> None:
         super().__init__(message)
@@ -96,7 +96,7 @@ class Engine:
         self._random = torch.Generator().manual_seed(seed)
         self._version = version
         self._weights = threading.Lock()  # held for a whole batch
-        self._asking = threading.Lock()  # nothing is queued behind the mark that closes
+        self._asking = threading.Lock()  # no job is queued behind the None that closes
         self._closed = False
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -104,17 +104,17 @@ class Engine:
 
     @property
     def version(self) -> str:
-        """Of the weights that the next batch is made with."""
+        """The version of the weights that make the next batch."""
         return self._version
 
     def load(self, weights: Mapping[str, Tensor], version: str) -> None:
-        """Copies new weights in, between two batches. Raises ValueError if they do not fit; the old ones then stay."""
+        """Copies new weights in, between two batches. Raises ValueError if they do not fit; then the old ones stay."""
         with self._weights:
             copy_weights(self._model, weights)
             self._version = version
 
     async def update(self, weights: Mapping[str, Tensor], version: str) -> None:
-        """`load`, without holding up the event loop while a batch is in work."""
+        """`load`, without blocking the event loop during a batch."""
         await asyncio.to_thread(self.load, weights, version)
 
     async def chat(self, request: Mapping[str, Any]) -> Completion:
@@ -134,7 +134,7 @@ class Engine:
         return await asyncio.wrap_future(job.future)
 
     async def close(self) -> None:
-        """Answers what has been asked, refuses what comes now, stops the thread."""
+        """Answers the requests so far, refuses further ones, stops the thread."""
         with self._asking:
             if not self._closed:
                 self._closed = True
@@ -161,7 +161,7 @@ class Engine:
         stop = request.get("stop", [])
         stop = [stop] if isinstance(stop, str) else stop
         if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-            raise Unsupported("stop has to be a text, or a list of texts", "stop", "invalid_value")
+            raise Unsupported("stop must be a text or a list of texts", "stop", "invalid_value")
         random = None
         if "seed" in request:
             random = torch.Generator().manual_seed(_number(request, "seed", 0, int))
@@ -180,7 +180,7 @@ class Engine:
     def render(self, messages: Any) -> list[int]:
         """The token ids of a prompt. Raises `Unsupported`."""
         if not isinstance(messages, list) or not messages:
-            raise Unsupported("messages has to be a list of at least one message", "messages", "invalid_value")
+            raise Unsupported("messages must be a list of at least one message", "messages", "invalid_value")
         plain = []
         for i, message in enumerate(messages):
             text = _text(message.get("content")) if isinstance(message, dict) else None
@@ -219,7 +219,7 @@ class Engine:
         return jobs
 
     def _generate(self, jobs: Sequence[_Job]) -> None:
-        """Samples until every job of the batch is finished; a finished row idles along."""
+        """Samples until every job of the batch is finished; finished rows are computed and ignored."""
         inputs = left_pad([job.prompt for job in jobs])
         longest = max(job.limit for job in jobs)
         cache = None
@@ -245,7 +245,7 @@ class Engine:
             if job.random is not None:
                 noise[i].exponential_(generator=job.random)
             if job.temperature == 0:
-                noise[i] = 1.0  # whose logarithm is 0
+                noise[i] = 1.0  # its logarithm is 0
         temperatures = torch.tensor([job.temperature or 1.0 for job in jobs])
         scores = logprobs / temperatures[:, None] - noise.clamp(min=1e-30).log()
         tokens = scores.argmax(dim=-1)
@@ -301,7 +301,7 @@ class Engine:
 
 
 def _text(content: Any) -> str | None:
-    """A message's content as text: given as such, or in text parts. None if it is anything else."""
+    """A message's content, given as text or in text parts. None if it is anything else."""
     parts = content if isinstance(content, list) else [{"text": content}]
     texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
     found = [text for text in texts if isinstance(text, str)]
@@ -315,12 +315,12 @@ def _number(
     fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
     if not fits or (least is not None and not value >= least):
         limit = "" if least is None else f" of at least {least:g}"
-        raise Unsupported(f"{key} has to be a {kind.__name__}{limit}, not {value!r}", key, "invalid_value")
+        raise Unsupported(f"{key} must be a {kind.__name__}{limit}, not {value!r}", key, "invalid_value")
     return value
 
 
 def _settle(job: _Job, result: Completion | Exception) -> None:
-    """Hands the result over; whoever asked may have gone."""
+    """Hands the result over, unless the request was cancelled."""
     if job.future.set_running_or_notify_cancel():
         if isinstance(result, Completion):
             job.future.set_result(result)

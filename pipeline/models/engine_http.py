@@ -1,4 +1,4 @@
-"""The engine over HTTP, as a model server that speaks OpenAI's chat completions in vLLM's form."""
+"""Serves the engine over HTTP, with OpenAI's chat completions in vLLM's form."""
 
 import json
 from typing import Any
@@ -71,7 +71,7 @@ async def _body(request: web.Request) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         raise _refused(f"the body is not JSON: {error}") from error
     if not isinstance(body, dict):
-        raise _refused("the body has to be a JSON object")
+        raise _refused("the body must be a JSON object")
     return body
 
 

@@ -1,4 +1,4 @@
-"""The torch policy: loaded and batched in one way by the engine that samples and the algorithm that learns."""
+"""The torch policy, loaded and batched in the same way by the engine that samples and the algorithm that trains."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,19 +15,19 @@ from millstream.schemas.errors import ConfigError
 def load_model(folder: str | Path) -> Any:
     """The causal language model of a Hugging Face folder, in float32. Raises `ConfigError` naming the folder."""
     _check(folder, "config.json")
-    disable_progress_bar()  # type: ignore[no-untyped-call]  # a run has a view of its own
+    disable_progress_bar()  # type: ignore[no-untyped-call]  # a run shows its own progress
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
 
 
 def load_tokenizer(folder: str | Path) -> Any:
     """The folder's tokenizer, exactly as its ``tokenizer.json`` says.
 
-    Not by ``AutoTokenizer``: before transformers 5.16 it takes any tokenizer beside a Qwen2 for Qwen's own.
+    Not by ``AutoTokenizer``: before transformers 5.16 it replaces any tokenizer beside a Qwen2 model by Qwen's own.
     """
     _check(folder, "tokenizer.json")
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
     if not tokenizer.chat_template:
-        raise ConfigError(f"model folder {folder}: its tokenizer has no chat template, so it can't render messages")
+        raise ConfigError(f"model folder {folder}: its tokenizer has no chat template and can't render messages")
     return tokenizer
 
 
@@ -37,7 +37,7 @@ def _check(folder: str | Path, name: str) -> None:
 
 
 def one_thread() -> None:
-    """Small models run ten times faster when torch's threads do not fight over a few cores."""
+    """Small models run ten times faster if torch's threads do not compete for a few cores."""
     torch.set_num_threads(1)
 
 
@@ -59,7 +59,7 @@ def parameters(model: Any) -> dict[str, Tensor]:
 
 
 def copy_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Overwrites the model's weights. Raises ValueError, before anything is changed, if names or shapes differ."""
+    """Overwrites the model's weights. Raises ValueError, without changing any, if names or shapes differ."""
     own = parameters(model)
     wrong = _listed(own.keys() ^ weights.keys()) or _listed(n for n in own if own[n].shape != weights[n].shape)
     if wrong:

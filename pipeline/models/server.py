@@ -1,4 +1,4 @@
-"""What a model is served by: vLLM (`vllm_server`) or the demo engine (`engine`)."""
+"""The port of a model server: vLLM (`vllm_server`) or the demo engine (`engine`) implements it."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
@@ -10,8 +10,8 @@ if TYPE_CHECKING:  # needs the `train` extra
 
 
 class UpdateFailed(MillstreamError):
-    """A version did not go live; whatever was served before it still is. ``passing``: the server is just being started
-    again, and may take it then."""
+    """A version did not go live; the version before is still served. ``passing``: the server is being restarted and
+    may accept the version afterwards."""
 
     def __init__(self, message: str, *, passing: bool = False) -> None:
         super().__init__(message)
@@ -19,7 +19,7 @@ class UpdateFailed(MillstreamError):
 
 
 class ModelServer(Protocol):
-    """Answers with one version of a model; LoRA adapters are served beside it."""
+    """Answers with one version of a model."""
 
     async def update(self, weights: Mapping[str, "Tensor"], version: str) -> None:
-        """The new weights answer from now on. Raises `UpdateFailed`."""
+        """Returns when the new weights answer. Raises `UpdateFailed`."""

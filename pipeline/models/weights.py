@@ -1,4 +1,4 @@
-"""A model's weights on disk: safetensors alone, below one folder, with checksums."""
+"""A model's weights on disk: only safetensors, below one folder, with checksums."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # needs the `train` extra
     from torch import Tensor
 
 ADAPTER: Final = "adapter_model.safetensors"
-PICKLED: Final = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}  # loading such a file runs whatever it says
+PICKLED: Final = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}  # loading such a file runs the code in it
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Weights:
         return sorted(self.folder.glob("*.safetensors"))
 
     def checksums(self) -> dict[str, str]:
-        """SHA-256 by path. Reads everything."""
+        """SHA-256 by path. Reads all files."""
         found = {}
         for file in self.files:
             with file.open("rb") as opened:
@@ -37,7 +37,7 @@ class Weights:
         return found
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of each tensor, by name. Reads the headers alone. Raises `ConfigError` if a file can't be read."""
+        """Of each tensor, by name. Reads only the headers. Raises `ConfigError` if a file can't be read."""
         from safetensors import SafetensorError, safe_open
 
         shapes: dict[str, tuple[int, ...]] = {}
@@ -51,8 +51,8 @@ class Weights:
 
 
 def allowed(folder: str | Path, root: Path, version: str, *, lora: bool = False) -> Weights:
-    """The weights of a folder below ``root``. Raises `ConfigError` if it lies elsewhere (links are followed), or holds
-    no safetensors, or anything that is not safe to load."""
+    """The weights of a folder below ``root``. Raises `ConfigError` if the folder lies elsewhere (links are followed),
+    or holds no safetensors, or anything that is not safe to load."""
     place = Path(folder).resolve()
     if not place.is_relative_to(root.resolve()):
         raise ConfigError(f"{folder} does not lie below {root} (setting weights_root), where weights may come from")
@@ -60,9 +60,9 @@ def allowed(folder: str | Path, root: Path, version: str, *, lora: bool = False)
         raise ConfigError(f"{folder} is not a folder")
     for file in place.iterdir():
         if file.suffix in PICKLED:
-            raise ConfigError(f"{folder} holds {file.name}: only safetensors are loaded; move it elsewhere")
+            raise ConfigError(f"{folder} holds {file.name}, but only safetensors are loaded: move it elsewhere")
         if not file.resolve().is_relative_to(root.resolve()):
-            raise ConfigError(f"{folder}: {file.name} is a link to something that does not lie below {root}")
+            raise ConfigError(f"{folder}: {file.name} links to a file that does not lie below {root}")
     weights = Weights(version, place)
     if lora and not (place / ADAPTER).is_file():
         raise ConfigError(f"{folder} is not a LoRA adapter: it has no {ADAPTER}")
@@ -72,8 +72,8 @@ def allowed(folder: str | Path, root: Path, version: str, *, lora: bool = False)
 
 
 def check_fit(given: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises `ConfigError` naming tensors that are missing, unknown, or of another shape: what is left out of an update
-    would silently stay as it was."""
+    """Raises `ConfigError` naming tensors that are missing, unknown, or of another shape. A tensor that an update omits
+    would silently keep its old values."""
     wrong = sorted(given.keys() ^ own.keys()) or sorted(name for name in own if own[name] != given[name])
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -81,7 +81,7 @@ def check_fit(given: Mapping[str, tuple[int, ...]], own: Mapping[str, tuple[int,
 
 
 def save(folder: Path, tensors: Mapping[str, "Tensor"], version: str) -> Weights:
-    """Writes them; a folder is whole or not there."""
+    """Writes them. A folder is complete or does not exist."""
     from safetensors.torch import save_file
 
     place, unfinished = folder / version, folder / f".{version}"
@@ -94,7 +94,7 @@ def save(folder: Path, tensors: Mapping[str, "Tensor"], version: str) -> Weights
 
 
 def prune(folder: Path, keep: Iterable[Weights]) -> None:
-    """Removes all other versions that `save` wrote there."""
+    """Removes all other versions that `save` wrote."""
     kept = {weights.folder for weights in keep}
     for place in folder.iterdir():
         if place not in kept:

@@ -1,6 +1,6 @@
-"""What a model server answered, read whole or event by event, whichever protocol it speaks. Pure.
+"""Reads what a model server answers, whole or event by event, in each protocol. Pure.
 
-Each reader gathers one answer. Tokens are as the engine gave them (vLLM's ``return_token_ids``): nothing is tokenised
+Each reader gathers one answer. Token ids are the engine's own (vLLM's ``return_token_ids``): nothing is tokenised
 again.
 """
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 Json = dict[str, Any]
-ABORTED: Final = "abort"  # vLLM's finish reason of what a weight update has ended
+ABORTED: Final = "abort"  # vLLM's finish reason of an answer that a weight update ended
 UPSTREAM_ENDED: Final = "the stream ended before the answer did"
 RECENT: Final = 32  # pieces of a stream whose tokens' texts are kept
 
@@ -30,7 +30,7 @@ class Answer:
     prompt_token_ids: list[int] | None = None
     token_ids: list[int] | None = None
     logprobs: list[float] | None = None
-    error: str = ""  # what the server said instead, or what broke off the stream
+    error: str = ""  # what the server reported instead, or what broke the stream
 
     @property
     def aborted(self) -> bool:
@@ -38,7 +38,7 @@ class Answer:
 
     @property
     def mismatch(self) -> str | None:
-        """Why the token ids can't be those of the answer; None if nothing speaks against them."""
+        """Why the token ids can't be those of the answer; None if they can."""
         if self.token_ids is None or self.completion_tokens is None:
             return None
         if len(self.token_ids) != self.completion_tokens:
@@ -53,11 +53,11 @@ class Reader(Protocol):
 
     @property
     def begun(self) -> bool:
-        """Something of the answer itself has come: from here on it can't be asked for again unseen."""
+        """Something of the answer itself has come: from here on the call can't be retried unnoticed."""
 
     @property
     def finished(self) -> bool:
-        """Nothing but the end of the stream follows."""
+        """Only the end of the stream follows."""
 
     def whole(self, body: Json) -> Answer: ...
 
@@ -107,8 +107,8 @@ class ChatReader:
             self._settle()
 
     def recent(self) -> list[tuple[str, list[str]]]:
-        """The last pieces of the one choice, `RECENT` at most, since it began or went on: the text of each, and those
-        of its tokens by themselves, as the server tells them beside their log-probabilities."""
+        """The last `RECENT` pieces of the only choice, from the present server: the text of each, and the texts of its
+        tokens, as the server gives them beside their log-probabilities."""
         pieces = []
         for given, logprobs in self._choices[0].recent if 0 in self._choices else ():
             text = given["text"] if "text" in given else (given.get("delta") or {}).get("content")
@@ -117,8 +117,8 @@ class ChatReader:
         return pieces
 
     def go_on(self, dropped: int, *, ended: bool) -> None:
-        """The one choice is continued by another stream, without its last ``dropped`` tokens, unless it has ``ended``
-        and the stream alone is broken."""
+        """Another stream continues the only choice, without its last ``dropped`` tokens. ``ended``: the choice is
+        complete, and only the stream is broken."""
         choice = self._choices[0]
         for kept in (choice.token_ids, choice.logprobs):
             if kept:
@@ -192,7 +192,7 @@ class _Choice:
 
 
 class AnthropicReader:
-    """``/v1/messages``. ``answer.message`` is what `to_message` makes of the content blocks."""
+    """``/v1/messages``. ``answer.message`` is the OpenAI form of the content blocks."""
 
     def __init__(self) -> None:
         self.answer = Answer()
@@ -249,7 +249,7 @@ class AnthropicReader:
 
 
 class ResponsesReader:
-    """``/v1/responses``, of which the last event of a stream holds all."""
+    """``/v1/responses``. The last event of a stream holds the whole answer."""
 
     def __init__(self) -> None:
         self.answer = Answer()
@@ -281,7 +281,7 @@ class ResponsesReader:
 
 
 class UsageReader:
-    """Whatever has a model and a usage and no text: embeddings."""
+    """Answers with a model and a usage, but without text: embeddings."""
 
     begun = finished = True
 
@@ -297,7 +297,7 @@ class UsageReader:
 
 
 def error_text(error: Any) -> str:
-    """What an error of OpenAI's, Anthropic's or vLLM's form says."""
+    """The message of an error in OpenAI's, Anthropic's or vLLM's form."""
     if isinstance(error, dict):
         return str(error.get("message") or error)
     return str(error)
@@ -336,7 +336,7 @@ def items_to_message(items: Any) -> Json:
 
 
 def _tool_call(block: Json) -> Json:
-    """Anthropic's ``tool_use``, whole or as a stream has told it, as OpenAI's tool call."""
+    """Anthropic's ``tool_use``, whole or from a stream, as OpenAI's tool call."""
     text = block.get("partial_json")
     if text is None:
         text = json.dumps(block.get("input") or {}, ensure_ascii=False)

@@ -1,6 +1,6 @@
-"""Anthropic's messages in terms of OpenAI's chat completions, and back; tool calls and images included. Pure.
+"""Translates Anthropic's messages to OpenAI's chat completions and back, with tool calls and images. Pure.
 
-So that a client of Anthropic's can talk to a policy, whose token ids only the chat interface gives.
+With it an Anthropic client can talk to a policy, whose token ids only the chat endpoint gives.
 """
 
 import json
@@ -11,7 +11,7 @@ from millstream.pipeline.protocols import sse
 from millstream.pipeline.protocols.answers import Answer, ChatReader, Json, blocks_to_message
 from millstream.pipeline.protocols.openai import BadRequest
 
-# Fields that mean the same in both; whatever else we do not know goes along as it is, for the server to judge.
+# Fields that mean the same under another name. Unknown fields are passed on, for the server to judge.
 _RENAMED: Final = {"stop_sequences": "stop"}
 _OURS: Final = {"messages", "system", "tools", "tool_choice", "metadata", "thinking", "service_tier", "container"}
 _STOP_REASON: Final = {
@@ -32,7 +32,7 @@ _ERROR_KIND: Final = {
 
 
 def to_chat(asked: Json) -> Json:
-    """The chat request that asks the same. Raises `BadRequest` naming what has no counterpart."""
+    """The equivalent chat request. Raises `BadRequest` naming what has no counterpart."""
     request = {_RENAMED.get(name, name): value for name, value in asked.items() if name not in _OURS}
     request["messages"] = to_messages(asked)
     if asked.get("tools"):
@@ -52,7 +52,7 @@ def to_messages(asked: Json) -> list[Json]:
         found.append({"role": "system", "content": _joined(system)})
     messages = asked.get("messages")
     if not isinstance(messages, list):
-        raise BadRequest("messages has to be a list")
+        raise BadRequest("messages must be a list")
     for number, message in enumerate(messages):
         content = message.get("content") if isinstance(message, dict) else None
         if isinstance(content, str):
@@ -61,12 +61,12 @@ def to_messages(asked: Json) -> list[Json]:
             convert = _assistant if message.get("role") == "assistant" else _user
             found += convert(content, f"messages[{number}]")
         else:
-            raise BadRequest(f"messages[{number}]: content has to be text or a list of blocks")
+            raise BadRequest(f"messages[{number}]: content must be text or a list of blocks")
     return found
 
 
 def _user(blocks: Sequence[Json], where: str) -> list[Json]:
-    """Tool results are messages of their own, and come first: they answer the turn before."""
+    """Tool results become messages of their own, and come first because they answer the turn before."""
     found: list[Json] = []
     parts: list[Json] = []
     for block in blocks:
@@ -90,7 +90,7 @@ def _user(blocks: Sequence[Json], where: str) -> list[Json]:
 
 def _assistant(blocks: Sequence[Json], where: str) -> list[Json]:
     for block in blocks:
-        if block.get("type") not in ("text", "thinking", "tool_use", "redacted_thinking"):  # nobody can read the last
+        if block.get("type") not in ("text", "thinking", "tool_use", "redacted_thinking"):  # the last is encrypted
             raise BadRequest(f"{where}: blocks of type {block.get('type')!r} can't be given to this model")
     return [blocks_to_message(blocks)]
 
@@ -100,7 +100,7 @@ def _joined(content: Any) -> str:
         return content
     texts = [block["text"] for block in content if isinstance(block, dict) and isinstance(block.get("text"), str)]
     if len(texts) != len(content):
-        raise BadRequest("system prompts and tool results can only hold text for this model")
+        raise BadRequest("for this model system prompts and tool results must be text")
     return "\n".join(texts)
 
 
@@ -115,7 +115,7 @@ def _image(block: Json, where: str) -> str:
 
 def _tool(tool: Json) -> Json:
     if tool.get("type") not in (None, "custom"):
-        raise BadRequest(f"tool {tool.get('name')!r} is of type {tool['type']!r}, which only Anthropic's servers have")
+        raise BadRequest(f"tool {tool.get('name')!r} is of type {tool['type']!r}, which only Anthropic's servers offer")
     function = {"name": tool.get("name"), "parameters": tool.get("input_schema") or {"type": "object"}}
     if tool.get("description"):
         function["description"] = tool["description"]
@@ -247,7 +247,7 @@ def _prompt_tokens(answer: Answer) -> int:
 
 
 def _arguments(function: Json) -> Any:
-    """A tool call's arguments; what a model wrote that is no JSON object can't be given but as text."""
+    """A tool call's arguments. If the model did not write a JSON object, its text becomes one."""
     try:
         found = json.loads(function.get("arguments") or "{}")
     except ValueError:

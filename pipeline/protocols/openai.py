@@ -1,4 +1,4 @@
-"""OpenAI's chat completions and completions, asked of a policy: more is asked than the client wants to know. Pure."""
+"""OpenAI's chat completions and completions, asked of a policy with the tokens that the proxy records. Pure."""
 
 from collections.abc import Iterator
 from typing import Any, Final
@@ -10,12 +10,12 @@ _TOKENS: Final = ("prompt_token_ids", "token_ids")
 
 
 class BadRequest(Exception):
-    """What the client asks for can't be done; the message says what, and what to do."""
+    """The request can't be fulfilled; the message says why, and what to do."""
 
 
 def policy_request(asked: Json, *, text: bool = False) -> Json:
-    """What the policy is asked: besides what the client wants, the ids and the log-probabilities of all tokens, and
-    how many there are. ``text``: for ``/v1/completions``."""
+    """The request plus the ids and log-probabilities of all tokens, and their number. ``text``: for
+    ``/v1/completions``."""
     request = {**asked, "return_token_ids": True}
     if not text:
         request["logprobs"] = True
@@ -31,7 +31,7 @@ def choices_asked(asked: Json) -> int:
     count = asked.get("n") or 1
     prompts = asked.get("prompt")
     if not isinstance(count, int):
-        raise BadRequest(f"n has to be a whole number, not {count!r}")
+        raise BadRequest(f"n must be a whole number, not {count!r}")
     several = isinstance(prompts, list) and prompts and not isinstance(prompts[0], int)
     return count * (len(prompts) if several and isinstance(prompts, list) else 1)
 
@@ -44,7 +44,7 @@ def prompt_messages(asked: Json) -> list[Any]:
 
 
 class Stripped:
-    """Gives the client what it would have got, had only that been asked for which it asked."""
+    """Removes from a policy's answer what the client did not ask for."""
 
     def __init__(self, asked: Json) -> None:
         self._ids = bool(asked.get("return_token_ids"))
@@ -84,7 +84,7 @@ class Stripped:
 
 
 def chunks_of(body: Json) -> Iterator[Json]:
-    """A whole chat completion as the chunks of a stream that says the same."""
+    """A whole chat completion as the chunks of an equivalent stream."""
     head: Json = {"object": "chat.completion.chunk"}
     head |= {key: body[key] for key in ("id", "created", "model", "system_fingerprint") if key in body}
     first = {"prompt_token_ids": body["prompt_token_ids"]} if "prompt_token_ids" in body else {}

@@ -12,17 +12,17 @@ from millstream.pipeline.protocols.openai import BadRequest, error_body
 
 _RENAMED: Final = {"max_output_tokens": "max_completion_tokens"}
 _OURS: Final = {"input", "instructions", "tools", "tool_choice", "text", "reasoning"}
-# About the service and not about the answer.
+# Fields about the service and not about the answer.
 _IGNORED: Final = {"store", "include", "metadata", "user", "truncation", "service_tier", "background", "stream_options"}
 _IGNORED_TOO: Final = {"prompt_cache_key", "safety_identifier", "prompt_cache_retention", "prompt"}
 _ECHOED: Final = ("instructions", "metadata", "temperature", "top_p", "tools", "tool_choice", "parallel_tool_calls")
 
 
 def to_chat(asked: Json) -> Json:
-    """The chat request that asks the same. Raises `BadRequest` naming what has no counterpart."""
+    """The equivalent chat request. Raises `BadRequest` naming what has no counterpart."""
     for name in ("previous_response_id", "conversation"):
         if asked.get(name):
-            raise BadRequest(f"{name}: no answers are kept for this model; give the whole conversation as input")
+            raise BadRequest(f"{name}: answers of this model are not stored; send the whole conversation as input")
     left_out = _OURS | _IGNORED | _IGNORED_TOO | {"previous_response_id", "conversation"}
     request = {_RENAMED.get(name, name): value for name, value in asked.items() if name not in left_out}
     request["messages"] = to_messages(asked)
@@ -50,7 +50,7 @@ def to_messages(asked: Json) -> list[Json]:
     if isinstance(given, str):
         return [*found, {"role": "user", "content": given}]
     if not isinstance(given, list):
-        raise BadRequest("input has to be text or a list of items")
+        raise BadRequest("input must be text or a list of items")
     for number, item in enumerate(given):
         kind = item.get("type", "message") if isinstance(item, dict) else None
         if kind == "message":
@@ -66,7 +66,7 @@ def to_messages(asked: Json) -> list[Json]:
         elif kind == "function_call_output":
             content = _content(item.get("output"), f"input[{number}]")
             found.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": content})
-        elif kind != "reasoning":  # its maker's own affair
+        elif kind != "reasoning":  # only its own model can use it
             raise BadRequest(f"input[{number}]: items of type {kind!r} can't be given to this model")
     return found
 
@@ -92,7 +92,7 @@ def _content(content: Any, where: str) -> Any:
 
 def _tool(tool: Json) -> Json:
     if tool.get("type") != "function":
-        raise BadRequest(f"tools of type {tool.get('type')!r} are only to be had from OpenAI")
+        raise BadRequest(f"tools of type {tool.get('type')!r} are only available from OpenAI")
     function = {k: tool[k] for k in ("name", "description", "parameters", "strict") if tool.get(k) is not None}
     return {"type": "function", "function": function}
 

@@ -1,4 +1,4 @@
-"""Server-sent events (WHATWG HTML, section 9.2), as model servers send them: cut out of a stream, and made."""
+"""Server-sent events (WHATWG HTML, section 9.2), as model servers send them: parsed from a stream, and written."""
 
 from typing import Any, Final
 
@@ -9,11 +9,11 @@ DONE: Final = b"data: [DONE]\n\n"
 
 
 class EventTooLarge(Exception):
-    """A stream that holds no end of an event for `MAX_EVENT` bytes."""
+    """An event of a stream exceeds `MAX_EVENT` bytes."""
 
 
 class Events:
-    """Gathers the pieces of a stream and gives its events, each with the empty line that ends it."""
+    """Gathers the pieces of a stream and returns its events, each with the empty line that ends it."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -22,7 +22,7 @@ class Events:
         """The events that this piece completes. Raises `EventTooLarge`."""
         data = self._rest + piece
         if b"\r" in data:
-            held = data.endswith(b"\r")  # perhaps half of a line's end
+            held = data.endswith(b"\r")  # perhaps half of a line break
             data = data[: len(data) - held].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + b"\r" * held
         *events, self._rest = data.split(b"\n\n")
         if len(self._rest) > MAX_EVENT:

@@ -1,4 +1,4 @@
-"""The LLM proxy. `app` serves it, `calls` is the life of a call; the rest is pure, or one thing each."""
+"""The LLM proxy: `app` is its HTTP interface, `calls` the walk of a model call."""
 
 from millstream.pipeline.proxy.app import Proxy
 

@@ -1,4 +1,4 @@
-"""Limits of one proxy: calls at a time, requests and tokens a minute. What is beyond them waits in a bounded queue."""
+"""Limits of one proxy: concurrent calls, requests and tokens per minute. Further calls wait in a bounded queue."""
 
 import asyncio
 import time
@@ -9,7 +9,7 @@ from millstream.schemas.config.upstreams import Limits
 
 
 class Busy(Exception):
-    """The queue is full, or the wait too long."""
+    """The queue is full, or the wait would be too long."""
 
     def __init__(self, what: str, retry_after_s: float) -> None:
         super().__init__(f"too many calls for {what}; try again in {retry_after_s:.0f} s")
@@ -17,7 +17,7 @@ class Busy(Exception):
 
 
 class Bucket:
-    """A token bucket that holds a minute's worth and may be overdrawn: what a call took is known when it is over."""
+    """A token bucket that holds a minute's worth. It may be overdrawn, because a call's tokens are known at its end."""
 
     def __init__(self, per_minute: int, now: float) -> None:
         self._rate = per_minute / 60
@@ -39,7 +39,7 @@ class Bucket:
 
 
 class Limiter:
-    """Of one key, route or upstream, which ``what`` names for people."""
+    """Limits one key, route or upstream, which ``what`` names in errors."""
 
     def __init__(self, what: str, limits: Limits, clock: Callable[[], float] = time.monotonic) -> None:
         self._what = what
@@ -62,7 +62,7 @@ class Limiter:
                 self._slots.release()
 
     def used(self, tokens: int) -> None:
-        """Charges what a call has turned out to take."""
+        """Charges the tokens of a call that has ended."""
         if self._tokens is not None:
             self._tokens.take(tokens, self._clock())
 
@@ -111,5 +111,5 @@ async def all_of(limiters: Sequence[Limiter], deadline: float) -> AsyncIterator[
 
 
 def limited(limits: Limits) -> bool:
-    """Whether they limit anything."""
+    """Whether any limit is set."""
     return bool(limits.max_concurrency or limits.requests_per_minute or limits.tokens_per_minute)

@@ -1,8 +1,8 @@
-"""The rest of a stream that has broken off, asked of another replica of a policy. Pure.
+"""The remainder of a broken stream, asked of another replica of a policy. Pure.
 
-It is asked for by the ids of the prompt and of what there is of the answer, at vLLM's ``/v1/completions``, and told in
-the form of the stream that it continues. That samples what the first replica would have: only where the tokens so far,
-and nothing else, decide what comes next. Any other call has no remainder.
+The request goes to vLLM's ``/v1/completions``, with the ids of the prompt and of the answer so far; what comes is
+translated to the form of the broken stream. This samples what the first replica would have sampled only if the tokens
+so far, and nothing else, decide what comes next. Any other call has no remainder.
 """
 
 from dataclasses import dataclass
@@ -13,16 +13,16 @@ from millstream.pipeline.protocols.endpoints import CHAT, COMPLETIONS, Plan
 from millstream.pipeline.protocols.openai import choices_asked
 
 DEFAULT_MAX_TOKENS: Final = 16  # of completions
-# Request fields that mean the same for the remainder. A repetition penalty counts prompt and answer alike; the other
-# two penalties count the answer alone, and the rest would not know of its beginning.
+# Request fields that mean the same for the remainder. A repetition penalty counts prompt and answer alike. The other
+# two penalties count the answer alone, and the remainder would not include its beginning.
 _SAME: Final = frozenset({
     "model", "user", "priority", "cache_salt", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
     "logit_bias", "allowed_token_ids", "stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos",
     "skip_special_tokens", "spaces_between_special_tokens", "stream_interval", "stream", "stream_options",
     "return_token_ids",
 })  # fmt: skip
-# Those that have made the prompt, whose ids are known; those that the rest has in another form; those without effect.
-_DONE: Final = frozenset({
+# Fields that made the prompt, whose ids are known; that the remainder has in another form; that have no effect.
+_REPLACED: Final = frozenset({
     "messages", "prompt", "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort", "documents",
     "chat_template", "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
     "add_special_tokens", "truncate_prompt_tokens", "truncation_side", "max_tokens", "max_completion_tokens",
@@ -42,49 +42,49 @@ _NEUTRAL: Final[Json] = {
 
 @dataclass(frozen=True, slots=True)
 class Remainder:
-    """What is missing of a stream."""
+    """What is missing from a stream."""
 
-    made: int  # tokens that there are
-    dropped: int  # further ones whose text nobody has seen: they are sampled again
-    chunks: list[Json]  # of the original stream, to be told at once
-    request: Json | None  # None if no token is missing; without ``max_tokens`` see `fitting`
+    made: int  # tokens that have come and count
+    dropped: int  # further ones whose text the client has not got: they are sampled again
+    chunks: list[Json]  # in the form of the broken stream, for the client now
+    request: Json | None  # None if no token is missing; if it has no ``max_tokens``, see `fitting`
     _head: Json  # of each chunk
     _prompt: int  # tokens
-    _said: int  # characters
-    _top: int | None  # log-probabilities of other tokens that a chat completion tells; None of a completion
+    _length: int  # characters of the answer so far
+    _top: int | None  # alternatives per token that a chat completion shows; None for a completion
 
     def fitting(self, context: int) -> Json:
-        """The request for as much as fits into a model's context of so many tokens."""
+        """The request for as many tokens as fit into a model's context."""
         assert self.request is not None
         return {**self.request, "max_tokens": context - self._prompt - self.made}
 
     def chunk(self, data: Json) -> Json:
-        """A chunk of the rest as one of the original stream."""
+        """A chunk of the remainder in the form of the broken stream."""
         if "error" in data:
             return data
-        tell = self._text_choice if self._top is None else self._chat_choice
-        told = {**self._head, "choices": [tell(choice) for choice in data.get("choices") or ()]}
+        translate = self._text_choice if self._top is None else self._chat_choice
+        chunk = {**self._head, "choices": [translate(choice) for choice in data.get("choices") or ()]}
         if usage := data.get("usage"):
-            told["usage"] = _usage(self._prompt, self.made + usage["completion_tokens"])
-        return told
+            chunk["usage"] = _usage(self._prompt, self.made + usage["completion_tokens"])
+        return chunk
 
     def _text_choice(self, choice: Json) -> Json:
-        told: Json = {name: value for name, value in choice.items() if name != "prompt_token_ids"}
+        translated: Json = {name: value for name, value in choice.items() if name != "prompt_token_ids"}
         if logprobs := choice.get("logprobs"):
-            offsets = [self._said + offset for offset in logprobs.get("text_offset") or ()]
-            told["logprobs"] = {**logprobs, "text_offset": offsets}
-        return told
+            offsets = [self._length + offset for offset in logprobs.get("text_offset") or ()]
+            translated["logprobs"] = {**logprobs, "text_offset": offsets}
+        return translated
 
     def _chat_choice(self, choice: Json) -> Json:
-        told: Json = {
+        translated: Json = {
             name: choice[name] for name in ("index", "finish_reason", "stop_reason", "token_ids") if name in choice
         }
-        told["delta"] = {"content": choice.get("text") or ""}
+        translated["delta"] = {"content": choice.get("text") or ""}
         if logprobs := choice.get("logprobs"):
             others = logprobs.get("top_logprobs") or [{}] * len(logprobs["tokens"])
             tokens = zip(logprobs["tokens"], logprobs["token_logprobs"], others, strict=True)
-            told["logprobs"] = {"content": [self._chat_logprob(*token) for token in tokens]}
-        return told
+            translated["logprobs"] = {"content": [self._chat_logprob(*token) for token in tokens]}
+        return translated
 
     def _chat_logprob(self, token: str, logprob: float, others: dict[str, float]) -> Json:
         top = list(others.items())[: len(others) if self._top == -1 else self._top]
@@ -92,18 +92,18 @@ class Remainder:
 
 
 def can_migrate(plan: Plan) -> bool:
-    """Whether another replica could say the rest, were it to break off."""
+    """Whether another replica could continue the stream if it broke."""
     request = plan.request
     if plan.path not in (CHAT.path, COMPLETIONS.path) or plan.rechunk or choices_asked(request) != 1:
         return False
-    for name in request.keys() - _SAME - _DONE:
+    for name in request.keys() - _SAME - _REPLACED:
         if request[name] is not None and _NEUTRAL.get(name, ...) != request[name]:
             return False
     return all(_only_text(message) for message in request.get("messages") or ())
 
 
 def remainder_of(plan: Plan, reader: Reader) -> Remainder | None:
-    """What is missing of a stream that has begun; None if that can't be said exactly."""
+    """What is missing from a stream that has begun; None if it can't be continued exactly."""
     if not isinstance(reader, ChatReader) or not can_migrate(plan):
         return None
     answer, request, text = reader.answer, plan.request, plan.path == COMPLETIONS.path
@@ -117,13 +117,13 @@ def remainder_of(plan: Plan, reader: Reader) -> Remainder | None:
     found = (0, "") if ended else cut(reader.recent(), said, *_stops(request, whole=answer.aborted))
     if found is None:
         return None
-    dropped, untold = found
+    dropped, unsent = found
     if dropped and (plan.asked.get("return_token_ids") or plan.asked.get("logprobs") not in (None, False)):
-        return None  # the client has seen more of them than their text
+        return None  # the client has more of them than their text
     made, limit = len(ids) - dropped, _limit(request, text)
     head: Json = {"object": "text_completion" if text else "chat.completion.chunk", "id": answer.id}
     head |= {"created": answer.created, "model": answer.model}
-    chunks: list[Json] = [{**head, "choices": [_piece(untold, None, text)]}] if untold else []
+    chunks: list[Json] = [{**head, "choices": [_piece(unsent, None, text)]}] if unsent else []
     if not ended and limit is not None and made >= limit:
         chunks.append({**head, "choices": [_piece("", "length", text)]})
         ended = True
@@ -131,16 +131,16 @@ def remainder_of(plan: Plan, reader: Reader) -> Remainder | None:
         chunks.append({**head, "choices": [], "usage": _usage(len(prompt), made)})
     remainder = None if ended else _request(request, [*prompt, *ids[:made]], made, limit, text)
     top = None if text else request.get("top_logprobs") or 0
-    return Remainder(made, dropped, chunks, remainder, head, len(prompt), len(said) + len(untold), top)
+    return Remainder(made, dropped, chunks, remainder, head, len(prompt), len(said) + len(unsent), top)
 
 
 def cut(pieces: list[tuple[str, list[str]]], said: str, stops: list[str], held: int) -> tuple[int, str] | None:
-    """Where a stream can be continued: how many of its last tokens have to go, and which text of the others is still to
-    be told. A piece is the text that came, and those of the tokens that came with it. ``said`` is the text of all
-    pieces: what there is but for the last ``held`` characters, which might have become one of ``stops``.
+    """Where a stream can be continued: how many of its last tokens have to be dropped, and which text of the others is
+    still to be sent. A piece is the text that came, and the texts of the tokens that came with it. ``said`` is the text
+    of all pieces: all but the last ``held`` characters, which might have become one of ``stops``.
 
-    A token without a text is the beginning of a character, which whoever continues would not complete. Nor would they
-    see a stop that begins in what there is. None if what would have to go has been said, or if that is not clear."""
+    A token without text is the beginning of a character, which another server would not complete. Nor would it see a
+    stop that begins in the text so far. None if text to be dropped has been sent, or if that is not clear."""
     texts = [text for _, tokens in pieces for text in tokens]
     if not held:
         return _cut_behind_text(pieces, said, stops)
@@ -161,7 +161,7 @@ def cut(pieces: list[tuple[str, list[str]]], said: str, stops: list[str], held: 
 
 
 def _cut_behind_text(pieces: list[tuple[str, list[str]]], said: str, stops: list[str]) -> tuple[int, str] | None:
-    """Where nothing is held back: behind the last token that has brought text."""
+    """Where nothing is held back: behind the last token that brought text."""
     dropped = 0
     for text, tokens in reversed(pieces):
         if text:
@@ -178,7 +178,7 @@ def _cut_behind_text(pieces: list[tuple[str, list[str]]], said: str, stops: list
 
 
 def _begins(said: str, stops: list[str]) -> bool:
-    """Whether what has been said ends with the beginning of a stop."""
+    """Whether the text ends with the beginning of a stop."""
     return any(said.endswith(stop[:n]) for stop in stops for n in range(1, len(stop)))
 
 
@@ -191,12 +191,12 @@ def _request(asked: Json, prompt: list[int], made: int, limit: int | None, text:
     if least := asked.get("min_tokens"):
         request["min_tokens"] = max(0, least - made)
     if (seed := asked.get("seed")) is not None:
-        request["seed"] = (seed + made) % 2**63  # the seed's own random numbers have made the beginning
+        request["seed"] = (seed + made) % 2**63  # another sequence than the one that sampled the beginning
     return request
 
 
 def _limit(request: Json, text: bool) -> int | None:
-    """Tokens of the whole answer; None for what fits."""
+    """Tokens of the whole answer; None: as many as fit."""
     limit: int | None = request.get("max_tokens")
     if text:
         return DEFAULT_MAX_TOKENS if limit is None else limit
@@ -205,7 +205,8 @@ def _limit(request: Json, text: bool) -> int | None:
 
 
 def _stops(request: Json, *, whole: bool) -> tuple[list[str], int]:
-    """What ends an answer, and how many characters vLLM holds back for its sake, unless it has told the ``whole``."""
+    """The strings that end an answer, and how many characters vLLM holds back because of them, unless it has sent the
+    ``whole``."""
     stop = request.get("stop") or []
     stops = [stop] if isinstance(stop, str) else stop
     whole = whole or bool(request.get("include_stop_str_in_output"))
@@ -213,7 +214,7 @@ def _stops(request: Json, *, whole: bool) -> tuple[list[str], int]:
 
 
 def _only_text(message: Json) -> bool:
-    """The ids of a prompt don't tell what was in its images."""
+    """The ids of a prompt do not include its images."""
     content = message.get("content")
     return not isinstance(content, list) or all(
         isinstance(part, str) or (isinstance(part, dict) and part.get("type") == "text") for part in content

@@ -111,7 +111,7 @@ class Tampered(Weights):
 
 async def test_a_wrong_checksum_is_refused(server, client, vllm_root):
     await deploy(server, 1)
-    with pytest.raises(UpdateFailed, match="does not have the checksum"):
+    with pytest.raises(UpdateFailed, match="does not have the announced checksum"):
         await server.replicas[0].load(Tampered("tell.1.9", vllm_root / "model"))
     answer = await client.ask(2)
     assert (answer.start, answer.tokens) == ("tell.1.1", [token(1)] * 2)

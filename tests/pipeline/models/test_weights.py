@@ -35,13 +35,13 @@ def test_nothing_from_elsewhere(root):
     for folder in (root.parent / "outside", root / ".." / "outside", root / "link", "/etc"):
         with pytest.raises(ConfigError, match="does not lie below"):
             allowed(folder, root, "run.0.1")
-    with pytest.raises(ConfigError, match="link to something that does not lie below"):
+    with pytest.raises(ConfigError, match="links to a file that does not lie below"):
         allowed(root / "file-link", root, "run.0.1")
 
 
 def test_nothing_but_safetensors(root):
     (root / "good" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ConfigError, match=r"pytorch_model\.bin: only safetensors"):
+    with pytest.raises(ConfigError, match=r"pytorch_model\.bin, but only safetensors"):
         allowed(root / "good", root, "run.0.1")
     (root / "empty").mkdir()
     with pytest.raises(ConfigError, match="no safetensors"):

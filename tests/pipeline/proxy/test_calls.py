@@ -221,7 +221,7 @@ async def test_a_call_that_cannot_be_recorded_fails():
         ("/v1/chat/completions", "{}", 400, "names no attempt"),
         ("{base}/v1/chat/completions", "{broken", 400, "not JSON"),
         ("{base}/v1/chat/completions", "[]", 400, "not a JSON object"),
-        ("{base}/v1/chat/completions", '{"n": "many"}', 400, "n has to be a whole number"),
+        ("{base}/v1/chat/completions", '{"n": "many"}', 400, "n must be a whole number"),
         ("{base}/pause", "{}", 404, "unknown endpoint"),
         ("{base}/v1/audio/speech", "{}", 404, "unknown endpoint"),
     ],
