@@ -1,78 +1,34 @@
 """The two consumer ports in memory."""
 
 import asyncio
-import math
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
-from millstream.consumers.log.memory_group import Group
+from millstream.consumers.log.memory_storage import Group, GroupMetadata, MemoryStorage, Waiter
 from millstream.consumers.log.port import RebalanceListener
 from millstream.schemas.errors import LogError, TransactionAborted
 from millstream.schemas.wire.log import EndOfPartition, LogRecord, Partition
 
-if TYPE_CHECKING:
-    from millstream.consumers.log.memory_log import MemoryLog
 
+class _MemoryConsumer:
+    """What both consumers do. The log's lock guards what they share; callbacks run outside of it, so a listener may
+    send."""
 
-class Waiter:
-    """A poll that waits in its event loop; anyone may wake it."""
+    _reports_ends = False  # whether `_poll` returns `EndOfPartition`
 
-    __slots__ = ("_future", "_loop", "_woken")
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._future: asyncio.Future[None] = self._loop.create_future()
-        self._woken = False
-
-    def wake(self) -> None:
-        """From any thread that holds the log's lock."""
-        if not self._woken and not self._loop.is_closed():
-            self._woken = True  # one wake-up for a burst of records
-            self._loop.call_soon_threadsafe(self._settle)
-
-    async def wait(self, timeout_s: float) -> None:
-        timer = self._loop.call_later(timeout_s, self._settle)
-        try:
-            await self._future
-        finally:
-            timer.cancel()
-
-    def _settle(self) -> None:
-        if not self._future.done():
-            self._future.set_result(None)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GroupMetadata:
-    """A member as it was at one epoch of its group."""
-
-    group: Group["MemoryConsumer"]
-    member: "MemoryConsumer"
-    epoch: int
-
-
-class MemoryConsumer:
-    """One consumer (see `consumers.port.Consumer`). What it shares with others is guarded by the log's lock; callbacks
-    run outside of it, so a listener may send."""
-
-    _eof = False  # whether `_poll` tells the ends of partitions
-
-    def __init__(self, log: "MemoryLog", group: Group["MemoryConsumer"] | None) -> None:
-        self.polls = log.open.add()
+    def __init__(self, log: MemoryStorage, group: Group | None) -> None:
+        self.polls = log.consumers.add()
         self._log = log
         self._group = group
         self._topics: tuple[str, ...] = ()
         self._listener: RebalanceListener | None = None
-        self._seen: int | None = None  # the group's epoch at which there was nothing left to do for this member
-        self._joining = True  # the listener has to be told, even of no partitions
+        self._joining = False  # subscribed, and not polled yet: the listener does not know its partitions
         self._positions: dict[Partition, int] = {}
-        self._turns: deque[Partition] = deque()  # whose turn it is to be read first
+        self._turns: deque[Partition] = deque()  # the next to read first
         self._paused: set[Partition] = set()
-        self._ended: dict[Partition, int] = {}  # where the end was told
-        self._waiter: Waiter | None = None
+        self._ended: dict[Partition, int] = {}  # ends that were reported
         self._closed = False
 
     async def subscribe(self, topics: Sequence[str], listener: RebalanceListener | None = None) -> None:
@@ -81,10 +37,9 @@ class MemoryConsumer:
             raise LogError("subscribe: this consumer has its partitions already")
         for topic in topics:
             self._log.partition(Partition(topic, 0))
-        self._topics, self._listener = tuple(topics), listener
         with self._log.lock:
-            group.join(self, topics, self._log.clock() + self._log.session_timeout_s)
-            self._wake_members()
+            group.join(self, topics)
+        self._topics, self._listener, self._joining = tuple(topics), listener, True
 
     async def assign(self, partitions: Sequence[Partition], start: Literal["beginning", "end"] = "beginning") -> None:
         if self._topics:
@@ -94,34 +49,38 @@ class MemoryConsumer:
             self._drop(set(self._positions))
             self._add({log.partition: log.stable_end() if start == "end" else 0 for log in logs})
 
-    async def poll(self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None) -> list[LogRecord]:
-        with self.polls:
-            return cast("list[LogRecord]", await self._poll(max_records, timeout_s, topics))
-
     async def _poll(
         self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None
     ) -> list[LogRecord | EndOfPartition]:
         only = None if topics is None else frozenset(topics)
         deadline = time.monotonic() + timeout_s
-        await asyncio.sleep(0)  # who polls a full log must not keep the rest of its event loop waiting
-        self._stay(math.inf)
-        try:
-            while True:
-                self._rebalance()
+        await asyncio.sleep(0)  # a consumer that polls a full log must not starve the rest of its event loop
+        if self._closed:
+            raise LogError("poll: the consumer is closed")
+        if self._joining:
+            self._begin()
+        while True:
+            with self._log.lock:
+                batch = self._take(max_records, only)
+                left = deadline - time.monotonic()
+                if batch or left <= 0:
+                    return batch
+                waiter = self._watch(only)
+            try:
+                await waiter.wait(left)
+            finally:
                 with self._log.lock:
-                    batch = self._take(max_records, only)
-                    left = deadline - time.monotonic()
-                    if batch or left <= 0:
-                        return batch
-                    waiter = self._watch(only)
-                    wake_in = min(left, self._next_eviction())
-                try:
-                    await waiter.wait(wake_in)
-                finally:
-                    with self._log.lock:
-                        self._unwatch(waiter)
-        finally:
-            self._stay(self._log.clock() + self._log.session_timeout_s)
+                    self._unwatch(waiter)
+
+    def _begin(self) -> None:
+        """Takes over the partitions of the subscribed topics."""
+        group = self._require_group("poll")
+        self._joining = False
+        with self._log.lock:
+            partitions = [log.partition for topic in self._topics for log in self._log.partitions[topic]]
+            self._add({p: group.offsets.get(p, 0) for p in partitions})
+        if self._listener is not None:
+            self._listener.on_assign(sorted(partitions))
 
     def assignment(self) -> frozenset[Partition]:
         return frozenset(self._positions)
@@ -150,10 +109,8 @@ class MemoryConsumer:
     async def commit(self, offsets: Mapping[Partition, int], timeout_s: float = 10.0) -> None:
         group = self._require_group("commit")
         with self._log.lock:
-            if self._topics:
-                refusal = group.refusal(self, offsets)
-            else:  # partitions of its own choice: only while nobody shares them out
-                refusal = f"group {group.name} has members" if group.members else None
+            # A consumer with partitions of its own choice may commit only while the group has no member.
+            refusal = group.refusal(self if self._topics else None, offsets)
             if refusal is not None:
                 raise TransactionAborted(f"commit: {refusal}")
             group.offsets |= offsets
@@ -177,23 +134,22 @@ class MemoryConsumer:
         }
 
     def group_metadata(self) -> Any:
-        group = self._require_group("group_metadata")
-        with self._log.lock:
-            return GroupMetadata(group, self, group.epoch)
+        return GroupMetadata(self._require_group("group_metadata"), self)
 
     async def close(self) -> None:
         if self._closed:
             return
         try:
-            self._revoke(set(self._positions))
+            if self._listener is not None and self._positions:
+                self._listener.on_revoke(sorted(self._positions))
         finally:
             self._closed = self.polls.closed = True
+            self._drop(set(self._positions))
             if self._group is not None:
                 with self._log.lock:
                     self._group.leave(self)
-                    self._wake_members()
 
-    def _require_group(self, call: str) -> Group["MemoryConsumer"]:
+    def _require_group(self, call: str) -> Group:
         if self._closed:
             raise LogError(f"{call}: the consumer is closed")
         if self._group is None:
@@ -204,46 +160,6 @@ class MemoryConsumer:
         for partition in partitions:
             if partition not in self._positions:
                 raise LogError(f"{call}: {partition} is not assigned to this consumer")
-
-    def _stay(self, expires: float) -> None:
-        if self._closed:
-            raise LogError("poll: the consumer is closed")
-        if self._group is not None:
-            with self._log.lock:
-                self._group.keep(self, expires)
-
-    def _rebalance(self) -> None:
-        """Gives up, and takes over, what the group says; the listener is told outside the lock."""
-        group = self._group
-        if group is None or not self._topics:
-            return
-        with self._log.lock:
-            if group.evict(self._log.clock()):
-                self._wake_members()
-            if group.epoch == self._seen:
-                return
-            revoked = self._positions.keys() - group.owned(self) | group.to_release(self)
-        self._revoke(revoked)
-        with self._log.lock:
-            group.release(self, revoked)
-            evicted = self not in group.members
-            if evicted:
-                group.join(self, self._topics, math.inf)
-            granted = group.claim(self)
-            self._add({p: group.offsets.get(p, 0) for p in granted})
-            # Somebody may have joined since the lock was released: then there is more to give up.
-            self._seen = None if group.to_release(self) else group.epoch
-            if revoked or evicted:
-                self._wake_members()
-        if self._listener is not None and (granted or evicted or self._joining):
-            self._joining = False
-            self._listener.on_assign(sorted(granted))
-
-    def _revoke(self, partitions: set[Partition]) -> None:
-        if partitions:
-            if self._listener is not None:
-                self._listener.on_revoke(sorted(partitions))
-            self._drop(partitions)
 
     def _add(self, positions: dict[Partition, int]) -> None:
         self._positions |= positions
@@ -269,47 +185,40 @@ class MemoryConsumer:
                 position += len(chunk)
                 batch += [record for record in chunk if record is not None]
             self._positions[partition] = position
-            if self._eof and position == end and self._ended.get(partition) != end and len(batch) < room:
+            if self._reports_ends and position == end and self._ended.get(partition) != end and len(batch) < room:
                 self._ended[partition] = end
                 batch.append(EndOfPartition(partition, end))
             if len(batch) >= room:
-                # The next poll begins behind this one, so that a full partition can't starve the others.
+                # The next poll begins with the partition behind this one: a full partition must not starve the others.
                 self._turns.remove(partition)
                 self._turns.append(partition)
                 break
         return batch
 
     def _watch(self, only: frozenset[str] | None) -> Waiter:
-        self._waiter = Waiter()
+        waiter = Waiter()
         for partition in self._readable(only):
-            self._log.partition(partition).waiters.add(self._waiter)
-        if self._group is not None and self._group.epoch != self._seen and self._topics:
-            self._waiter.wake()  # the group has changed since `_rebalance` looked
-        return self._waiter
+            self._log.partition(partition).waiters.add(waiter)
+        return waiter
 
     def _unwatch(self, waiter: Waiter) -> None:
-        self._waiter = None
         for partition in self._positions:
             self._log.partition(partition).waiters.discard(waiter)
 
-    def _next_eviction(self) -> float:
-        """Seconds until another member may count as dead."""
-        if self._group is None:
-            return math.inf
-        return max(0.0, self._group.next_expiry() - self._log.clock())
 
-    def _wake_members(self) -> None:
-        if self._group is not None:
-            for member in self._group.members:
-                if member is not self and member._waiter is not None:
-                    member._waiter.wake()
+class MemoryConsumer(_MemoryConsumer):
+    """See `consumers.log.port.Consumer`."""
+
+    async def poll(self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None) -> list[LogRecord]:
+        with self.polls:
+            return cast("list[LogRecord]", await self._poll(max_records, timeout_s, topics))
 
 
-class MemoryTransactionalConsumer(MemoryConsumer):
-    """See `consumers.port.TransactionalConsumer`."""
+class MemoryTransactionalConsumer(_MemoryConsumer):
+    """See `consumers.log.port.TransactionalConsumer`."""
 
-    _eof = True
+    _reports_ends = True
 
-    async def poll(self, max_records: int, timeout_s: float) -> list[LogRecord | EndOfPartition]:  # type: ignore[override]
+    async def poll(self, max_records: int, timeout_s: float) -> list[LogRecord | EndOfPartition]:
         with self.polls:
             return await self._poll(max_records, timeout_s)

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from millstream.consumers.log.port import Consumer, Log, TransactionalConsumer
 from millstream.producers.log.port import Producer, TransactionalProducer
 from millstream.schemas.wire.codec import decode_as
@@ -17,6 +19,8 @@ PARTITIONS = 4
 MAX_RECORD_BYTES = 1 << 16
 DEADLINE_S = 40.0
 CALL_S = 20.0
+# The in-memory log gives each topic to one member of a group.
+SEVERAL_MEMBERS = pytest.mark.parametrize("log", [pytest.param("kafka", marks=pytest.mark.kafka)], indirect=True)
 
 
 def note(name: str) -> Control:

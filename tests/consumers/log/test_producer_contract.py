@@ -8,6 +8,7 @@ from contract_helpers import (
     CALL_S,
     MAX_RECORD_BYTES,
     PARTITIONS,
+    SEVERAL_MEMBERS,
     LogUnderTest,
     Member,
     by_partition,
@@ -295,6 +296,7 @@ async def test_a_member_that_has_left_commits_nothing(log: LogUnderTest) -> None
     assert await log.consumer("team").committed([events]) == {events: 1}
 
 
+@SEVERAL_MEMBERS
 async def test_metadata_from_before_a_rebalance_commits_nothing_that_was_lost(log: LogUnderTest) -> None:
     await send_events(log, 1)
     first = await consuming(log, 1)

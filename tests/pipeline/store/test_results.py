@@ -88,7 +88,7 @@ class Pipe:
 
 
 def map_partitions(log):
-    return [Partition(topic, number) for topic, n in log.counts.items() for number in range(n)]
+    return [Partition(topic, number) for topic, parts in log.partitions.items() for number in range(len(parts))]
 
 
 def put(writer, records):
