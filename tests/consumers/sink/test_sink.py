@@ -151,7 +151,7 @@ async def test_a_live_record_that_no_column_holds_is_put_away(settings, writer, 
     assert store.sql("SELECT source_offset, reason FROM dead_letters").rows == [(37, "unstorable")]
 
 
-@on_each_log
+@pytest.mark.parametrize("kind", [pytest.param("kafka", marks=pytest.mark.kafka)], indirect=True)
 async def test_sinks_share_the_work_and_take_over_from_each_other(log, settings, writer, store):
     stops = [asyncio.Event() for _ in range(3)]
     sinks = [role(log, writer, settings, age_s=0.03) for _ in stops]

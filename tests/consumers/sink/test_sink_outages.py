@@ -237,7 +237,12 @@ async def test_stopped_while_the_server_is_down(server, log, settings, writer, s
     assert counts(store) == expected
 
 
-async def test_partitions_lost_during_an_outage_are_their_new_owners(server, log, settings, writer, store):
+@pytest.mark.kafka
+async def test_partitions_lost_during_an_outage_are_their_new_owners(server, kafka_settings):
+    settings = connected(server, kafka_settings)
+    writer, store = opened(settings)
+    log = KafkaLog(settings)
+    await log.create_topics()
     expected = publish(log, settings, 10)
     server.refuse = 10**9
     stops = [asyncio.Event(), asyncio.Event()]

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -52,19 +53,19 @@ def polled(ago_s: float | None, *, polling_for_s: float | None = None) -> PollTi
 @pytest.mark.parametrize(
     ("polls", "allow_idle", "alive"),
     [
-        ([], False, True),
-        ([polled(None)], False, True),
-        ([polled(1), polled(200)], False, True),
-        ([polled(1), polled(400)], False, False),
-        ([polled(400)], True, True),
-        ([polled(400, polling_for_s=200)], True, True),
-        ([polled(400, polling_for_s=400)], True, False),
+        (list, False, True),
+        (lambda: [polled(None)], False, True),
+        (lambda: [polled(1), polled(200)], False, True),
+        (lambda: [polled(1), polled(400)], False, False),
+        (lambda: [polled(400)], True, True),
+        (lambda: [polled(400, polling_for_s=200)], True, True),
+        (lambda: [polled(400, polling_for_s=400)], True, False),
     ],
 )
 def test_the_consumer_that_has_not_polled_for_longest_counts(
-    polls: list[PollTimes], allow_idle: bool, alive: bool
+    polls: Callable[[], list[PollTimes]], allow_idle: bool, alive: bool
 ) -> None:
-    health = Health(lambda: polls, asyncio.Event(), allow_idle=allow_idle)
+    health = Health(polls, asyncio.Event(), allow_idle=allow_idle)
     assert health.answer("/livez")[0] == (200 if alive else 503)
 
 
