@@ -261,7 +261,9 @@ async def test_partitions_lost_during_an_outage_are_their_new_owners(server, kaf
     assert counts(store) == expected
     events = [Partition(settings.topics.events, n) for n in range(3)]
     consumer = log.consumer(f"{settings.topic_prefix}.sink")
-    assert await consumer.committed(events) == await consumer.end_offsets(events)
+    committed, ends = await consumer.committed(events), await consumer.end_offsets(events)
+    await consumer.close()
+    assert all(ends[p] - (committed[p] or 0) <= 1 for p in events)  # a transaction's marker is no record
 
 
 def test_bad_rows_are_told_by_the_numbers_that_clickhouse_gives_its_errors(store):
