@@ -49,7 +49,6 @@ class CallFacts:
     stream: bool = False
     cached: bool = False
     continued: int = 0  # times that a stream was continued by another replica
-    untrainable: str | None = None
 
 
 def call_span(
@@ -58,44 +57,30 @@ def call_span(
     """``response_id`` is the one that the client sees."""
     asked = facts.asked
     model = str(asked.get("model") or "")
-    attributes = {
+    first_token_s = None if facts.first_token is None else f"{(facts.first_token - facts.start) / 1e9:.6f}"
+    found = {attribute: asked[name] for name, attribute in _SAMPLING.items() if asked.get(name) is not None} | {
         semconv.OPERATION: facts.operation,
         semconv.REQUEST_MODEL: model,
         semconv.UPSTREAM: facts.upstream,
-        semconv.REQUEST_MESSAGES: _json(facts.messages),
+        semconv.REQUEST_MESSAGES: facts.messages,
+        semconv.TOOL_DEFINITIONS: asked.get("tools") or None,
+        "gen_ai.request.stream": facts.stream or None,
+        semconv.CACHED: facts.cached or None,
+        semconv.CONTINUED: facts.continued or None,
+        semconv.RESOURCES_ID: facts.resources_id or None,
+        "gen_ai.response.time_to_first_chunk": first_token_s,
+        semconv.RESPONSE_ID: response_id or None,
+        semconv.RESPONSE_MODEL: answer.model or None,
+        semconv.RESPONSE_MESSAGE: answer.message,
+        semconv.FINISH_REASONS: answer.finish_reasons or None,
+        semconv.INPUT_TOKENS: answer.prompt_tokens,
+        semconv.OUTPUT_TOKENS: answer.completion_tokens,
+        semconv.ERROR_TYPE: "upstream" if answer.error else None,
+        semconv.UNTRAINABLE: answer.mismatch,
     }
-    if asked.get("tools"):
-        attributes[semconv.TOOL_DEFINITIONS] = _json(asked["tools"])
-    for name, attribute in _SAMPLING.items():
-        if asked.get(name) is not None:
-            value = asked[name]
-            attributes[attribute] = value if isinstance(value, str) else _json(value)
-    if facts.stream:
-        attributes["gen_ai.request.stream"] = "true"
-    if facts.cached:
-        attributes[semconv.CACHED] = "true"
-    if facts.continued:
-        attributes[semconv.CONTINUED] = str(facts.continued)
-    if facts.resources_id:
-        attributes[semconv.RESOURCES_ID] = facts.resources_id
-    if facts.first_token is not None:
-        attributes["gen_ai.response.time_to_first_chunk"] = f"{(facts.first_token - facts.start) / 1e9:.6f}"
-    if response_id:
-        attributes[semconv.RESPONSE_ID] = response_id
-    if answer.model:
-        attributes[semconv.RESPONSE_MODEL] = answer.model
-    if answer.message is not None:
-        attributes[semconv.RESPONSE_MESSAGE] = _json(answer.message)
-    if answer.finish_reasons:
-        attributes[semconv.FINISH_REASONS] = _json(answer.finish_reasons)
-    if answer.prompt_tokens is not None:
-        attributes[semconv.INPUT_TOKENS] = str(answer.prompt_tokens)
-    if answer.completion_tokens is not None:
-        attributes[semconv.OUTPUT_TOKENS] = str(answer.completion_tokens)
-    if answer.error:
-        attributes[semconv.ERROR_TYPE] = "upstream"
-    if untrainable := facts.untrainable or answer.mismatch:
-        attributes[semconv.UNTRAINABLE] = untrainable
+    attributes = {
+        name: value if isinstance(value, str) else _json(value) for name, value in found.items() if value is not None
+    }
     one = answer.message is not None
     trace_id, parent_id = _trace_context(facts.traceparent, attempt_id)
     return Span(
