@@ -1,9 +1,9 @@
-"""Changes weights under streaming clients, kills a replica and restarts the proxy; then reads what the log says of it.
+"""Changes weights under streaming clients, kills a replica and restarts the proxy; then reads the log.
 
     python tests/chaos/proxy_storm.py --clients 32 --updates 50 --run-dir runs/proxy-storm
     python tests/chaos/proxy_storm.py --vllm --run-dir runs/vllm-storm
 
-The tokens of the replicas (`storm_replicas.py`) tell which version made them, so that every span can be compared with
+The tokens of the replicas (`storm_replicas.py`) show which version made them, so that every span can be compared with
 its own answer.
 """
 
@@ -34,12 +34,12 @@ from millstream.schemas.ids import new_id
 ROOT = Path(__file__).parents[2]
 SECRET = "storm"
 HUNG_S = 60.0  # a call that takes longer hangs
-UNSAID = range(37, 41)  # versions whose tokens would have no text
+TEXTLESS = range(37, 41)  # versions whose tokens would have no text
 console = Console()
 
 
 class Storm:
-    """A broker, two replicas, and a proxy that is succeeded by another on the same port."""
+    """A broker, two replicas, and a proxy that another one replaces on the same port."""
 
     def __init__(self, folder: Path, *, vllm: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +71,7 @@ class Storm:
         return process
 
     async def start_proxy(self) -> subprocess.Popen[bytes]:
-        """Returns once it listens, which a predecessor at the same port does too: its health port tells."""
+        """Returns once it listens. Its predecessor listens at the same port, so the health port shows it."""
         port = free_port()
         process = self.start(
             "proxy", "-m", "millstream.pipeline", "proxy", "--health-port", str(port), "--drain-s", "20"
@@ -80,7 +80,7 @@ class Storm:
         return process
 
     async def client(self, sdk: openai.AsyncOpenAI) -> None:
-        """One attempt after another by the official SDK, with the retries that it has by itself."""
+        """One attempt after another by the official SDK, with its own retries."""
         while not self.stop.is_set():
             rollout, attempt = new_id(), new_id()
             key = attempt_key(SECRET, rollout, attempt, valid_s=600)
@@ -99,12 +99,12 @@ class Storm:
             self.errors[f"{type(error).__name__}: {error}"[:120]] += 1
         else:
             if not self.replicas.whole(text):
-                self.errors[f"not what was asked for: {text}"] += 1
+                self.errors[f"not the answer asked for: {text}"] += 1
             self.done += 1
 
     async def run(self, clients: int, updates: int, pause_s: float) -> dict[str, Any]:
         began = time.monotonic()
-        numbers = [n for n in range(updates + 5) if n not in UNSAID]
+        numbers = [n for n in range(updates + 5) if n not in TEXTLESS]
         try:
             await KafkaLog(self.settings).create_topics()
             await self.replicas.start()

@@ -1,4 +1,4 @@
-"""The two replicas of a storm, and what their answers tell of the weights that made them."""
+"""The two replicas of a storm, whose answers show the weights that made them."""
 
 import asyncio
 import os
@@ -22,7 +22,7 @@ Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
 class Replicas(Protocol):
-    """Versions are numbers here, those in spans are `named` so."""
+    """Versions are numbers here; in spans they are `named`."""
 
     urls: list[str]
     asked: dict[str, Any]  # of the official SDK
@@ -32,7 +32,7 @@ class Replicas(Protocol):
     async def update(self, replica: int, number: int) -> None: ...
 
     async def kill(self, replica: int) -> None:
-        """Returns when it is there again, with the weights that it had."""
+        """Returns when it is back with the weights that it had."""
 
     def whole(self, text: str) -> bool:
         """Whether it is the answer that was asked for."""
@@ -83,7 +83,7 @@ class Words:
 
     @staticmethod
     def _kill(process: "subprocess.Popen[bytes]") -> None:
-        """By a thread: when the clients' event loop has time, replicas have least to do."""
+        """In a thread: when the clients' event loop has time, replicas have least to do."""
         time.sleep(0.3)
         process.kill()
         process.wait()
@@ -111,8 +111,8 @@ class Words:
 
 
 class Vllm:
-    """Two real vLLMs with the versioned model, each of whose tokens is that of its version. A killed one is started
-    again by what supervises it in production, too."""
+    """Two real vLLMs with the versioned model, whose tokens are those of their version. A killed one is restarted by
+    its supervisor, as in production."""
 
     TOKENS = 64
 
@@ -124,7 +124,7 @@ class Vllm:
         from millstream.pipeline.models.vllm_process import VllmOptions
         from millstream.pipeline.models.vllm_server import VllmServer
 
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # a test machine's cores are others', too
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # a test machine's cores are shared
         self._model, self._folder = versioned_model, folder / "vllm"
         versioned_model.create(self._folder / "model")
         settings = load_settings(weights_root=self._folder, vllm_python=PYTHON)
@@ -149,17 +149,17 @@ class Vllm:
 
     @staticmethod
     def _kill_busy(process: Any) -> None:
-        """Amidst some streams, and by a thread, as `Words` does."""
+        """During some streams, and in a thread, as `Words` does."""
         metrics = Request(f"{process.url}/metrics", headers={"x-millstream-admin": process.token})
         for _ in range(6000):
             with urlopen(metrics) as answer:
-                told = answer.read().decode()
-            running = re.findall(r"^vllm:num_requests_running\S* (\S+)$", told, re.MULTILINE)
+                text = answer.read().decode()
+            running = re.findall(r"^vllm:num_requests_running\S* (\S+)$", text, re.MULTILINE)
             if sum(map(float, running)) >= 4:
                 time.sleep(0.05)  # so that they have begun
                 return os.killpg(process.pid, signal.SIGKILL)
             time.sleep(0.01)
-        raise TimeoutError("the replica has had nothing to do for a minute")
+        raise TimeoutError("the replica was idle for a minute")
 
     async def kill(self, replica: int) -> None:
         killed = self._server.replicas[replica]

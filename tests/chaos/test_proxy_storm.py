@@ -1,4 +1,4 @@
-"""A short storm: weights change under streaming clients, a replica is killed, the proxy is succeeded by another."""
+"""A short storm: weights change under streaming clients, a replica is killed, the proxy is replaced by another."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.kafka, pytest.mark.chaos]
         ),
     ],
 )
-async def test_clients_notice_nothing_and_every_span_says_which_weights_made_it(tmp_path, vllm, clients, updates):
+async def test_no_call_fails_and_every_span_names_the_weights_that_made_it(tmp_path, vllm, clients, updates):
     if vllm:
         pytest.importorskip("torch")
         if not PYTHON.exists():

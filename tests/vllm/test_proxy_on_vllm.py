@@ -104,7 +104,7 @@ async def test_spans_hold_what_vllm_gives_to_a_direct_request(server, client, as
 
 
 @pytest.mark.parametrize("ask", [chat, completions, anthropic, responses])
-async def test_a_stream_that_is_broken_off_twice_says_what_an_unbroken_one_does(server, client, ask, monkeypatch):
+async def test_a_stream_that_breaks_twice_equals_an_unbroken_one(server, client, ask, monkeypatch):
     await server.update(versioned_model.babbling(), "tell.1.1")
     monkeypatch.setattr(sys.modules[__name__], "SAMPLING", {"temperature": 0.0})
     monkeypatch.setattr(sys.modules[__name__], "TOKENS", 100)
@@ -121,8 +121,8 @@ async def test_a_stream_that_is_broken_off_twice_says_what_an_unbroken_one_does(
         assert second.attributes[same] == first.attributes[same]
 
 
-async def test_a_stream_that_a_pause_aborts_goes_on_where_it_was(server, client):
-    """Ours keeps what runs; whoever else updates weights may not."""
+async def test_a_stream_that_a_pause_aborts_is_continued(server, client):
+    """Our own updates keep running requests; those of others may not."""
     await server.update(versioned_model.babbling(), "tell.1.1")
     asked = {**SHARED, "temperature": 0.0, "stream": True}
     async with rig_of(upstreams={"model": {"urls": [client.url]}}) as rig:
@@ -141,7 +141,7 @@ async def test_a_stream_that_a_pause_aborts_goes_on_where_it_was(server, client)
     assert aborted.response_token_ids == first.response_token_ids
 
 
-async def test_a_stop_string_ends_a_stream_that_was_broken_off(server, client):
+async def test_a_stop_string_ends_a_stream_that_was_broken(server, client):
     await server.update(versioned_model.babbling(), "tell.1.1")
     asked = {**SHARED, "temperature": 0.0, "stream": True, "stop": ["."]}
     async with relay_to(client.url) as relay, rig_of(upstreams={"model": {"urls": [relay.url]}}) as rig:
@@ -172,8 +172,8 @@ async def test_structured_output_and_several_choices_pass_through(server, client
         assert counted.input_tokens == len(span.prompt_token_ids) // 4
 
 
-async def test_weights_that_change_under_streams_of_the_sdk_are_told_token_by_token(server, client):
-    """Each token of the versioned model says which weights made it: compared with the version in the span."""
+async def test_weights_that_change_under_streams_of_the_sdk_are_recorded_token_by_token(server, client):
+    """Each token of the versioned model shows which weights made it, and is compared with the version in the span."""
     await server.update(versioned_model.weights(0), "tell.1.0")
     async with rig_of(upstreams={"model": {"urls": [client.url]}}) as rig:
         done = asyncio.Event()

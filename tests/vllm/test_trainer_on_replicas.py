@@ -24,7 +24,7 @@ TOKENS = 3
 
 
 class Counting:
-    """Learns nothing; the tokens of each version tell its number."""
+    """Learns nothing; the tokens of each version show its number."""
 
     groups_per_step, group_size = 2, 8
 
@@ -56,7 +56,7 @@ def agent(task):
 
 
 async def update_while_one_is_frozen(server):
-    """The one whose turn it has not been goes on answering, by the version before."""
+    """The other one goes on answering by the version before."""
     first, second = server.replicas
     engine = dict(processes_of(first.process.pid))[ENGINE]
     async with aiohttp.ClientSession() as session:

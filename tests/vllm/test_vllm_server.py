@@ -1,5 +1,5 @@
-"""`VllmServer` on a real vLLM. Each version of the versioned model makes a token of its own: what is said of an answer
-is compared with what made it."""
+"""`VllmServer` on a real vLLM. Each version of the versioned model makes a token of its own, so that the version an
+answer names is compared with the one that made it."""
 
 import asyncio
 import os
@@ -32,11 +32,11 @@ token, adapter_token = versioned_model.token, versioned_model.adapter_token
 
 
 async def deploy(server, number):
-    """Version tell.1.NUMBER, whose tokens say so."""
+    """Version tell.1.NUMBER, as its tokens show."""
     await server.update(versioned_model.weights(number), f"tell.1.{number}")
 
 
-async def test_whole_answers_and_streams_say_which_version_made_them(server, client):
+async def test_whole_answers_and_streams_name_the_version_that_made_them(server, client):
     await deploy(server, 1)
     whole = await client.ask(3)
     assert (whole.status, whole.start, whole.tokens) == (200, "tell.1.1", [token(1)] * 3)
@@ -47,7 +47,7 @@ async def test_whole_answers_and_streams_say_which_version_made_them(server, cli
     assert (await client.ask(3)).start == "tell.1.2"
 
 
-async def test_every_token_of_32_streams_is_of_the_version_that_is_said_while_weights_change(server, client):
+async def test_every_token_of_32_streams_is_of_the_named_version_while_weights_change(server, client):
     await deploy(server, 0)
     done = asyncio.Event()
 
@@ -80,7 +80,7 @@ async def test_every_token_of_32_streams_is_of_the_version_that_is_said_while_we
     assert {f"tell.1.{n}" for n in range(13)} >= {a.start for a in answers} - {"mixed"}
 
 
-async def test_weights_that_are_no_numbers_never_answer_and_the_version_before_goes_on(server, client):
+async def test_weights_that_are_not_numbers_never_answer_and_the_version_before_goes_on(server, client):
     await deploy(server, 1)
     broken = versioned_model.weights(2)
     broken["model.embed_tokens.weight"][5, 5] = float("nan")
@@ -132,13 +132,13 @@ async def test_vllm_itself_reads_no_file_outside_the_root(server, client, tmp_pa
     ["/pause", "/collective_rpc", "/start_weight_update", "/update_weights", "/v1/load_lora_adapter", "/weight_info"],
 )
 @pytest.mark.parametrize("token", [{}, {"x-millstream-admin": "0" * 64}])
-async def test_development_endpoints_are_shut_to_all_but_the_supervisor(client, path, token):
+async def test_only_the_supervisor_reaches_the_development_endpoints(client, path, token):
     for method in ("get", "post"):
         async with client.session.request(method, f"{client.url}{path}", headers=token, json={}) as response:
             assert response.status == 404
 
 
-async def test_what_proxies_ask_for_is_open(client):
+async def test_endpoints_that_proxies_use_are_open(client):
     asked = {"model": "policy", "messages": [{"role": "user", "content": "add 3 to 8 ?"}]}
     async with client.session.post(f"{client.url}/tokenize", json=asked) as response:
         assert (response.status, (await response.json())["count"]) == (200, 10)
@@ -161,7 +161,7 @@ async def test_adapters_are_served_side_by_side(server, client, vllm_root):
     assert (base.start, base.end, set(base.tokens)) == ("tell.1.1", "tell.1.1", {token(1)})
 
 
-async def test_an_adapter_that_vllm_can_not_load_is_refused(server, client, vllm_root):
+async def test_an_adapter_that_vllm_cant_load_is_refused(server, client, vllm_root):
     versioned_model.create_adapter(vllm_root / "bad-adapter", 2)
     (vllm_root / "bad-adapter" / "adapter_config.json").write_text("{}")
     with pytest.raises(UpdateFailed, match=r"policy@lora\.0\.2 is not served"):
@@ -178,7 +178,7 @@ async def test_going_back_to_a_folder_of_an_earlier_version(server, client, vllm
 
 
 async def served_until_restarted(server, client):
-    """Status and version of each answer that somebody gets until then."""
+    """Status and version of each answer that a client gets until then."""
     before, served = server.replicas[0].restarts, set()
     while server.replicas[0].restarts == before:
         try:
@@ -210,7 +210,7 @@ def lives(pid):
 
 
 @pytest.mark.parametrize("frozen", ["the API server", ENGINE])
-async def test_a_vllm_that_hangs_is_ended_and_comes_back(server, client, monkeypatch, frozen):
+async def test_a_vllm_that_hangs_is_restarted(server, client, monkeypatch, frozen):
     await deploy(server, 6)
     replica = server.replicas[0]
     monkeypatch.setattr(replica.process, "policy", VllmPolicy(probe_s=2.0))
@@ -225,7 +225,7 @@ async def test_a_vllm_that_hangs_is_ended_and_comes_back(server, client, monkeyp
     assert (answer.start, answer.tokens) == ("tell.1.6", [token(6)] * 2)
 
 
-async def test_when_the_version_before_can_not_be_brought_back_vllm_starts_anew_with_it(server, client, tmp_path):
+async def test_when_the_version_before_cant_be_brought_back_vllm_is_restarted_with_it(server, client, tmp_path):
     await deploy(server, 7)
     (good,) = server.replicas[0].good.files
     broken = versioned_model.weights(8)

@@ -114,7 +114,7 @@ async def test_sampling_follows_the_softmax_at_its_temperature(engine: Engine, f
     )  # the model's own, not the temperature's
 
 
-async def test_a_seed_repeats_an_answer_in_any_company(engine: Engine) -> None:
+async def test_a_seed_repeats_an_answer_in_any_batch(engine: Engine) -> None:
     alone = await body(engine, seed=5, max_tokens=8, **EXACT)
     company = [body(engine, messages=LONG) for _ in range(6)]
     again, *_ = await asyncio.gather(body(engine, seed=5, max_tokens=8, **EXACT), *company)
@@ -174,7 +174,7 @@ async def test_text_parts_and_nulls_are_understood(engine: Engine) -> None:
         ({"max_tokens": 510}, "messages"),
     ],
 )
-async def test_what_it_cannot_do_is_refused_by_name(engine: Engine, fields: dict[str, Any], param: str) -> None:
+async def test_unsupported_fields_are_named(engine: Engine, fields: dict[str, Any], param: str) -> None:
     answer = await engine.chat({**ask(), **fields})
     assert answer.status == 400
     assert answer.body["error"]["type"] == "invalid_request_error"
@@ -182,7 +182,7 @@ async def test_what_it_cannot_do_is_refused_by_name(engine: Engine, fields: dict
 
 
 async def test_each_answer_is_made_by_the_version_it_names(folder: Path, engine: Engine) -> None:
-    """Weights change under load; a greedy answer's log-probability tells which version made it."""
+    """Weights change under load; a greedy answer's log-probability shows which version made it."""
     weights = [parameters(load_model(folder))]
     weights.append({name: tensor * 1.5 for name, tensor in weights[0].items()})
     request = ask(temperature=0, max_tokens=5, **EXACT)
@@ -219,7 +219,7 @@ async def test_weights_that_do_not_fit_change_nothing(folder: Path, engine: Engi
     assert after["choices"] == before["choices"]
 
 
-async def test_what_was_asked_is_answered_before_it_closes(folder: Path) -> None:
+async def test_requests_are_answered_before_it_closes(folder: Path) -> None:
     engine = Engine(folder, max_batch=2)
     asked = [asyncio.create_task(engine.chat(ask())) for _ in range(9)]
     await asyncio.sleep(0)  # let them be queued
@@ -230,7 +230,7 @@ async def test_what_was_asked_is_answered_before_it_closes(folder: Path) -> None
     await engine.close()
 
 
-async def test_a_caller_that_leaves_harms_nobody(engine: Engine) -> None:
+async def test_a_caller_that_leaves_does_not_harm_others(engine: Engine) -> None:
     leaving = [asyncio.create_task(engine.chat(ask(LONG, max_tokens=50))) for _ in range(5)]
     await asyncio.sleep(0)
     for task in leaving:

@@ -52,7 +52,7 @@ async def test_the_openai_client_is_served(url: str) -> None:
             await client.chat.completions.create(model="calculator", n=2, **REQUEST)
 
 
-async def test_a_body_that_is_no_request(url: str) -> None:
+async def test_a_body_that_is_not_a_request(url: str) -> None:
     async with aiohttp.ClientSession() as session:
         for data in (b"{", b"[]"):
             async with session.post(f"{url}/v1/chat/completions", data=data) as response:
@@ -62,7 +62,7 @@ async def test_a_body_that_is_no_request(url: str) -> None:
             assert await response.json() == {"model_version": "run.0.4"}
 
 
-async def test_a_stream_says_the_same_as_a_whole_answer_and_at_its_end_by_which_weights(url: str) -> None:
+async def test_a_stream_equals_a_whole_answer_and_names_its_weights_at_the_end(url: str) -> None:
     exact = REQUEST | {"model": "calculator", "seed": 3, "logprobs": True, "extra_body": {"return_token_ids": True}}
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="any") as client:
         whole = (await client.chat.completions.create(**exact)).model_dump()

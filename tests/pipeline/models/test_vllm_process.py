@@ -31,7 +31,7 @@ async def test_a_missing_environment_is_named(tmp_path):
         await process(tmp_path, Path("/nowhere")).start()
 
 
-async def test_what_ends_at_once_says_why(tmp_path):
+async def test_a_process_that_ends_at_once_reports_why(tmp_path):
     vllm = process(tmp_path, Path(sys.executable))
     with pytest.raises(MillstreamError, match="No module named 'vllm'"):
         await vllm.start()
@@ -84,7 +84,7 @@ async def test_one_that_hangs_in_an_update_is_ended_at_once(replica, tmp_path):
     await replica._canary("policy", "run.0.0")
 
 
-async def test_weights_that_have_gone_are_never_said_to_be_served(replica, tmp_path):
+async def test_weights_that_are_gone_are_never_reported_as_served(replica, tmp_path):
     gone = version(tmp_path, 1)
     (gone.folder / "model.safetensors").unlink()
     with pytest.raises(UpdateFailed, match=r"run\.0\.1 did not go live.*do not fit the model: a; run\.0\.0 is back"):

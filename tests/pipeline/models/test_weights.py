@@ -28,7 +28,7 @@ def test_a_folder_below_the_root(root):
     assert [len(digest) for digest in weights.checksums().values()] == [64]
 
 
-def test_nothing_from_elsewhere(root):
+def test_weights_from_elsewhere_are_refused(root):
     (root / "link").symlink_to(root.parent / "outside")
     (root / "file-link").mkdir()
     (root / "file-link" / "model.safetensors").symlink_to(root.parent / "outside" / "model.safetensors")
@@ -39,7 +39,7 @@ def test_nothing_from_elsewhere(root):
         allowed(root / "file-link", root, "run.0.1")
 
 
-def test_nothing_but_safetensors(root):
+def test_only_safetensors_are_accepted(root):
     (root / "good" / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"pytorch_model\.bin, but only safetensors"):
         allowed(root / "good", root, "run.0.1")
@@ -48,7 +48,7 @@ def test_nothing_but_safetensors(root):
         allowed(root / "empty", root, "run.0.1")
 
 
-def test_an_adapter_is_no_model_and_a_model_no_adapter(root):
+def test_an_adapter_is_not_a_model_nor_a_model_an_adapter(root):
     (root / "adapter").mkdir()
     save_file({"a": torch.ones(2)}, root / "adapter" / "adapter_model.safetensors")
     allowed(root / "adapter", root, "run.0.1", lora=True)

@@ -13,7 +13,7 @@ async def rig() -> AsyncIterator[Rig]:
 
 
 def pytest_asyncio_loop_factories(config, item):
-    """The proxy's process runs on uvloop. A trainer that has the proxy within runs on asyncio's own loop."""
+    """The proxy's process runs on uvloop. A trainer that runs the proxy itself uses asyncio's own loop."""
     loops = {"uvloop": uvloop.new_event_loop}
     if item.path.name == "test_http_client.py":
         loops["asyncio"] = asyncio.new_event_loop

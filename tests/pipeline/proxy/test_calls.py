@@ -23,7 +23,7 @@ ASKED = {"model": "policy", "messages": [{"role": "user", "content": "say one tw
 SECRET = "s3cret"
 
 
-async def test_a_call_is_answered_and_lies_in_the_log_token_by_token(rig):
+async def test_a_call_is_answered_and_recorded_token_by_token(rig):
     answer = await rig.client.chat.completions.create(**ASKED, temperature=0.5, seed=7)
     assert answer.choices[0].message.content == "one two three"
     span = await rig.span()
@@ -76,8 +76,8 @@ async def test_the_client_sees_only_what_it_asked_for(rig):
     assert all(request["return_token_ids"] and request["logprobs"] for request in rig.model.requests)
 
 
-async def test_what_changes_the_answer_reaches_the_model_as_it_is(rig):
-    """Several choices give no one response to learn from, and say so."""
+async def test_fields_that_change_the_answer_reach_the_model_unchanged(rig):
+    """Several choices hold no single response to train on; the span shows it."""
     wanted = {
         "n": 2,
         "stop": ["end"],
@@ -111,7 +111,7 @@ async def test_completions_embeddings_and_models(rig):
     assert (await rig.client.models.retrieve("policy")).id == "policy"
 
 
-async def test_external_models_answer_again_from_the_cache_and_nobody_trains_on_it():
+async def test_cached_answers_of_external_models_are_marked():
     external = {"upstreams": {"other": {"urls": ["{url}"], "kind": "openai"}}, "routes": {"*": "other"}}
     async with rig_of(cache_ttl_s=60.0, **external) as rig:
         greedy = ASKED | {"temperature": 0}
@@ -122,14 +122,14 @@ async def test_external_models_answer_again_from_the_cache_and_nobody_trains_on_
         assert [semconv.CACHED in span.attributes for span in await rig.spans()] == [False, True, False, False]
 
 
-async def test_a_policy_is_never_answered_for_from_the_cache():
+async def test_a_policys_answers_are_never_cached():
     async with rig_of(cache_ttl_s=60.0) as rig:
         for _ in range(2):
             await rig.client.chat.completions.create(**ASKED, temperature=0)
         assert len(rig.model.requests) == 2
 
 
-async def test_sampling_of_the_attempts_resources_holds_unless_the_agent_says_otherwise(rig):
+async def test_sampling_of_the_attempts_resources_applies_unless_the_agent_sets_it(rig):
     llm = LLM(model="policy", model_version="run.0.3", sampling={"temperature": 0.25, "top_p": 0.5})
     resources = Resources(resources_id=new_id(), experiment_id="e", items={"policy": llm})
     producer = rig.log.producer()
@@ -157,12 +157,12 @@ async def test_close_waits_for_calls_under_way_and_refuses_new_ones(rig):
     assert len(await rig.spans()) == 1
 
 
-async def test_closing_an_attempt_that_never_called_counts_nothing(rig):
+async def test_closing_an_attempt_without_calls_counts_none(rig):
     assert await rig.close_attempt() == (200, {"spans": 0})
 
 
 async def test_an_attempt_that_is_older_than_the_proxy_cant_be_counted(rig):
-    """Its calls may have been counted by the process before this one: better lost and made again than half a trace."""
+    """The process before may have counted calls of it: better lost and retried than half a trace."""
     import time
 
     before = attempt_key(SECRET, rig.rollout, rig.attempt, valid_s=600.0, now=time.time() - 60)
@@ -172,7 +172,7 @@ async def test_an_attempt_that_is_older_than_the_proxy_cant_be_counted(rig):
     assert "older than this proxy" in body["error"]["message"]
 
 
-async def test_a_client_that_leaves_ends_the_call_and_leaves_a_record(rig):
+async def test_when_a_client_leaves_its_call_is_ended_and_recorded(rig):
     rig.model.gate.clear()
     calling = asyncio.create_task(rig.client.chat.completions.create(**ASKED))
     await rig.model.asked.wait()

@@ -1,4 +1,4 @@
-"""The proxy's HTTP client, against servers that say exactly what a test wants them to."""
+"""The proxy's HTTP client, against servers that send exactly the bytes of a test."""
 
 import asyncio
 import ssl
@@ -72,14 +72,14 @@ async def test_headers_are_found_by_their_lower_case_names():
         assert (answer.status, answer.content_type, answer.headers["x-a"]) == (404, "text/plain", "B")
 
 
-async def test_connections_are_used_again():
+async def test_connections_are_reused():
     async with serving(OK, OK, OK, hold=True) as (client, connections):
         for _ in range(3):
             assert await ask(client) == (200, b"hi")
         assert [len(requests) for requests in connections] == [3]
 
 
-async def test_an_idle_connection_that_its_server_closes_is_nobodys_trouble():
+async def test_a_request_is_repeated_when_its_idle_connection_was_being_closed():
     """Each connection serves one request and is closed just when the next one is written to it."""
     async with serving(OK) as (client, connections):
         for _ in range(20):
@@ -87,7 +87,7 @@ async def test_an_idle_connection_that_its_server_closes_is_nobodys_trouble():
         assert len(connections) == 20
 
 
-async def test_the_last_moment_of_an_idle_connection():
+async def test_a_request_is_repeated_when_its_connection_ends_before_an_answer():
     """The server closes it having read the next request, and before it answers anything."""
     async with serving(OK, b"") as (client, connections):
         await ask(client)
@@ -106,14 +106,14 @@ async def test_the_last_moment_of_an_idle_connection():
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nhi", "does not speak HTTP"),
     ],
 )
-async def test_what_is_no_whole_answer_is_an_error(answer, said):
+async def test_an_incomplete_answer_is_an_error(answer, said):
     async with serving(answer) as (client, _):
         with pytest.raises(HttpError, match=said):
             await ask(client)
 
 
-async def test_a_second_answer_is_nobodys():
-    """What a server says unasked must not become the answer to the next request."""
+async def test_an_unrequested_answer_is_dropped():
+    """Bytes that a server sends unasked must not become the answer to the next request."""
     smuggled = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nevil"
     async with serving(OK + smuggled, hold=True) as (client, connections):
         await ask(client)
@@ -121,7 +121,7 @@ async def test_a_second_answer_is_nobodys():
         assert len(connections) == 2
 
 
-async def test_an_answer_that_nobody_reads_to_its_end_is_given_up():
+async def test_an_answer_that_is_left_early_closes_its_connection():
     endless = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n"
     async with serving(endless, hold=True) as (client, connections):
         for _ in range(2):
@@ -130,11 +130,11 @@ async def test_an_answer_that_nobody_reads_to_its_end_is_given_up():
         assert len(connections) == 2
 
 
-async def test_what_has_come_is_read_after_the_server_has_gone():
+async def test_data_that_came_is_read_after_the_server_has_gone():
     body = b"x" * (UNREAD + 1000)
     whole = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
     async with serving(whole) as (client, _), client.request("POST", "/x", {}) as answer:
-        await asyncio.sleep(0.2)  # nothing tells the reader of it
+        await asyncio.sleep(0.2)  # the client has no event for it
         assert await answer.read() == body
 
 
@@ -168,7 +168,7 @@ async def test_a_server_waits_for_a_slow_reader():
     server.close()
 
 
-async def test_so_many_connections_and_no_more():
+async def test_connections_are_limited():
     gate, two = asyncio.Event(), asyncio.Event()
     under_way = most = 0
 
@@ -196,7 +196,7 @@ async def test_so_many_connections_and_no_more():
     server.close()
 
 
-async def test_nobody_listens():
+async def test_a_port_without_a_server_is_an_error():
     with pytest.raises(HttpError, match="Connect"):
         await ask(Server("http://127.0.0.1:9"))
 
@@ -216,7 +216,7 @@ def certificate(tmp_path):
     return context
 
 
-async def test_a_server_without_a_good_certificate_is_not_asked(certificate):
+async def test_a_server_without_a_valid_certificate_is_refused(certificate):
     server = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1", 0, ssl=certificate)
     with pytest.raises(HttpError, match="CERTIFICATE_VERIFY_FAILED"):
         await ask(Server(f"https://localhost:{server.sockets[0].getsockname()[1]}"))

@@ -1,4 +1,4 @@
-"""Without its log the proxy answers nobody: an answer that is not recorded would be a hole in what is trained on."""
+"""Without its log the proxy answers no call: an answer that is not recorded would be a hole in the training data."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.kafka
 ASKED = {"model": "policy", "messages": [{"role": "user", "content": "say one two three"}]}
 
 
-async def test_calls_fail_clearly_while_kafka_is_away_and_go_on_when_it_is_back(kafka_broker, kafka_settings):
+async def test_calls_fail_clearly_while_kafka_is_away_and_succeed_when_it_is_back(kafka_broker, kafka_settings):
     settings = kafka_settings()
     log = KafkaLog(settings)
     await log.create_topics()

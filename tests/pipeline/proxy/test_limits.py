@@ -1,4 +1,4 @@
-"""Limits: what is beyond them waits, in a queue that has an end."""
+"""Limits: calls beyond them wait in a bounded queue."""
 
 import asyncio
 
@@ -24,7 +24,7 @@ def test_a_bucket_may_be_overdrawn_and_fills_again():
     assert bucket.wait_s(1e6) == 1.0
 
 
-async def test_calls_at_a_time():
+async def test_concurrent_calls_are_limited():
     limiter = Limiter("x", Limits(max_concurrency=2, max_queue=1))
     running, most, release = 0, 0, asyncio.Event()
 
@@ -80,7 +80,7 @@ async def test_tokens_are_charged_when_they_are_known():
         {"upstreams": {"model": {"urls": ["{url}"], "limits": {"max_concurrency": 1, "max_queue": 0}}}},
     ],
 )
-async def test_beyond_the_queue_a_client_is_asked_to_come_again(limits):
+async def test_beyond_the_queue_a_client_gets_429_with_retry_after(limits):
     async with rig_of(**limits) as rig:
         rig.model.gate.clear()
         first = asyncio.create_task(rig.client.chat.completions.create(**ASKED))

@@ -1,4 +1,4 @@
-"""Whatever a client asks and a server answers: the client gets an error that says so, and the call stays recorded."""
+"""Malformed answers: the client gets an error that names the fault, and the call is recorded."""
 
 import json
 
@@ -17,7 +17,7 @@ from proxy_rig import rig_of
         {"usage": [1], "choices": []},
     ],
 )
-async def test_an_answer_in_no_known_form_fails_the_call_and_is_recorded(body):
+async def test_a_malformed_answer_fails_the_call_and_is_recorded(body):
     async with rig_of(upstreams={"model": {"urls": ["{url}"], "timeout_s": 1.0}}) as rig:
         rig.model.faults.extend([Fault(200, body)] * 10)
         headers = {"Authorization": f"Bearer {rig.key}"}

@@ -1,4 +1,4 @@
-"""Streams that a replica has begun and not ended: another one says the rest, and nobody notices."""
+"""Streams that break: another replica continues them, and the client does not notice."""
 
 import json
 
@@ -47,7 +47,7 @@ async def responses(rig):
 
 @pytest.mark.parametrize("ask", [chat, completions, anthropic, responses])
 @pytest.mark.parametrize("fault", [Fault(break_after=2), Fault(abort_after=2), Fault(error_after=2)])
-async def test_the_rest_is_asked_for_by_ids_and_the_span_is_that_of_an_unbroken_stream(rig, ask, fault):
+async def test_the_remainder_is_asked_for_by_ids_and_the_span_is_that_of_an_unbroken_stream(rig, ask, fault):
     rig.model.faults.append(fault)
     assert await ask(rig) == SAID
     span = await rig.span()
@@ -61,7 +61,7 @@ async def test_the_rest_is_asked_for_by_ids_and_the_span_is_that_of_an_unbroken_
     assert (span.attributes[semconv.CONTINUED], semconv.UNTRAINABLE in span.attributes) == ("1", False)
 
 
-async def test_another_replica_is_asked_and_the_first_again_if_that_breaks_off_too():
+async def test_another_replica_is_asked_and_the_first_again_if_that_one_breaks_too():
     async with rig_of(models=2) as rig:
         for model in rig.models:
             model.faults.append(Fault(break_after=2))
@@ -73,7 +73,7 @@ async def test_another_replica_is_asked_and_the_first_again_if_that_breaks_off_t
 
 @pytest.mark.parametrize("text", [False, True])
 async def test_every_chunk_is_as_it_would_have_been(rig, text):
-    """Even for clients that look at everything."""
+    """In all its fields."""
     asked = {"model": "policy", "stream": True, "extra_body": {"return_token_ids": True}}
     asked |= {"stream_options": {"include_usage": True}, "logprobs": 1 if text else True}
 
@@ -93,7 +93,7 @@ async def test_every_chunk_is_as_it_would_have_been(rig, text):
     assert (await rig.spans())[1].attributes[semconv.CONTINUED] == "2"
 
 
-async def test_versions_of_both_parts_are_told(rig):
+async def test_the_versions_of_both_parts_are_recorded(rig):
     for version, said in (("run.0.3", "run.0.3"), ("run.0.4", "mixed")):
         rig.model.token_gate.clear()
         rig.model.faults.append(Fault(break_after=2))
@@ -107,7 +107,7 @@ async def test_versions_of_both_parts_are_told(rig):
         assert (await rig.spans())[-1].model_version == said
 
 
-async def test_what_breaks_when_nothing_but_its_end_is_missing_is_ended(rig):
+async def test_a_stream_that_breaks_after_its_last_token_is_completed(rig):
     usage = {"include_usage": True}
     rig.model.faults.append(Fault(break_after=6))  # behind the finish reason
     *_, last, end = await chunks_of(rig, stream_options=usage)
@@ -121,7 +121,7 @@ async def test_what_breaks_when_nothing_but_its_end_is_missing_is_ended(rig):
     assert (second.status, second.response_token_ids) == ("Ok", int32(ids("one two three")))
 
 
-async def test_the_rest_is_sampled_as_the_beginning_was(rig):
+async def test_the_remainder_is_sampled_like_the_beginning(rig):
     sampling = {"temperature": 0.7, "top_p": 0.9, "stop": ["~"], "logit_bias": {"7": 1}, "seed": 11}
     extra = {"top_k": 5, "min_p": 0.1, "min_tokens": 4, "repetition_penalty": 1.1}
     rig.model.faults.append(Fault(break_after=2))
@@ -133,8 +133,8 @@ async def test_the_rest_is_sampled_as_the_beginning_was(rig):
     assert "messages" not in rest
 
 
-async def test_without_a_limit_the_rest_may_be_as_long_as_the_model_allows(rig):
-    """Which vLLM would do for a chat, but not for a completion."""
+async def test_without_a_limit_the_remainder_may_be_as_long_as_the_model_allows(rig):
+    """vLLM does so for a chat, but not for a completion."""
     rig.model.faults.append(Fault(break_after=2))
     assert await chat(rig) == SAID
     assert rig.model.paths[-2:] == ["/tokenize", "/v1/completions"]
@@ -153,7 +153,7 @@ async def test_without_a_limit_the_rest_may_be_as_long_as_the_model_allows(rig):
         {"messages": [{"role": "user", "content": [{"type": "text", "text": f"say {SAID}"}, IMAGE]}]},
     ],
 )
-async def test_what_does_not_depend_on_the_tokens_alone_fails_as_ever(rig, more):
+async def test_a_stream_that_does_not_depend_on_the_tokens_alone_fails(rig, more):
     rig.model.faults.append(Fault(break_after=2))
     with pytest.raises(openai.APIError, match="broke off"):
         await chunks_of(rig, **more)
@@ -169,7 +169,7 @@ async def test_tokens_whose_ids_are_missing_can_not_be_continued(rig):
         await chunks_of(rig)
 
 
-async def test_when_nobody_can_say_the_rest_the_client_is_told(rig):
+async def test_when_no_replica_can_continue_the_client_gets_an_error(rig):
     rig.model.faults.extend([Fault(break_after=2), *[Fault(hang_up=True)] * 20])
     with pytest.raises(openai.APIError, match="can't be reached"):
         await chunks_of(rig)
@@ -221,7 +221,7 @@ def told_by_vllm(tokenizer, prompt, ids, stops):
 
 
 @pytest.mark.parametrize("stops", [[], ["\nObservation:"], ["###", "🎉🎉"]])
-def test_text_is_neither_lost_nor_told_twice_wherever_a_stream_is_cut(stops):
+def test_text_is_neither_lost_nor_repeated_wherever_a_stream_is_cut(stops):
     """With a tokenizer that cuts characters into bytes, as those of today's models do."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())

@@ -1,4 +1,4 @@
-"""Clients of Anthropic's and of OpenAI's responses interface in front of a policy: no token ids are lost."""
+"""Clients of Anthropic's messages and OpenAI's responses, in front of a policy: no token ids are lost."""
 
 import base64
 import json

@@ -1,4 +1,4 @@
-"""Several replicas and upstreams: who is asked, what is tried again, and what the client never notices."""
+"""Several replicas and upstreams: which one is asked, what is retried, and what the client never notices."""
 
 import asyncio
 import time
@@ -26,7 +26,7 @@ ASKED = {"model": "policy", "messages": [{"role": "user", "content": "say one"}]
 @pytest.mark.parametrize(
     "fault", [Fault(503), Fault(429), Fault(500), Fault(408), Fault(hang_up=True), Fault(abort_after=0)]
 )
-async def test_what_passes_is_tried_again_and_recorded_once(rig, fault):
+async def test_passing_failures_are_retried_and_the_call_is_recorded_once(rig, fault):
     rig.model.faults.append(fault)
     answer = await rig.client.chat.completions.create(**ASKED)
     assert answer.choices[0].message.content == "one"
@@ -34,7 +34,7 @@ async def test_what_passes_is_tried_again_and_recorded_once(rig, fault):
     assert (await rig.span()).status == "Ok"
 
 
-async def test_retry_after_is_obeyed_and_told_when_there_is_no_time_left():
+async def test_retry_after_is_obeyed_and_passed_on_when_no_time_is_left():
     settings = {"upstreams": {"model": {"urls": ["{url}"], "timeout_s": 2.0}}}
     async with rig_of(**settings) as rig:
         rig.model.faults.append(Fault(429, headers={"Retry-After": "1"}))
@@ -47,7 +47,7 @@ async def test_retry_after_is_obeyed_and_told_when_there_is_no_time_left():
         assert refused.value.response.headers["Retry-After"] == "60"
 
 
-async def test_a_dead_replica_is_left_alone_and_nobody_notices():
+async def test_a_dead_replica_is_left_alone_and_no_call_fails():
     async with rig_of(models=2) as rig:
         dead, alive = rig.models
         dead.faults.extend([Fault(hang_up=True)] * 1000)
@@ -58,14 +58,14 @@ async def test_a_dead_replica_is_left_alone_and_nobody_notices():
         assert {span.status for span in await rig.spans()} == {"Ok"}
 
 
-async def test_nobody_there():
+async def test_an_unreachable_server_fails_the_call():
     async with rig_of(upstreams={"model": {"urls": ["http://127.0.0.1:9"], "timeout_s": 1.0}}) as rig:
         with pytest.raises(openai.InternalServerError, match="model can't be reached"):
             await rig.client.chat.completions.create(**ASKED)
         assert (await rig.span()).status == "Error"
 
 
-async def test_a_server_that_hangs_costs_its_time_and_no_more():
+async def test_a_server_that_hangs_fails_the_call_at_its_deadline():
     async with rig_of(upstreams={"model": {"urls": ["{url}"], "timeout_s": 0.3}}) as rig:
         rig.model.gate.clear()
         with pytest.raises(openai.InternalServerError, match="did not answer in time"):
@@ -73,7 +73,7 @@ async def test_a_server_that_hangs_costs_its_time_and_no_more():
         rig.model.gate.set()
 
 
-async def test_a_rollout_stays_with_its_replica_unless_that_has_too_much_to_do():
+async def test_a_rollout_stays_with_its_replica_unless_that_is_overloaded():
     async with rig_of(models=3) as rig:
         for _ in range(6):
             await rig.client.chat.completions.create(**ASKED)
@@ -89,7 +89,7 @@ async def test_a_rollout_stays_with_its_replica_unless_that_has_too_much_to_do()
         assert max(len(model.requests) for model in rig.models) <= 6 + 6
 
 
-async def test_a_broken_replica_rests_for_longer_each_time_and_is_tried_by_one_call():
+async def test_a_broken_replica_is_left_alone_for_longer_each_time_and_tried_by_one_call():
     now = 0.0
     replicas = Replicas("x", Upstream(urls=("http://a",), kind="openai"), SecretStr(""), clock=lambda: now)
     (replica,) = replicas.all

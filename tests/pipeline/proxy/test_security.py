@@ -1,4 +1,4 @@
-"""What an agent, or whoever has found the proxy's port, might try. Over raw sockets: no client tidies it up."""
+"""What an agent, or anyone who reaches the proxy's port, might try. Over raw sockets, so that no client corrects it."""
 
 import asyncio
 import gzip
@@ -74,7 +74,7 @@ def post(rig: Rig, target: str, *lines: str) -> bytes:
         "/server_info",
     ],
 )
-async def test_nothing_but_the_surface_can_be_reached(rig, rest):
+async def test_only_the_endpoints_can_be_reached(rig, rest):
     status, _ = await raw(rig, post(rig, rig.base.removeprefix(rig.url) + rest))
     assert 400 <= status < 500
     assert rig.model.paths == []
@@ -94,7 +94,7 @@ async def test_nothing_but_the_surface_can_be_reached(rig, rest):
         "http://elsewhere/rollout/{other}/attempt/{attempt}",
     ],
 )
-async def test_a_path_in_disguise_is_nobody_elses_attempt(rig, path):
+async def test_a_disguised_path_does_not_lead_to_another_attempt(rig, path):
     path = path.format(rollout=rig.rollout, attempt=rig.attempt, other=new_id())
     status, _ = await raw(rig, post(rig, path + CHAT))
     assert 400 <= status < 500
@@ -136,8 +136,8 @@ async def test_a_malformed_request_is_logged_without_its_key(rig, caplog):
     assert rig.key not in caplog.text
 
 
-async def test_what_is_forwarded_of_a_client_adds_no_header(rig):
-    """Values that are handed on can't hold a line's end, and the client's key and headers stay here."""
+async def test_forwarded_values_add_no_header(rig):
+    """Forwarded values can't hold a line break, and the client's key and other headers are not forwarded."""
     lines = ("anthropic-beta: a%0d%0ax-smuggled: 1", "x-smuggled: 1", "traceparent: 00-\u00e9-1-1")
     seen = []
     original = rig.model._begin
@@ -157,7 +157,7 @@ async def test_what_is_forwarded_of_a_client_adds_no_header(rig):
 # --- Keys
 
 
-async def test_only_the_attempts_own_key_opens_it(rig):
+async def test_only_the_attempts_own_key_is_accepted(rig):
     other = attempt_key(SECRET, rig.rollout, new_id(), valid_s=60)
     expired = attempt_key(SECRET, rig.rollout, rig.attempt, valid_s=60, now=1000.0)
     forged = attempt_key("guess", rig.rollout, rig.attempt, valid_s=60)
@@ -174,7 +174,7 @@ async def test_only_the_attempts_own_key_opens_it(rig):
     assert (await rig.close_attempt(other))[0] == 401
 
 
-async def test_a_key_that_was_good_expires_under_its_holder(rig):
+async def test_an_accepted_key_expires(rig):
     now = expires = float(rig.key.split(".")[1]) + 60.0 + KEY_GRACE_S
     rig.proxy._attempts._clock = lambda: now
     now = expires - 1  # an attempt that ends late can still call
@@ -184,7 +184,7 @@ async def test_a_key_that_was_good_expires_under_its_holder(rig):
         await rig.client.chat.completions.create(**ASKED)
 
 
-async def test_a_shared_key_opens_every_attempt_and_only_that_key_does():
+async def test_a_shared_key_is_accepted_for_every_attempt():
     async with rig_of(proxy_shared_key="laptop") as rig:
         shared = rig.client.with_options(api_key="laptop")
         await shared.chat.completions.create(**ASKED)
@@ -197,7 +197,7 @@ async def test_a_shared_key_opens_every_attempt_and_only_that_key_does():
         await rig.client.chat.completions.create(**ASKED)  # an attempt's own goes on to fit
 
 
-def test_a_proxy_that_asks_for_no_secret_is_for_this_machine_alone():
+def test_a_proxy_without_a_secret_serves_this_machine_only():
     open_, closed = load_settings(), load_settings(proxy_secret="s", proxy_admin_token="t")
     check_open(open_, "127.0.0.1", "localhost")
     check_open(closed, "0.0.0.0", "0.0.0.0")
@@ -210,7 +210,7 @@ def test_a_proxy_that_asks_for_no_secret_is_for_this_machine_alone():
 # --- Too much, too slow
 
 
-async def test_bodies_that_are_too_large_are_refused_packed_or_not():
+async def test_bodies_that_are_too_large_are_refused_compressed_or_not():
     async with rig_of(max_record_bytes=1 << 16) as rig:
         target = rig.base.removeprefix(rig.url) + CHAT
         large = json.dumps(ASKED | {"padding": "x" * (1 << 17)}).encode()
@@ -234,7 +234,7 @@ async def test_bodies_that_are_too_large_are_refused_packed_or_not():
         assert len(rig.model.requests) == 1
 
 
-async def test_a_body_that_does_not_come_is_not_waited_for():
+async def test_a_body_that_does_not_come_is_refused():
     async with rig_of(policy=ProxyPolicy(body_s=0.2)) as rig:
         target = rig.base.removeprefix(rig.url) + CHAT
         status, answer = await raw(rig, head(rig, target, f"Content-Length: {len(BODY)}") + BODY[:10])
@@ -242,7 +242,7 @@ async def test_a_body_that_does_not_come_is_not_waited_for():
         assert b"did not arrive" in answer
 
 
-async def test_a_head_that_does_not_come_is_not_waited_for(rig):
+async def test_a_connection_whose_head_does_not_come_is_closed(rig):
     async with serve(rig.model.app, ANYWHERE, head_s=0.3) as url:
         reader, writer = await asyncio.open_connection(*url.removeprefix("http://").split(":"))
         async with asyncio.timeout(10):
@@ -251,8 +251,8 @@ async def test_a_head_that_does_not_come_is_not_waited_for(rig):
         writer.close()
 
 
-async def test_a_client_that_does_not_read_its_stream_blocks_nobody_and_is_let_go():
-    """What it does not read stays at the model server; at the call's deadline it is cut off, and the call recorded."""
+async def test_a_client_that_does_not_read_its_stream_blocks_no_other_and_is_cut_off():
+    """What it does not read stays at the model server. At its deadline the call is cut off and recorded."""
     async with rig_of(upstreams={"model": {"urls": ["{url}"], "timeout_s": 4.0}}) as rig:
         loop = asyncio.get_running_loop()
         host, port = rig.url.removeprefix("http://").split(":")
@@ -281,11 +281,11 @@ ADMIN_TOKEN = "admin-77b1"
 
 
 async def test_no_secret_is_in_any_span_log_line_answer_or_admin_page(monkeypatch, caplog):
-    """A full run through all endpoints, with servers that tell the key they were given."""
+    """A full run through all endpoints, with servers that repeat the key they were given."""
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("UPSTREAM_KEY", UPSTREAM_KEY)
     policy = ProxyPolicy(replicas=ReplicaPolicy(backoff_s=0.01))
-    told: list[str] = []
+    seen: list[str] = []
     kinds = {kind: {"urls": ["{url}"], "kind": kind, "key_env": "UPSTREAM_KEY"} for kind in ("vllm", "openai")}
     routes = {"policy": "vllm", "*": "openai"}
     async with rig_of(
@@ -297,7 +297,7 @@ async def test_no_secret_is_in_any_span_log_line_answer_or_admin_page(monkeypatc
 
             async def ask(path, body):
                 async with session.post(rig.base + path, json=body) as response:
-                    told.append(f"{response.headers} {await response.text()}")
+                    seen.append(f"{response.headers} {await response.text()}")
 
             for model in ("policy", "other"):
                 for stream in (False, True):
@@ -314,19 +314,19 @@ async def test_no_secret_is_in_any_span_log_line_answer_or_admin_page(monkeypatc
                 await ask("/v1/messages/count_tokens", {"model": model, "messages": ASKED["messages"]})
             for key in ("wrong", rig.key[:-2]):
                 async with session.post(rig.base + CHAT, json=ASKED, headers={"x-api-key": key}) as response:
-                    told.append(await response.text())
+                    seen.append(await response.text())
             await ask("/close", {})
             async with serve(rig.proxy.admin(), ANYWHERE) as admin:
                 for token, status in ((ADMIN_TOKEN, 200), ("admin", 401), ("\u00e9", 401), (rig.key, 401)):
                     for page in ("/routing", "/replicas", "/attempts"):
                         async with session.get(admin + page, headers={"Authorization": f"Bearer {token}"}) as response:
                             assert response.status == status
-                            told.append(await response.text())
+                            seen.append(await response.text())
                 async with session.get(admin + "/v1/models") as response:
                     assert response.status == 401
         spans = await rig.spans()
         assert len(spans) > 20
-        told += [codec.encode(span).decode("latin-1") for span in spans]
-        told += [record.getMessage() + (record.exc_text or "") for record in caplog.records]
+        seen += [codec.encode(span).decode("latin-1") for span in spans]
+        seen += [record.getMessage() + (record.exc_text or "") for record in caplog.records]
         for secret in (UPSTREAM_KEY, ADMIN_TOKEN, SECRET, "shared-5d", rig.key, rig.key.rpartition(".")[2]):
-            assert [text for text in told if secret in text] == []
+            assert [text for text in seen if secret in text] == []

@@ -24,7 +24,7 @@ def text_of(chunks):
     return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 
 
-async def test_a_stream_is_recorded_token_by_token_and_looks_as_if_nobody_had(rig):
+async def test_a_stream_is_recorded_token_by_token_and_the_client_does_not_see_it(rig):
     chunks = await collected(await rig.client.chat.completions.create(**ASKED))
     assert text_of(chunks) == "one two three"
     assert [len(chunk.choices) for chunk in chunks] == [1] * 5  # no usage: it was not asked for
@@ -41,7 +41,7 @@ async def test_a_stream_is_recorded_token_by_token_and_looks_as_if_nobody_had(ri
     assert float(span.attributes["gen_ai.response.time_to_first_chunk"]) > 0
 
 
-async def test_who_asks_for_usage_and_ids_gets_them(rig):
+async def test_a_client_that_asks_for_usage_and_ids_gets_them(rig):
     extra = {"return_token_ids": True}
     options = {"include_usage": True}
     stream = await rig.client.chat.completions.create(**ASKED, stream_options=options, logprobs=True, extra_body=extra)
@@ -51,7 +51,7 @@ async def test_who_asks_for_usage_and_ids_gets_them(rig):
     assert chunks[1].choices[0].logprobs.content[0].logprob == LOGPROB
 
 
-async def test_tokens_come_as_they_are_made(rig):
+async def test_tokens_are_passed_on_as_they_are_made(rig):
     rig.model.token_gate.clear()
     stream = await rig.client.chat.completions.create(**ASKED)
     async with asyncio.timeout(5):
@@ -63,7 +63,7 @@ async def test_tokens_come_as_they_are_made(rig):
 
 
 async def test_the_end_comes_after_the_acknowledgement(rig):
-    """Whoever has seen the finish reason can be sure that the call lies in the log."""
+    """When a client sees the finish reason, the call is in the log."""
     async for chunk in await rig.client.chat.completions.create(**ASKED):
         if chunk.choices[0].finish_reason:
             break
@@ -92,7 +92,7 @@ async def test_a_stream_with_tools_is_asked_for_whole_since_parsers_swallow_toke
     assert json.loads(span.attributes[semconv.FINISH_REASONS]) == ["tool_calls"]
 
 
-async def test_token_ids_that_are_not_all_there_cant_be_trained_on(rig):
+async def test_incomplete_token_ids_cant_be_trained_on(rig):
     rig.model.lost_ids = 1
     await collected(await rig.client.chat.completions.create(**ASKED))
     task = RolloutTask(rollout_id=rig.rollout, group_id="g", input="{}", timeout_s=1, lease_s=1, created_at=0)
@@ -100,7 +100,7 @@ async def test_token_ids_that_are_not_all_there_cant_be_trained_on(rig):
     assert (triplet.trainable, triplet.reason) == (False, "2 token ids, but the server counted 3 tokens")
 
 
-async def test_a_client_that_leaves_ends_the_stream_upstream_and_leaves_what_there_was(rig):
+async def test_when_a_client_leaves_its_stream_is_ended_and_recorded_so_far(rig):
     rig.model.token_gate.clear()
     stream = await rig.client.chat.completions.create(**ASKED)
     await anext(stream)
@@ -114,7 +114,7 @@ async def test_a_client_that_leaves_ends_the_stream_upstream_and_leaves_what_the
     assert json.loads(span.attributes[semconv.FINISH_REASONS]) == ["abort"]
 
 
-async def test_a_stream_that_breaks_before_its_first_token_is_made_again_unseen(rig):
+async def test_a_stream_that_breaks_before_its_first_token_is_retried_unnoticed(rig):
     rig.model.faults.extend([Fault(break_after=0), Fault(abort_after=0), Fault(503)])
     chunks = await collected(await rig.client.chat.completions.create(**ASKED))
     assert text_of(chunks) == "one two three"
@@ -122,7 +122,7 @@ async def test_a_stream_that_breaks_before_its_first_token_is_made_again_unseen(
     assert (await rig.span()).response_token_ids == int32(ids("one two three"))
 
 
-async def test_a_stream_that_breaks_later_and_can_not_be_continued_fails_the_call_and_says_so(rig):
+async def test_a_stream_that_breaks_later_and_cant_be_continued_ends_with_an_error(rig):
     rig.model.faults.append(Fault(break_after=2))
     got = []
 
@@ -137,7 +137,7 @@ async def test_a_stream_that_breaks_later_and_can_not_be_continued_fails_the_cal
     assert (span.status, span.response_token_ids) == ("Error", int32(ids("one two")))
 
 
-async def test_external_streams_are_handed_on_byte_by_byte():
+async def test_external_streams_are_passed_on_byte_by_byte():
     external = {"upstreams": {"other": {"urls": ["{url}"], "kind": "openai"}}, "routes": {"*": "other"}}
     async with rig_of(**external) as rig:
         chunks = await collected(await rig.client.chat.completions.create(**ASKED))
