@@ -1,15 +1,12 @@
-"""What people ask of the store: rollouts, their spans, triplets and rewards, SQL, files."""
+"""Commands that show what the store holds: rollouts, their spans, triplets and rewards, and how two of them differ."""
 
 import json
-import re
 import struct
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.bar import Bar
@@ -21,10 +18,10 @@ from rich.tree import Tree
 from millstream.pipeline.cli.open import open_store
 from millstream.pipeline.cli.output import Json, date, out, print_rows, table_of
 from millstream.pipeline.store.results import Attempt, Rollout, RolloutOrder
-from millstream.pipeline.store.rollout_diff import Step, children, error_of, same_steps, steps, token_counts
+from millstream.pipeline.store.rollout_diff import Step, children, error_of, rollout_diff, token_counts
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.config.settings import load_settings
-from millstream.schemas.errors import ConfigError, StoreError
+from millstream.schemas.errors import StoreError
 from millstream.schemas.spans.dialects import normalised
 from millstream.schemas.wire.records import Span
 
@@ -39,14 +36,12 @@ WATCH_S = 2.0
 SHOWN_TEXT = 60
 SHOWN_STEPS = 8
 BAR_WIDTH = 40
-FORMATS = {"csv": "CSVWithNames", "parquet": "Parquet", "jsonl": "JSONEachRow"}  # as ClickHouse calls them
 TOKENS = {"prompt_token_ids": "i", "response_token_ids": "i", "response_logprobs": "f"}  # little-endian, 4 bytes each
 
-RolloutId = Annotated[str, typer.Argument(help="As `millstream rollouts` prints it.")]
-Experiment = Annotated[str | None, typer.Option(help="Of this experiment only.")]
+RolloutId = Annotated[str, typer.Argument(help="Id, as `millstream rollouts` prints it.")]
+Experiment = Annotated[str | None, typer.Option(help="Only of this experiment.")]
 Mode = Annotated[str | None, typer.Option(help="train, val or test.")]
-Limit = Annotated[int, typer.Option(min=1, help="At most so many.")]
-Parameters = Annotated[list[str] | None, typer.Option("--param", help="name=value for {name:Type}; repeat it.")]
+Limit = Annotated[int, typer.Option(min=1, help="Maximum number of rows.")]
 
 
 @app.command(epilog="Example: millstream rollouts --status failed --sort duration_s --limit 20")
@@ -54,12 +49,12 @@ def rollouts(
     status: Annotated[str | None, typer.Option(help="queued, running, retrying, succeeded, failed, cancelled.")] = None,
     experiment: Experiment = None,
     mode: Mode = None,
-    group: Annotated[str | None, typer.Option(help="Of this group only.")] = None,
-    version: Annotated[str | None, typer.Option(help="Of this model version only.")] = None,
-    sort: Annotated[RolloutOrder, typer.Option(help="What to sort by, largest first.")] = "created_at",
+    group: Annotated[str | None, typer.Option(help="Only of this group.")] = None,
+    version: Annotated[str | None, typer.Option(help="Only of this model version.")] = None,
+    sort: Annotated[RolloutOrder, typer.Option(help="Sort by this, largest first.")] = "created_at",
     ascending: Annotated[bool, typer.Option("--ascending", help="Smallest first.")] = False,
     limit: Limit = 50,
-    watch: Annotated[bool, typer.Option("--watch", help="Ask again every two seconds, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every two seconds, until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
     """List rollouts, newest first."""
@@ -108,9 +103,9 @@ def _rollouts(found: Sequence[Rollout]) -> Table:
 def spans(
     rollout: RolloutId,
     as_json: Json = False,
-    full: Annotated[bool, typer.Option(help="With --json: contents of more than 256 KB, too.")] = False,
+    full: Annotated[bool, typer.Option(help="With --json: include contents of more than 256 KB.")] = False,
 ) -> None:
-    """Show a rollout's spans as a tree for each attempt: how long each took, errors, tokens, rewards."""
+    """Show a rollout's spans as a tree per attempt, with durations, tokens, rewards and errors."""
     with open_store(load_settings()) as store:
         _known(store, rollout)
         attempts, found = store.attempts(rollout), store.spans(rollout)
@@ -123,7 +118,7 @@ def spans(
         _print_json([_with_numbers(asdict(span)) | {"duration_s": (span.end - span.start) / 1e9} for span in found])
         return
     if not attempts:
-        out.print(f"rollout {rollout} waits for its first attempt")
+        out.print(f"rollout {rollout} is waiting for its first attempt")
     for attempt in attempts:
         tree = Tree(_attempt_line(attempt))
         below = children([normalised(span) for span in found if span.attempt_id == attempt.attempt_id])
@@ -156,15 +151,15 @@ def _span_line(span: Span) -> str:
 
 @app.command(epilog="Example: millstream triplets --experiment demo --untrainable")
 def triplets(
-    rollout: Annotated[str | None, typer.Option(help="Of this rollout only.")] = None,
+    rollout: Annotated[str | None, typer.Option(help="Only of this rollout.")] = None,
     experiment: Experiment = None,
     mode: Mode = None,
-    version: Annotated[str | None, typer.Option(help="Of this model version only.")] = None,
-    trainable: Annotated[bool | None, typer.Option("--trainable/--untrainable", help="Only these.")] = None,
+    version: Annotated[str | None, typer.Option(help="Only of this model version.")] = None,
+    trainable: Annotated[bool | None, typer.Option("--trainable/--untrainable", help="Only those.")] = None,
     limit: Limit = 50,
     as_json: Json = False,
 ) -> None:
-    """List triplets: what each model call was asked, answered, and got as a reward."""
+    """List triplets: the prompt, answer and reward of each model call."""
     with open_store(load_settings()) as store:
         if rollout is not None:
             _known(store, rollout)
@@ -194,12 +189,12 @@ def triplets(
 
 @app.command(epilog="Example: millstream rewards --experiment demo --mode train")
 def rewards(
-    rollout: Annotated[str | None, typer.Option(help="Each single reward of this rollout.")] = None,
+    rollout: Annotated[str | None, typer.Option(help="List the single rewards of this rollout.")] = None,
     experiment: Experiment = None,
     mode: Mode = None,
     as_json: Json = False,
 ) -> None:
-    """Plot how the reward went from model version to model version."""
+    """Plot the reward by model version."""
     from millstream.pipeline.store.queries import REWARDS_BY_VERSION
 
     with open_store(load_settings()) as store:
@@ -222,39 +217,14 @@ def rewards(
     out.print(table)
 
 
-@app.command(epilog='Example: millstream sql "SELECT status, count() FROM rollouts GROUP BY status"')
-def sql(
-    query: Annotated[str, typer.Argument(help="One statement that reads.")],
-    parameters: Parameters = None,
-    output: Annotated[Literal["table", "csv", "json", "parquet"], typer.Option("--format")] = "table",
-    as_json: Json = False,
-) -> None:
-    """Ask the store."""
-    bound = _bound(parameters or ())
-    if output == "parquet" and sys.stdout.isatty():
-        raise typer.BadParameter("parquet is not for a terminal: redirect it, or use `millstream export`")
-    with open_store(load_settings()) as store:
-        if output in FORMATS and not as_json:
-            store.export(query, sys.stdout.buffer, FORMATS[output], bound)
-            sys.stdout.buffer.flush()
-            return
-        result = store.sql(query, bound)
-    print_rows(result.columns, result.rows, as_json or output == "json")
-
-
 @app.command(
     epilog="Example: millstream diff 01890a5d-ac96-774b-bcce-b302099a8057 01890a5d-ac97-774b-a2b1-aa0d56b6a3c1"
 )
 def diff(a: RolloutId, b: RolloutId, as_json: Json = False) -> None:
-    """Show where two rollouts of one group part: the same prompt, but another answer."""
+    """Show where two rollouts of a group diverge: the same prompt, but another answer."""
     with open_store(load_settings()) as store:
         sides = [_known(store, a), _known(store, b)]
-        if sides[0].group_id != sides[1].group_id:
-            raise ConfigError(
-                f"{a} is of group {sides[0].group_id}, {b} of {sides[1].group_id}: only those of one group start alike"
-            )
-        walks = [_walk(store, rollout) for rollout in sides]
-    same = same_steps(*walks)
+        walks, same = rollout_diff(store, *sides)
     if as_json:
         out.print_json(
             json.dumps(
@@ -270,7 +240,7 @@ def diff(a: RolloutId, b: RolloutId, as_json: Json = False) -> None:
         )
         return
     whole = same == len(walks[0]) == len(walks[1])
-    out.print("They did the same." if whole else f"The first {same} steps are the same.")
+    out.print("All steps are the same." if whole else f"The first {same} steps are the same.")
     table = Table("step", *(f"{r.rollout_id}\n{r.status}, reward {_short(r.reward) or 'none'}" for r in sides))
     longest = max(map(len, walks))
     for n in range(max(same - 1, 0), min(longest, same + SHOWN_STEPS)):  # from the last one in common
@@ -280,43 +250,8 @@ def diff(a: RolloutId, b: RolloutId, as_json: Json = False) -> None:
         out.print(f"… and {longest - same - SHOWN_STEPS} more")
 
 
-def _walk(store: "ClickHouseStore", rollout: Rollout) -> list[Step]:
-    """Of the attempt that succeeded, else of the latest."""
-    attempts = store.attempts(rollout.rollout_id)
-    if not attempts:
-        raise ConfigError(f"rollout {rollout.rollout_id} has not been attempted yet: there is nothing to compare")
-    chosen = next((attempt for attempt in attempts if attempt.status == "succeeded"), attempts[-1])
-    return steps(store.spans(rollout.rollout_id, attempt_id=chosen.attempt_id))
-
-
 def _step_line(step: Step) -> str:
     return f"[bold]{step.kind} {escape(step.name)}[/bold]\n{escape(step.text)}"
-
-
-@app.command(epilog="Example: millstream export rollouts rollouts.parquet")
-def export(
-    source: Annotated[str, typer.Argument(help="A table or view, or a SELECT.")],
-    file: Annotated[Path, typer.Argument(help="Ends with .parquet, .csv or .jsonl; is replaced.")],
-    parameters: Parameters = None,
-    as_json: Json = False,
-) -> None:
-    """Write a table, or what a query finds, to a file."""
-    file_format = FORMATS.get(file.suffix.removeprefix("."))
-    if file_format is None:
-        raise typer.BadParameter(f"{file} ends with none of {', '.join(f'.{name}' for name in FORMATS)}")
-    bound = _bound(parameters or ())
-    if re.fullmatch(r"[A-Za-z_]\w*", source):
-        source, bound = "SELECT * FROM {source:Identifier}", bound | {"source": source}
-    half = file.with_name(f"{file.name}.part")
-    try:
-        with open_store(load_settings()) as store, half.open("wb") as opened:
-            store.export(source, opened, file_format, bound)
-        half.replace(file)
-    except OSError as error:
-        raise ConfigError(f"{file} can't be written: {error.strerror}") from error
-    finally:
-        half.unlink(missing_ok=True)
-    print_rows(["file", "bytes"], [[str(file), file.stat().st_size]], as_json)
 
 
 # --- shared
@@ -325,16 +260,8 @@ def export(
 def _known(store: "ClickHouseStore", rollout_id: str) -> Rollout:
     found = store.rollouts([rollout_id])
     if not found:
-        raise StoreError(f"the store knows no rollout {rollout_id!r}: `millstream rollouts` lists what there is")
+        raise StoreError(f"the store has no rollout {rollout_id!r}: `millstream rollouts` lists them")
     return found[0]
-
-
-def _bound(parameters: Sequence[str]) -> dict[str, str]:
-    pairs = [parameter.partition("=") for parameter in parameters]
-    for name, equals, _ in pairs:
-        if not equals:
-            raise typer.BadParameter(f"--param {name!r} is not name=value")
-    return {name: value for name, _, value in pairs}
 
 
 def _print_json(records: Sequence[dict[str, Any]]) -> None:

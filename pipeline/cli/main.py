@@ -17,6 +17,7 @@ from millstream.pipeline.cli import (
     model,
     replay,
     roles,
+    sql,
     workers,
 )
 from millstream.pipeline.cli.output import err
@@ -27,6 +28,7 @@ app.add_typer(roles.app)
 app.add_typer(control.app)
 app.add_typer(workers.app)
 app.add_typer(ask.app)
+app.add_typer(sql.app)
 app.add_typer(replay.app)
 app.add_typer(kafka.app, name="kafka")
 app.add_typer(kafka.topics_app, name="topics")

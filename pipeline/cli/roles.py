@@ -5,7 +5,7 @@ import gc
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, nullcontext
+from contextlib import AsyncExitStack, ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -122,7 +122,6 @@ def sink(
     """Write all records to ClickHouse, Parquet files, a tracing back end, or a sink of your own."""
     from millstream.consumers.sink.choose import open_sink, sink_name
     from millstream.consumers.sink.sink import FlushPolicy, SinkRole
-    from millstream.pipeline.store.read_server import serving_queries
 
     settings = load_settings(span_batch_size=flush_rows)
     group = sink_name(kind) if name is None else name
@@ -138,7 +137,11 @@ def sink(
             health.export(metrics.SINK_STORED, lambda: role.stats.records)
             health.export(metrics.SINK_RETRIES, lambda: role.stats.retries)
             health.export(metrics.SINK_DEAD, lambda: role.stats.dead_letters)
-            with serving_queries(settings, query_host, query_port) if query_port else nullcontext():
+            with ExitStack() as stack:
+                if query_port:
+                    from millstream.pipeline.store.read_server import serving_queries  # loads chDB
+
+                    stack.enter_context(serving_queries(settings, query_host, query_port))
                 await role.run(stop)
         finally:
             opened.close()

@@ -139,7 +139,7 @@ def test_two_rollouts_of_a_group_part_at_the_second_answer(ask):
     table = ask("diff", RIGHT, WRONG)
     assert "The first 1 steps are the same" in table
     assert "WrongSum" in table
-    assert "They did the same." in ask("diff", RIGHT, RIGHT)
+    assert "All steps are the same." in ask("diff", RIGHT, RIGHT)
     with pytest.raises(ConfigError, match=r"of group g.*of h"):
         ask("diff", RIGHT, FAILED)
 
@@ -179,7 +179,7 @@ def test_a_failed_export_leaves_the_old_file(ask, tmp_path):
 
 @pytest.mark.parametrize("command", [["spans"], ["triplets", "--rollout"], ["rewards", "--rollout"], ["diff", RIGHT]])
 def test_an_unknown_rollout_is_named(ask, command):
-    with pytest.raises(StoreError, match="knows no rollout 'nobody': `millstream rollouts` lists"):
+    with pytest.raises(StoreError, match="has no rollout 'nobody': `millstream rollouts` lists"):
         ask(*command, "nobody")
 
 
