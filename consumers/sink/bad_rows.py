@@ -1,12 +1,12 @@
-"""Which of ClickHouse's errors mean that a block of rows is bad, and which that the server can't take anything now."""
+"""Which of ClickHouse's errors mean that a row is bad. All others mean that the server can't take rows now."""
 
 from typing import Final
 
 from clickhouse_connect.driver.exceptions import DatabaseError
 
-# By ClickHouse's number. Whatever is not here (no answer, a time-out, too many parts, no memory, a full disk, a table
-# in read-only mode, a missing right, a request cut short) is tried again: that loses nothing and is seen, while a dead
-# letter for a good row would be a hole in the tables.
+# By ClickHouse's error code. Everything else (no answer, a time-out, too many parts, no memory, a full disk, a table in
+# read-only mode, a missing privilege, a truncated request) is retried: that loses nothing and is visible, while a dead
+# letter for a good row would leave a hole in the tables.
 BAD_ROWS: Final = {
     6: "CANNOT_PARSE_TEXT",
     27: "CANNOT_PARSE_INPUT_ASSERTION_FAILED",
@@ -24,13 +24,13 @@ BAD_ROWS: Final = {
     321: "VALUE_IS_OUT_OF_RANGE_OF_DATA_TYPE",
     349: "CANNOT_INSERT_NULL_IN_ORDINARY_COLUMN",
     376: "CANNOT_PARSE_UUID",
-    395: "FUNCTION_THROW_IF_VALUE_IS_NON_ZERO",  # what a view of the operator's own may raise
+    395: "FUNCTION_THROW_IF_VALUE_IS_NON_ZERO",  # which a view of the operator's own may raise
     407: "DECIMAL_OVERFLOW",
     469: "VIOLATED_CONSTRAINT",
     691: "UNKNOWN_ELEMENT_OF_ENUM",
 }
 
-# Numbers that can mean anything, with what the engine says where it means a row: Avro that is none, and bytes of
+# Texts of errors whose code can mean anything, but which mean a row here: a body that isn't valid Avro, and bytes of
 # tokens that end within a number.
 BAD_ROW_WORDS: Final = ("avro::Exception", "ColumnArray::insertData")
 

@@ -1,4 +1,4 @@
-"""Records into ClickHouse: one insert per table and batch, by column."""
+"""Stores records in ClickHouse: one insert per table and batch, by column."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +11,12 @@ from millstream.schemas.config.settings import Settings
 
 
 class ClickHouseSink:
-    """A `Sink`. An insert that is tried again carries the same deduplication token; what comes again in another batch
-    has the same sorting key, and ReplacingMergeTree keeps one of the two."""
+    """A `Sink`. A retried insert carries the same deduplication token; a record that comes again in another batch has
+    the same sorting key, and ReplacingMergeTree keeps one of the two."""
 
-    def __init__(self, store: Inserter, marks_topic: str) -> None:
+    def __init__(self, writer: Inserter, marks_topic: str) -> None:
         """``marks_topic``: the events topic, see `to_rows`."""
-        self._store = store
+        self._writer = writer
         self._marks_topic = marks_topic
 
     def write(self, batch: Batch) -> list[Unusable]:
@@ -33,15 +33,15 @@ class ClickHouseSink:
         """An insert is durable when it returns."""
 
     def close(self) -> None:
-        self._store.close()
+        self._writer.close()
 
     def _insert(self, rows: Rows | EncodedSpans, token: str) -> Iterator[tuple[tuple[Any, ...], str, str]]:
-        """Inserts, by halves where something is refused; yields of each row that can't be stored the place, the reason
-        and the error."""
+        """Inserts the rows, and in halves if some are refused; yields place, reason and error of each row that can't be
+        stored."""
         try:
-            rows.insert(self._store, token)
+            rows.insert(self._writer, token)
         except RowsRefused as error:
-            # Each part has a token of its own, the same each time: what is in stays in when the whole is repeated.
+            # Each part has a token of its own, the same each time: a retry of the whole does not store it again.
             good, broken = rows.sift()
             if broken:
                 for place, why in broken:

@@ -1,10 +1,10 @@
-"""Encoded spans → one Avro file in memory, which ClickHouse decodes itself: less than half the CPU time that it
-costs to decode them in Python, turn them into columns and encode those.
+"""Encoded spans as one Avro file in memory, which ClickHouse decodes itself. That takes less than half the CPU time of
+decoding them in Python, turning them into columns and encoding those.
 
-A row of the file is a span's body as it lies in the log, between its place and, once more, its offset: since that is
-what an Avro record is made of, splicing bytes is enough. Each row is a block with a sync marker behind it, so that a
-body that breaks off can't run into the next, and the table refuses a row whose two offsets differ: bytes were left
-over. Format: Apache Avro 1.11, "Object Container Files".
+A row of the file is the span's body as the log holds it, between its place and, again, its offset: an Avro record is
+the concatenation of its fields, so splicing bytes is enough. Each row is a block with a sync marker behind it, so that
+a truncated body can't run into the next one; and the table refuses a row whose two offsets differ, because bytes were
+left over. Format: Apache Avro 1.11, "Object Container Files".
 """
 
 import json
@@ -24,7 +24,7 @@ SYNC = b"millstream/spans"  # 16 bytes
 
 
 class EncodedInserter(Protocol):
-    """Where the file goes."""
+    """Takes the file."""
 
     def insert_avro(self, table: str, column_names: tuple[str, ...], data: bytes, token: str) -> None:
         """Stores the rows of an Avro file. Raises as `Inserter.insert` does."""
@@ -32,7 +32,7 @@ class EncodedInserter(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EncodedSpans:
-    """Spans with their bodies, as the current schema writes them."""
+    """Spans with their bodies, encoded by the current schema."""
 
     records: list[tuple[LogRecord, bytes]]
 
@@ -63,7 +63,7 @@ class EncodedSpans:
         return b"".join(parts)
 
     def sift(self) -> tuple["EncodedSpans", list[tuple[tuple[Any, ...], str]]]:
-        """Those that can be decoded; place and error of the others. Only worth its time once some row was refused."""
+        """The spans that can be decoded; place and error of the others. Slow: for when a row was refused."""
         good, broken = [], []
         for record, body in self.records:
             try:
@@ -75,7 +75,7 @@ class EncodedSpans:
 
 
 def span_body(value: bytes | Record) -> bytes:
-    """The encoded span; what isn't encoded, or by another version, is encoded anew. Raises `CodecError`."""
+    """The span encoded by the current schema. Raises `CodecError`."""
     if isinstance(value, bytes):
         return value if value.startswith(PREFIX) else codec.encode(codec.decode(value))
     return codec.encode(value)

@@ -1,14 +1,14 @@
-"""Spans to a tracing back end that is there already, by OTLP/HTTP 1.x: protobuf, gzip. Other records are passed over.
+"""Exports spans to a tracing back end by OTLP/HTTP 1.x: protobuf, gzip. Ignores other records.
 
-2xx means taken. After 429, 5xx and whatever else may be put right (a wrong token, a wrong address) the batch is tried
-again for as long as it takes. Only a span that is refused by itself, by a back end that takes an empty request, becomes
-a dead letter. After a crash a span may be sent twice, with the same ids.
+2xx means taken. After 429, 5xx and anything that an operator can fix (a wrong token, a wrong address) the batch is
+retried for as long as it takes. A span becomes a dead letter only if the back end refuses it alone, and takes an empty
+request. After a crash a span may be sent twice, with the same ids.
 """
 
 import gzip
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 
@@ -43,19 +43,25 @@ class ExportPolicy:
 class OtlpSink:
     """A `Sink` that exports to ``otlp_endpoint``. ``rejected`` counts the spans that the back end said it dropped."""
 
-    def __init__(self, settings: Settings, policy: ExportPolicy = ExportPolicy()) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        policy: ExportPolicy = ExportPolicy(),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._endpoint = settings.otlp_endpoint
         if not self._endpoint.startswith(("http://", "https://")):
             raise ConfigError(
                 f"setting otlp_endpoint: {self._endpoint!r} is not an address like http://collector:4318/v1/traces"
             )
         self._policy = policy
+        self._clock = clock
         self._events = settings.topics.events
         self._headers = {name: value.get_secret_value() for name, value in settings.otlp_headers.items()}
         self._headers |= {"Content-Type": PROTOBUF, "Content-Encoding": "gzip"}
         self._http = urllib3.PoolManager(retries=False, timeout=policy.timeout_s)
-        self._not_before = 0.0  # the back end has asked us to wait
-        # A batch comes again as a whole: how many of its spans are settled by now, and which of these are no good.
+        self._not_before = 0.0  # the end of the pause that the back end has asked for
+        # A batch is retried as a whole: how many of its spans are settled by now, and which of these are unusable.
         self._token = ""
         self._settled = 0
         self._unusable: list[Unusable] = []
@@ -90,7 +96,7 @@ class OtlpSink:
         return spans, undecodable
 
     def _export(self, pairs: _Pairs) -> list[Unusable]:
-        """Sends the spans, by halves where some are refused; returns those that can't be taken."""
+        """Sends the spans, and in halves if some are refused; returns those that the back end can't take."""
         try:
             refusal = self._post([span for _, span in pairs])
         except ValueError as error:
@@ -105,11 +111,11 @@ class OtlpSink:
         return [Unusable(pairs[0][0], "unstorable", refusal)]
 
     def _post(self, spans: Sequence[Span]) -> str | None:
-        """What is wrong with the spans; None if they were taken. Raises ValueError if they have no form in OTLP,
-        `StoreError` if nothing is known to be wrong with them."""
-        wait_s = self._not_before - time.monotonic()
+        """Why the back end refuses the spans; None if it took them. Raises ValueError if they can't be written as OTLP,
+        `StoreError` if a retry may help."""
+        wait_s = self._not_before - self._clock()
         if wait_s > 0:
-            raise StoreError(f"{self._endpoint} has asked for a pause, of which {wait_s:.0f} s are left")
+            raise StoreError(f"{self._endpoint} has asked for a pause; {wait_s:.0f} s of it are left")
         body = gzip.compress(to_otlp(spans).SerializeToString(), 3)
         try:
             answer = self._http.request("POST", self._endpoint, body=body, headers=self._headers, redirect=False)
@@ -122,11 +128,11 @@ class OtlpSink:
         if answer.status in BAD_SPANS:
             return message
         pause = answer.headers.get("Retry-After", "")
-        self._not_before = time.monotonic() + (int(pause) if pause.isdecimal() else 0)
+        self._not_before = self._clock() + (int(pause) if pause.isdecimal() else 0)
         raise StoreError(message)
 
     def _note_rejected(self, answer: urllib3.BaseHTTPResponse) -> None:
-        """The back end has dropped some for good, and does not tell which."""
+        """Counts spans that the back end has dropped for good, without saying which."""
         if answer.headers.get("Content-Type") != PROTOBUF:
             return
         try:

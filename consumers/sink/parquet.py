@@ -1,9 +1,9 @@
-"""Records into Parquet files by hour, for data lakes: ``FOLDER/Span/date=2027-01-15/hour=08/TOKEN.parquet``.
+"""Stores records in Parquet files by hour, for data lakes: ``FOLDER/Span/date=2027-01-15/hour=08/TOKEN.parquet``.
 
 The columns are the record's fields and its place in the log: ``log_topic``, ``log_partition``, ``log_offset``,
-``log_time``, whose hour decides the folder. A batch that is tried again writes the same files again. After a crash a
-record may lie in two files, equal in all columns, in the same folder: `read_records` takes it once. Other readers do as
-in DuckDB: ``SELECT DISTINCT ON (log_topic, log_partition, log_offset) * FROM 'runs/lake/Span/*/*/*.parquet'``.
+``log_time``, whose hour decides the folder. A retried batch writes the same files again. After a crash a record may be
+in two files of the same folder, equal in all columns: `read_records` returns it once. Other readers deduplicate, as in
+DuckDB: ``SELECT DISTINCT ON (log_topic, log_partition, log_offset) * FROM 'runs/lake/Span/*/*/*.parquet'``.
 """
 
 import os
@@ -55,7 +55,7 @@ SCHEMAS = {kind: pa.schema([*COLUMNS.items(), *arrow_type(codec.load_schema(kind
 
 
 class ParquetSink:
-    """A `Sink` that writes below ``parquet_url``: a local folder, or whatever pyarrow has a file system for."""
+    """A `Sink` that writes below ``parquet_url``: a local folder, or anything that pyarrow has a file system for."""
 
     def __init__(self, settings: Settings) -> None:
         self._files, self._root = _file_system(settings.parquet_url)
@@ -87,7 +87,7 @@ class ParquetSink:
             for path, table in self._tables.items():
                 folder, _, name = path.rpartition("/")
                 self._files.create_dir(folder)
-                unfinished = f"{folder}/_{name}"  # readers pass over what begins like that
+                unfinished = f"{folder}/_{name}"  # readers ignore names that begin with _
                 with self._files.open_output_stream(unfinished) as stream:
                     parquet.write_table(table, stream, compression="zstd")
                 if isinstance(self._files, fs.LocalFileSystem):
@@ -103,7 +103,7 @@ class ParquetSink:
 
 
 def read_records(url: str, kind: type[Record]) -> pa.Table:
-    """All records of a type below ``url``, each once. The files have to be there."""
+    """All records of a type below ``url``, each once."""
     files, root = _file_system(url)
     table = dataset.dataset(f"{root}/{kind.__name__}", SCHEMAS[kind], "parquet", files).to_table()
     numbered = table.append_column("row", pa.array(range(len(table)), pa.int64()))

@@ -1,5 +1,5 @@
-"""The port behind the sink: where the records of the log are kept. ClickHouse is one implementation, Parquet files are
-another, and ``millstream sink --sink mypackage.module:MySink`` takes anybody's."""
+"""The port of sinks: what keeps the records of the log. ClickHouse, Parquet files and OTLP are implementations, and
+``millstream sink --sink mypackage.module:MySink`` takes one of your own."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Batch:
     token: str
 
     def decoded(self) -> tuple[list[tuple[LogRecord, Record]], list[Unusable]]:
-        """Each record with what it holds, and those that can't be decoded: return these from `Sink.write`."""
+        """Each record with its decoded value, and those that can't be decoded: return these from `Sink.write`."""
         pairs, unusable = [], []
         for record in self.records:
             try:
@@ -43,26 +43,26 @@ class Batch:
 
 @runtime_checkable
 class Sink(Protocol):
-    """Keeps records. ``--sink`` names one, or what makes one when it is called with the `Settings`. Used from one
+    """Keeps records. ``--sink`` names a sink, or a callable that takes the `Settings` and returns one. Used from one
     thread at a time, not always the same one.
 
-    At least once, and what comes again must do no harm. The offsets of a batch are committed after ``write`` and
-    ``flush`` have both returned, so until then it may come again: as the same batch with the same token if one of them
-    raised `StoreError`; after a crash or a rebalance its records come in other batches, perhaps from another process.
-    A record's place (topic, partition, offset) is the same each time: a sink has to store a record under its place, or
-    under an identity that the record itself has, so that whoever reads meets it once.
+    Delivery is at least once. The offsets of a batch are committed after ``write`` and ``flush`` have both returned, so
+    until then it may come again: as the same batch with the same token if one of them raised `StoreError`; after a
+    crash or a rebalance its records come in other batches, perhaps in another process. A record's place (topic,
+    partition, offset) is the same each time: a sink has to store a record under its place, or under an identity of the
+    record's own, so that readers see it once.
     """
 
     def write(self, batch: Batch) -> list[Unusable]:
         """Takes a batch; need not be durable before ``flush``. Returns the records that can never be stored, each with
         the reason: they become dead letters, and the others are stored all the same.
 
-        Raises `StoreError` if nothing is wrong with the records and it may help to try again: the sink then pauses,
-        backs off and repeats the batch for as long as it takes. Any other exception ends the process.
+        Raises `StoreError` if a retry may help: the role then backs off and repeats the batch for as long as it takes.
+        Any other exception ends the process.
         """
 
     def flush(self) -> None:
         """Makes durable what has been written. Raises as ``write`` does."""
 
     def close(self) -> None:
-        """Lets go of what the sink holds. What has been written and not flushed comes again to the next process."""
+        """Releases what the sink holds. The next process gets what has been written and not flushed again."""

@@ -1,7 +1,7 @@
-"""Records → columns of the store's tables: pure, and by column, which is what makes inserting cheap. Spans, which are
-most of what comes, are not even decoded: see `encoded_spans`.
+"""Turns records into columns of the store's tables: pure, and by column, which makes inserts cheap. Spans, which are
+most of the records, are not even decoded: see `encoded_spans`.
 
-What each column means stands in ``schemas/clickhouse/``.
+``schemas/clickhouse/`` says what each column means.
 """
 
 import operator
@@ -51,7 +51,7 @@ class Inserter(EncodedInserter, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """What belongs into one table."""
+    """The rows of one table."""
 
     table: str
     column_names: tuple[str, ...]
@@ -68,7 +68,7 @@ class Rows:
         store.insert(self.table, self.column_names, self.columns, token)
 
     def sift(self) -> tuple["Rows", list[tuple[tuple[Any, ...], str]]]:
-        """As in `EncodedSpans`; these have been decoded."""
+        """As in `EncodedSpans`; these are decoded already."""
         return self, []
 
     def cut(self, start: int, stop: int) -> "Rows":
@@ -76,11 +76,12 @@ class Rows:
 
 
 def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows | EncodedSpans], list[Unusable]]:
-    """The rows of a batch, table by table, and what could not be decoded. Whether a span can be turns out when it is
-    inserted.
+    """The rows of a batch, table by table, and the records that could not be decoded; spans that can't be decoded are
+    found when they are inserted.
 
-    Of what the adapter writes twice one copy counts: of a `RolloutEnd` its mark on ``marks_topic``, where its offset
-    compares with those of the attempts; of a `DeadLetter` the one elsewhere, which is whole.
+    The adapter writes two kinds of records twice, of which one copy counts: of a `RolloutEnd` its mark on
+    ``marks_topic``, where its offset compares with those of the attempts; of a `DeadLetter` the other one, which is
+    complete.
     """
     found: dict[type[Record], list[tuple[Any, ...]]] = {t: [] for t in TABLES}
     spans: list[tuple[LogRecord, bytes]] = []
@@ -103,7 +104,7 @@ def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows |
                 row = (*row, 0)
             found[kind].append((*row, *place))
         except CodecError as error:
-            # A live record that has no encoding is nobody else's to put away.
+            # No other role sends a dead letter for a record in memory that can't be encoded.
             unusable.append(Unusable(record, "undecodable" if isinstance(value, bytes) else "unstorable", str(error)))
     tables: list[Rows | EncodedSpans] = [TABLES[kind].rows(kind, rows) for kind, rows in found.items() if rows]
     return [*tables, EncodedSpans(spans)] if spans else tables, unusable
@@ -122,15 +123,15 @@ _TASK_ROLLOUT = codec.CODECS[RolloutTask].field_names.index("rollout_id")
 
 
 def _values(kind: type[Record], value: bytes | Record) -> tuple[Any, ...]:
-    """The field values; what is nested is a dict if the record was encoded, else an object."""
+    """The field values; nested records are dicts if the record was encoded, else objects."""
     if isinstance(value, bytes):
         return _FROM_DICT[kind](codec.codec_of(value).decode_dict(value))  # type: ignore[no-any-return]
     return _FROM_RECORD[kind](value)
 
 
 def _claimed(row: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The task that a claim carries. None if that is no task, or another rollout's: the adapter puts such a claim
-    away."""
+    """The task within a claim. None if it isn't a task, or is another rollout's: the adapter sends such a claim to the
+    dead letters."""
     try:
         encoded = row[_TASK]
         if encoded is None or codec.type_of(encoded) is not RolloutTask:
@@ -143,7 +144,7 @@ def _claimed(row: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Where the records of a type go, and what each column holds."""
+    """The table of a type of records, and what each column holds."""
 
     name: str
     columns: dict[str, Column]
@@ -170,7 +171,7 @@ def _copied(*names: str) -> dict[str, Column]:
 
 @lru_cache(maxsize=1 << 16)  # a rollout's records come together
 def _day(rollout_id: str) -> int:
-    """Days since the epoch within the id; 0 for one without a date, so that such rows too lie with their twins."""
+    """Days since the epoch, from the id; 0 for one without a date, so that repeated rows share a partition as well."""
     try:
         day = id_time_ms(rollout_id) // DAY_MS
     except ValueError:
@@ -188,7 +189,7 @@ def _of_error(inner: str) -> Column:
 
 
 def _version(fields: Fields) -> list[int]:
-    """The larger one stays: the last of the heartbeats, the first of anything else."""
+    """The row with the larger version stays: the last of the heartbeats, the first of anything else."""
     return [
         offset if state == status.RUNNING else -offset
         for state, offset in zip(fields["status"], fields["log_offset"], strict=True)

@@ -15,7 +15,7 @@ from millstream.schemas.wire.records import Triplet
 
 app = typer.Typer(no_args_is_help=True, help="Triplets as data sets, written to standard output.")
 
-Experiment = Annotated[str | None, typer.Option(help="Of this experiment only.")]
+Experiment = Annotated[str | None, typer.Option(help="Only of this experiment.")]
 Mode = Annotated[str, typer.Option(help="train, val or test.")]
 
 

@@ -1,4 +1,4 @@
-"""What commands ask: the log, once it has answered, and the store."""
+"""Opens the log and the store for commands."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 def with_log(settings: Settings, work: Callable[[Log], Awaitable[T]]) -> T:
-    """What ``work`` comes to. Raises as `Log.check` does if the log can't be used."""
+    """Checks the log, and returns what ``work`` returns. Raises as `Log.check` does if the log can't be used."""
 
     async def run() -> T:
         log = KafkaLog(settings)
@@ -28,10 +28,8 @@ def with_log(settings: Settings, work: Callable[[Log], Awaitable[T]]) -> T:
 
 @contextmanager
 def open_store(settings: Settings) -> Iterator["ClickHouseStore"]:
-    """For as long as the body runs."""
-    from millstream.pipeline.store.clickhouse import (
-        ClickHouseStore,  # takes a while to import, which other commands are spared
-    )
+    """Closes the store after the block."""
+    from millstream.pipeline.store.clickhouse import ClickHouseStore  # slow to import: not for other commands
 
     store = ClickHouseStore(settings)
     try:

@@ -1,4 +1,4 @@
-"""How commands print what they found: a table for people, JSON for programs."""
+"""Prints the output of commands: a table for people, JSON for programs."""
 
 import json
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool, limit: int | None = None) -> None:
-    """``limit``: rows of a table at most; JSON has all of them. A missing value is an empty cell, or null."""
+    """``limit``: maximum rows of a table; JSON always has all. A missing value is an empty cell, or null."""
     if as_json:
         out.print_json(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=str))
         return
@@ -27,12 +27,12 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: b
 
 
 def table_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    table = Table(*(Column(name, no_wrap=name == "rollout_id") for name in columns))  # ids are there to be copied
+    table = Table(*(Column(name, no_wrap=name == "rollout_id") for name in columns))  # so that ids can be copied
     for row in rows:
         table.add_row(*("" if value is None else escape(str(value)) for value in row))
     return table
 
 
 def date(ns: int) -> str:
-    """Of a time in ns since the epoch, in UTC."""
+    """A time in ns since the epoch as text, in UTC."""
     return datetime.fromtimestamp(ns / 1e9, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -1,4 +1,4 @@
-"""A rollout's spans as they come, from the log."""
+"""The spans of a rollout, live from the log."""
 
 import asyncio
 import logging
@@ -19,21 +19,21 @@ POLL_S = 1.0
 
 
 class Stored(Protocol):
-    """What a store knows of a rollout's place in the log."""
+    """Where in the log a store has seen a rollout, and its spans."""
 
     def first_offset(self, rollout_id: str, partition: Partition) -> int:
-        """Nothing of the rollout lies before it."""
+        """The rollout has no records before this offset."""
 
     def end_offset(self, rollout_id: str, partition: Partition) -> int | None:
-        """Where its end lies; None if the store has none."""
+        """The offset of the rollout's end; None if the store has no end."""
 
     def spans_before(self, rollout_id: str, offset: int) -> list[Span]:
-        """Its stored spans with lower offsets, in log order."""
+        """The rollout's stored spans with lower offsets, in log order."""
 
 
 async def follow_spans(log: Log, topics: Topics, rollout_id: str, stored: Stored) -> AsyncIterator[Span]:
-    """Ends with the rollout. What retention has taken out of the log comes from the store. A record of the rollout that
-    can't be decoded is left out with a warning: the sink puts it away."""
+    """Ends with the rollout. Spans that retention has removed from the log come from the store. A record that can't be
+    decoded is skipped with a warning: the sink sends it to the dead letters."""
     partition = Partition(topics.events, partition_of(rollout_id, topics.partitions))
     consumer = log.consumer()
     try:
@@ -46,7 +46,7 @@ async def follow_spans(log: Log, topics: Topics, rollout_id: str, stored: Stored
             end = await asyncio.to_thread(stored.end_offset, rollout_id, partition)
             if end is not None and end < beginning:
                 return
-        high = (await consumer.end_offsets([partition]))[partition]  # a topic made anew has less than the store
+        high = (await consumer.end_offsets([partition]))[partition]  # a recreated topic has less than the store
         await consumer.seek(partition, min(max(start, beginning), high))
         while True:
             for record in await consumer.poll(POLL_RECORDS, POLL_S):

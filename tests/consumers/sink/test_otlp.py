@@ -17,7 +17,6 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from sink_rig import IMPATIENT, eventually, publish, run_to_the_end
 
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.consumers.sink import otlp
 from millstream.consumers.sink.otlp import ExportPolicy, OtlpSink
 from millstream.consumers.sink.port import Batch
 from millstream.consumers.sink.sink import FlushPolicy, SinkRole
@@ -142,13 +141,11 @@ def test_a_back_end_that_refuses_everything_makes_no_dead_letters(backend: BackE
         OtlpSink(settings).write(batch(a_span()))
 
 
-def test_a_back_end_that_asks_for_a_pause_gets_it(
-    backend: BackEnd, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_back_end_that_asks_for_a_pause_gets_it(backend: BackEnd, settings: Settings) -> None:
     backend.answers = [(429, {"Retry-After": "30"})]
-    sink, one, now = OtlpSink(settings), batch(a_span()), 100.0
-    monkeypatch.setattr(otlp.time, "monotonic", lambda: now)
-    for expected in ("answered 429", "asked for a pause, of which 30 s"):
+    now = 100.0
+    sink, one = OtlpSink(settings, clock=lambda: now), batch(a_span())
+    for expected in ("answered 429", "asked for a pause; 30 s of it"):
         with pytest.raises(StoreError, match=expected):
             sink.write(one)
     assert len(backend.requests) == 1
