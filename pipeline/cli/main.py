@@ -12,7 +12,6 @@ from millstream.pipeline.cli import (
     control,
     dataset,
     dead_letters,
-    explain,
     kafka,
     model,
     replay,
@@ -33,7 +32,7 @@ app.add_typer(replay.app)
 app.add_typer(kafka.app, name="kafka")
 app.add_typer(kafka.topics_app, name="topics")
 app.add_typer(dead_letters.app, name="dead")
-app.add_typer(explain.app, name="explain")
+app.add_typer(replay.explain_app, name="explain")
 app.add_typer(dataset.app, name="dataset")
 app.add_typer(model.app, name="model")
 

@@ -1,33 +1,43 @@
-"""``millstream replay``."""
+"""``millstream replay`` and ``millstream explain``: the adapter's rules over recorded events."""
 
+import json
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
 
 import typer
+from rich.table import Table
 
+from millstream.consumers.adapter.explanation import explained
+from millstream.consumers.adapter.read_trace import read_trace
 from millstream.consumers.adapter.replay import Replay, ToReward
 from millstream.consumers.adapter.triplets import TripletMaker
 from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import with_log
-from millstream.pipeline.cli.output import Json, print_rows
+from millstream.pipeline.cli.output import Json, out, print_rows
 from millstream.pipeline.replay import ReplaySummary, Start, open_output, run_replay
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.import_path import load_object
 
 app = typer.Typer()
+explain_app = typer.Typer(no_args_is_help=True, help="Explain what the adapter makes of a rollout.")
 
 
 @app.command(epilog="Example: millstream replay --experiment my-run --reward rewards:strict --to my-run.strict")
 def replay(
-    experiment: Annotated[str, typer.Option(help="The id of the experiment to replay.")],
-    to: Annotated[str, typer.Option(help="The new topic that it writes to.")],
+    experiment: Annotated[str, typer.Option(help="Id of the experiment to replay.")],
+    to: Annotated[str, typer.Option(help="New topic to write to.")],
     start: Annotated[
-        str, typer.Option("--from", help="partition:offset,… on events, or a time (ISO 8601); else the beginning.")
+        str, typer.Option("--from", help="partition:offset,… on events, or a time (ISO 8601); default: the beginning.")
     ] = "",
-    function: Annotated[str, typer.Option("--adapter", help="module:attribute of your own Trace → triplets.")] = "",
+    function: Annotated[
+        str, typer.Option("--adapter", help="module:attribute of a function from a Trace to triplets.")
+    ] = "",
     reward: Annotated[
-        str, typer.Option(help="module:attribute of a Trace → float or None, in place of what agents emitted.")
+        str,
+        typer.Option(
+            help="module:attribute of a function from a Trace to a reward or None; replaces what agents emitted."
+        ),
     ] = "",
     as_json: Json = False,
 ) -> None:
@@ -48,3 +58,30 @@ def replay(
     mean = fmean(done.rewards) if done.rewards else None
     row = [mean if name == "reward_mean" else getattr(done, name) for name in columns]
     print_rows(columns, [row], as_json)
+
+
+@explain_app.command("rollout", epilog="Example: millstream explain rollout 0199a3c4-…")
+def explain_rollout(
+    rollout_id: Annotated[str, typer.Argument(help="Id, as `millstream rollouts` prints it.")],
+    attempt: Annotated[str | None, typer.Option(help="Another attempt than the deciding one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show which calls of a rollout are trained on, what each earned, and what is left out, by these settings."""
+    settings = load_settings()
+    maker = TripletMaker(settings.triplets)
+    trace, end = with_log(settings, lambda log: read_trace(log, settings.topics, rollout_id, attempt))
+    found = explained(maker, trace, end)
+    if as_json:
+        out.print_json(json.dumps(found))
+        return
+    out.print(f"rollout {rollout_id}, attempt {trace.attempt_id}: {found['status']}", highlight=False)
+    if found["reason"]:
+        out.print(found["reason"], highlight=False, markup=False)
+    for title, rows in (("calls", found["calls"]), ("rewards left out", found["rewards_left_out"])):
+        if rows:
+            table = Table(*rows[0], title=title, title_justify="left")
+            for row in rows:
+                table.add_row(*("" if value is None else str(value) for value in row.values()))
+            out.print(table)
+    for what, count in found["counts"].items():
+        out.print(f"{count:6d}  {what}", highlight=False, markup=False)

@@ -72,9 +72,7 @@ def serving_queries(settings: Settings, host: str, port: int) -> Iterator[int]:
             "127.0.0.1"
         )
     listener = listen(host, port)
-    server = uvicorn_server(
-        read_app(path, password), lifespan="off"
-    )  # outside of the main thread, it leaves signals alone
+    server = uvicorn_server(read_app(path, password), lifespan="off")
     # Outside of the main thread, uvicorn leaves signals alone.
     thread = Thread(target=server.run, args=([listener],), name="millstream-queries", daemon=True)
     thread.start()
