@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from millstream.pipeline.services.health import Health
 
 app = typer.Typer()
+logger = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 130
 
@@ -219,7 +221,7 @@ def gateway(
 ) -> None:
     """Serve HTTP: publish, cancel, pause, status of rollouts, OTLP spans, a page that describes the topics."""
     from millstream.pipeline.services.gateway import Gateway, check_open
-    from millstream.pipeline.services.serve_asgi import listen, serve_until_signal
+    from millstream.pipeline.services.serve_asgi import listen, uvicorn_server
 
     settings = load_settings()
     check_open(settings, host)
@@ -228,7 +230,8 @@ def gateway(
     async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
         async with closing(log.producer()) as producer:
             role = Gateway(log, producer, settings, health)
-            await serve_until_signal(role.app, listener)
+            logger.info("the gateway listens at %s:%d", *listener.getsockname()[:2])
+            await uvicorn_server(role.app).serve([listener])  # until SIGTERM or SIGINT
 
     _run_role(settings, "gateway", 0, work)
 

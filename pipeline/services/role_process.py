@@ -18,7 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from millstream.consumers.log.port import Log
 from millstream.pipeline.services.health import Health, HealthPolicy
-from millstream.pipeline.services.serve_asgi import listen, uvicorn_server
+from millstream.pipeline.services.serve_asgi import listen, served_in_thread
 from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import LogUnavailable
@@ -79,15 +79,8 @@ def probes_answered(health: Health, host: str, port: int) -> Iterator[None]:
             self.loop.call_later(0.0 if full else policy.connection_s, transport.close)
 
     app = Starlette(routes=[Route("/{path:path}", health.respond)])
-    server = uvicorn_server(app, http=Bounded, loop="asyncio", lifespan="off")
-    listener = listen(host, port)
-    thread = threading.Thread(target=server.run, args=([listener],), name="millstream-health", daemon=True)
-    thread.start()
-    try:
+    with served_in_thread(app, listen(host, port), "millstream-health", http=Bounded, loop="asyncio"):
         yield
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """Serves ASGI applications with uvicorn."""
 
-import asyncio
-import logging
-import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -14,9 +14,7 @@ from starlette.types import Message
 from millstream.pipeline.addresses import is_loopback
 from millstream.schemas.errors import ConfigError
 
-logger = logging.getLogger(__name__)
-
-SHUTDOWN_S: Final = 5  # how long requests under way may take after the signal
+SHUTDOWN_S: Final = 5  # for requests under way to end
 KEEP_ALIVE_S: Final = 30  # of an idle connection, as ClickHouse: clients that ask now and then find it open
 
 
@@ -55,7 +53,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def uvicorn_server(app: Any, **options: Any) -> uvicorn.Server:
-    """A server for one or more `listen` sockets. ``options``: of `uvicorn.Config`."""
+    """A server for `listen` sockets, with ``options`` of `uvicorn.Config`. In the main thread it stops at SIGTERM and
+    SIGINT, and raises the signal again when it has shut down; elsewhere it ignores signals."""
     defaults = {
         "log_config": None,
         "log_level": "warning",
@@ -66,11 +65,14 @@ def uvicorn_server(app: Any, **options: Any) -> uvicorn.Server:
     return uvicorn.Server(uvicorn.Config(app, **defaults | options))
 
 
-async def serve_until_signal(app: Any, listener: socket.socket) -> None:
-    """Serves until SIGTERM or SIGINT, then lets requests under way end."""
-    # uvicorn raises the signal again when it has shut down; without a handler the process would end before its caller
-    # has closed what is open.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, lambda: None)
-    logger.info("listening at %s:%d", *listener.getsockname()[:2])
-    await uvicorn_server(app).serve(sockets=[listener])
+@contextmanager
+def served_in_thread(app: Any, listener: socket.socket, name: str, **options: Any) -> Iterator[uvicorn.Server]:
+    """Serves an application without a lifespan while the body runs, then lets requests under way end."""
+    server = uvicorn_server(app, lifespan="off", **options)
+    thread = Thread(target=server.run, args=([listener],), name=name, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.should_exit = True
+        thread.join()

@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from threading import Thread
 from typing import Any, Final
 
 import chdb
@@ -26,7 +25,7 @@ from starlette.routing import Route
 
 from millstream.consumers.sink.clickhouse_connection import EMBEDDED, address, embedded_path
 from millstream.pipeline.addresses import is_loopback
-from millstream.pipeline.services.serve_asgi import for_this_machine, limited, listen, uvicorn_server
+from millstream.pipeline.services.serve_asgi import for_this_machine, limited, listen, served_in_thread
 from millstream.pipeline.store.read_only import FORMAT_QUERY, reading_statement
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError, StoreError
@@ -72,16 +71,12 @@ def serving_queries(settings: Settings, host: str, port: int) -> Iterator[int]:
             "127.0.0.1"
         )
     listener = listen(host, port)
-    server = uvicorn_server(read_app(path, password), lifespan="off")
-    # Outside of the main thread, uvicorn leaves signals alone.
-    thread = Thread(target=server.run, args=([listener],), name="millstream-queries", daemon=True)
-    thread.start()
-    try:
-        yield listener.getsockname()[1]
-    finally:
-        server.should_exit = True
-        _connect(path).query("KILL QUERY WHERE query NOT LIKE 'KILL QUERY%' ASYNC")
-        thread.join()
+    with served_in_thread(read_app(path, password), listener, "millstream-queries") as server:
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            _connect(path).query("KILL QUERY WHERE query NOT LIKE 'KILL QUERY%' ASYNC")
 
 
 def read_app(path: str, password: str, limits: QueryLimits = QueryLimits()) -> Starlette:
