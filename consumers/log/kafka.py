@@ -9,14 +9,15 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import Final, Literal
+from typing import Literal
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka import TopicPartition as AioPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
-from millstream.consumers.log.kafka_offsets import CALL_TIMEOUT_S, Watermarks
+from millstream.consumers.log.kafka_offsets import Watermarks
+from millstream.consumers.log.kafka_policy import ConsumerPolicy
 from millstream.consumers.log.poll_times import PollTimes
 from millstream.consumers.log.port import RebalanceListener
 from millstream.producers.log.kafka_config import BATCH_OVERHEAD, aiokafka_config, limit_aiokafka_logs
@@ -25,14 +26,6 @@ from millstream.schemas.errors import LogError, LogUnavailable, TransactionAbort
 from millstream.schemas.wire.log import LogRecord, Partition
 
 logger = logging.getLogger(__name__)
-
-SESSION_TIMEOUT_MS: Final = 6_000  # a killed member's partitions move on after this
-HEARTBEAT_MS: Final = 1_000
-MAX_POLL_INTERVAL_MS: Final = 86_400_000  # a runner whose slots are all taken reads nothing for as long as they run
-# Also how long a resumed or newly assigned partition may wait for a fetch that is under way to the same broker.
-FETCH_WAIT_MS: Final = 100
-FETCH_BYTES: Final = 50 << 20  # of one answer; more if a single record may be larger
-SLICE_S: Final = 0.1  # how soon a waiting poll notices a change of what it may read, or that it was cancelled
 
 
 def record_key(raw: bytes | None) -> str | None:
@@ -52,8 +45,16 @@ class AioConsumer:
     """The port by aiokafka. Rebalance callbacks run in the event loop as soon as the group decides: within ``poll``,
     or while the role awaits something else between two polls; a slow role then holds up nobody."""
 
-    def __init__(self, settings: Settings, watermarks: Watermarks, polls: PollTimes, group: str | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        watermarks: Watermarks,
+        polls: PollTimes,
+        group: str | None = None,
+        policy: ConsumerPolicy = ConsumerPolicy(),
+    ) -> None:
         self.polls = polls
+        self._policy = policy
         self._settings = settings
         self._watermarks = watermarks
         self._group = group
@@ -94,7 +95,7 @@ class AioConsumer:
             chosen: list[AioPartition] = []
             if wanted is not None:
                 chosen = [tp for tp in client.assignment() if tp.topic in wanted]
-                rest = min(rest, SLICE_S)  # partitions of those topics may join meanwhile
+                rest = min(rest, self._policy.slice_s)  # partitions of those topics may join meanwhile
             if wanted is None or chosen:
                 try:
                     got = await client.getmany(*chosen, timeout_ms=math.ceil(rest * 1000), max_records=max_records)
@@ -184,7 +185,7 @@ class AioConsumer:
         assigned = self._joined().assignment()
         return [tp for tp in (AioPartition(*p) for p in partitions) if tp in assigned]
 
-    async def commit(self, offsets: Mapping[Partition, int], timeout_s: float = CALL_TIMEOUT_S) -> None:
+    async def commit(self, offsets: Mapping[Partition, int], timeout_s: float = 10.0) -> None:
         client = self._joined()
         if not offsets:
             return
@@ -200,7 +201,7 @@ class AioConsumer:
     async def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]:
         client, asked = await self._started(), list(partitions)
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
+            async with asyncio.timeout(self._policy.call_s):
                 found = await asyncio.gather(*(client.committed(AioPartition(*p)) for p in asked))
         except (KafkaError, TimeoutError) as error:
             raise _aio_error(error, f"asking for the committed offsets of {self._group}") from error
@@ -224,7 +225,7 @@ class AioConsumer:
             self._on_revoke()
         # In a task of its own: in an outage aiokafka lets the cancellation of its own fetch escape, as if it were ours.
         stop = asyncio.ensure_future(client.stop())
-        await asyncio.wait({stop}, timeout=CALL_TIMEOUT_S)
+        await asyncio.wait({stop}, timeout=self._policy.call_s)
         if not stop.done() or stop.cancelled() or stop.exception() is not None:
             stop.cancel()
             logger.warning("group %s could not be left in good order; its session ends by itself", self._group)
@@ -237,25 +238,25 @@ class AioConsumer:
     async def _started(self) -> AIOKafkaConsumer:
         if self._client is not None:
             return self._client
-        size = self._settings.max_record_bytes + BATCH_OVERHEAD
+        policy, size = self._policy, self._settings.max_record_bytes + BATCH_OVERHEAD
         client = AIOKafkaConsumer(
             group_id=self._group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             isolation_level="read_committed",
-            session_timeout_ms=SESSION_TIMEOUT_MS,
-            heartbeat_interval_ms=HEARTBEAT_MS,
-            max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
-            fetch_max_wait_ms=FETCH_WAIT_MS,
+            session_timeout_ms=policy.session_ms,
+            heartbeat_interval_ms=policy.heartbeat_ms,
+            max_poll_interval_ms=policy.max_poll_interval_ms,
+            fetch_max_wait_ms=policy.fetch_wait_ms,
             max_partition_fetch_bytes=size,
-            fetch_max_bytes=max(FETCH_BYTES, size),
+            fetch_max_bytes=max(policy.fetch_bytes, size),
             # How long unread records of one partition may hold up fetches of others from the same broker.
             consumer_timeout_ms=50,
             **aiokafka_config(self._settings),
         )
         limit_aiokafka_logs()
         try:
-            async with asyncio.timeout(CALL_TIMEOUT_S):
+            async with asyncio.timeout(self._policy.call_s):
                 await client.start()
         except (KafkaError, TimeoutError, OSError) as error:
             await client.stop()

@@ -4,7 +4,8 @@ import asyncio
 import socket
 import time
 from collections.abc import Sequence
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
@@ -29,17 +30,23 @@ from millstream.schemas.errors import ConfigError, LogUnavailable, MillstreamErr
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.topics import Topic
 
-CHECK_S: Final = 8.0  # for everything that ``check`` asks; it promises an answer within 10 s
-CREATE_S: Final = 30.0
-# What nobody has read for a week is in the store, or nobody's. A trainer that paused longer is told of the gap.
-RETENTION_MS: Final = 7 * 24 * 3600 * 1000
+
+@dataclass(frozen=True, slots=True)
+class TopicPolicy:
+    """Time-outs of creating and checking topics, and how long topics keep records."""
+
+    check_s: float = 8.0  # for all requests of ``check``, which promises an answer within 10 s
+    create_s: float = 30.0
+    # Longer than a sink is ever down. A trainer that paused for longer gets an error that names the gap.
+    retention_ms: int = 7 * 24 * 3600 * 1000
 
 
 class KafkaLog:
     """`consumers.port.Log` on Kafka. One per process; nothing connects before it is used."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, policy: TopicPolicy = TopicPolicy()) -> None:
         self._settings = settings
+        self._policy = policy
         self._watermarks = Watermarks(settings)
         self._open = OpenConsumers()
 
@@ -66,7 +73,7 @@ class KafkaLog:
 
     async def check(self) -> None:
         await self.check_connection()
-        missing = await asyncio.to_thread(self._missing, CHECK_S / 2)
+        missing = await asyncio.to_thread(self._missing, self._policy.check_s / 2)
         if missing:
             names = ", ".join(topic.name for topic in missing)
             raise ConfigError(f"topics do not exist: {names}; create them with `millstream topics create`")
@@ -78,7 +85,7 @@ class KafkaLog:
     def _connect(self) -> None:
         errors: list[KafkaError] = []
         client = AdminClient(librdkafka_config(self._settings, on_error=errors.append) | {"log_level": 0})
-        deadline = time.monotonic() + CHECK_S / 2
+        deadline = time.monotonic() + self._policy.check_s / 2
         while True:
             try:
                 client.list_topics(timeout=0.5)
@@ -145,7 +152,7 @@ class KafkaLog:
         return [topic for topic in (*topics.all, *more) if topic.name not in found]
 
     def _create_topics(self, more: Sequence[Topic]) -> list[Topic]:
-        admin, missing = self._watermarks.client, self._missing(CHECK_S, more)
+        admin, missing = self._watermarks.client, self._missing(self._policy.check_s, more)
         new = [
             NewTopic(t.name, t.partitions, self._settings.kafka_replication_factor, config=self._topic_config(t))
             for t in missing
@@ -153,7 +160,7 @@ class KafkaLog:
         try:
             for created in (admin.create_topics(new) if new else {}).values():
                 try:
-                    created.result(CREATE_S)
+                    created.result(self._policy.create_s)
                 except KafkaException as error:
                     if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another process was faster
                         raise
@@ -168,24 +175,26 @@ class KafkaLog:
         name, wanted = "max.message.bytes", str(self._settings.max_record_bytes + BATCH_OVERHEAD)
         admin, resources = self._watermarks.client, [ConfigResource(ResourceType.TOPIC, t.name) for t in existing]
         described = admin.describe_configs(resources) if resources else {}
-        changed = [r for r, config in described.items() if config.result(CHECK_S)[name].value != wanted]
+        changed = [r for r, config in described.items() if config.result(self._policy.check_s)[name].value != wanted]
         for resource in changed:
             resource.add_incremental_config(ConfigEntry(name, wanted, incremental_operation=AlterConfigOpType.SET))
         for altered in (admin.incremental_alter_configs(changed) if changed else {}).values():
-            altered.result(CHECK_S)
+            altered.result(self._policy.check_s)
 
     def _topic_config(self, topic: Topic) -> dict[str, Any]:
         config = {
             "cleanup.policy": topic.cleanup,
             "max.message.bytes": str(self._settings.max_record_bytes + BATCH_OVERHEAD),
         }
-        return config | ({"retention.ms": str(RETENTION_MS)} if topic.cleanup == "delete" else {})
+        return config | ({"retention.ms": str(self._policy.retention_ms)} if topic.cleanup == "delete" else {})
 
     def _wait_for_metadata(self, more: Sequence[Topic]) -> None:
-        deadline = time.monotonic() + CREATE_S
-        while self._missing(CHECK_S, more):
+        deadline = time.monotonic() + self._policy.create_s
+        while self._missing(self._policy.check_s, more):
             if time.monotonic() > deadline:
-                raise LogUnavailable(f"the new topics are not there after {CREATE_S:.0f} s: look at the brokers' logs")
+                raise LogUnavailable(
+                    f"new topics are missing after {self._policy.create_s:.0f} s: see the brokers' logs"
+                )
             time.sleep(0.05)
 
 

@@ -4,24 +4,22 @@ import asyncio
 import time
 from collections.abc import Iterable
 from contextlib import suppress
-from typing import Final
 
 from confluent_kafka import IsolationLevel, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
+from millstream.consumers.log.kafka_policy import ConsumerPolicy
 from millstream.producers.log.kafka_config import librdkafka_config, raised
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.wire.log import Partition
-
-CALL_TIMEOUT_S: Final = 10.0
-RETRY_S: Final = 0.05
 
 
 class Watermarks:
     """Where partitions begin and end, for a reader of everything: open transactions hide nothing from it."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, policy: ConsumerPolicy = ConsumerPolicy()) -> None:
         self._settings = settings
+        self._policy = policy
         self._client: AdminClient | None = None
 
     @property
@@ -60,10 +58,12 @@ class Watermarks:
         if not asked:
             return {}
         doing = f"asking for the offsets of {', '.join(map(str, asked[:3]))}{'…' if asked[3:] else ''}"
-        deadline = time.monotonic() + CALL_TIMEOUT_S
+        deadline = time.monotonic() + self._policy.call_s
         while True:
             futures = self.client.list_offsets(
-                {TopicPartition(*p): spec for p in asked}, isolation_level=isolation, request_timeout=CALL_TIMEOUT_S
+                {TopicPartition(*p): spec for p in asked},
+                isolation_level=isolation,
+                request_timeout=self._policy.call_s,
             )
             try:
                 answers = await asyncio.gather(*map(asyncio.wrap_future, futures.values()))
@@ -74,7 +74,7 @@ class Watermarks:
                     raise error from failed
             # A leader has moved, or a new topic's is just beginning. The client would go on for minutes with the leader
             # and epoch that it remembers: only metadata that is asked for replaces them.
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(self._policy.retry_s)
             for topic in {p.topic for p in asked}:
                 with suppress(KafkaException):
                     await asyncio.to_thread(self.client.list_topics, topic, timeout=1.0)

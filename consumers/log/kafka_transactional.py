@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from millstream.consumers.log.kafka import FETCH_BYTES, FETCH_WAIT_MS, SLICE_S, record_key
-from millstream.consumers.log.kafka_offsets import CALL_TIMEOUT_S, Watermarks
+from millstream.consumers.log.kafka import record_key
+from millstream.consumers.log.kafka_offsets import Watermarks
+from millstream.consumers.log.kafka_policy import ConsumerPolicy
 from millstream.consumers.log.poll_times import PollTimes
 from millstream.consumers.log.port import RebalanceListener
 from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, log_error, raised
@@ -31,8 +32,16 @@ class KafkaTransactionalConsumer:
     """The port by librdkafka, with the group protocol of KIP-848. All calls run in one thread, in order; the
     callbacks run there too, within ``poll`` or ``close``, while the caller awaits it."""
 
-    def __init__(self, settings: Settings, watermarks: Watermarks, polls: PollTimes, group: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        watermarks: Watermarks,
+        polls: PollTimes,
+        group: str,
+        policy: ConsumerPolicy = ConsumerPolicy(),
+    ) -> None:
         self.polls = polls
+        self._policy = policy
         self._group = group
         self._watermarks = watermarks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="millstream-consumer")
@@ -46,11 +55,11 @@ class KafkaTransactionalConsumer:
             auto_offset_reset="earliest",
             isolation_level="read_committed",
             enable_partition_eof=True,
-            fetch_wait_max_ms=FETCH_WAIT_MS,
+            fetch_wait_max_ms=policy.fetch_wait_ms,
             message_max_bytes=size,
             max_partition_fetch_bytes=size,
-            fetch_max_bytes=max(FETCH_BYTES, size),
-            receive_message_max_bytes=max(FETCH_BYTES, size) + BATCH_OVERHEAD,
+            fetch_max_bytes=max(policy.fetch_bytes, size),
+            receive_message_max_bytes=max(policy.fetch_bytes, size) + BATCH_OVERHEAD,
         )
         self._client = Consumer(config)
         self._listener: RebalanceListener | None = None
@@ -92,7 +101,7 @@ class KafkaTransactionalConsumer:
         """One by one: only so is it certain which records came before a callback, and which after."""
         fresh = 0
         while fresh < limit and not self._cancelled:
-            if self._read_one(0.0 if fresh else max(0.0, min(SLICE_S, deadline - time.monotonic()))):
+            if self._read_one(0.0 if fresh else max(0.0, min(self._policy.slice_s, deadline - time.monotonic()))):
                 fresh += 1
             elif fresh or time.monotonic() >= deadline:
                 return
@@ -165,7 +174,7 @@ class KafkaTransactionalConsumer:
         self._closed = self.polls.closed = True
         self._cancelled = True
         try:
-            await self._run("closing", self._client.close, timeout_s=CALL_TIMEOUT_S)
+            await self._run("closing", self._client.close, timeout_s=self._policy.call_s)
         except LogUnavailable as error:
             logger.warning("leaving group %s: %s; its session ends by itself", self._group, error)
         self._thread.shutdown(wait=False)

@@ -5,8 +5,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial as bind
-from typing import Any, Final
+from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka import Producer as Client
@@ -22,22 +23,35 @@ from millstream.schemas.wire.topics import LIBRDKAFKA_PARTITIONER
 
 logger = logging.getLogger(__name__)
 
-BUFFER_WAIT_S: Final = 60.0  # how long a sender waits for room; the port's promise
-BUFFER_RECORDS: Final = 100_000
-BUFFER_KB: Final = 128 << 10
-DELIVERY_TIMEOUT_MS: Final = 180_000  # a record outlives a broker that is away for two minutes
-POLL_S: Final = 0.1
-# A frozen process holds up the readers of its open transaction for this long.
-TRANSACTION_TIMEOUT_MS: Final = 10_000
+
+@dataclass(frozen=True, slots=True)
+class ProducerPolicy:
+    """Time-outs and limits of the Kafka producers."""
+
+    buffer_wait_s: float = 60.0  # how long a sender waits for room, as the port promises
+    buffer_records: int = 100_000
+    buffer_kb: int = 128 << 10
+    delivery_ms: int = 180_000  # a record outlives an outage of two minutes
+    poll_s: float = 0.1  # how long a close waits for the thread that serves acknowledgements
+    transaction_ms: int = 10_000  # a frozen process delays the readers of its open transaction by this much
 
 
 class KafkaProducer:
     """An idempotent producer, acknowledged by all replicas."""
 
-    def __init__(self, settings: Settings, *, linger_ms: float = LINGER_MS) -> None:
-        """Connects in the background: a broker that is away shows when records are not acknowledged."""
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        linger_ms: float = LINGER_MS,
+        policy: ProducerPolicy = ProducerPolicy(),
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Connects in the background: without a broker, records are not acknowledged. ``options`` of librdkafka
+        override those set here."""
+        self._policy = policy
         self._limit = settings.max_record_bytes
-        # Without a key and a partition records go round: librdkafka itself would keep a burst on one partition.
+        # Records without key and partition go round: librdkafka itself would keep a burst on one partition.
         self._next = {t.name: itertools.count(time.monotonic_ns()) for t in settings.topics.all}
         self._partitions = {t.name: t.partitions for t in settings.topics.all}
         self._client = Client(
@@ -48,11 +62,12 @@ class KafkaProducer:
                 partitioner=LIBRDKAFKA_PARTITIONER,
                 compression_type=settings.compression,
                 linger_ms=linger_ms,
+                delivery_timeout_ms=policy.delivery_ms,
                 message_max_bytes=self._limit + BATCH_OVERHEAD,
-                queue_buffering_max_messages=BUFFER_RECORDS,
-                queue_buffering_max_kbytes=max(BUFFER_KB, 2 * self._limit >> 10),
+                queue_buffering_max_messages=policy.buffer_records,
+                queue_buffering_max_kbytes=max(policy.buffer_kb, 2 * self._limit >> 10),
             )
-            | self._config()
+            | dict(options or {})
         )
         self._unsettled = 0
         self._settled = threading.Condition()
@@ -60,9 +75,6 @@ class KafkaProducer:
         # Daemon: acknowledgements must not keep a process alive whose main thread has ended.
         self._thread = threading.Thread(target=self._serve, name="millstream-producer", daemon=True)
         self._thread.start()
-
-    def _config(self) -> dict[str, Any]:
-        return {"delivery.timeout.ms": DELIVERY_TIMEOUT_MS}
 
     def send(
         self,
@@ -101,7 +113,7 @@ class KafkaProducer:
         headers: Headers | None,
         on_delivery: Callable[[KafkaError | None, Message], None],
     ) -> None:
-        deadline = time.monotonic() + BUFFER_WAIT_S
+        deadline = time.monotonic() + self._policy.buffer_wait_s
         fields: list[tuple[str, str | bytes | None]] = list((headers or {}).items())
         while True:
             try:
@@ -110,7 +122,8 @@ class KafkaProducer:
             except BufferError:
                 if time.monotonic() > deadline:
                     raise BufferFull(
-                        f"{topic}: the buffer ({BUFFER_RECORDS:,} records) has been full for {BUFFER_WAIT_S:.0f} s; "
+                        f"{topic}: the buffer ({self._policy.buffer_records:,} records) has been full for "
+                        f"{self._policy.buffer_wait_s:.0f} s; "
                         "are the brokers reachable (kafka_bootstrap_servers)?"
                     ) from None
                 self._client.poll(0.01)
@@ -141,7 +154,7 @@ class KafkaProducer:
     def _serve(self) -> None:
         while not self._closed.is_set():
             try:
-                self._client.poll(POLL_S)
+                self._client.poll(self._policy.poll_s)
             except Exception:  # from a callback; the next acknowledgements still have to be served
                 logger.exception("serving acknowledgements")
 
@@ -163,7 +176,7 @@ class KafkaProducer:
             self.flush(timeout_s)
         except LogUnavailable:
             self._client.purge()
-            self._client.flush(1)  # whoever waits for an acknowledgement hears that there is none
+            self._client.flush(1)  # reports the failure to those that wait for acknowledgements
             raise
         finally:
             # The client goes with this object: closing it here could pull it from under a thread that is just sending.
@@ -174,17 +187,16 @@ class KafkaProducer:
 class KafkaTransactionalProducer(KafkaProducer):
     """One transaction at a time, by one thread. ``transactional_id`` is stable per replica."""
 
-    def __init__(self, settings: Settings, transactional_id: str) -> None:
-        self._id = transactional_id
-        self._open = False
-        super().__init__(settings, linger_ms=0.0)
-
-    def _config(self) -> dict[str, Any]:
-        return {
-            "transactional.id": self._id,
-            "transaction.timeout.ms": TRANSACTION_TIMEOUT_MS,
+    def __init__(self, settings: Settings, transactional_id: str, policy: ProducerPolicy = ProducerPolicy()) -> None:
+        options = {
+            "transactional.id": transactional_id,
+            "transaction.timeout.ms": policy.transaction_ms,
+            "delivery.timeout.ms": policy.transaction_ms,
             "retry.backoff.ms": 10,  # librdkafka otherwise pauses 100 ms between two transactions
         }
+        super().__init__(settings, linger_ms=0.0, policy=policy, options=options)
+        self._id = transactional_id
+        self._open = False
 
     def _refused(self, error: KafkaException, doing: str) -> LogError:
         failed = raised(error, doing)

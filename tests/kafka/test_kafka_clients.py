@@ -13,9 +13,8 @@ from aiokafka import AIOKafkaProducer
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.port import Consumer, TransactionalConsumer
 from millstream.deploy.kafka.local import LocalKafka
-from millstream.producers.log import kafka as kafka_producer
-from millstream.schemas.config.settings import Settings, load_settings
-from millstream.schemas.errors import BufferFull, LogUnavailable
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import LogUnavailable
 from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.topics import partition_of
 
@@ -224,22 +223,3 @@ async def test_in_an_outage_every_call_ends_and_everything_can_be_closed(
         began = time.monotonic()
         await consumer.close()
         assert time.monotonic() - began < 12.0
-
-
-def test_a_full_buffer_is_told_and_so_is_every_record_that_was_never_stored(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kafka_producer, "BUFFER_RECORDS", 10)
-    monkeypatch.setattr(kafka_producer, "BUFFER_WAIT_S", 0.2)
-    settings = load_settings(kafka_bootstrap_servers="127.0.0.1:1")
-    producer = kafka_producer.KafkaProducer(settings)
-    acks: list[tuple[Exception | None, int]] = []
-    for _ in range(10):
-        producer.send("t", b"x", partition=0, on_ack=lambda error, offset: acks.append((error, offset)))
-    with pytest.raises(BufferFull, match="kafka_bootstrap_servers"):
-        producer.send("t", b"x", partition=0)
-    with pytest.raises(LogUnavailable, match="10 records"):
-        producer.flush(0.2)
-    assert acks == []
-    with pytest.raises(LogUnavailable):
-        producer.close(0.2)
-    assert [offset for _, offset in acks] == [-1] * 10
-    assert all(error is not None for error, _ in acks)

@@ -5,7 +5,7 @@ import time
 import pytest
 from contract_helpers import note
 
-from millstream.producers.log import kafka
+from millstream.producers.log.kafka import KafkaProducer, ProducerPolicy
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import BufferFull, LogUnavailable
 
@@ -13,17 +13,13 @@ ROOM = 50
 WAIT_S = 0.3
 
 
-async def test_a_log_that_is_away_holds_the_sender_back_and_then_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    from millstream.consumers.log.kafka_log import KafkaLog
-
-    monkeypatch.setattr(kafka, "BUFFER_RECORDS", ROOM)
-    monkeypatch.setattr(kafka, "BUFFER_WAIT_S", WAIT_S)
+async def test_a_log_that_is_away_holds_the_sender_back_and_then_says_so() -> None:
     settings = load_settings(kafka_bootstrap_servers="127.0.0.1:1")
-    producer = KafkaLog(settings).producer()
-    acks: list[Exception | None] = []
+    producer = KafkaProducer(settings, policy=ProducerPolicy(buffer_records=ROOM, buffer_wait_s=WAIT_S))
+    acks: list[tuple[Exception | None, int]] = []
 
     def send() -> None:
-        producer.send(settings.topics.events, note("x"), partition=0, on_ack=lambda error, _: acks.append(error))
+        producer.send(settings.topics.events, note("x"), partition=0, on_ack=lambda *ack: acks.append(ack))
 
     for _ in range(ROOM):
         send()
@@ -37,5 +33,5 @@ async def test_a_log_that_is_away_holds_the_sender_back_and_then_says_so(monkeyp
         producer.flush(0.2)
     with pytest.raises(LogUnavailable):
         producer.close(0.2)
-    assert len(acks) == ROOM  # refused, each once: nothing is dropped in silence
-    assert None not in acks
+    assert [offset for _, offset in acks] == [-1] * ROOM  # each refused once: nothing is dropped silently
+    assert all(error is not None for error, _ in acks)
