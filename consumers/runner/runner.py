@@ -10,13 +10,11 @@ the adapter has had them retried elsewhere.
 
 import asyncio
 import logging
-import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 from prometheus_client import Metric
 
@@ -27,7 +25,7 @@ from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.claims import ROLE, Claim, ClaimPolicy, Claims
 from millstream.consumers.runner.hooks import Hook
 from millstream.consumers.runner.hosts.port import AgentHost, HostOptions, HostPolicy
-from millstream.consumers.runner.hosts.processes import ProcessHost
+from millstream.consumers.runner.hosts.processes import ProcessHost, agent_environment
 from millstream.consumers.runner.hosts.threads import ThreadHost
 from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.consumers.runner.proxies import Proxies, ProxiesPolicy, ProxyNotClosed
@@ -43,10 +41,6 @@ from millstream.schemas.wire.records import Span
 
 logger = logging.getLogger(__name__)
 
-# The environment of every agent process; nothing else unless it is named: no settings of ours, no secrets.
-ENVIRONMENT: Final = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
-ENVIRONMENT_PREFIXES: Final = ("LC_", "PYTHON")
-
 
 @dataclass(frozen=True, slots=True)
 class RunnerPolicy:
@@ -60,22 +54,6 @@ class RunnerPolicy:
     claims: ClaimPolicy = field(default_factory=ClaimPolicy)
     host: HostPolicy = field(default_factory=HostPolicy)
     proxies: ProxiesPolicy = field(default_factory=ProxiesPolicy)
-
-
-def agent_environment(names: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment of an agent process: the basics and the named variables.
-
-    Raises `ConfigError` for a name that is not set.
-    """
-    environment = os.environ if environment is None else environment
-    for name in names:
-        if name not in environment:
-            raise ConfigError(f"--env {name}: there is no such environment variable; set it, or leave it out")
-    return {
-        name: value
-        for name, value in environment.items()
-        if name in ENVIRONMENT or name in names or name.startswith(ENVIRONMENT_PREFIXES)
-    }
 
 
 def _cancelled(what: str) -> Outcome:
@@ -167,7 +145,7 @@ class Runner:
             try:
                 async with reporting(self._producer, self._topics, ROLE, self.worker_id, self.load):
                     while not stop.is_set():
-                        await self._claim(claims, stopping)
+                        await self._claim(claims)
                     await self._until_idle(self._drain_s)
             finally:
                 stopping.cancel()
@@ -180,7 +158,7 @@ class Runner:
             await asyncio.to_thread(self._producer.close)
 
     @property
-    def silent_s(self) -> float:
+    def heartbeat_age_s(self) -> float:
         """Age of the last acknowledged heartbeat, of the running attempt for which it is oldest."""
         return time.monotonic() - min((w.last_acknowledged for w in self._running), default=time.monotonic())
 
@@ -216,7 +194,7 @@ class Runner:
             max_attempts=self._max_attempts,
         )
 
-    async def _claim(self, claims: Claims, stopping: "asyncio.Task[bool]") -> None:
+    async def _claim(self, claims: Claims) -> None:
         """Claims as many tasks as there are free slots. Waits for a task, or for a slot."""
         if self._host.lost is not None:
             raise self._host.lost

@@ -1,5 +1,5 @@
-"""For those who want more control over a framework than its tracing gives: `langchain`, `autogen`. Each needs its
-framework (``pip install 'millstream[frameworks]'``), and is imported at first use."""
+"""Wrappers that give more control over a framework than tracing alone: `langchain`, `autogen`. Each needs its framework
+(``pip install 'millstream[frameworks]'``), and is imported at first use."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

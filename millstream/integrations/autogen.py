@@ -1,4 +1,4 @@
-"""AutoGen: an agent whose turns are recorded, each with what it was told and what it said."""
+"""AutoGen: an agent whose turns are recorded with their input and output."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
@@ -17,12 +17,12 @@ from millstream.schemas.spans import semconv
 
 
 class AutoGenTracer(wrapt.ObjectProxy):  # type: ignore[type-arg]
-    """Stands wherever its agent does, in a team or alone. All that the agent does in a turn (model calls, tools) lies
-    below a span ``turn NAME``, with the messages that it got and those that came of it, its thoughts too.
+    """Takes the place of its agent, in a team or alone. Everything that the agent does in a turn (model calls, tools)
+    is below a span ``turn NAME``, which has the turn's input and output messages, including thoughts.
 
-    ``rollout_id`` names the rollout of this process that it works for, also where AutoGen's runtime has been started
-    elsewhere and serves several; without it, it is the one whose code runs the agent. Outside of any, the agent works
-    unrecorded; a turn within another rollout than the one named raises `OutsideRollout`.
+    ``rollout_id`` names the rollout of this process that the agent works for, needed if AutoGen's runtime was started
+    elsewhere and serves several rollouts; the default is the rollout whose code runs the agent. Outside of a rollout
+    the agent works unrecorded. A turn raises `OutsideRollout` if the named rollout does not run in this process.
     """
 
     def __init__(self, agent: ChatAgent, *, rollout_id: str | None = None) -> None:
@@ -57,7 +57,7 @@ class AutoGenTracer(wrapt.ObjectProxy):  # type: ignore[type-arg]
         answers = self._operation()(turn)(messages)
         try:
             while True:
-                with self._working():  # only while it does: what the caller does with an answer is not the agent's
+                with self._working():  # not around the yield: what the caller does with an answer is not the agent's
                     try:
                         answer = await anext(answers)
                     except StopAsyncIteration:

@@ -13,17 +13,17 @@ from millstream.schemas.errors import ConfigError
 M = TypeVar("M", bound=BaseLanguageModel[Any])
 
 _ENDPOINT, _KEY = "openai_api_base", "openai_api_key"
-_CLIENTS = {"client", "async_client", "root_client", "root_async_client"}  # made anew, for the other endpoint
+_CLIENTS = {"client", "async_client", "root_client", "root_async_client"}  # created again, for the other endpoint
 
 
 def LLMWrapper(llm: M, *, proxy_endpoint: str) -> M:  # noqa: N802 - it makes what it is named for
-    """The same model, whose calls go to the proxy at ``proxy_endpoint`` (http://host:8400), as calls of the rollout
-    whose code makes them. It has the type of ``llm``, so it goes wherever that does (chains, ``bind_tools``, agents),
-    and can be called: ``wrapped("Hello")`` is ``wrapped.invoke("Hello")``. One wrapper serves every rollout; outside of
-    one a call raises `OutsideRollout`.
+    """The same model, whose calls go through the proxy at ``proxy_endpoint`` (http://host:8400) as calls of the rollout
+    whose code makes them. It has the type of ``llm`` and its uses (chains, ``bind_tools``, agents), and can be called:
+    ``wrapped("Hello")`` is ``wrapped.invoke("Hello")``. One wrapper serves every rollout. Outside of a rollout, a call
+    raises `OutsideRollout`.
 
     Raises `ConfigError` unless ``llm`` speaks OpenAI's API through ``langchain_openai`` (``ChatOpenAI``, ``OpenAI`` and
-    what is derived from them), or if ``proxy_endpoint`` is no URL.
+    what is derived from them), or if ``proxy_endpoint`` is not a URL.
     """
     kind = type(llm)
     if _ENDPOINT not in kind.model_fields:

@@ -67,7 +67,7 @@ def runner(
         )
         health.export(metrics.SLOTS, lambda: role.load()[0])
         health.export(metrics.RUNNING, lambda: role.load()[1])
-        health.export(metrics.HEARTBEAT_AGE, lambda: role.silent_s)
+        health.export(metrics.HEARTBEAT_AGE, lambda: role.heartbeat_age_s)
         health.check(metrics.STARVING, lambda: role.starving_s)
         health.registry.register(role)
         await role.run(stop)

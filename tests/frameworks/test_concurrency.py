@@ -67,7 +67,7 @@ def test_sync_agents_in_threads() -> None:
 
 
 def test_a_worker_thread_that_two_rollouts_share_fails_the_one_it_counts_for() -> None:
-    """Both calls are recorded for the rollout that started the worker; nobody trains on them."""
+    """Both calls are recorded for the rollout that started the worker; neither is trained on."""
     tasks = [{"city": "Paris"}, {"city": "London"}]
     traces = run("tests.support.frameworks.worker_agent:agent", tasks)
     failed, succeeded = sorted(traces, key=lambda trace: trace.status)

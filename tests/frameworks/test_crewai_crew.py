@@ -69,10 +69,10 @@ def way_out() -> Iterator[tuple[dict[str, str], list[bytes]]]:
         server.shutdown(socket.SHUT_RDWR)
 
 
-def test_nothing_is_told_to_its_makers(tmp_path: Path) -> None:
-    """Unless somebody wants it."""
-    for switch, told in (({}, False), ({"CREWAI_DISABLE_TELEMETRY": "false"}, True)):
+def test_crewai_sends_no_telemetry(tmp_path: Path) -> None:
+    """Unless it is switched on."""
+    for switch, sends in (({}, False), ({"CREWAI_DISABLE_TELEMETRY": "false"}, True)):
         with way_out() as (variables, asked):
             run("crewai_crew", [{"city": "Paris"}], env={"XDG_DATA_HOME": str(tmp_path), **variables, **switch})
-        assert any(b"crewai" in line for line in asked) == told
-        assert told or not asked
+        assert any(b"crewai" in line for line in asked) == sends
+        assert sends or not asked

@@ -1,4 +1,4 @@
-"""What gives more control than tracing alone: wrappers for LangChain's models and AutoGen's agents."""
+"""Wrappers for LangChain's models and AutoGen's agents."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""The adapter on a real Kafka: another attempt, then the end; what is given up can be found and sent again."""
+"""The adapter on a real Kafka: retries, then the end; dead letters can be found and replayed."""
 
 import asyncio
 from collections.abc import Callable
@@ -46,7 +46,7 @@ async def read(log, partitions, count):
     return [codec.decode(record.value) for record in found]
 
 
-async def test_attempts_are_made_again_across_a_restart_and_what_is_given_up_is_replayed(
+async def test_attempts_are_retried_across_a_restart_and_dead_letters_are_replayed(
     kafka_settings: Callable[..., Settings],
 ) -> None:
     settings = kafka_settings()

@@ -83,7 +83,7 @@ class Rig:
 
 @dataclass
 class Ended:
-    """One attempt as the log tells it."""
+    """One attempt as it is in the log."""
 
     task: RolloutTask
     events: list[AttemptEvent]
@@ -104,7 +104,7 @@ def terminal(events: Iterable[Any]) -> list[AttemptEvent]:
 
 
 def by_input(events: Iterable[Any]) -> dict[str, Ended]:
-    """The attempt that ran of each task. A claim given up in a rebalance leaves a ``preparing`` and nothing else."""
+    """The attempt that ran, of each task. A claim abandoned in a rebalance leaves only a ``preparing``."""
     attempts: dict[str, Ended] = {}
     for event in events:
         if isinstance(event, AttemptEvent):
@@ -138,7 +138,7 @@ def assert_whole(ended: Mapping[str, Ended]) -> None:
 async def running(
     agent: Any, folder: Path | None = None, *, log: Log | None = None, settings: Settings | None = None, **options: Any
 ) -> AsyncIterator[Rig]:
-    """A runner at work; stops it, and raises what it raised, at the end."""
+    """A running runner. At the end it is stopped, and its exception raised."""
     settings = settings or settings_for_tests()
     rig = Rig(log or MemoryLog(settings.topics), settings)
     stop = asyncio.Event()

@@ -1,9 +1,11 @@
 """Runs agents in child processes of the runner."""
 
 import asyncio
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
 from tempfile import TemporaryDirectory
+from typing import Final
 
 from prometheus_client import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -12,7 +14,27 @@ from millstream.consumers.runner.agent import AgentConfig
 from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.hosts.child import AgentChild
 from millstream.consumers.runner.hosts.port import HostOptions
-from millstream.schemas.errors import MillstreamError
+from millstream.schemas.errors import ConfigError, MillstreamError
+
+# The environment of every agent process; nothing else unless it is named: no settings of ours, no secrets.
+ENVIRONMENT: Final = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
+ENVIRONMENT_PREFIXES: Final = ("LC_", "PYTHON")
+
+
+def agent_environment(names: Sequence[str], environment: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of an agent process: the basics and the named variables.
+
+    Raises `ConfigError` for a name that is not set.
+    """
+    environment = os.environ if environment is None else environment
+    for name in names:
+        if name not in environment:
+            raise ConfigError(f"--env {name}: there is no such environment variable; set it, or leave it out")
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in ENVIRONMENT or name in names or name.startswith(ENVIRONMENT_PREFIXES)
+    }
 
 
 class ProcessHost:

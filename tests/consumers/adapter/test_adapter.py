@@ -1,4 +1,4 @@
-"""The adapter over a log: everything ends once, whatever is on the topic and whoever is restarted."""
+"""The adapter over a log: every rollout ends once, whatever is on the topic and whichever process restarts."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -81,7 +81,7 @@ class Reader:
         return [value for _, value in self.found]
 
     async def rest(self):
-        """Everything, with what nobody expected."""
+        """Everything, including the unexpected."""
         while records := await self.consumer.poll(100, 0.5):
             self.found += [(record, codec.decode(record.value)) for record in records]
         return self.found
@@ -144,7 +144,7 @@ async def test_two_adapters_share_the_work_and_end_each_rollout_once(bed):
     assert sorted(ended) == sorted(of.rollout_id for of in tasks)
 
 
-async def test_an_attempt_that_falls_silent_ends_as_failed(bed):
+async def test_an_attempt_without_heartbeats_ends_as_failed(bed):
     of = task(lease_s=0.2)
     reader = Reader(bed, bed.topics.triplets)
     async with adapter_on(bed):
@@ -181,7 +181,7 @@ async def test_a_users_own_function_makes_the_triplets(bed):
     assert (triplet.reward, end.reward) == (0.0, 0.5)
 
 
-async def test_an_attempt_that_failed_goes_back_to_its_tasks_and_the_next_one_ends_the_rollout(bed):
+async def test_a_failed_attempt_is_retried_and_the_next_one_ends_the_rollout(bed):
     tasks = [task(max_attempts=2, priority="high", rollout_id=f"rollout-{n}") for n in range(20)]
     again, events, ends = (
         Reader(bed, bed.topics.tasks("high")),

@@ -1,4 +1,4 @@
-"""From a rollout's records to what people are told of it, and to whole prompts again, through the real adapter."""
+"""From a rollout's records to its explanation, and back to whole prompts, through the real adapter."""
 
 import asyncio
 import struct

@@ -113,7 +113,7 @@ class Fuzz:
                 return choice.randbytes(choice.randrange(60))
             case 3:  # another fingerprint
                 body[2:10] = choice.randbytes(8)
-            case 4:  # somebody else's body
+            case 4:  # another record's body
                 return bytes(body[:10]) + choice.choice(self.made or [bytes(body)])[10:]
             case _:
                 for _ in range(choice.randrange(1, 4)):
@@ -234,7 +234,7 @@ def marked(value, record):
 
 
 async def store_all(log, writer, settings):
-    """Sinks until one finds nothing new: one that is told to stop drains only for a while."""
+    """Runs sinks until one finds nothing new: a sink that is stopped drains only for a while."""
     stop = asyncio.Event()
     stop.set()
     while True:

@@ -1,6 +1,6 @@
-"""The adapter on recorded traces of real frameworks, in each dialect: what is to come out was written by hand.
+"""The adapter on recorded traces of real frameworks, in each dialect: the expected results are written by hand.
 
-``python tests/support/frameworks/record.py`` records them anew. The recorded agents get 1 for an answer that names the
+``python tests/support/frameworks/record.py`` records them again. The recorded agents get 1 for an answer that names the
 city. Their model server says that each prompt has the tokens 0 to 10 and each response 1 to 3; the proxy asks for them.
 """
 
@@ -66,7 +66,7 @@ def alone(turn):
 
 
 def tool_use(agent, *, first=CALLS, told=(ASKED, CALLS, TOLD), last_tools=("weather",)):
-    """The model asks for the tool, is told what it gave, and answers."""
+    """The model asks for the tool, gets its result, and answers."""
     return [Turn(agent, [ASKED], first), Turn(agent, list(told), ANSWER, reward=1.0, tools=last_tools)]
 
 

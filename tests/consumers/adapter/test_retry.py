@@ -1,4 +1,4 @@
-"""The default policy: what is made again, and when."""
+"""What is retried, and when."""
 
 import pytest
 from factories import task
@@ -17,7 +17,7 @@ def test_a_backoff_lies_anywhere_below_an_exponential_bound(how, times, jitter):
     assert backoff_s((base, cap), 3, lambda: 1.0) == 4 * base
 
 
-def test_every_status_that_may_be_made_again_has_a_backoff():
+def test_every_status_that_may_be_retried_has_a_backoff():
     assert BACKOFF_S.keys() == status.RETRIED | {status.LOST}
 
 

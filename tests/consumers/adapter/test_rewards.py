@@ -94,7 +94,7 @@ def test_a_link_goes_before_every_strategy(strategy):
     assert rewards(spans, match=(strategy,)) == [None, 1.0, None]
 
 
-def test_a_link_to_no_call_is_said_and_given_to_nobody():
+def test_a_link_to_no_call_is_reported_and_its_reward_left_out():
     found = explained([call(TASK, "a", "1"), linked(1.0, "x")])
     assert found.verdicts[0].reward is None
     assert found.counts()["reward left out: no call that is trained on has the response id 'x'"] == 1

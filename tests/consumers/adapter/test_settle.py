@@ -108,7 +108,7 @@ def test_the_first_terminal_status_is_final(feed):
     assert feed.late["late_event"] == 1
 
 
-def test_a_lease_that_runs_out_ends_the_rollout(feed):
+def test_an_expired_lease_ends_the_rollout(feed):
     feed(event(TASK, "a", "preparing"), event(TASK, "a", "running", lease_s=10.0), now=100.0)
     feed.fold.expire(now=110.0, not_before=0.0, time_ns=1)
     assert RID not in feed.fold.decided
@@ -131,7 +131,7 @@ def test_a_heartbeat_renews_the_lease(feed):
     assert RID not in feed.fold.decided
 
 
-def test_nobody_expires_for_a_silence_that_was_the_logs(feed):
+def test_no_lease_expires_while_the_log_was_silent(feed):
     feed(event(TASK, "a", "preparing"), now=100.0)
     feed.fold.expire(now=200.0, not_before=195.0, time_ns=1)
     assert RID not in feed.fold.decided
@@ -162,7 +162,7 @@ def test_after_the_mark_everything_is_late(feed):
     assert feed.late == {"late_event": 2, "late_span": 1, "zombie_result": 1}
 
 
-def test_marks_found_by_the_first_pass_keep_a_decision_from_being_made_again(feed):
+def test_marks_of_the_first_pass_prevent_a_second_decision(feed):
     feed(event(TASK, "a", "preparing"), event(TASK, "a", "failed"))
     mark = LogRecord(EVENTS, 9, 0, RID, codec.encode(feed.end()))
     successor = Feeder()
@@ -220,7 +220,7 @@ def test_the_oldest_open_rollout_holds_the_offset_back(feed):
 # --- another attempt
 
 
-def test_a_failed_attempt_is_made_again_after_its_backoff_and_goes_on_from_its_state(feed):
+def test_a_failed_attempt_is_retried_after_its_backoff_from_its_state(feed):
     of = replace(TASK, max_attempts=3, seed=7)
     feed(event(of, "a", "preparing"), event(of, "a", "running", state=b"step 1"), event(of, "a", "failed"), now=100.0)
     decision = feed.fold.decided[RID]
@@ -248,7 +248,7 @@ def test_attempts_that_fail_end_the_rollout_once_there_are_no_more(feed):
     assert record.offset == 3  # the claim's
 
 
-def test_losses_have_a_budget_of_their_own(feed):
+def test_lost_attempts_have_their_own_budget(feed):
     of = replace(TASK, max_attempts=2, max_lost_attempts=2)
     for how in ("lost", "failed", "lost"):
         feed(event(of, how + str(of.attempt), "preparing"), event(of, how + str(of.attempt), how))
@@ -260,7 +260,7 @@ def test_losses_have_a_budget_of_their_own(feed):
 
 
 @pytest.mark.parametrize(("how", "again"), [("failed", False), ("timeout", True), ("unresponsive", False)])
-def test_a_task_may_say_what_is_made_again(feed, how, again):
+def test_retry_on_says_what_is_retried(feed, how, again):
     of = replace(TASK, max_attempts=5, retry_on=("timeout",))
     feed(event(of, "a", "preparing"), event(of, "a", how))
     decision = feed.fold.decided[RID]
@@ -268,13 +268,13 @@ def test_a_task_may_say_what_is_made_again(feed, how, again):
     assert again or decision.dead[0][1] == "not_retried"
 
 
-def test_what_was_cancelled_is_not_made_again(feed):
+def test_cancelled_attempts_are_not_retried(feed):
     of = replace(TASK, max_attempts=5, max_lost_attempts=5, retry_on=("cancelled",))
     feed(event(of, "a", "preparing"), event(of, "a", "cancelled"))
     assert (feed.end().status, feed.fold.decided[RID].retry, feed.fold.decided[RID].dead) == ("cancelled", None, ())
 
 
-def test_a_lost_attempts_late_success_is_ignored_for_good_and_counted(feed):
+def test_a_lost_attempts_late_success_is_ignored_and_counted(feed):
     of = replace(TASK, max_lost_attempts=1)
     feed(event(of, "a", "preparing"))
     feed.fold.expire(now=100.0, not_before=0.0, time_ns=1)
@@ -303,7 +303,7 @@ def test_reading_the_deciding_success_again_counts_no_zombie(feed):
     assert successor.late == {"late_event": 2}
 
 
-def test_a_retry_mark_found_by_the_first_pass_keeps_the_attempt_from_being_made_again_twice(feed):
+def test_a_retry_mark_of_the_first_pass_prevents_a_second_retry(feed):
     of = replace(TASK, max_attempts=3)
     first = (event(of, "a", "preparing"), event(of, "a", "failed"))
     feed(*first)
@@ -387,7 +387,7 @@ def _ended(of):
     return other.end()
 
 
-def test_a_hook_decides_whether_a_failure_is_made_again(feed):
+def test_a_hook_decides_whether_a_failure_is_retried(feed):
     of = task(rollout_id=RID, max_attempts=3)
     feed(event(of, "a", "preparing"), event(of, "a", "failed", metadata={"retry": "no"}))
     assert feed.fold.decided[RID].retry is None

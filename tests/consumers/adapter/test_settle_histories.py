@@ -87,7 +87,7 @@ class World:
 
 @pytest.mark.parametrize("twice", [False, True])
 @given(st.randoms(use_true_random=False))
-def test_every_rollout_ends_once_and_is_never_made_again_afterwards(twice, random):
+def test_every_rollout_ends_once_and_is_not_retried_afterwards(twice, random):
     world = World(random, twice)
     actions = [
         world.claim,

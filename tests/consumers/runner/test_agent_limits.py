@@ -1,4 +1,4 @@
-"""What an agent may do to its process without harm to others: memory, wear, state, and plain bad manners."""
+"""What an agent may do to its process without harm to others: memory, recycling, state, misbehaviour."""
 
 import asyncio
 import json
@@ -49,7 +49,7 @@ async def test_a_process_over_its_memory_limit_ends_with_its_attempts_and_is_rep
     assert_whole(again)
 
 
-async def test_a_limit_that_the_agent_can_not_even_be_imported_in_is_said(tmp_path: Path) -> None:
+async def test_a_memory_limit_below_what_the_import_needs_is_reported(tmp_path: Path) -> None:
     folder = write_agent(tmp_path, "import time; time.sleep(60)", "big.py")
     with pytest.raises(MillstreamError, match=r"at its start: the agent process held \d+ MiB .* is 1$"):
         async with running("big:agent", folder, processes=1, memory_limit=1):
@@ -112,7 +112,7 @@ async def test_a_state_lies_in_the_log_before_the_end_and_reaches_the_next_attem
     assert seen == [["None", "{'n': 1}"], ["{'n': 1}", "b'raw'"], ["b'raw'", "done"]]
 
 
-def test_what_is_no_state_is_refused_and_outside_a_rollout_nothing_is_kept(caplog: pytest.LogCaptureFixture) -> None:
+def test_invalid_states_are_refused_and_outside_a_rollout_nothing_is_saved(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(StateError, match="larger than 1,000,000"):
         save_state(b"x" * 1_000_001)
     with pytest.raises(StateError, match=r"what JSON can hold: .*set"):
@@ -121,7 +121,7 @@ def test_what_is_no_state_is_refused_and_outside_a_rollout_nothing_is_kept(caplo
     assert load_state() is None
 
 
-async def test_the_example_killed_at_step_seven_goes_on_at_step_seven() -> None:
+async def test_the_resume_example_continues_where_it_was_killed() -> None:
     async with running("examples.resume.agent:agent", ROOT, processes=2) as rig:
         (task,) = await rig.publish(["rivers"])
         first = (await rig.ends(1))[task.input]
@@ -173,7 +173,7 @@ BAD = """
         for stream in (sys.stdin, sys.stdout):
             stream.close()
         os.close(0)
-        print("nobody hears")
+        print("in a fork")
 
     def moves(input):
         os.chdir("/")
@@ -275,9 +275,7 @@ RUNNER = """
 
 
 @pytest.mark.parametrize("agent", ["agent", "async_agent"])
-async def test_bad_manners_end_their_own_attempt_with_a_clear_error_and_nothing_else(
-    tmp_path: Path, agent: str
-) -> None:
+async def test_misbehaving_agents_end_only_their_own_attempt_with_a_clear_error(tmp_path: Path, agent: str) -> None:
     folder = write_agent(tmp_path, BAD, "bad_manners.py")
     script = RUNNER.format(
         tests=str(Path(__file__).parents[2] / "support"), folder=str(tmp_path), agent=agent, names=list(EXPECTED)
@@ -304,7 +302,7 @@ async def test_bad_manners_end_their_own_attempt_with_a_clear_error_and_nothing_
     assert {name: json.loads(found[name][3]) for name in OUTPUTS} == OUTPUTS
 
 
-async def test_the_loop_of_a_fork_takes_nothing_from_that_of_its_parent(tmp_path: Path) -> None:
+async def test_a_forks_event_loop_does_not_interfere_with_its_parents(tmp_path: Path) -> None:
     folder = write_agent(tmp_path, BAD, "bad_manners.py")
     async with running("bad_manners:fork_waits", folder, processes=1) as rig:
         await rig.publish([1, 2])

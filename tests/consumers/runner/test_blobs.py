@@ -1,4 +1,4 @@
-"""Long contents on their way from an agent to the log: stored once, before the span, by the runner."""
+"""Long contents from an agent to the log: the runner stores each once, before its span."""
 
 import asyncio
 import json
@@ -74,7 +74,7 @@ async def test_the_same_content_of_50_attempts_is_stored_once(tmp_path):
 
 
 class SlowStore(Blobs):
-    """Stores when it is told to."""
+    """Stores a content when the test says so."""
 
     def __init__(self):
         super().__init__()
@@ -113,7 +113,7 @@ async def test_later_spans_and_the_end_wait_for_a_content(writer):
     assert await written(writer.log) == ["1", "2", "3", status.SUCCEEDED]
 
 
-async def test_a_content_that_is_given_up_is_no_span(writer):
+async def test_a_content_without_its_span_is_not_counted(writer):
     writer.content("d", b"x")
     writer.span(span(TASK, "a", name="1"), "span", ["d"])
     writer.span(span(TASK, "a", name="2"), "span")

@@ -1,4 +1,4 @@
-"""Claims: who gets the free slots, and what is written in which order."""
+"""Claims: which tasks get the free slots, and what is written in which order."""
 
 import asyncio
 from collections import Counter
@@ -57,7 +57,7 @@ async def test_with_a_backlog_everywhere_low_never_starves() -> None:
     assert taken == {"high": 48, "normal": 24, "low": 6}
 
 
-async def test_what_one_priority_leaves_the_others_get() -> None:
+async def test_slots_that_one_priority_leaves_go_to_the_others() -> None:
     log = MemoryLog(TOPICS)
     await Rig(log, SETTINGS).publish_tasks([task(priority="low") for _ in range(20)])
     async with claiming(log) as claims:
@@ -75,7 +75,7 @@ async def test_a_claim_waits_for_a_task_and_takes_no_more_than_its_slots() -> No
 
 
 class DeafLog(MemoryLog):
-    """Its runner's consumer polls and gets nothing, until it is healed."""
+    """Its runner's consumer polls and gets nothing while ``deaf``."""
 
     deaf = True
 
@@ -90,7 +90,7 @@ class DeafLog(MemoryLog):
         return consumer
 
 
-async def test_a_consumer_that_gets_nothing_although_there_is_more_and_more_starves() -> None:
+async def test_a_consumer_that_gets_nothing_while_its_lag_grows_starves() -> None:
     log = DeafLog(TOPICS)
     rig = Rig(log, SETTINGS)
     async with claiming(log, lag_check_s=0.0) as claims:
@@ -109,7 +109,7 @@ async def test_a_consumer_that_gets_nothing_although_there_is_more_and_more_star
         assert claims.starvation.seconds == 0
 
 
-async def test_what_a_pause_holds_back_is_nothing_to_starve_for() -> None:
+async def test_paused_tasks_are_not_starvation() -> None:
     log = MemoryLog(TOPICS)
     rig, control = Rig(log, SETTINGS), log.producer()
     await publish_control(control, TOPICS, pause_record("held", True))
@@ -121,7 +121,7 @@ async def test_what_a_pause_holds_back_is_nothing_to_starve_for() -> None:
 
 
 class SpyLog:
-    """A log whose runner's consumer tells when it commits, or fails to."""
+    """A log whose runner's consumer records its commits, or fails them."""
 
     def __init__(self, inner: MemoryLog, failure: Exception | None = None) -> None:
         self.inner = inner
@@ -163,7 +163,7 @@ async def test_preparing_with_the_task_is_on_the_log_before_the_commit() -> None
 
 
 @pytest.mark.parametrize("failure", [TransactionAborted("the partition is lost"), LogUnavailable("no answer")])
-async def test_a_claim_whose_commit_fails_is_given_up(failure: Exception) -> None:
+async def test_a_claim_whose_commit_fails_is_abandoned(failure: Exception) -> None:
     log = SpyLog(MemoryLog(TOPICS), failure)
     await Rig(log.inner, SETTINGS).publish_tasks([task(), task()])
     async with claiming(log) as claims:

@@ -137,7 +137,7 @@ async def test_hooks_are_called_around_the_attempt_in_order(
 
 @HOSTS
 @AGENTS
-async def test_hooks_learn_what_the_agent_raised(
+async def test_hooks_get_the_agents_exception(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, agent: str, processes: int
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -286,7 +286,7 @@ COUNTS = """
 """
 
 
-async def test_what_hooks_count_is_added_up_over_all_processes(tmp_path: Path) -> None:
+async def test_metrics_of_hooks_are_summed_over_all_processes(tmp_path: Path) -> None:
     write_agent(tmp_path, COUNTS, "counts.py")
     options: dict[str, Any] = {
         "processes": 2,

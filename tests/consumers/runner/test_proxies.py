@@ -21,11 +21,11 @@ async def test_an_attempt_stays_with_one_of_several_proxies_and_its_resources_ma
     llm = LLM(model="policy", model_version="r.0.0", endpoints=("http://other:1",))
     pinned = Resources(resources_id="v", experiment_id="", items={"policy": llm})
     assert proxies.choose(replace(claims[0], resources=pinned)) == "http://other:1"
-    with pytest.raises(ProxyNotClosed, match=chosen[0]):  # nobody is there: it gets no new attempts for a while
+    with pytest.raises(ProxyNotClosed, match=chosen[0]):  # nothing listens: it gets no new attempts for a while
         await proxies.close_attempt(claims[0], chosen[0], proxies.key(claims[0]))
     assert {proxies.choose(claim) for claim in claims} == set(urls) - {chosen[0]}
     await proxies.close()
 
 
-def test_without_a_proxy_there_is_none() -> None:
+def test_without_urls_there_is_no_proxy() -> None:
     assert Proxies([], "s").choose(Claim(task(), new_id(), None)) == ""

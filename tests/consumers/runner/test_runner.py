@@ -15,7 +15,7 @@ from pydantic import SecretStr
 from runner_rig import Rig, assert_whole, by_input, running, settings_for_tests, write_agent
 
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.consumers.runner.runner import RunnerPolicy, agent_environment
+from millstream.consumers.runner.runner import RunnerPolicy
 from millstream.producers.control import publish_resources
 from millstream.producers.log.port import OnAck
 from millstream.schemas.attempt_keys import claims_of
@@ -76,10 +76,10 @@ KINDS_OF_AGENT = """
 
     class Callable:
         async def __call__(self, input, *, rollout, resources):
-            told = [rollout.mode, rollout.attempt, rollout.input, dict(rollout.metadata)]
-            return [*told, resources["ask"].format(q="x"), resources["policy"].model_version, resources["mine"]]
+            given = [rollout.mode, rollout.attempt, rollout.input, dict(rollout.metadata)]
+            return [*given, resources["ask"].format(q="x"), resources["policy"].model_version, resources["mine"]]
 
-    told = Callable()
+    asks = Callable()
 
     def not_told(input, **anything):
         return sorted(anything)
@@ -117,7 +117,7 @@ ASYNC = {
 
 @MODES
 @pytest.mark.parametrize(("agent", "expected"), [("agent", SYNC), ("async_agent", ASYNC)], ids=["sync", "async"])
-async def test_what_an_agent_does_is_how_its_attempt_ends(
+async def test_an_attempt_ends_as_its_agent_does(
     tmp_path: Path, processes: int, agent: str, expected: dict[str, tuple[Any, ...]]
 ) -> None:
     folder = write_agent(tmp_path, KINDS_OF_AGENT, f"kinds_{processes}.py")
@@ -151,7 +151,7 @@ async def test_an_agent_gets_its_resources_and_rollout_if_it_asks(tmp_path: Path
     )
     await publish_resources(log.producer(), settings.topics, resources)
     options: dict[str, Any] = {"log": log, "settings": settings, "processes": processes}
-    async with running(f"kinds_{processes}:told", folder, **options) as rig:
+    async with running(f"kinds_{processes}:asks", folder, **options) as rig:
         await rig.publish([{"a": 1}], mode="val", metadata={"k": "v"})
         (one,) = (await rig.ends(1)).values()
     assert one.last.output is not None
@@ -235,7 +235,7 @@ async def test_in_memory_spans_are_never_encoded() -> None:
     assert all(isinstance(r.value, Span) and r.key == r.value.rollout_id for r in spans)
 
 
-async def test_headers_tell_the_kind_and_the_key_is_the_rollout(tmp_path: Path) -> None:
+async def test_headers_hold_the_kind_and_the_key_is_the_rollout(tmp_path: Path) -> None:
     folder = write_agent(tmp_path, KINDS_OF_AGENT, "kinds_h.py")
     async with running("kinds_h:sync_number", folder, processes=1) as rig:
         (task,) = await rig.publish([1])
@@ -371,7 +371,7 @@ async def test_without_acknowledged_heartbeats_a_runner_ends_its_own_attempts(tm
 
 
 @MODES
-async def test_a_stop_lets_running_attempts_end_and_gives_up_the_rest(tmp_path: Path, processes: int) -> None:
+async def test_a_stop_waits_for_running_attempts_and_ends_the_rest_as_lost(tmp_path: Path, processes: int) -> None:
     folder = write_agent(tmp_path, SLOW, f"slow_stop_{processes}.py")
     options: dict[str, Any] = {"processes": processes, "concurrency": 2, "drain_s": 1.5}
     async with running(f"slow_stop_{processes}:asleep", folder, **options) as rig:
@@ -433,7 +433,7 @@ async def proxy(answer: Callable[[web.Request], Any]) -> AsyncIterator[str]:
     await runner.cleanup()
 
 
-async def test_an_attempt_is_closed_at_its_proxy_and_both_counts_are_told() -> None:
+async def test_an_attempt_is_closed_at_its_proxy_and_both_counts_are_written() -> None:
     asked: list[tuple[str, str, str]] = []
 
     def answer(request: web.Request) -> web.Response:
@@ -497,7 +497,7 @@ async def test_a_span_too_large_for_the_log_fails_its_attempt_and_leaves_a_dead_
     assert [(letter.reason, letter.key) for letter in letters] == [("too_large", one.task.rollout_id.encode())]
 
 
-async def test_what_an_agent_returns_may_be_too_large_too() -> None:
+async def test_a_result_that_is_too_large_fails_its_attempt() -> None:
     settings = settings_for_tests()
     log = MemoryLog(settings.topics, encode=True, max_record_bytes=4000)
     async with running(lambda question: "x" * 5000, log=log, settings=settings) as rig:
@@ -515,24 +515,3 @@ async def test_resources_that_do_not_exist_fail_the_attempt_by_name() -> None:
     assert one.order == ["preparing", "failed"]
     assert one.last.error is not None
     assert missing in one.last.error.message
-
-
-def test_an_agent_process_sees_the_basics_and_what_was_named() -> None:
-    environment = {
-        "PATH": "/bin",
-        "HOME": "/h",
-        "LC_ALL": "C",
-        "PYTHONPATH": "/p",
-        "MILLSTREAM_KAFKA_SECURITY_PASSWORD": "secret",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "LEDGER": "file",
-    }
-    assert agent_environment(["LEDGER"], environment) == {
-        "PATH": "/bin",
-        "HOME": "/h",
-        "LC_ALL": "C",
-        "PYTHONPATH": "/p",
-        "LEDGER": "file",
-    }
-    with pytest.raises(ConfigError, match="--env NOT_SET"):
-        agent_environment(["NOT_SET"], environment)

@@ -1,4 +1,4 @@
-"""Cancelling and pausing, by what people publish on the control topic."""
+"""Cancelling and pausing through the control topic."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SLOW = """
         try:
             await asyncio.sleep(60 if input == "slow" else 0)
         except asyncio.CancelledError:
-            ms.emit_span("told to end")
+            ms.emit_span("cancelled")
             raise
         return 1.0
 
@@ -60,7 +60,7 @@ async def test_running_attempts_are_cancelled_and_others_go_on(tmp_path: Path, p
     assert last.status == "cancelled"
     assert last.error is not None
     assert last.error.message == f"{scope} {name} has been cancelled"
-    assert "told to end" in [s.name for s in ended['"slow"'].spans]
+    assert "cancelled" in [s.name for s in ended['"slow"'].spans]
 
 
 @MODES
@@ -76,7 +76,7 @@ async def test_an_agent_that_ignores_its_cancel_is_killed(tmp_path: Path, proces
 
 
 async def test_a_task_cancelled_before_it_is_seen_is_settled_and_never_run(tmp_path: Path) -> None:
-    settings = settings_for_tests(proxy_url="http://127.0.0.1:9")  # nobody there: what never ran needs no closing
+    settings = settings_for_tests(proxy_url="http://127.0.0.1:9")  # nothing listens, and nothing is closed
     rig = Rig(MemoryLog(settings.topics), settings)
     await say(rig, cancel_record("group", "g"))
     tasks = await rig.publish([1, 2], group_id="g")

@@ -1,7 +1,7 @@
 from millstream.consumers.runner.starvation import Starvation
 
 
-def test_only_a_lag_that_grows_while_nothing_is_got_is_starvation() -> None:
+def test_only_a_growing_lag_without_tasks_is_starvation() -> None:
     now = 0.0
     starvation = Starvation(lambda: now)
     for lag in (3, 3, 2):

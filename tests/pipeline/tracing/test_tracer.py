@@ -128,7 +128,7 @@ async def test_traces_at_once_and_within_each_other() -> None:
         await asyncio.to_thread(thread.join)
 
 
-def test_what_fails_ends_as_failed_and_goes_on_its_way(tracer: ms.Tracer) -> None:
+def test_an_exception_ends_the_trace_as_failed_and_propagates(tracer: ms.Tracer) -> None:
     trace = tracer.trace(GIVEN)
     with pytest.raises(KeyError), trace:
         run(tracer, {})
@@ -164,7 +164,7 @@ async def test_cancelled() -> None:
     assert trace.status == "cancelled"
 
 
-def test_a_result_given_by_hand_is_judged_at_the_end_and_none_is_a_warning(
+def test_a_result_set_by_hand_is_rewarded_at_the_end_and_none_is_a_warning(
     tracer: ms.Tracer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with tracer.trace(GIVEN) as trace:
@@ -178,15 +178,15 @@ def test_a_result_given_by_hand_is_judged_at_the_end_and_none_is_a_warning(
     assert "there is no result for the reward functions" in warning
 
 
-def test_a_number_that_is_returned_is_the_reward_as_in_a_runner() -> None:
+def test_a_returned_number_is_the_reward_as_in_a_runner() -> None:
     tracer = ms.Tracer(lambda question: 0.25, settings=settings())
     with tracer.trace("q") as trace:
         tracer("q")
     assert [(r.name, r.value) for r in trace.rewards] == [("reward", 0.25)]
 
 
-async def test_an_adapter_settles_what_was_traced(tracer: ms.Tracer) -> None:
-    """However short the lease is: nobody beats for it."""
+async def test_an_adapter_settles_traces(tracer: ms.Tracer) -> None:
+    """However short the lease is: a trace has no heartbeats."""
     of = task(input='{"word": "no", "answer": "NO"}', lease_s=0.01)
     log, topics = tracer.log, tracer.settings.topics
     adapter, stop = Adapter(log, topics, transactional_id="a"), asyncio.Event()
@@ -261,6 +261,6 @@ async def test_a_trainer_in_a_notebook(tracer: ms.Tracer, tmp_path: Any) -> None
     assert (finished.end.status, finished.end.reward) == ("succeeded", 2.5)
 
 
-def test_what_is_no_agent_is_refused() -> None:
+def test_a_tracer_needs_a_callable() -> None:
     with pytest.raises(ConfigError, match="a tracer needs a callable agent, not 'm:agent'"):
         ms.Tracer("m:agent")  # type: ignore[arg-type]

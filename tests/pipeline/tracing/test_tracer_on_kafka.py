@@ -15,7 +15,7 @@ def agent(question):
     return len(question)
 
 
-async def test_a_trace_lies_in_kafka_when_it_has_been_left(kafka_settings):
+async def test_a_trace_is_in_kafka_once_it_has_been_left(kafka_settings):
     settings = kafka_settings()
     await KafkaLog(settings).create_topics()
     tracer = ms.Tracer(agent, log="kafka", settings=settings)

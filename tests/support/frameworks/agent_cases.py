@@ -1,4 +1,4 @@
-"""What tracing has to show of an agent with a tool, whatever framework it is made with."""
+"""What traces must show of an agent with a tool, in every framework."""
 
 import pytest
 from framework_rig import (
@@ -24,9 +24,9 @@ class AgentCases:
 
     agent: str  # in examples/frameworks
     calls = 2
-    asking = 0  # the call that asks for the tool; the next one is told of its result
+    asking = 0  # the call that asks for the tool; the next one gets its result
     last_says = "Tool: 21 degrees in Paris"
-    survives_its_tool = False  # the model is told of a tool that fails, and the attempt goes on
+    survives_its_tool = False  # the model gets the error of a failed tool, and the attempt goes on
 
     def assert_tool(self, tool: Span) -> None:
         assert_tool(tool, "Paris")

@@ -149,7 +149,7 @@ def assert_asked_for_tool(span: Span, city: str) -> None:
 
 
 def assert_told(span: Span, result: str) -> None:
-    """A call in which the model was told what the tool had given."""
+    """A call whose prompt holds the tool's result."""
     parts = [part for message in json.loads(span.attributes[semconv.INPUT_MESSAGES]) for part in message["parts"]]
     assert result in [part["response"] for part in parts if part["type"] == "tool_call_response"]
 

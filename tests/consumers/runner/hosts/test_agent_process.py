@@ -1,4 +1,4 @@
-"""Agent processes: how they die, what they see, and what they may be."""
+"""Agent processes: how they end, what they see, and which agents they run."""
 
 import asyncio
 import json
@@ -15,8 +15,9 @@ from runner_rig import Rig, assert_whole, by_input, running, settings_for_tests,
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.runner.hosts.frames import Frame, FrameReader, Kind, pack
+from millstream.consumers.runner.hosts.processes import agent_environment
 from millstream.consumers.runner.runner import Runner
-from millstream.schemas.errors import MillstreamError
+from millstream.schemas.errors import ConfigError, MillstreamError
 
 DEADLY = """
     import asyncio, os, signal, subprocess, sys
@@ -241,7 +242,7 @@ async def test_encoded_and_live_logs_hold_the_same(tmp_path: Path) -> None:
     st.lists(st.tuples(st.sampled_from(Kind), st.integers(0, 2**32 - 1), st.binary(max_size=50), st.binary())),
     st.lists(st.integers(1, 40), min_size=1),
 )
-def test_frames_come_out_as_they_went_in_however_the_stream_is_cut(
+def test_frames_are_the_same_however_the_stream_is_cut(
     frames: list[tuple[Kind, int, bytes, bytes]], cuts: list[int]
 ) -> None:
     stream = b"".join(pack(*frame) for frame in frames)
@@ -274,3 +275,24 @@ async def test_a_tracer_runs_in_an_agent_process_like_its_agent(tmp_path: Path) 
     assert_whole(ended)
     assert {text: one.rewards for text, one in ended.items()} == {"1": [1.0, 2.0], "2": [1.0, 4.0], "3": [1.0, 6.0]}
     assert {one.spans[-1].name for one in ended.values()} == {"invoke_agent traced:tracer"}
+
+
+def test_an_agent_process_sees_the_basics_and_what_was_named() -> None:
+    environment = {
+        "PATH": "/bin",
+        "HOME": "/h",
+        "LC_ALL": "C",
+        "PYTHONPATH": "/p",
+        "MILLSTREAM_KAFKA_SECURITY_PASSWORD": "secret",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "LEDGER": "file",
+    }
+    assert agent_environment(["LEDGER"], environment) == {
+        "PATH": "/bin",
+        "HOME": "/h",
+        "LC_ALL": "C",
+        "PYTHONPATH": "/p",
+        "LEDGER": "file",
+    }
+    with pytest.raises(ConfigError, match="--env NOT_SET"):
+        agent_environment(["NOT_SET"], environment)
