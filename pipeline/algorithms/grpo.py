@@ -123,7 +123,7 @@ class GRPO:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `Algorithm.load_state`. Raises ValueError if the weights do not fit this model."""
+        """See `Algorithm.load_state`. Raises `ConfigError` if the weights do not fit this model."""
         copy_weights(self._model, state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._random.set_state(state["random"])

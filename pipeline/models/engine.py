@@ -108,7 +108,7 @@ class Engine:
         return self._version
 
     def load(self, weights: Mapping[str, Tensor], version: str) -> None:
-        """Copies new weights in, between two batches. Raises ValueError if they do not fit; then the old ones stay."""
+        """Copies new weights in, between two batches. Raises `ConfigError` and keeps the old ones if they don't fit."""
         with self._weights:
             copy_weights(self._model, weights)
             self._version = version

@@ -1,6 +1,6 @@
 """The torch policy, loaded and batched in the same way by the engine that samples and the algorithm that trains."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
+from millstream.pipeline.models.weights import check_fit
 from millstream.schemas.errors import ConfigError
 
 
@@ -59,16 +60,9 @@ def parameters(model: Any) -> dict[str, Tensor]:
 
 
 def copy_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Overwrites the model's weights. Raises ValueError, without changing any, if names or shapes differ."""
+    """Overwrites the model's weights. Raises `ConfigError`, without changing any, if names or shapes differ."""
     own = parameters(model)
-    wrong = _listed(own.keys() ^ weights.keys()) or _listed(n for n in own if own[n].shape != weights[n].shape)
-    if wrong:
-        raise ValueError(f"weights do not fit the model: {wrong}")
+    check_fit(*({name: tuple(each.shape) for name, each in tensors.items()} for tensors in (weights, own)))
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(weights[name])
-
-
-def _listed(names: Iterable[str]) -> str:
-    found = sorted(names)
-    return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")

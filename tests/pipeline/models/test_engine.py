@@ -212,7 +212,7 @@ async def test_weights_that_do_not_fit_change_nothing(folder: Path, engine: Engi
     cut = {name: tensor for name, tensor in good.items() if "norm" not in name}
     wide = good | {"model.norm.weight": torch.zeros(3)}
     for weights in (cut, wide, good | {"extra": torch.zeros(1)}):
-        with pytest.raises(ValueError, match=r"norm|extra"):
+        with pytest.raises(ConfigError, match=r"norm|extra"):
             engine.load(weights, "bad")
     assert engine.version == "run.0.0"
     after = await body(engine, temperature=0, **EXACT)
