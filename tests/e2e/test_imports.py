@@ -113,7 +113,7 @@ def folders() -> list[Path]:
     roots = [ROOT / name for name in (*PACKAGES, "tests")]
     return sorted(
         {folder for root in roots for file in root.rglob("*.py") for folder in file.parents}
-        - {*ROOT.parents, ROOT, ROOT / "pipeline"}
+        - {*ROOT.parents, ROOT, ROOT / "pipeline", ROOT / "pipeline" / "cli"}
     )
 
 
