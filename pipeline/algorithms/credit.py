@@ -1,17 +1,16 @@
-"""Which advantage each LLM call of a group gets. Pure functions of the rewards.
+"""The advantage of each turn in a group. Pure functions of rewards.
 
-GRPO (Shao et al., DeepSeekMath, arXiv:2402.03300, eq. 3) compares the members of a group with each other. Here that is
-done turn by turn, so that a right first step is not blamed for a wrong second one. Two changes to its formula: dividing
-by each *group's* deviation gives the most weight to groups that nearly agree (Liu et al., Dr. GRPO, arXiv:2503.20783,
-section 3.1), so the deviation is that of the whole batch (Hu et al., REINFORCE++, arXiv:2501.03262), and it is kept
-from going to 0.
+GRPO (Shao et al., DeepSeekMath, arXiv:2402.03300, eq. 3) compares the members of a group with each other. Here this
+happens turn by turn, so that a right first step is not blamed for a wrong second one. Dividing by each *group's*
+deviation gives the most weight to groups that nearly agree (Liu et al., Dr. GRPO, arXiv:2503.20783, section 3.1), so
+the deviation is that of the whole batch (Hu et al., REINFORCE++, arXiv:2501.03262), with a lower bound.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-MIN_DEVIATION = 0.05
+MIN_DEVIATION = 0.05  # without it, the noise of a batch that nearly agrees would count as much as any difference
 
 Turns = dict[int, float]  # turn → reward, or advantage
 
@@ -19,8 +18,8 @@ Turns = dict[int, float]  # turn → reward, or advantage
 def turn_rewards(given: Sequence[tuple[int, float | None]]) -> Turns:
     """The reward of each turn of a rollout, from ``(turn, reward or None)`` in order of turns.
 
-    A turn that was given none is credited with the next reward of its rollout, towards which it worked; so one final
-    reward counts for every turn. Turns behind the last reward get 0.
+    A turn without a reward gets the next one of its rollout, so a single final reward counts for every turn. Turns
+    after the last reward get 0.
     """
     rewards: Turns = {}
     following = 0.0

@@ -1,4 +1,4 @@
-"""What an algorithm learns from: finished rollouts, in groups that share a prompt."""
+"""Port: algorithms, and the groups of finished rollouts that they learn from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,20 +25,20 @@ class Group:
 
 
 class Algorithm(Protocol):
-    """Learns from groups. The trainer calls ``update`` once a step, never from two threads."""
+    """Learns from groups. The trainer calls ``update`` once a step, never from two threads at a time."""
 
-    model: Path | None  # Hugging Face folder of the policy that it trains; None if it trains none
+    model: Path | None  # Hugging Face folder of the policy; None: no model is served
     groups_per_step: int
     group_size: int
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """One step of learning; returns what to show of it. Uses a group's trainable members, drops groups with fewer
-        than two of them and counts those in ``dropped_groups``."""
+        """One step of learning; returns metrics to show. Learns from the trainable members of a group; drops groups
+        with fewer than two of them and counts those in ``dropped_groups``."""
 
     def weights(self) -> Mapping[str, Any]:
-        """The policy's tensors as of now, for the model server (copied by whoever keeps them)."""
+        """The policy's current tensors by name, for the model server. Not copies: ``update`` changes them."""
 
     def state(self) -> dict[str, Any]:
-        """All that a checkpoint has to hold to go on exactly: weights, optimizer, random state."""
+        """What a checkpoint needs to continue exactly: ``weights``, and the rest as tensors and plain data."""
 
     def load_state(self, state: Mapping[str, Any]) -> None: ...

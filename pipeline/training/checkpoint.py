@@ -1,7 +1,7 @@
-"""Checkpoints: one folder a step, complete or not there at all.
+"""Checkpoints: one folder a step, which appears complete or not at all.
 
-``step-00000042/`` holds ``weights.safetensors``, ``state.pt`` (optimizer, random state) and ``checkpoint.json`` (all
-else, with the size and digest of the other two).
+``step-00000042/`` holds ``weights.safetensors``, ``state.pt`` (optimizer, random state) and ``checkpoint.json`` (the
+rest, with size and digest of the other two).
 """
 
 import hashlib
@@ -23,12 +23,12 @@ MANIFEST, WEIGHTS, STATE = "checkpoint.json", "weights.safetensors", "state.pt"
 
 
 class CheckpointDamaged(MillstreamError):
-    """A checkpoint is not what was written. Names the folder and file, and what to do."""
+    """A checkpoint differs from what was written. Names the folder and file, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a run goes on from. ``positions`` and ``extra`` are as they were given to `save`."""
+    """The state to continue a run from. ``positions`` and ``extra`` are those that `save` was given."""
 
     step: int
     algorithm_state: dict[str, Any]
@@ -44,11 +44,11 @@ def save(
     extra: Mapping[str, Any],
     keep: int = 3,
 ) -> Path:
-    """Writes the checkpoint of a step, on disk when this returns, then removes all but the last ``keep``.
+    """Writes the checkpoint of a step to disk (synced), then removes all but the last ``keep``.
 
-    ``algorithm_state["weights"]`` are tensors by name; the rest is tensors and plain data. ``positions`` is by
-    partition of the triplets topic the lowest offset not yet trained on; what is trained on beyond it is whatever
-    ``extra`` does not list as outstanding. ``extra`` is JSON: data set cursor, outstanding rollouts, model version.
+    ``algorithm_state["weights"]`` are tensors by name; the rest is tensors and plain data. ``positions`` are
+    the next offsets by partition of the triplets topic: everything before them is collected. ``extra`` is JSON: tasks
+    drawn, outstanding rollouts, model version.
 
     Raises `ConfigError` if the folder holds a later step: it belongs to another run.
     """
@@ -57,8 +57,8 @@ def save(
     newest = max((_step(path) for path in _checkpoints(folder)), default=-1)
     if newest > step:
         raise ConfigError(
-            f"{folder} holds a checkpoint of step {newest}, later than step {step} that was to be saved: "
-            "resume that run, or give this one another folder"
+            f"{folder} holds a checkpoint of step {newest}, later than step {step}: they are of different "
+            "runs; use another folder for this run"
         )
     _clear_unfinished(folder)
     unfinished = folder / f".unfinished-{new_id()}"
@@ -76,7 +76,7 @@ def save(
     for path in (*unfinished.iterdir(), unfinished):
         _sync(path)
     final = folder / f"step-{step:08d}"
-    if final.exists():  # the same step once more: the run was resumed just before it
+    if final.exists():  # the same step again
         final.rename(folder / f".unfinished-{new_id()}")
     unfinished.rename(final)
     _sync(folder)
@@ -89,8 +89,8 @@ def save(
 def load_latest(folder: str | Path) -> Checkpoint | None:
     """The checkpoint of the last step, or None if there is none.
 
-    Raises `CheckpointDamaged` if it is not as it was written. Never goes back to an older one by itself: that throws
-    training away, and whoever runs it should know that the disk lost data.
+    Raises `CheckpointDamaged` if it differs from what was written. Does not fall back to an older one: that would
+    discard training, and hide that the disk lost data.
     """
     found = _checkpoints(Path(folder)) if Path(folder).is_dir() else []
     return _load(found[-1]) if found else None
@@ -103,7 +103,7 @@ def _load(path: Path) -> Checkpoint:
             if _fingerprint(path / name) != expected:
                 raise CheckpointDamaged(_damage(path / name, "size or digest differ from what was written"))
         weights = load_file(path / WEIGHTS)
-        rest = torch.load(path / STATE, weights_only=True)  # runs no code from the file
+        rest = torch.load(path / STATE, weights_only=True)  # does not run code from the file
         return Checkpoint(
             step=manifest["step"],
             algorithm_state={"weights": weights, **rest},
@@ -116,8 +116,8 @@ def _load(path: Path) -> Checkpoint:
 
 def _damage(path: Path, what: str) -> str:
     return (
-        f"checkpoint {path} is damaged ({what}). Restore it from a copy, or remove its step- folder to go on from the "
-        "checkpoint before it"
+        f"checkpoint {path} is damaged ({what}). Restore it from a copy, or remove its step- folder to continue from "
+        "the checkpoint before it"
     )
 
 

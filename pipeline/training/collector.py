@@ -1,4 +1,4 @@
-"""Waits for the ends of rollouts, and keeps the triplets that came before them."""
+"""Collects the ends of rollouts, with the triplets that come before them."""
 
 import logging
 from dataclasses import replace
@@ -17,13 +17,13 @@ from millstream.schemas.wire.topics import Topics
 logger = logging.getLogger(__name__)
 
 POLL_RECORDS = 2000
-POLL_S = 1.0
+POLL_S = 1.0  # how long a poll waits for records; it does not delay what is there
 
 
 class Collector:
-    """Reads ``triplets`` by manual assignment, from where the log ended when it was started.
+    """Reads the triplets topic by manual assignment, from its end at `start`.
 
-    Rollouts that are not outstanding are somebody else's, or were collected before: their records are ignored.
+    Ignores records of rollouts that are not outstanding: other trainers', or collected before.
     """
 
     def __init__(self, log: Log, topics: Topics, producer: Producer) -> None:
@@ -36,11 +36,11 @@ class Collector:
         self._finished: dict[str, FinishedRollout] = {}
 
     async def start(self) -> None:
-        """From here on nothing is missed; call before the first task is published."""
+        """Call it before the first task is published: nothing after it is missed."""
         await self._consumer.assign(self._partitions, "end")
 
     def expect(self, rollout_ids: list[str]) -> None:
-        """These rollouts are outstanding: call before they are published."""
+        """Marks rollouts as outstanding. Call it before they are published."""
         self._outstanding.update(rollout_ids)
 
     @property
@@ -52,13 +52,13 @@ class Collector:
         return {p.number: self._consumer.position(p) or 0 for p in self._partitions}
 
     async def collect(self, rollout_ids: list[str]) -> list[FinishedRollout]:
-        """Waits until each of these has ended; in the order given. Every published rollout ends, so this does too."""
+        """Waits until each of these has ended; in the order given. Ends, since every published rollout does."""
         missing = set(rollout_ids) - self._finished.keys()
         while missing:
             try:
                 batch = await self._consumer.poll(POLL_RECORDS, POLL_S)
             except LogUnavailable as error:
-                logger.warning("triplets can't be read, trying again: %s", error)
+                logger.warning("reading triplets failed, retrying: %s", error)
                 continue
             for record in batch:
                 self._take(record)
@@ -81,7 +81,7 @@ class Collector:
             self._outstanding.discard(value.rollout_id)
             try:
                 triplets = expand(self._triplets.pop(value.rollout_id, []))
-            except ValueError as error:  # one could not be read, and is a dead letter
-                logger.warning("not trained on: %s", error)
+            except ValueError as error:  # one was undecodable, and is a dead letter
+                logger.warning("rollout %s is not trained on: %s", value.rollout_id, error)
                 value, triplets = replace(value, trainable=False, reason=str(error)), []
             self._finished[value.rollout_id] = FinishedRollout(value, tuple(triplets))

@@ -1,4 +1,4 @@
-"""``millstream train CONFIG.toml``: a training run as a file says."""
+"""``millstream train CONFIG.toml``: a training run from a file."""
 
 import asyncio
 import dataclasses
@@ -38,25 +38,25 @@ class GrpoConfig(BaseModel):
     entropy: float = Field(0.1, ge=0)
     epochs: int = Field(2, ge=1)
     minibatch: int = Field(128, ge=1, description="Turns; rows with merge_turns.")
-    merge_turns: bool = Field(False, description="One row of turns that go on from each other.")
+    merge_turns: bool = Field(False, description="Merge turns that continue each other into one row.")
     seed: int = 0
 
 
 class ModelConfig(BaseModel):
-    """What serves the policy: the demo engine, or a vLLM (`make vllm`) that the trainer starts on this machine."""
+    """The server of the policy: the demo engine, or vLLM processes that the trainer starts on this machine."""
 
     model_config = ConfigDict(extra="forbid")
 
     server: Literal["engine", "vllm"] = "engine"
-    names: tuple[str, ...] = Field(default=("policy",), min_length=1, description="That agents ask vLLM for.")
-    args: tuple[str, ...] = Field(default=(), description='Switches of vLLM, as "--dtype", "float32".')
+    names: tuple[str, ...] = Field(default=("policy",), min_length=1, description="Model names that vLLM answers to.")
+    args: tuple[str, ...] = Field(default=(), description='Further arguments of vLLM, such as "--dtype", "float32".')
     replicas: int = Field(
         default=1,
         ge=1,
         description="vLLM processes, at model_url and the ports after it; [upstreams] names them all.",
     )
     transfer: Transfer = Field(
-        default="file", description="How new weights reach vLLM; nccl and ipc are untested on GPU."
+        default="file", description="How new weights reach vLLM; nccl and ipc are not tested on GPUs."
     )
 
 
@@ -68,8 +68,8 @@ class TrainConfig(BaseModel):
     run: str = Field("run", pattern=r"^[A-Za-z0-9_-]+$", description="First part of every model version.")
     run_dir: Path = Path("runs/default")
     strategy: Literal["memory", "kafka"] = "kafka"
-    agent: str | None = Field(None, description="module:attribute; over Kafka the runners have it.")
-    hooks: list[str] = Field([], description="module:attribute of each, in order; they need an `agent` here.")
+    agent: str | None = Field(None, description="module:attribute; over Kafka the runners load it.")
+    hooks: list[str] = Field([], description="module:attribute of each, in order; needs `agent`.")
     tasks: Path = Field(description="JSON lines, as for `millstream publish`.")
     val_tasks: Path | None = None
     max_steps: int = Field(100, ge=0)
@@ -96,11 +96,11 @@ def with_probes(strategy: Strategy, health_port: int) -> Strategy:
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Raises `ConfigError` naming the file and every wrong entry."""
+    """Raises `ConfigError` naming the file and each wrong entry."""
     try:
         return TrainConfig(**tomllib.loads(path.read_text("utf-8")))
     except OSError as error:
-        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+        raise ConfigError(f"can't read {path}: {error.strerror}") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
@@ -115,10 +115,11 @@ def read_inputs(path: Path, settings: Settings) -> list[Any]:
 
 
 def train_from(path: Path, console: Console | None = None, adapter: str = "", health_port: int = 0) -> Summary:
-    """Trains with a live view and writes ``train.json`` into the run's folder. ``adapter`` is ``module:attribute`` of a
-    function from traces to triplets, for runs in memory. ``health_port``: as `role_process` serves it.
+    """Trains with a live view and writes the summary to ``train.json`` in the run's folder. ``adapter`` is
+    ``module:attribute`` of a function from traces to triplets, for runs in memory. ``health_port``:
+    as `role_process` serves it.
 
-    Raises `ConfigError` for what is wrong with the file, or if the `train` extra is missing.
+    Raises `ConfigError` if the file is wrong or the `train` extra is missing.
     """
     config = load_config(path)
     settings = load_settings()
@@ -154,7 +155,7 @@ def vllm_options(config: ModelConfig) -> VllmOptions | None:
 
 
 def make_grpo(config: GrpoConfig) -> Any:
-    """The algorithm. Raises `ConfigError` without the `train` extra."""
+    """Raises `ConfigError` without the `train` extra."""
     try:
         from millstream.pipeline.algorithms.grpo import GRPO
     except ImportError as error:

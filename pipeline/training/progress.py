@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: the last steps, and where it stands."""
+"""The live view of a training run: its last steps and totals."""
 
 from collections import deque
 from types import TracebackType
@@ -15,7 +15,7 @@ BAR_WIDTH = 12  # the table fits 80 columns
 
 
 class ProgressView:
-    """A table that follows the run on a terminal; a line for each step anywhere else."""
+    """A live table on a terminal, a line for each step elsewhere."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
