@@ -1,10 +1,10 @@
-"""What the adapter costs, in CPU time: the pure function from spans to triplets, and the processor around it.
+"""What the adapter costs in CPU time: the pure function from spans to triplets, and the processor around it.
 
 The pure function gets decoded spans, 10 LLM calls of 512 + 512 tokens a rollout, each with the SDK's span and a reward
 (3 spans a triplet). Its floor is what decoding one span of 500 bytes takes in the same run: the goal is at most 2.5
 times that for each triplet. The processor reads encoded spans, decides and writes triplets, ends and marks in
-transactions; over the log in this process, which costs no more than handing records over, so that what is measured is
-ours alone (Avro included).
+transactions; over the in-memory log, which only hands records over: the cost is ours alone (Avro
+included).
 
     python benchmarks/adapter.py [--quick] [--json FILE]
 """

@@ -1,8 +1,8 @@
 """Rollouts per second through the whole pipeline: claims, spans, the adapter's transactions, ends read by a trainer.
 
-The agent does nothing but emit six spans. What is measured is ours alone: no model, no store. CPU time counts every
-process of ours that takes part and is steadier than wall time on a shared machine. Then, over Kafka: how long after its
-publishing an agent starts when little is going on, and what a thousand attempts that wait take of a runner's memory.
+The agent only emits six spans; there is no model and no store. CPU time covers every process that takes part and is
+steadier than wall time on a shared machine. Then, over Kafka: how soon after its publication an agent starts when the
+system is idle, and how much of a runner's memory a thousand waiting attempts take.
 
     python benchmarks/pipeline.py [--quick] [--json FILE]      from the repository's root
 """
@@ -50,7 +50,7 @@ def agent(_task: Any) -> None:
 
 
 def prompt_agent(published: float) -> float:
-    """Its reward is how long ago it was published, in seconds."""
+    """Returns the seconds since its publication as its reward."""
     return time.time() - published
 
 
@@ -100,7 +100,7 @@ async def start_latency(log: Any, settings: Any, count: int) -> dict[str, float]
 
 
 async def waiting_memory(log: Any, settings: Any) -> dict[str, float]:
-    """Resident MiB of a runner and its agent process, idle and with `WAITING` attempts that wait."""
+    """Resident MiB of a runner and its agent process, idle and with `WAITING` waiting attempts."""
     topics, producer = settings.topics, log.producer()
     environment = os.environ | {
         "MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
@@ -133,7 +133,7 @@ async def waiting_memory(log: Any, settings: Any) -> dict[str, float]:
 async def pipeline(
     log: Any, settings: Any, agent: Callable[..., Any], processes: int
 ) -> AsyncIterator[tuple[Collector, TaskPublisher]]:
-    """An adapter and a runner at work; a trainer's collector and a publisher to use them."""
+    """Runs an adapter and a runner; yields a collector and a publisher."""
     topics, producer = settings.topics, log.producer()
     collector = Collector(log, topics, producer)
     await collector.start()
@@ -184,7 +184,7 @@ def cpu_seconds() -> float:
 
 
 def tracing(quick: bool) -> dict[str, float]:
-    """What `tracing.py` measures, in a process of its own: nothing else runs there."""
+    """Runs `tracing.py` in a separate process, where nothing else disturbs it."""
     with tempfile.NamedTemporaryFile() as figures:
         script = Path(__file__).with_name("tracing.py")
         subprocess.run([sys.executable, script, "--json", figures.name, *["--quick"][: int(quick)]], check=True)
@@ -193,7 +193,7 @@ def tracing(quick: bool) -> dict[str, float]:
 
 
 async def over_kafka(bootstrap: str, measure: Callable[..., Any], *arguments: int) -> dict[str, float]:
-    """On topics of its own."""
+    """Measures on new topics."""
     settings = load_settings(
         kafka_bootstrap_servers=bootstrap,
         topic_prefix=f"bench{new_id()[-6:]}",

@@ -1,9 +1,9 @@
-"""What the proxy costs: CPU per request and latency, beside a direct call and beside a bare aiohttp pass-through.
+"""What the proxy costs: CPU per request and latency, compared with a direct call and a bare aiohttp pass-through.
 
 The upstream answers at once with a fixed completion of 16 tokens in vLLM's form (ids and log-probabilities). The
-pass-through reads the request, posts it on, and hands the answer back: what any proxy on aiohttp costs. Ours checks
-the key, asks for tokens, writes a span to a real Kafka and waits for its acknowledgement. Each is a process of its
-own; turns are taken, so that a noisy machine disturbs all alike. CPU is that of the proxy's process, all threads.
+pass-through reads the request, posts it on, and returns the answer: the cost of any proxy on aiohttp. Ours checks
+the key, asks for tokens, writes a span to a real Kafka and waits for its acknowledgement. Each is a separate
+process; they are measured in turns, so that noise affects all alike. CPU is that of the proxy's process, all threads.
 
     python benchmarks/proxy.py [--quick] [--json FILE]
 """
@@ -101,7 +101,7 @@ JSON = {"Content-Type": "application/json"}
 
 
 class Front:
-    """What clients call, each at a URL of its own, and the process that answers."""
+    """A server process, and a URL with headers for each client."""
 
     def __init__(self, process: subprocess.Popen[bytes], *clients: tuple[str, dict[str, str]]) -> None:
         self.process, self.clients = process, clients
@@ -134,7 +134,7 @@ async def ask(front: Front, count: int, at_once: int) -> list[float]:
 
 
 async def stream(front: Front, count: int) -> tuple[float, float]:
-    """So many streams at once: seconds until all were whole; CPU milliseconds of each in the process."""
+    """``count`` streams at once: seconds until all were complete; CPU milliseconds per stream in the process."""
     body = json.dumps(BODY | {"stream": True}).encode()
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
 
@@ -201,7 +201,7 @@ def _wait(port: int) -> None:
             time.sleep(0.1)
         else:
             return
-    raise TimeoutError(f"nobody listens at port {port}")
+    raise TimeoutError(f"nothing listens on port {port}")
 
 
 def measure(quick: bool) -> dict[str, float]:

@@ -1,14 +1,14 @@
-"""What tracing costs the agent's thread, in CPU time, beside floors of the same run.
+"""What tracing costs the agent's thread in CPU time, compared with the bare SDKs in the same run.
 
     python benchmarks/tracing.py [--quick] [--json FILE]
 
 - ``sdk_us_per_span``: a span of the bare OpenTelemetry SDK.
-- ``agent_us_per_span``: the same span within an attempt: our record, its Avro encoding and the hand-over come on top.
+- ``agent_us_per_span``: the same span within an attempt: adds our record, its Avro encoding and the hand-over.
   ``emit_us_per_span``: the same by `emit_span`.
-- ``call_us``: a chat completion of the OpenAI SDK, whose answer comes from this process. ``instrumented_call_us``: with
-  the instrumentation, recorded nowhere. ``traced_call_us``: within an attempt.
+- ``call_us``: a chat completion of the OpenAI SDK, answered within this process. ``instrumented_call_us``: with the
+  instrumentation, not recorded. ``traced_call_us``: within an attempt.
 
-The works take turns, so that a noisy machine disturbs all alike.
+They are measured in turns, so that noise affects all alike.
 """
 
 import argparse

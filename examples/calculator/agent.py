@@ -1,4 +1,4 @@
-"""A calculator that asks a model which tool to use. It knows nothing of training: plain code on the OpenAI SDK."""
+"""A calculator that asks a model which tool to use: plain code on the OpenAI SDK, unaware of training."""
 
 from typing import Any
 

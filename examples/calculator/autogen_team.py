@@ -1,4 +1,4 @@
-"""The calculator in AutoGen: a team of two, of which each chooses the tool of one step and calls it."""
+"""The calculator in AutoGen: a team of two. Each chooses the tool of one step and calls it."""
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class Sheet:
 
 
 class Calculator(AssistantAgent):
-    """Asks the model for the tool of its step, calls it, and tells the team the result."""
+    """Asks the model for the tool of its step, calls it, and gives the team the result."""
 
     def __init__(self, step: int, sheet: Sheet) -> None:
         super().__init__(NAMES[step], model, system_message=f"choose a {NAMES[step]} tool")

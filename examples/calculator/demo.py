@@ -1,4 +1,4 @@
-"""The demo: a calculator agent learns to pick its tools, in this process or (``--kafka``) as processes over Kafka.
+"""The demo: a calculator agent learns to choose its tools, in this process or (``--kafka``) with processes over Kafka.
 
 Ends with what SQL says about the run, and ``summary.json`` in the run's folder. Exits 0 only if the agent learnt.
 """
@@ -35,9 +35,9 @@ from millstream.schemas.errors import MillstreamError
 
 TRAIN_TASKS = 2000
 FIRST_REWARD_BELOW, VALIDATION_ABOVE = 0.4, 0.9
-INTERRUPTED_S = 3.0  # for each role to end when nobody waits for its work any more
-LEASE_S = 5.0  # a runner that is killed costs the run this long
-# What it shows at its end, by title; a user can paste each into `millstream sql`.
+INTERRUPTED_S = 3.0  # for each role to end after Ctrl-C, when its work is not needed
+LEASE_S = 5.0  # a killed runner delays the run by this long
+# Shown at the end, by title; each can be pasted into `millstream sql`.
 CLOSING_QUERIES = {
     "Reward by policy version": """
 SELECT model_version, count() AS rollouts, round(avg(reward), 3) AS mean_reward, sum(turns) AS turns
@@ -95,18 +95,18 @@ console = Console()
 
 
 def main(
-    run_dir: Annotated[Path, typer.Option(help="Where the run goes; what an earlier run left there is removed.")],
-    kafka: Annotated[bool, typer.Option(help="Over Kafka, every role its own process.")] = False,
-    vllm: Annotated[bool, typer.Option(help="The model is served by a real vLLM; `make vllm` sets it up.")] = False,
+    run_dir: Annotated[Path, typer.Option(help="Folder of the run; files of an earlier run are removed.")],
+    kafka: Annotated[bool, typer.Option(help="Over Kafka, with one process per role.")] = False,
+    vllm: Annotated[bool, typer.Option(help="Serve the model with vLLM; `make vllm` installs it.")] = False,
     max_steps: Annotated[int, typer.Option(min=1)] = 100,
-    groups: Annotated[int, typer.Option(min=1, help="Questions in a step, with eight rollouts each.")] = 16,
-    lr: Annotated[float, typer.Option(min=0, help="0 is the control: nothing may be learnt.")] = 5e-4,
-    adapter: Annotated[str, typer.Option(help="module:attribute in the adapter's place, for another control.")] = "",
-    agent: Annotated[str, typer.Option(help="module:attribute: langgraph_agent and autogen_team are others.")] = AGENT,
+    groups: Annotated[int, typer.Option(min=1, help="Questions per step, with eight rollouts each.")] = 16,
+    lr: Annotated[float, typer.Option(min=0, help="0 is the control: the agent must not learn.")] = 5e-4,
+    adapter: Annotated[str, typer.Option(help="module:attribute in place of the adapter's, for another control.")] = "",
+    agent: Annotated[str, typer.Option(help="module:attribute; see also langgraph_agent and autogen_team.")] = AGENT,
     seed: int = 0,
 ) -> None:
     """Train the calculator agent and show what happened."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end everything cleanly
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     began = time.monotonic()
     run_dir = run_dir.resolve()
     wait = f"; vLLM takes most of a minute to start, and logs in {run_dir}/vllm/log" if vllm else ""
@@ -131,9 +131,9 @@ def main(
 
 
 def prepare(run_dir: Path, agent: str, vllm: bool, max_steps: int, groups: int, lr: float, seed: int) -> None:
-    """Model, tasks and ``train.toml``, in a folder without traces of an earlier run. Without an agent, for Kafka.
-    A validation is as large as a step."""
-    from transformers.utils.logging import disable_progress_bar  # torch takes its time
+    """Writes model, tasks and ``train.toml``, and removes what an earlier run left. Without an agent: for Kafka. A
+    validation has as many rollouts as a step."""
+    from transformers.utils.logging import disable_progress_bar  # slow: it imports torch
 
     from examples.calculator import model
 
@@ -166,7 +166,7 @@ def prepare(run_dir: Path, agent: str, vllm: bool, max_steps: int, groups: int, 
 
 
 def in_process(run_dir: Path, adapter: str) -> Settings:
-    """Everything here. The store is closed when this returns."""
+    """Runs all roles in this process. The store is closed when this returns."""
     from millstream.pipeline.training.config import train_from
 
     (run_dir / "log").mkdir()
@@ -176,7 +176,7 @@ def in_process(run_dir: Path, adapter: str) -> Settings:
 
 
 def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
-    """A broker and six processes; all of them have ended when this returns, however it ends."""
+    """Runs a broker and six processes; all have ended when this returns or raises."""
     proxy, model, queries = free_port(), free_port(), free_port()
     folder = run_dir / "store"
     with _broker(run_dir / "kafka") as bootstrap:
@@ -202,7 +202,7 @@ def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
             _wait_until_up(f"{settings.proxy_url}/livez", processes)
             ledger = ["--env", LEDGER] if LEDGER in os.environ else []
             for number in (1, 2):
-                # Nothing is left to drain but after Ctrl-C, when nobody waits for it any more.
+                # Attempts are left to drain only after Ctrl-C, when nothing needs them.
                 processes.start(f"runner-{number}", "runner", agent, "--drain-s", "0", *ledger)
             trainer = processes.start("trainer", "train", str(run_dir / "train.toml"), inherit_output=True)
             while trainer.poll() is None:
@@ -217,7 +217,7 @@ def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
 
 
 def close(run_dir: Path, settings: Settings, seconds: float) -> dict[str, Any]:
-    """The closing queries, with their results, and ``summary.json``."""
+    """Shows the closing queries with their results; writes and returns ``summary.json``."""
     trained = json.loads((run_dir / "train.json").read_text())
     store = ClickHouseStore(settings)
     try:

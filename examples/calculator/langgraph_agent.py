@@ -1,4 +1,4 @@
-"""The calculator in LangGraph: a node asks the model for a tool, another calls it, until nothing is left to do."""
+"""The calculator in LangGraph: one node asks the model for a tool, another calls it, until all steps are done."""
 
 from typing import Annotated, Any, TypedDict
 
@@ -31,7 +31,7 @@ def choose(state: State) -> dict[str, Any]:
 
 
 def call(state: State) -> dict[str, Any]:
-    """Calls the tool that the model has named; a word that is none does nothing."""
+    """Calls the tool that the model named; an unknown word does nothing."""
     task, step, result = state["task"], state["step"], state["result"]
     word = state["messages"][-1].text
     if word in tools:

@@ -1,4 +1,4 @@
-"""The calculator's model before it has learnt anything: a tiny Qwen2 from random weights, as a Hugging Face folder."""
+"""The calculator's untrained model: a tiny Qwen2 with random weights, as a Hugging Face folder."""
 
 import json
 from pathlib import Path
@@ -54,8 +54,8 @@ def create(folder: str | Path, seed: int = 0) -> None:
 
 
 def create_tokenizer(folder: str | Path) -> None:
-    """Writes a folder for vLLM's ``--tokenizer``. From the model's it would load Qwen's own kind of tokenizer, whatever
-    the folder says: so does transformers with every Qwen2. Beside another kind of model it reads what is there."""
+    """Writes a folder for vLLM's ``--tokenizer``. Beside a Qwen2 transformers loads Qwen's own kind of tokenizer,
+    whatever the folder says; beside another kind of model it reads the folder's."""
     make_tokenizer(vocabulary()).save_pretrained(folder)
     (Path(folder) / "config.json").write_text(json.dumps({"model_type": "llama"}))
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from millstream.pipeline.models.vllm_process import die_with_parent
 from millstream.schemas.errors import MillstreamError
 
-STOP_S = 30.0  # how long a role may take to end in good order
-YOUNG_S = 5.0  # a role that dies younger than this has something wrong with it
+STOP_S = 30.0  # how long a role may take to stop gracefully
+YOUNG_S = 5.0  # a role that ends sooner than this after its start is counted as broken
 MAX_YOUNG_DEATHS = 3
 
 
 class Processes:
-    """Role processes, each with a log file in ``folder``. They die with this process, however it ends.
+    """Role processes, each with a log file in ``folder``. They end with this process, even if it is killed.
 
-    ``processes.json`` in the folder holds the pid of each, for people (and tests) who want to kill one.
+    ``processes.json`` in the folder has their pids: for you, or a test, to kill one.
     """
 
     def __init__(self, folder: Path, env: Mapping[str, str], say: Callable[[str], None] = lambda text: None) -> None:
@@ -33,7 +33,7 @@ class Processes:
         folder.mkdir(parents=True, exist_ok=True)
 
     def start(self, name: str, *arguments: str, inherit_output: bool = False) -> subprocess.Popen[bytes]:
-        """Starts ``millstream ARGUMENTS``. It gets no signal of the terminal: this process decides when it ends."""
+        """Starts ``millstream ARGUMENTS``, detached from the terminal's signals."""
         self._argv[name] = arguments
         self._born[name] = time.monotonic()
         output = None if inherit_output else (self._folder / f"{name}.log").open("ab")
@@ -54,8 +54,8 @@ class Processes:
         return self._running[name]
 
     def check(self, besides: str = "") -> None:
-        """Starts again what has died, as a supervisor would, but for the role that ends by itself. Raises
-        `MillstreamError` with the end of its log if a role keeps dying at once."""
+        """Restarts roles that have ended, except ``besides``. Raises `MillstreamError` with the end of the log if one
+        keeps ending right after its start."""
         for name, process in list(self._running.items()):
             if name == besides or process.poll() is None:
                 continue
@@ -63,11 +63,11 @@ class Processes:
             self._young_deaths[name] = self._young_deaths.get(name, 0) + 1 if young else 0
             if self._young_deaths[name] >= MAX_YOUNG_DEATHS:
                 raise MillstreamError(f"{name} keeps ending ({_how(process)}):\n{self._last_lines(name)}")
-            self._say(f"{name} ended ({_how(process)}); it is started again")
+            self._say(f"{name} ended ({_how(process)}); restarting it")
             self.start(name, *self._argv[name])
 
     def stop(self, name: str, patience_s: float = STOP_S) -> None:
-        """Lets a role end in good order, and waits for it; kills it when it takes too long."""
+        """Stops a role gracefully; kills it after ``patience_s``."""
         process = self._running.pop(name)
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -80,7 +80,7 @@ class Processes:
         self._write_pids()
 
     def stop_all(self, patience_s: float = STOP_S) -> None:
-        """Ends all that still run: the last that was started first."""
+        """Stops all that still run, in reverse order of their start."""
         for name in reversed(list(self._running)):
             self.stop(name, patience_s)
 

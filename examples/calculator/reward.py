@@ -1,4 +1,4 @@
-"""All that the agent needs of Millstream: rewards as they are earned, and a span for each tool call."""
+"""What the agents use of Millstream: a reward for each step, and a span for each tool call."""
 
 import json
 import os
@@ -23,6 +23,6 @@ def score(step: int, right: bool, rollout: Any = None) -> None:
 
 
 def tool_called(name: str, known: bool) -> None:
-    """A span for one tool call; the model may well have asked for a tool that does not exist."""
+    """Records a tool call, also of a tool that does not exist."""
     attributes = {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": name}
     ms.emit_span(f"execute_tool {name}", attributes if known else attributes | {"error.type": "unknown_tool"})

@@ -1,7 +1,7 @@
-"""Questions of two steps, such as "add 3 to 8 then times 2", in a training and a validation set that share none.
+"""Questions of two steps, such as "add 3 to 8 then times 2", in disjoint training and validation sets.
 
-A task is ``{"question": str, "numbers": [8, 3, 2], "tools": ["add", "multiply"]}``. Validation questions are made of
-number combinations *and* of pairs of phrasings that training never sees; single numbers and phrasings it knows all.
+A task is ``{"question": str, "numbers": [8, 3, 2], "tools": ["add", "multiply"]}``. Validation questions use
+number combinations *and* pairs of phrasings that training never sees, but no number or phrasing that is new by itself.
 """
 
 import argparse
@@ -14,7 +14,7 @@ Mode = Literal["train", "val"]
 Task = dict[str, Any]
 
 NUMBERS = range(1, 10)
-RESULTS = range(NUMBERS[0] - NUMBERS[-1], NUMBERS[-1] ** 2 + 1)  # whatever a first step can give, wrong tools included
+RESULTS = range(NUMBERS[0] - NUMBERS[-1], NUMBERS[-1] ** 2 + 1)  # of any first step, wrong tools included
 
 FIRST = {
     "add": ("add {y} to {x}", "{x} plus {y}", "the sum of {x} and {y}"),

@@ -1,4 +1,4 @@
-"""The tools, as every agent of this folder has them."""
+"""The tools of the agents in this folder."""
 
 
 def add(a: int, b: int) -> int:

@@ -152,7 +152,7 @@ class Run:
         groups = await self._rollouts(tasks, self._algorithm.group_size, "train", f"train/{step}")
         metrics = await asyncio.to_thread(self._algorithm.update, groups)
         reward = self._report(step, groups, metrics, time.monotonic() - began)
-        # The checkpoint comes first: whoever reads the announcement can rely on it.
+        # Checkpoint first: a version that is announced can be restored.
         await self._save(step + 1)
         await self._publish_policy(step + 1)
         return reward
@@ -270,7 +270,7 @@ class Run:
 
 
 def _shuffled(tasks: Sequence[Task], seed: int) -> Iterator[Task]:
-    """All tasks in random order, again and again; the same seed gives the same order."""
+    """All tasks in random order, repeatedly; the same seed gives the same order."""
     rng = random.Random(seed)  # noqa: S311 - an order, not a secret
     while True:
         yield from rng.sample(tasks, len(tasks))

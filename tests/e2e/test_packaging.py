@@ -20,12 +20,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.kafka]
 
 @pytest.fixture
 def project(tmp_path):
-    """The names that Millstream's own folders have, all taken."""
+    """A project that uses the names of Millstream's folders for modules of its own."""
     folder = tmp_path / "project"
     (folder / "schemas").mkdir(parents=True)
     (folder / "schemas" / "__init__.py").write_text("UNIT = 'apples'\n")
     (folder / "pipeline.py").write_text("def double(n):\n    return 2 * n\n")
-    (folder / "consumers.py").write_text("raise RuntimeError('nobody should import this')\n")
+    (folder / "consumers.py").write_text("raise RuntimeError('must not be imported')\n")
     (folder / "agent.py").write_text(
         "from pipeline import double\nfrom schemas import UNIT\n\n\n"
         "async def agent(n):\n    assert UNIT == 'apples'\n    return double(n)\n"
@@ -36,7 +36,7 @@ def project(tmp_path):
 
 @pytest.fixture(scope="module")
 def wheel_python(tmp_path_factory):
-    """An interpreter that has the wheel, and of this environment only the dependencies."""
+    """An interpreter with the wheel, and only the dependencies from this environment."""
     folder = tmp_path_factory.mktemp("wheel")
     subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder], cwd=ROOT, check=True)
     (wheel,) = folder.glob("*.whl")

@@ -15,7 +15,7 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 class Model:
-    """Answers with the words given, and remembers what it was asked."""
+    """Answers with the given words, and keeps the requests."""
 
     def __init__(self, *words: str | None) -> None:
         self.words = list(words)
@@ -57,7 +57,7 @@ def test_each_step_is_scored_by_itself(
     assert ledger == [who | {"step": i, "right": correct} for i, correct in enumerate(right)]
 
 
-def test_it_tells_the_model_what_the_tool_gave(agent: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_gets_the_result_of_the_tool(agent: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model("add", "multiply")
     monkeypatch.setattr(agent, "client", model)
     agent.agent(TASK)
@@ -102,7 +102,7 @@ def test_every_word_of_a_conversation_is_in_the_vocabulary(
 
 
 @pytest.mark.torch
-def test_the_model_is_as_it_was_meant(tmp_path: Path) -> None:
+def test_the_model_is_small_and_its_seed_decides(tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
     from examples.calculator import model
     from millstream.pipeline.models.policy import load_model, parameters

@@ -1,4 +1,4 @@
-"""Engine, agent and GRPO in a bare loop, without a log: does the example learn at all, and only when it is taught?"""
+"""Engine, agent and GRPO in a bare loop, without a log: the example learns, and only with a learning rate."""
 
 import asyncio
 import importlib
@@ -124,7 +124,7 @@ def bare_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.F
         loop.close()
 
 
-def test_it_learns_what_it_was_not_shown(bare_loop: BareLoop) -> None:
+def test_it_learns_questions_that_it_has_not_seen(bare_loop: BareLoop) -> None:
     validation = make_tasks(128, "val")
     first, metrics = bare_loop.step(0)
     assert first < 0.4

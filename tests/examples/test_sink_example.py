@@ -40,7 +40,7 @@ async def test_the_sink_example_keeps_rewards(tmp_path, kafka_settings):
     sink = await asyncio.create_subprocess_exec(*command, "--flush-ms", "100", cwd=tmp_path, env=env)
     try:
         async with asyncio.timeout(30):
-            while not rewards(tmp_path / "rewards.db"):  # noqa: ASYNC110 - SQLite tells nobody
+            while not rewards(tmp_path / "rewards.db"):  # noqa: ASYNC110 - SQLite has no events
                 await asyncio.sleep(0.1)
     finally:
         sink.terminate()
