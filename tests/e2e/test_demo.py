@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-import time
+import threading
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -27,22 +27,36 @@ class Demo:
             "CALCULATOR_LEDGER": str(self.ledger_file),
             "MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{folder / 'run' / 'store'}",
         }
-        self.output = folder / "output.txt"
-        with self.output.open("wb") as output:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "examples.calculator.demo", "--run-dir", folder / "run", *options],
-                cwd=ROOT,
-                env=self.environment,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                # A shell's background jobs ignore it, and hand that down.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-            )
+        self.output = ""
+        self.printed = threading.Condition()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "examples.calculator.demo", "--run-dir", folder / "run", *options],
+            cwd=ROOT,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # A shell's background jobs ignore SIGINT, and their children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
+
+    def _read(self):
+        for line in self.process.stdout:
+            with self.printed:
+                self.output += line
+                self.printed.notify_all()
+
+    def wait_for_steps(self, count):
+        with self.printed:
+            assert self.printed.wait_for(lambda: self.output.count("step ") >= count, timeout=300), self.output[-5000:]
 
     def wait(self):
         code = self.process.wait()
+        self.reader.join(10)
         if not (self.folder / "run" / "summary.json").exists():
-            pytest.fail(f"the demo ended with {code}:\n{self.output.read_text()[-5000:]}")
+            pytest.fail(f"the demo ended with {code}:\n{self.output[-5000:]}")
         return code
 
     @property
@@ -54,7 +68,7 @@ class Demo:
         return json.loads((self.folder / "run" / "train.json").read_text())
 
     def sql(self, query, **variables):
-        """What somebody at a terminal gets."""
+        """The answer of ``millstream sql``."""
         command = [sys.executable, "-m", "millstream.pipeline", "sql", "--json", query]
         environment = self.environment | variables
         answer = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -62,7 +76,7 @@ class Demo:
         return json.loads(answer.stdout)
 
     def ledger(self):
-        """Right answers by attempt and step, as the agent wrote them down itself; and the attempts of each rollout."""
+        """From the agent's own file: right answers by attempt and step, and the attempts of each rollout."""
         found, attempts = defaultdict(dict), defaultdict(set)
         for line in self.ledger_file.read_text().splitlines():
             entry = json.loads(line)
@@ -73,14 +87,14 @@ class Demo:
 
 
 def compare_with_ledger(demo):
-    """What the store says, and what the trainer used, is what the agent did."""
+    """The store and the trainer agree with what the agent did."""
     by_attempt, attempts = demo.ledger()
     succeeded = {r["rollout_id"]: r for r in demo.sql("SELECT * FROM rollouts WHERE status = 'succeeded'")}
     triplets = demo.sql("SELECT rollout_id, attempt_id, turn, reward, trainable FROM triplets")
     chosen = {row["rollout_id"]: row["attempt_id"] for row in triplets}
     assert chosen.keys() == succeeded.keys()
     assert all(chosen[rollout] in attempts[rollout] for rollout in succeeded)
-    assert all(len(attempts[r]) <= row["lost_attempts"] + 1 for r, row in succeeded.items()), "run again without a loss"
+    assert all(len(attempts[r]) <= row["lost_attempts"] + 1 for r, row in succeeded.items()), "retried without a loss"
     ledger = {rollout: by_attempt[attempt] for rollout, attempt in chosen.items()}
     expected = {rollout: 0.5 * sum(ledger[rollout].values()) for rollout in succeeded}
     assert {rollout: row["reward"] for rollout, row in succeeded.items()} == expected
@@ -112,7 +126,7 @@ def compare_with_ledger(demo):
 
 
 def ends_in_the_log(folder):
-    """How often each rollout has ended, as a Kafka client of no project of ours reads it."""
+    """How often each rollout has ended, read by a Kafka client that Millstream does not wrap."""
     from confluent_kafka import Consumer, KafkaError
 
     from millstream.deploy.kafka.local import LocalKafka
@@ -156,7 +170,7 @@ def check_summary(demo):
 
 def test_the_agent_learns_in_one_process(tmp_path):
     demo = Demo(tmp_path)
-    assert demo.wait() == 0, demo.output.read_text()[-3000:]
+    assert demo.wait() == 0, demo.output[-3000:]
     check_summary(demo)
     assert demo.summary["first_reward"] < 0.4
     assert demo.summary["validation_reward"] > 0.9
@@ -170,18 +184,17 @@ def test_the_agent_learns_in_one_process(tmp_path):
 def test_the_agent_learns_over_kafka_although_a_runner_and_the_sink_are_killed(tmp_path):
     demo = Demo(tmp_path, "--kafka")
     pids = tmp_path / "run" / "log" / "processes.json"
-    while demo.process.poll() is None and demo.output.read_text().count("step ") < 5:
-        time.sleep(0.1)
+    demo.wait_for_steps(5)
     started = json.loads(pids.read_text())
     assert set(started) == {"sink", "adapter", "proxy", "runner-1", "runner-2", "trainer"}
-    address = re.search(r"MILLSTREAM_CLICKHOUSE_DSN=(\S+)", demo.output.read_text())[1]
+    address = re.search(r"MILLSTREAM_CLICKHOUSE_DSN=(\S+)", demo.output)[1]
     (meanwhile,) = demo.sql("SELECT count() AS spans FROM spans", MILLSTREAM_CLICKHOUSE_DSN=address)
     assert meanwhile["spans"] > 0
     os.kill(started["sink"], signal.SIGKILL)
     os.kill(started["runner-1"], signal.SIGKILL)
-    assert demo.wait() == 0, demo.output.read_text()[-3000:]
+    assert demo.wait() == 0, demo.output[-3000:]
     for killed in ("sink", "runner-1"):
-        assert f"{killed} ended (killed by SIGKILL)" in demo.output.read_text()
+        assert f"{killed} ended (killed by SIGKILL)" in demo.output
     check_summary(demo)
     assert demo.summary["validation_reward"] > 0.9
     compare_with_ledger(demo)
@@ -223,8 +236,7 @@ def test_an_agent_of_another_framework_learns_and_not_without_a_learning_rate(tm
 def test_ctrl_c_leaves_nothing_behind(tmp_path):
     demo = Demo(tmp_path, "--kafka")
     pids = tmp_path / "run" / "log" / "processes.json"
-    while demo.process.poll() is None and "step " not in demo.output.read_text():
-        time.sleep(0.1)
+    demo.wait_for_steps(1)
     started = json.loads(pids.read_text())
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(60) == 130
