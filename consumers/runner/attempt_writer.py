@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
-from millstream.consumers.dead_letters import send_dead_letter
+from millstream.consumers.dead_letters import dead_letter, send_dead_letter
 from millstream.consumers.runner.claims import ROLE, Claim
 from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.producers.blob_store import STORE_S, BlobError, Blobs
@@ -21,8 +21,8 @@ from millstream.schemas.errors import CodecError, LogError, TooLarge
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.blobs import kept_apart
 from millstream.schemas.wire import status
-from millstream.schemas.wire.log import KIND_HEADER
-from millstream.schemas.wire.records import AttemptEvent, DeadLetter, Span
+from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
+from millstream.schemas.wire.records import AttemptEvent, Span
 from millstream.schemas.wire.topics import Topics, partition_of
 
 logger = logging.getLogger(__name__)
@@ -268,17 +268,9 @@ class AttemptWriter:
     def _dead_letter(self, error: str) -> None:
         """Writes the dead letter of a span too large for any topic, without its body."""
         key = self.claim.task.rollout_id
-        letter = DeadLetter(
-            topic=self._topics.events,
-            partition=partition_of(key, self._topics.partitions),
-            offset=-1,
-            key=key.encode(),
-            timestamp=time.time_ns() // 1_000_000,
-            role=ROLE,
-            reason="too_large",
-            error=f"a span of {self.name}: {error}",
-            time=time.time_ns(),
-        )
+        place = Partition(self._topics.events, partition_of(key, self._topics.partitions))
+        record = LogRecord(place, -1, time.time_ns() // 1_000_000, key, b"")
+        letter = replace(dead_letter(record, ROLE, "too_large", f"a span of {self.name}: {error}"), value=None)
         try:
             send_dead_letter(self._producer.send, self._topics, letter)
         except LogError as failure:

@@ -215,25 +215,29 @@ class Runner:
         writer = AttemptWriter(claim, self._producer, self._topics, self.worker_id, self._blobs)
         self._running[writer] = {}
         writer.outcome.add_done_callback(lambda outcome: self._finish_soon(writer, outcome.result()))
+        if (refusal := self._refusal(claim)) is not None:
+            writer.verdict = refusal
+            writer.end(refusal)
+            return
+        writer.proxy_url = self._proxies.choose(claim)
+        if writer.proxy_url or self._settings.gateway_url:
+            writer.proxy_key = self._proxies.key(claim)
+        self._later(writer, "timeout", claim.task.timeout_s, self._time_out)
+        self._later(writer, "beat", claim.task.lease_s / self._policy.heartbeats, self._beat)
+        if claim.task.unresponsive_s is not None:
+            self._later(writer, "silence", claim.task.unresponsive_s, self._check_silence)
+        self._host.run(writer)
+
+    def _refusal(self, claim: Claim) -> Outcome | None:
+        """The outcome of a claim that can't run."""
         if claim.cancelled is not None:
-            writer.verdict = _cancelled(claim.cancelled)
-            writer.end(writer.verdict)
-        elif claim.resources is None:
+            return _cancelled(claim.cancelled)
+        if claim.resources is None:
             message = f"resources {claim.task.resources_id} do not exist on {self._topics.control}"
-            writer.verdict = stopped_by(status.FAILED, "resources", message)
-            writer.end(writer.verdict)
-        elif self._host.free <= 0:  # the process with the free slot has died
-            writer.verdict = stopped_by(status.LOST, "exit", "there is no agent process left to run it")
-            writer.end(writer.verdict)
-        else:
-            writer.proxy_url = self._proxies.choose(claim)
-            if writer.proxy_url or self._settings.gateway_url:
-                writer.proxy_key = self._proxies.key(claim)
-            self._later(writer, "timeout", claim.task.timeout_s, self._time_out)
-            self._later(writer, "beat", claim.task.lease_s / self._policy.heartbeats, self._beat)
-            if claim.task.unresponsive_s is not None:
-                self._later(writer, "silence", claim.task.unresponsive_s, self._check_silence)
-            self._host.run(writer)
+            return stopped_by(status.FAILED, "resources", message)
+        if self._host.free <= 0:  # the process with the free slot has died
+            return stopped_by(status.LOST, "exit", "there is no agent process left to run it")
+        return None
 
     def _later(self, writer: AttemptWriter, name: str, seconds: float, call: Callable[[AttemptWriter], None]) -> None:
         self._running[writer][name] = self._loop.call_later(seconds, call, writer)
