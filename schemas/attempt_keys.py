@@ -1,4 +1,4 @@
-"""How an LLM call is bound to its attempt: the path below the proxy and the key that fits only that path."""
+"""Binds LLM calls to their attempt: the path below the proxy, and the key that fits only that path."""
 
 import hashlib
 import hmac
@@ -8,22 +8,23 @@ from typing import Final
 
 from millstream.schemas.errors import MillstreamError
 
-# After an attempt's time-out: its calls may still be under way, and it has to be closed. Clocks may differ by it.
+# How long a key is valid beyond its attempt's time-out: calls may still be in flight, the attempt has to be closed, and
+# clocks may differ.
 KEY_GRACE_S: Final = 300.0
 _MARK: Final = "ms1"
 
 
 class BadKey(MillstreamError, ValueError):
-    """A key that is none, has expired, or is another attempt's. Says which, and nothing of the key."""
+    """The key is malformed, expired, or another attempt's. The message says which, and never shows the key."""
 
 
 @dataclass(frozen=True, slots=True)
 class Claims:
-    """What a key says, signed by whoever issued it."""
+    """What a key says; the proxy secret signs it."""
 
     issued: float  # s since the epoch
     expires: float
-    resources_id: str  # the version that the attempt works with; empty if there is none
+    resources_id: str  # the version that the attempt uses; empty without one
 
 
 def attempt_path(rollout_id: str, attempt_id: str) -> str:
@@ -35,17 +36,17 @@ def attempt_key(
     secret: str, rollout_id: str, attempt_id: str, *, valid_s: float, resources_id: str = "", now: float | None = None
 ) -> str:
     """The API key of an attempt: ``ms1.ISSUED.EXPIRES.RESOURCES.MAC``, where the MAC is HMAC-SHA-256 of the path and of
-    what stands before it, under the deployment's proxy secret. It is good for ``valid_s`` and `KEY_GRACE_S`."""
+    everything before it, under the deployment's proxy secret. It is valid for ``valid_s`` plus `KEY_GRACE_S`."""
     issued = time.time() if now is None else now
     claims = f"{_MARK}.{issued:.0f}.{issued + valid_s + KEY_GRACE_S:.0f}.{resources_id}"
     return f"{claims}.{_mac(secret, rollout_id, attempt_id, claims)}"
 
 
 def claims_of(secret: str, rollout_id: str, attempt_id: str, key: str, *, now: float | None = None) -> Claims:
-    """Raises `BadKey` unless ``key`` is one of this attempt's and still good."""
+    """Raises `BadKey` unless ``key`` is one of this attempt's and still valid."""
     claims, _, mac = key.rpartition(".")
     if not hmac.compare_digest(mac.encode(), _mac(secret, rollout_id, attempt_id, claims).encode()):
-        raise BadKey(f"the API key is not that of attempt {attempt_id}")
+        raise BadKey(f"the API key does not belong to attempt {attempt_id}")
     _, issued, expires, resources_id = claims.split(".")
     if float(expires) < (time.time() if now is None else now):
         raise BadKey(f"the API key of attempt {attempt_id} has expired")

@@ -1,4 +1,4 @@
-"""Errors that users and roles of Millstream meet."""
+"""The errors that Millstream raises."""
 
 
 class MillstreamError(Exception):
@@ -6,11 +6,11 @@ class MillstreamError(Exception):
 
 
 class ConfigError(MillstreamError):
-    """A setting, a file or an argument is wrong; the message names it and says what to do."""
+    """A setting, a file or an argument is wrong. The message names it and says what to do."""
 
 
 class CodecError(MillstreamError):
-    """A record can't be encoded or decoded; names the record and, where it is known, the field."""
+    """A record can't be encoded or decoded. Names the record type and, if known, the field."""
 
     def __init__(self, message: str, *, record: str | None = None, field: str | None = None) -> None:
         super().__init__(message)
@@ -19,43 +19,43 @@ class CodecError(MillstreamError):
 
 
 class TruncatedRecord(CodecError):
-    """The body ends before the record does."""
+    """The bytes end before the record is complete."""
 
 
 class UnknownSchema(CodecError):
-    """Not single-object encoding, or a fingerprint that none of the packaged schemas has."""
+    """Not single-object encoding, or the fingerprint of no packaged schema."""
 
 
 class WrongType(CodecError):
-    """A field holds what its schema does not allow, or bytes are left over behind the record."""
+    """A field has a value that its schema does not allow, or bytes follow the record."""
 
 
 class LogError(MillstreamError):
-    """The log refused something. Retriable: the same call may be made again."""
+    """The log refused a call. ``retriable``: the same call may be retried."""
 
     retriable = False
 
 
 class LogUnavailable(LogError):
-    """No broker answers, or a deadline passed; the outcome of the call is unknown. Repeat the same call."""
+    """No broker answers, or a deadline passed. The outcome of the call is unknown; retry the same call."""
 
     retriable = True
 
 
 class BufferFull(LogError):
-    """The producer's buffer stayed full for as long as a sender may be kept waiting."""
+    """The producer's buffer stayed full for as long as a sender may wait."""
 
 
 class TooLarge(LogError):
-    """The record is larger than the topics take. It was not sent."""
+    """The record exceeds the size limit of the topics. It was not sent."""
 
 
 class TransactionAborted(LogError):
-    """The transaction can't be committed (lost partition, stale generation). Abort it; the data may be sent again."""
+    """The transaction can't be committed (lost partition, stale generation). Abort it, then send the data again."""
 
 
 class Fenced(LogError):
-    """A newer process has taken this one's place. Stop; nothing that this one still holds may be written."""
+    """A newer process has replaced this one. Stop, and write nothing more."""
 
 
 class StoreError(MillstreamError):

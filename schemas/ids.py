@@ -1,4 +1,4 @@
-"""UUIDv7 (RFC 9562, section 5.7): ids that sort by time and carry their own date."""
+"""UUIDv7 (RFC 9562, section 5.7): ids that sort by time and contain it."""
 
 import hashlib
 import os
@@ -19,20 +19,19 @@ def new_id() -> str:
 
 
 def derived_id(time_ns: int, *parts: object) -> str:
-    """The id that the same time and parts always give: publishing twice is then recognised."""
+    """An id that is always the same for the same time and parts, so that a second publication is recognised."""
     digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=10).digest()
     return _uuid7(time_ns // 1_000_000, int.from_bytes(digest, "big"))
 
 
 def rank(*parts: str) -> int:
-    """64 bits that the same parts always give, as if drawn: for shares, and for choosing whoever has most (rendezvous
-    hashing)."""
+    """64 pseudo-random bits, always the same for the same parts: for traffic shares and rendezvous hashing."""
     digest = hashlib.blake2b("\x1f".join(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big")
 
 
 def id_time_ms(value: str) -> int:
-    """The time within a UUIDv7, ms since the epoch. Raises ValueError for any other id."""
+    """The time in a UUIDv7, in ms since the epoch. Raises ValueError for any other id."""
     parsed = uuid.UUID(value)
     if parsed.version != 7:
         raise ValueError(f"{value!r} is not a UUIDv7")

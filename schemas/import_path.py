@@ -1,4 +1,4 @@
-"""Finds the objects that users name: agents, hooks, adapters."""
+"""Imports the objects that users name: agents, hooks, adapters."""
 
 import importlib
 import sys
@@ -10,9 +10,9 @@ from millstream.schemas.spans.text import utf8
 
 
 def load_object(what: str, path: str, folder: str) -> Any:
-    """``module:attribute``, with ``folder`` first on the import path. ``what`` it is, for messages.
+    """Imports ``module:attribute`` with ``folder`` first on the import path. ``what`` describes it in messages.
 
-    Raises `ConfigError` naming the path and what went wrong.
+    Raises `ConfigError` naming the path and the cause.
     """
     module_name, _, attribute = path.partition(":")
     if not module_name or not attribute:
@@ -21,7 +21,7 @@ def load_object(what: str, path: str, folder: str) -> Any:
         sys.path.insert(0, folder)
     try:
         found: Any = importlib.import_module(module_name)
-    except BaseException as error:  # SystemExit too: the user's module may do anything
+    except BaseException as error:  # SystemExit too: a user's module may raise anything
         cause = "".join(traceback.format_exception(error)).rstrip()
         raise ConfigError(
             f"{what} {path!r} can't be imported from {folder}: {type(error).__name__}: {error_message(error)}\n{cause}"
@@ -37,5 +37,5 @@ def load_object(what: str, path: str, folder: str) -> Any:
 def error_message(error: BaseException) -> str:
     try:
         return utf8(str(error))
-    except Exception:  # an exception class of the agent's own
+    except Exception:  # an exception class of the agent's own may raise in __str__
         return "(its message can't be shown)"

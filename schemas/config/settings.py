@@ -28,7 +28,7 @@ DEFAULT_CONFIG = "millstream.toml"
 ACCEPTED_NAMES = {
     "timeout_seconds": "timeout_s",
     "cache_ttl": "cache_ttl_s",
-}  # accepted too, wherever settings come from
+}  # accepted in every source of settings
 
 RetentionTable = Literal[
     "tasks", "attempts", "rollout_ends", "spans", "token_ids", "triplets", "workers", "dead_letters"
@@ -36,7 +36,7 @@ RetentionTable = Literal[
 
 
 class Settings(BaseSettings):
-    """What every role reads. Use `load_settings`, which turns what is wrong into one clear error."""
+    """The settings of all roles. Use `load_settings`, which reports all problems in one clear error."""
 
     model_config = SettingsConfigDict(env_prefix=ENV_PREFIX, extra="forbid", frozen=True)
 
@@ -83,7 +83,7 @@ class Settings(BaseSettings):
     runner_concurrency: int = Field(8, ge=1, description="Attempts at a time in one agent process.")
     runner_processes: int = Field(1, ge=0, description="Agent processes of a runner; 0: threads of the runner itself.")
     retry_max_attempts: int = Field(1, ge=1, description="Attempts that a task gets unless it says otherwise.")
-    # Generous: what dies with its machine is not the task's fault. Finite: a task that kills its runners has to end.
+    # Generous: losing a machine is not the task's fault. Finite: a task that kills its runners has to end.
     retry_max_lost_attempts: int = Field(10, ge=0, description="Lost attempts of a task that are forgiven.")
     timeout_s: float = Field(600.0, gt=0, description="Seconds an attempt may run, unless its task says.")
     lease_s: float = Field(30.0, gt=0, description="Seconds without a heartbeat until an attempt is lost.")
@@ -181,7 +181,7 @@ def load_settings(**overrides: Any) -> Settings:
 
 
 def problems_of(error: ValidationError) -> str:
-    """What is wrong with each entry, in one line."""
+    """All problems, in one line."""
     return "; ".join(
         f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"]
         for e in error.errors(include_url=False, include_input=False)

@@ -1,4 +1,4 @@
-"""Which calls train and what they earn: the ``[triplets]`` table of the settings."""
+"""Which calls are trained on, and with what reward: the ``[triplets]`` table of the settings."""
 
 import re
 from typing import Annotated, Literal, Self
@@ -10,26 +10,28 @@ Range = tuple[float, float]
 
 
 class TripletRules(BaseModel):
-    """Each field is one decision on the way from spans to triplets; docs/triplets.md shows them in their order."""
+    """Each field is a decision between spans and triplets; docs/triplets.md shows their order."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # Selection: other calls become no training data, and no reward goes to them.
+    # Selection: other calls are neither trained on nor rewarded.
     agent_match: str = Field(default="", description="Regular expression of an agent's whole name; empty: any.")
     exclude_models: tuple[str, ...] = Field(default=(), description="Model names as globs: reward models, judges.")
     exclude_calls: tuple[str, ...] = Field(default=(), description="Names of LLM spans, as globs.")
 
-    # Validation: what fails it is kept with the reason, and not trained on.
+    # Validation: calls that fail are kept with the reason, but not trained on.
     require_tokens: bool = Field(default=True, description="False for algorithms that learn from text.")
     max_tokens: int | None = Field(default=None, ge=1, description="Of prompt and response together.")
-    max_repeats: int | None = Field(default=None, ge=1, description="How often one response may come in an attempt.")
-    rules: tuple[FunctionPath, ...] = Field(default=(), description="Your own, from a `Call` to why not, or None.")
+    max_repeats: int | None = Field(default=None, ge=1, description="How often a response may occur in an attempt.")
+    rules: tuple[FunctionPath, ...] = Field(
+        default=(), description="Your own: from a `Call` to a reason against it, or None."
+    )
 
     # Rewards
     match: tuple[Literal["nearest", "agent", "span", "final", "link"] | FunctionPath, ...] = Field(
         default=("nearest",), min_length=1, description="Tried in turn for each reward, until one finds its call."
     )
-    reward_range: Range | None = Field(default=None, description="Beyond it, their calls are not trained on.")
+    reward_range: Range | None = Field(default=None, description="Calls with rewards beyond it are not trained on.")
     weights: dict[str, float] = Field(default={}, description="By reward name; if any is given, others don't count.")
     aggregate: Literal["sum", "last", "mean"] = Field(default="sum", description="Of several rewards of one call.")
     scale: float = Field(default=1.0, description="Factor of each call's reward.")
@@ -48,7 +50,7 @@ class TripletRules(BaseModel):
         try:
             re.compile(self.agent_match)
         except re.error as error:
-            raise ValueError(f"agent_match is no regular expression: {error}") from error
+            raise ValueError(f"agent_match is not a regular expression: {error}") from error
         if self.discount != 1.0 and self.credit != "discounted":
             raise ValueError("discount needs credit = discounted")
         return self

@@ -11,14 +11,14 @@ from millstream.schemas.errors import ConfigError
 
 
 class Limits(BaseModel):
-    """What one proxy lets through; what is beyond it waits in a queue."""
+    """Limits of one proxy; calls beyond them wait in a queue."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    max_concurrency: int | None = Field(default=None, ge=1, description="Calls at a time.")
+    max_concurrency: int | None = Field(default=None, ge=1, description="Concurrent calls.")
     requests_per_minute: int | None = Field(default=None, ge=1)
-    tokens_per_minute: int | None = Field(default=None, ge=1, description="Of prompts and answers.")
-    max_queue: int = Field(default=1000, ge=0, description="Calls that wait; more are answered 429.")
+    tokens_per_minute: int | None = Field(default=None, ge=1, description="Tokens of prompts and answers.")
+    max_queue: int = Field(default=1000, ge=0, description="Calls that may wait; more are answered with 429.")
 
 
 class Upstream(BaseModel):
@@ -29,13 +29,13 @@ class Upstream(BaseModel):
     urls: tuple[str, ...] = Field(min_length=1, description="Roots of the replicas, without /v1.")
     kind: Literal["vllm", "openai", "anthropic"] = Field(
         default="vllm",
-        description="vllm: a policy, asked for token ids (the demo engine, too); the others as they are.",
+        description="vllm: a trainable policy that returns token ids (the demo engine, too).",
     )
-    key_env: str = Field(default="", description="Environment variable of the proxy that holds its API key.")
-    key_file: Path | None = Field(default=None, description="File that holds its API key.")
-    strip_prefix: str = Field(default="", description="Cut off a model's name, as `local/`.")
-    timeout_s: float = Field(default=600.0, gt=0, description="For a whole answer, retries included.")
-    max_connections: int = Field(default=512, ge=1, description="Of a proxy to each replica.")
+    key_env: str = Field(default="", description="The proxy's environment variable with its API key.")
+    key_file: Path | None = Field(default=None, description="File with its API key.")
+    strip_prefix: str = Field(default="", description="Removed from a model's name, such as `local/`.")
+    timeout_s: float = Field(default=600.0, gt=0, description="Seconds for a whole answer, including retries.")
+    max_connections: int = Field(default=512, ge=1, description="Connections of a proxy to each replica.")
     limits: Limits = Field(default_factory=lambda: Limits())
 
     @field_validator("urls")
@@ -49,16 +49,16 @@ class Upstream(BaseModel):
     @model_validator(mode="after")
     def _one_key(self) -> Self:
         if self.key_env and self.key_file:
-            raise ValueError("key_env and key_file are both given; one of them holds the key")
+            raise ValueError("key_env and key_file are both set; set one of them")
         return self
 
     @property
     def trainable(self) -> bool:
-        """Its calls can be trained on: it tells token ids."""
+        """Whether its calls can be trained on: it returns token ids."""
         return self.kind == "vllm"
 
     def key(self, environment: Mapping[str, str]) -> SecretStr:
-        """Empty if it needs none. Raises `ConfigError` naming what is missing."""
+        """Its API key; empty without one. Raises `ConfigError` naming what is missing."""
         if self.key_env:
             if self.key_env not in environment:
                 raise ConfigError(f"key_env names {self.key_env}, which is not set in the proxy's environment")
@@ -72,5 +72,5 @@ class Upstream(BaseModel):
 
 
 def upstream_of(model: str, routes: Mapping[str, str]) -> str | None:
-    """Name of the upstream of the first pattern (a glob) that the model's name fits; None if none does."""
+    """The upstream of the first glob pattern that matches the model's name; None if none does."""
     return next((name for pattern, name in routes.items() if fnmatchcase(model, pattern)), None)

@@ -1,8 +1,8 @@
-"""Long contents by reference: what an attribute says instead of 256 KB and more of text, an image say.
+"""References that replace long contents of attributes (256 KB and more), such as images.
 
-The reference is text, and where an attribute holds JSON it takes the place of the long strings in it: so messages stay
-messages, and an image that comes back in each turn is one content. An attribute that is still too long goes as a whole.
-Contents are named by their SHA-256. Pure; `producers.blob_store` keeps them.
+A reference is text. Where an attribute holds JSON it replaces the long strings in it: messages stay messages, and an
+image that each turn repeats is stored once. An attribute that is still too long is replaced as a whole. Contents are
+named by their SHA-256. Pure; `producers.blob_store` stores them.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from millstream.schemas.wire.records import Span
 
 DEFAULT_URL: Final = "runs/blobs"
 LIMIT: Final = 256 << 10  # bytes of an attribute
-PART: Final = 32 << 10  # bytes of a string within JSON that goes by itself
+PART: Final = 32 << 10  # bytes of a string within JSON that is replaced by itself
 _REFERENCE: Final = re.compile(r"millstream-blob sha256:([0-9a-f]{64}) \(\d+ bytes\)")
 
 
@@ -29,7 +29,7 @@ def is_reference(text: str) -> bool:
 
 
 def kept_apart(span: Span) -> tuple[Span, Mapping[str, bytes]]:
-    """The span with references, and the contents that they mean, by digest; the span itself if nothing is too long."""
+    """The span with references, and their contents by digest; the span itself if nothing is too long."""
     if _short(span.attributes) and all(_short(event.attributes) for event in span.events):
         return span, {}
     contents: dict[str, bytes] = {}
@@ -47,7 +47,7 @@ def whole(text: str, get: Callable[[str], bytes]) -> str:
     try:
         value = json.loads(text)
     except ValueError:
-        return text  # somebody speaks of a reference
+        return text  # text that mentions a reference
 
     def part(inner: str) -> str:
         found = _REFERENCE.fullmatch(inner)
@@ -76,7 +76,7 @@ def _apart(attributes: Mapping[str, str], contents: dict[str, bytes]) -> Mapping
 
 
 def _short(attributes: Mapping[str, str]) -> bool:
-    """Certainly nothing to do: a character has four bytes at most."""
+    """Whether nothing is too long, without encoding: a character has at most four bytes."""
     return max(map(len, attributes.values()), default=0) <= LIMIT // 4
 
 

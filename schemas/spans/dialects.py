@@ -1,4 +1,4 @@
-"""What tracing libraries call things: a table of dialects, and spans in the names of `semconv`.
+"""The attribute names of tracing libraries: a table of dialects, which translates spans to the names of `semconv`.
 
 Spans stay as they came, in the log and in the store; whoever reads a trace reads it `normalised`. Pure. The dialects:
 
@@ -23,7 +23,7 @@ Attributes = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """``says``: the attributes that say what a span is, whose values (in lower case) ``kinds`` turns into `Span.kind`.
+    """``says``: the attributes with a span's kind, whose values (in lower case) ``kinds`` maps to `Span.kind`.
     ``names``: theirs → ours; of several for one of ours the first counts. ``prompts``, ``completions`` and ``tools``
     are the prefixes of numbered attributes."""
 
@@ -98,13 +98,13 @@ DIALECTS: Final = {
     ),
 }
 
-# What means something else on other spans: only an agent's own name, only what a tool was given and gave.
+# These mean something else on other spans: only an agent's own name, only a tool's arguments and result.
 _AGENT_NAMES: Final = ("graph.node.id", "traceloop.entity.name", "operation.name")
 _TOOL_NAMES: Final = ("traceloop.entity.name", "operation.name")
 _TOOL_INPUTS: Final = ("input.value", "traceloop.entity.input", "tool.parameters")
 _TOOL_OUTPUTS: Final = ("output.value", "traceloop.entity.output", "tool.result")
 
-# OpenInference has no name for the id of a response: it lies in the answer, as OpenAI gave it or as LangChain keeps it.
+# OpenInference has no name for a response id: it is in the answer, as OpenAI returned it or as LangChain keeps it.
 _ANSWER: Final = "output.value"
 _ANSWERED_IDS: Final = (("id",), ("llm_output", "id"))
 
@@ -127,10 +127,10 @@ _LIST_EVENTS: Final = frozenset(
     {"gen_ai.content.prompt", "gen_ai.content.completion", "gen_ai.client.inference.operation.details"}
 )
 
-# Of numbered messages, the first has one of these; a first one that says nothing but calls tools comes second.
+# The first of numbered messages has one of these; a first one that only calls tools comes second.
 _FIRST: Final = ("0.role", "0.message.role", "1.role", "1.message.role")
 
-# A span without any of these has nothing to normalise.
+# A span without any of these needs no translation.
 _MARKERS: Final = frozenset(
     [
         *(name for dialect in DIALECTS.values() for name in (*dialect.says, *dialect.names)),
@@ -141,11 +141,11 @@ _MARKERS: Final = frozenset(
 
 
 def kind_of(attributes: Attributes) -> str:
-    """`Span.kind`: by the operation, as its dialect says it; a score makes any other span a reward."""
+    """`Span.kind`: from the operation, in any dialect; any other span with a score is a reward."""
     operation = attributes.get(semconv.OPERATION)
     if operation is not None and operation in semconv.KIND_OF_OPERATION:
         return semconv.KIND_OF_OPERATION[operation]
-    if _TELLING.isdisjoint(attributes):  # nearly all spans: each one is asked, in the agent's time
+    if _TELLING.isdisjoint(attributes):  # nearly all spans, and this runs in the agent's time
         return semconv.SPAN
     if semconv.EVALUATION_SCORE in attributes or semconv.AGL_REWARD_VALUE in attributes:
         return semconv.REWARD
@@ -179,7 +179,7 @@ def rewards_of(attributes: Attributes) -> list[tuple[str | None, float]]:
 
 
 def normalised(span: Span) -> Span:
-    """The span in the names of `semconv`, with token ids in their fields; itself if it has nothing else.
+    """The span with the names of `semconv`, with token ids in their fields; the span itself if nothing changes.
 
     What it has in our names stays; what it had in others stays beside them. A text that is not what its name promises
     is left as it is.
@@ -214,7 +214,7 @@ def normalised(span: Span) -> Span:
 
 
 def _copy(source: Attributes, theirs: Iterable[str], found: dict[str, str], ours: str) -> None:
-    """The first of ``theirs`` that there is, unless ``ours`` is there."""
+    """The first of ``theirs`` that is set, unless ``ours`` is set."""
     if ours not in found and (value := next((source[n] for n in theirs if n in source), None)) is not None:
         found[ours] = value
 
@@ -310,7 +310,7 @@ def _answered_id(attributes: Attributes) -> str | None:
 
 
 def _tokens(span: Span) -> dict[str, bytes]:
-    """The typed fields that are empty, from lists in attributes."""
+    """The empty typed fields, filled from lists in attributes."""
     found = {}
     attributes = span.attributes
     if span.prompt_token_ids is None and (ids := _packed("i", attributes.get(_PROMPT_IDS))) is not None:
@@ -351,7 +351,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _parsed(text: Any) -> Any:
-    """JSON's value; what is no JSON, as it is."""
+    """The JSON value; text that is not JSON stays as it is."""
     try:
         return json.loads(text) if isinstance(text, str) else text
     except ValueError:

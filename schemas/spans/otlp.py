@@ -1,7 +1,7 @@
 """`Span` records from OpenTelemetry's own export format and back: OTLP, opentelemetry-proto 1.x, as protobuf or JSON.
 
-A span that comes in belongs to the attempt that its attributes, or its resource's, name: `semconv.ROLLOUT_ID` and
-`semconv.ATTEMPT_ID`. An exporter may send a span twice. What it becomes is then the same record twice.
+A received span belongs to the attempt that its attributes, or its resource's, name: `semconv.ROLLOUT_ID` and
+`semconv.ATTEMPT_ID`. An exporter may send a span twice; both become the same record.
 """
 
 import base64
@@ -23,7 +23,7 @@ from millstream.schemas.wire.records import Span, SpanEvent, SpanLink
 
 SPAN_KINDS = ("Internal", "Internal", "Server", "Client", "Producer", "Consumer")  # by number; 0 is unspecified
 STATUSES = ("Unset", "Ok", "Error")
-# Records hold texts: what these hold is given back its type, which tracing back ends reckon with.
+# Records hold texts. These attributes get their types back, which tracing back ends expect.
 NOT_TEXT = {
     semconv.INPUT_TOKENS,
     semconv.OUTPUT_TOKENS,
@@ -51,7 +51,7 @@ def parse_protobuf(body: bytes) -> ExportTraceServiceRequest:
 
 
 def parse_json(body: bytes) -> ExportTraceServiceRequest:
-    """OTLP's JSON is protobuf's, but for ids in hex. Raises `Malformed`."""
+    """OTLP's JSON is protobuf's, except for ids in hex. Raises `Malformed`."""
     try:
         document = json.loads(body)
         for spans in document.get("resourceSpans", ()):
@@ -67,7 +67,7 @@ def parse_json(body: bytes) -> ExportTraceServiceRequest:
 
 
 def from_otlp(request: ExportTraceServiceRequest) -> tuple[list[Span], list[str]]:
-    """The spans as records, in order; and for each that can't be one, why."""
+    """The spans as records, in order, and a reason for each span that was refused."""
     records, refused = [], []
     for resource_spans in request.resource_spans:
         resource = _texts(resource_spans.resource.attributes)
@@ -81,7 +81,7 @@ def from_otlp(request: ExportTraceServiceRequest) -> tuple[list[Span], list[str]
 
 
 def to_otlp(spans: Iterable[Span]) -> ExportTraceServiceRequest:
-    """One request that holds them all, in order; rollout and attempt are attributes, token ids are left out.
+    """One request with all spans, in order; rollout and attempt become attributes, token ids are left out.
     Raises ValueError if an id is not hexadecimal."""
     request = ExportTraceServiceRequest()
     last: tuple[Any, ...] = ()
@@ -136,7 +136,7 @@ def _record(span: trace_pb2.Span, resource: Mapping[str, str], scope: Instrument
         rollout_id=rollout_id,
         attempt_id=attempt_id,
         source=semconv.SOURCE_OTLP,
-        sequence=span.start_time_unix_nano,  # not counted: it has to be the same each time the span is sent
+        sequence=span.start_time_unix_nano,  # no counter: it has to be the same whenever the span is sent
         reward=reward,
         reward_name=reward_name,
     )

@@ -1,7 +1,7 @@
 """Avro single-object encoding: ``C3 01``, the schema's CRC-64-AVRO fingerprint (8 bytes), the body.
 
-A reader finds the writer's schema among the packaged ``.avsc`` files (``schemas/avro``), so one topic holds several
-kinds of record and no registry has to run. Specification: Apache Avro 1.11, "Single-object encoding".
+A reader finds the writer's schema among the packaged ``.avsc`` files (``schemas/avro``), so a topic may hold several
+kinds of record, without a schema registry. Specification: Apache Avro 1.11, "Single-object encoding".
 """
 
 import json
@@ -27,7 +27,7 @@ HEADER_SIZE = 10  # magic and fingerprint
 
 R = TypeVar("R", bound=Record)
 
-# fastavro's writer takes any object for a boolean; writer and reader take wider numbers than an int has.
+# fastavro's writer accepts any object as a boolean; writer and reader accept numbers that are too wide for an int.
 CHECKS: dict[str, Callable[[Any], bool]] = {
     "boolean": lambda value: isinstance(value, bool),
     "int": lambda value: -(1 << 31) <= value < 1 << 31,
@@ -82,12 +82,10 @@ class RecordCodec:
         except Exception as error:
             raise self._unreadable(data, error) from error
         if source.tell() != len(data):
-            raise WrongType(
-                f"{self.name}: {len(data) - source.tell()} bytes are left over behind the record", record=self.name
-            )
+            raise WrongType(f"{self.name}: {len(data) - source.tell()} bytes follow the record", record=self.name)
         for name, fits in self._checks:
             if not fits(datum[name]):
-                raise WrongType(f"{self.name}.{name}: {datum[name]} is no int", record=self.name, field=name)
+                raise WrongType(f"{self.name}.{name}: {datum[name]} is not an int", record=self.name, field=name)
         return datum
 
     def decode(self, data: bytes) -> Record:
@@ -139,7 +137,7 @@ Conversion = tuple[Callable[[Any], Any], Callable[[Any], Any]]
 
 
 def _conversions(schema: dict[str, Any]) -> dict[str, Conversion]:
-    """For fields that hold a record or an array: the ways to plain data and back."""
+    """For fields that hold a record or an array: conversions to plain data and back."""
     found: dict[str, Conversion] = {}
     for part in schema["fields"]:
         match part["type"]:
@@ -179,7 +177,7 @@ def load_schema(name: str) -> dict[str, Any]:
 
 
 def fingerprint_of(schema: dict[str, Any]) -> bytes:
-    """CRC-64-AVRO, as it stands in the header of a record. Defaults and docs are not in it."""
+    """CRC-64-AVRO, as in the header of a record. It ignores defaults and docs."""
     return bytes.fromhex(fingerprint(to_parsing_canonical_form(schema), "CRC-64-AVRO"))
 
 
@@ -194,7 +192,7 @@ def encode(record: Record) -> bytes:
         try:
             return _SPAN_PREFIX + span_bytes(record)
         except UNFIT:
-            pass  # some field does not fit: the general writer names it
+            pass  # a field does not fit: the general writer names it
     return CODECS[type(record)].encode(record)
 
 
@@ -214,17 +212,17 @@ def codec_of(data: bytes) -> RecordCodec:
 
 
 def type_of(value: bytes | Record) -> type[Record]:
-    """The record type of an encoded or a live record; reads no body."""
+    """The type of an encoded or live record; does not read the body."""
     return codec_of(value).record_type if isinstance(value, bytes) else type(value)
 
 
 def decode(value: bytes | Record) -> Record:
-    """Decodes a record; one that never left the process is returned as it is. Raises `CodecError`."""
+    """Decodes a record; returns one that never left the process as it is. Raises `CodecError`."""
     return codec_of(value).decode(value) if isinstance(value, bytes) else value
 
 
 def decode_as(record_type: type[R], value: bytes | Record) -> R:
-    """Decodes a record that has to be of one type. Raises `WrongType` if it is another."""
+    """Decodes a record of a given type. Raises `WrongType` if it has another type."""
     record = decode(value)
     if not isinstance(record, record_type):
         raise WrongType(f"expected {record_type.__name__}, found {type(record).__name__}", record=type(record).__name__)

@@ -1,4 +1,4 @@
-"""What a log is made of, whichever log it is: partitions, records, headers."""
+"""The parts of every log: partitions, records, headers."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from millstream.schemas.wire.records import Record
 
-KIND_HEADER = "kind"  # what a record is, so that a reader may skip its body
+KIND_HEADER = "kind"  # the kind of record, so that a reader may skip its body
 Headers = Mapping[str, bytes]
 
 
@@ -22,7 +22,7 @@ class Partition(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LogRecord:
-    """A record with its place in the log. ``value`` is encoded, or live if it never left the process."""
+    """A record and its position in the log. ``value`` is encoded, or the object itself if it never left the process."""
 
     partition: Partition
     offset: int
@@ -39,7 +39,7 @@ class LogRecord:
 
 @dataclass(frozen=True, slots=True)
 class EndOfPartition:
-    """A consumer has read everything that a partition held; ``offset`` is the next one to come."""
+    """A consumer has reached the end of a partition; ``offset`` is that of the next record."""
 
     partition: Partition
     offset: int

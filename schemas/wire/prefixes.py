@@ -1,8 +1,8 @@
-"""Conversations: a turn whose prompt goes on from an earlier turn's prompt and response, token by token.
+"""Conversations: turns whose prompts continue an earlier turn's prompt and response, token by token.
 
-Such turns can be trained as one sequence, and a prompt need not be written again with every turn: in the log a
-`Triplet` refers to the turn that it goes on from and holds only what is new, so the bytes of a conversation grow
-with its length and not with its square. `share` and `expand` are each other's inverse.
+Such turns can be trained as one sequence. In the log a `Triplet` refers to the turn that it continues and holds only
+what is new, so a conversation takes bytes in proportion to its length, not to its square. `share` and `expand` are
+inverse to each other.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,17 +12,17 @@ from typing import Final
 from millstream.schemas.wire.records import Triplet
 
 TOKEN_BYTES: Final = 4
-OPEN: Final = 8  # conversations that a prompt is compared with, the latest first: keeps the cost of a call constant
-WORTH_BYTES: Final = 64  # a shorter stretch is written again
-# A template ends a prompt with the beginning of the answer (role, thinking). A prompt that has all of another one but
-# that went on from it, with the response told in other tokens.
+OPEN: Final = 8  # conversations to compare a prompt with, the latest first: bounds the cost of a call
+WORTH_BYTES: Final = 64  # a shorter common prefix is not worth a reference
+# A template ends a prompt with the beginning of the answer (role, thinking). A prompt that contains all of an earlier
+# one except for these tokens continues it, with the response in other tokens.
 OPENING_TOKENS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How much of a turn's prompt lies at the start of an earlier turn's prompt and response. ``whole``: all of both
-    does; ``broken``: it goes on from that turn, but the response's tokens have changed."""
+    """What a turn's prompt shares with the start of an earlier turn's prompt and response. ``whole``: it contains both
+    completely; ``broken``: it continues that turn, but the response's tokens have changed."""
 
     turn: int  # index of the earlier one
     tokens: int
@@ -31,8 +31,8 @@ class Link:
 
 
 def links(triplets: Sequence[Triplet]) -> list[Link | None]:
-    """For each triplet (expanded, in order) the earlier one that its prompt goes on from or shares most of its start
-    with, of the last `OPEN` conversations; None if there is none."""
+    """For each triplet (expanded, in order) the earlier one that its prompt continues, or shares the longest start
+    with, among the last `OPEN` conversations; None without one."""
     found: list[Link | None] = []
     tails: list[int] = []  # last turns of the conversations, the latest first
     for at, triplet in enumerate(triplets):
@@ -48,9 +48,9 @@ def links(triplets: Sequence[Triplet]) -> list[Link | None]:
 
 
 def share(triplets: Sequence[Triplet]) -> list[Triplet]:
-    """The triplets of an attempt as they are written: each without what an earlier one holds already."""
+    """The triplets of an attempt as they are written: without what earlier ones contain already."""
     turns = [triplet.turn for triplet in triplets]
-    if turns != sorted(set(turns)):  # a custom adapter's own numbers: they can't be referred to
+    if turns != sorted(set(turns)):  # a custom adapter's own numbers: references would be ambiguous
         return list(triplets)
     shared = []
     for triplet, link in zip(triplets, links(triplets), strict=True):
@@ -87,7 +87,7 @@ def expand(triplets: Sequence[Triplet]) -> list[Triplet]:
             size = triplet.prefix_tokens * TOKEN_BYTES
             if earlier is None or size > len(tokens) or triplet.prefix_characters > len(earlier.prompt):
                 raise ValueError(
-                    f"rollout {triplet.rollout_id}, turn {triplet.turn}: it goes on from turn {triplet.prefix_turn}, "
+                    f"rollout {triplet.rollout_id}, turn {triplet.turn}: it continues turn {triplet.prefix_turn}, "
                     "which is missing or shorter; all triplets of an attempt belong together"
                 )
             triplet = replace(
@@ -143,7 +143,7 @@ def _part(triplet: Triplet, earlier: Triplet, turn: int) -> Link | None:
 
 
 def common(one: str | bytes, other: str | bytes) -> int:
-    """Length of the common start; compares in ever smaller pieces, so at most twice the shorter one's length."""
+    """Length of the common prefix; compares in ever smaller pieces, at most twice the shorter length in all."""
     at, step = 0, min(len(one), len(other))
     while step:
         if one[at : at + step] == other[at : at + step]:

@@ -1,7 +1,7 @@
-"""The records that travel on the topics: one frozen class for each ``avro/*.avsc``, fields in the same order.
+"""The records on the topics: a frozen class for each ``avro/*.avsc``, with its fields in the same order.
 
-Ids are UUIDv7 strings, times are nanoseconds since the epoch (UTC). What a field means stands in its ``.avsc``;
-a test holds the two together.
+Ids are UUIDv7 strings, times are nanoseconds since the epoch (UTC). The ``.avsc`` documents each
+field; a test compares the two.
 """
 
 from collections.abc import Mapping
@@ -19,13 +19,13 @@ class Record(Protocol):
 
 @dataclass_transform(kw_only_default=True, frozen_default=True)
 def _frozen_for_mypy(cls: type[T]) -> type[T]:
-    """There are many spans, and Python takes five times as long to make an object that is frozen when it runs, too."""
+    """Frozen for mypy alone: there are many spans, and Python takes five times as long to create frozen objects."""
     return dataclass(slots=True, kw_only=True)(cls)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutTask:
-    """One attempt at one rollout, waiting to be claimed by a runner."""
+    """An attempt at a rollout that a runner may claim."""
 
     rollout_id: str
     group_id: str
@@ -60,7 +60,7 @@ class ErrorInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttemptEvent:
-    """A change, or a sign of life, of one attempt. A terminal status is final by the order of the log."""
+    """A status change or heartbeat of an attempt. In the order of the log, the first terminal status is final."""
 
     rollout_id: str
     attempt_id: str
@@ -79,7 +79,7 @@ class AttemptEvent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanEvent:
-    """Something at one instant within a span."""
+    """An instant within a span."""
 
     name: str
     time: int
@@ -97,7 +97,7 @@ class SpanLink:
 
 @_frozen_for_mypy
 class Span:
-    """One timed operation of an attempt: OpenTelemetry's fields, its rollout, and what training reads."""
+    """A timed operation of an attempt: OpenTelemetry's fields, its rollout, and the fields that training reads."""
 
     trace_id: str
     span_id: str
@@ -130,7 +130,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Triplet:
-    """One LLM call of the chosen attempt, ready to learn from."""
+    """An LLM call of the chosen attempt, ready to train on."""
 
     rollout_id: str
     attempt_id: str
@@ -159,7 +159,7 @@ class Triplet:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutEnd:
-    """The end of a rollout; exactly one each, failures included. On the events topic it is the adapter"s mark."""
+    """The end of a rollout: exactly one for each, also for failures. On the events topic it is the adapter's mark."""
 
     rollout_id: str
     group_id: str
@@ -184,7 +184,7 @@ class RolloutEnd:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """What everybody follows: a resources version, a cancel, a pause, an experiment."""
+    """A control message for all roles (see `schemas.control`): resources, a routing table, a cancel, a pause …"""
 
     kind: str
     name: str
@@ -195,7 +195,7 @@ class Control:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Worker:
-    """A process and what it does now."""
+    """The current state of a process."""
 
     worker_id: str
     role: str
@@ -209,7 +209,7 @@ class Worker:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeadLetter:
-    """A record that a role could not use, as it was."""
+    """A record that a role could not use, unchanged."""
 
     topic: str
     partition: int

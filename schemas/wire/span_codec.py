@@ -1,6 +1,6 @@
-"""Spans in Avro's binary encoding, at a third of what a general writer takes: an agent pays this for each of its spans.
+"""Encodes spans in Avro's binary encoding, in a third of a general writer's time: agents pay it for each span.
 
-Specification: Apache Avro 1.11, "Binary Encoding". A test holds it to fastavro's bytes.
+Specification: Apache Avro 1.11, "Binary Encoding". A test compares it with fastavro.
 """
 
 import struct
@@ -80,7 +80,7 @@ def text(value: str) -> bytes:
 
 @lru_cache(maxsize=1 << 12)
 def _repeated(*values: str) -> bytes:
-    """Short strings that come again and again."""
+    """Short strings that repeat."""
     return b"".join(map(text, values))
 
 
@@ -94,7 +94,7 @@ def _map(values: Mapping[str, str]) -> bytes:
     return b"".join(parts)
 
 
-_last_resource: tuple[Mapping[str, str], bytes] = ({}, _NULL)  # there is hardly ever another
+_last_resource: tuple[Mapping[str, str], bytes] = ({}, _NULL)  # nearly always the same
 
 
 def _resource(resource: Mapping[str, str]) -> bytes:

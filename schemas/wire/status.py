@@ -1,4 +1,4 @@
-"""One table decides every change of an attempt's status; a rollout's status is a function of its events."""
+"""The transitions of an attempt's status in one table; a rollout's status as a function of its events."""
 
 from collections.abc import Iterable
 from typing import Final
@@ -16,9 +16,9 @@ LOST: Final = "lost"
 RETRY: Final = "retry"  # the adapter's mark: the next attempt has been published
 
 TERMINAL: Final = frozenset({SUCCEEDED, FAILED, TIMEOUT, UNRESPONSIVE, CANCELLED, LOST})
-RETRIED: Final = frozenset({FAILED, TIMEOUT, UNRESPONSIVE})  # the agent's own doing: what `retry_on` chooses from
+RETRIED: Final = frozenset({FAILED, TIMEOUT, UNRESPONSIVE})  # caused by the agent: `retry_on` chooses from these
 
-# None is "no event yet". A status may repeat itself while the attempt lives: that is a heartbeat.
+# None is "no event yet". A repeated status is a heartbeat.
 TRANSITIONS: Final[dict[str | None, frozenset[str]]] = {
     None: frozenset({PREPARING}),
     PREPARING: frozenset({PREPARING, RUNNING}) | TERMINAL,
@@ -34,19 +34,18 @@ TRANSITIONS: Final[dict[str | None, frozenset[str]]] = {
 
 
 def may_follow(current: str | None, new: str) -> bool:
-    """Whether an attempt in status ``current`` may become ``new``; an unknown status never may."""
+    """Whether an attempt in status ``current`` may become ``new``; never to an unknown status."""
     return new in TRANSITIONS.get(current, frozenset())
 
 
 def rollout_status(events: Iterable[AttemptEvent | RolloutEnd]) -> str:
     """queued, running, retrying, succeeded, failed or cancelled: a fold over a rollout's events in log order.
 
-    A lease that ran out leaves the attempt without a terminal event; the adapter's mark (``retry``, or the
-    `RolloutEnd`) then decides. Whatever that attempt still writes is ignored, and so is another claim of the same
-    number: its task was delivered twice.
+    An attempt whose lease expired has no terminal event; the adapter's mark (``retry``, or the `RolloutEnd`) decides.
+    Later events of that attempt are ignored, as are other claims with its number (a task that was delivered twice).
     """
     status = "queued"
-    retried = 0  # the highest number of an attempt that has been given up
+    retried = 0  # the highest attempt number that has been retried
     attempts: dict[str, str | None] = {}
     for event in events:
         if isinstance(event, RolloutEnd):

@@ -1,4 +1,4 @@
-"""The topics: names, keys, partitioner and limits. One place for all of them, whichever client or log is used."""
+"""The topics: names, keys and the partitioner, for all clients and logs."""
 
 from dataclasses import dataclass
 from typing import Final, Literal
@@ -6,8 +6,8 @@ from typing import Final, Literal
 PRIORITIES: Final = ("high", "normal", "low")
 PRIORITY_WEIGHTS: Final = {"high": 8, "normal": 4, "low": 1}
 
-# confluent-kafka hashes keys with CRC32 unless told otherwise, aiokafka and Java with murmur2: the same key would lie
-# on two partitions. This is the librdkafka name of what everybody uses here.
+# confluent-kafka hashes keys with CRC32 by default, aiokafka and Java with murmur2: the same key would have two
+# partitions. This is librdkafka's name of the partitioner that all clients use here.
 LIBRDKAFKA_PARTITIONER: Final = "murmur2_random"
 
 
@@ -38,15 +38,15 @@ class Topic:
     name: str
     partitions: int
     cleanup: Literal["delete", "compact"]
-    key: str  # what its records are keyed by, for people
+    key: str  # description of its records' keys
 
 
 @dataclass(frozen=True, slots=True)
 class Topics:
-    """The names of one deployment's topics.
+    """The topics of one deployment.
 
-    The number of ``events`` partitions never changes while a deployment lives: a rollout's place is the hash of its id
-    over that number, and triplets lie on the partition of their events.
+    The number of ``events`` partitions never changes during the life of a deployment: it determines the partition of
+    a rollout, on which its triplets lie, too.
     """
 
     prefix: str = "millstream"
@@ -74,7 +74,7 @@ class Topics:
         return f"{self.prefix}.dead"
 
     def tasks(self, priority: str) -> str:
-        """The tasks topic of a priority. Raises ValueError if there is no such priority."""
+        """The tasks topic of a priority. Raises ValueError for an unknown priority."""
         if priority not in PRIORITIES:
             raise ValueError(f"priority {priority!r} is none of {', '.join(PRIORITIES)}")
         return f"{self.prefix}.tasks.{priority}"

@@ -171,7 +171,7 @@ def test_spans_that_lie_within_each_other_do_not_hang():
     [
         ('{"match": ["nearby"]}', "triplets.match"),
         ('{"clip": [1, -1]}', "clip: 1 is above -1"),
-        ('{"agent_match": "("}', "agent_match is no regular expression"),
+        ('{"agent_match": "("}', "agent_match is not a regular expression"),
         ('{"discount": 0.9}', "discount needs credit = discounted"),
         ('{"matches": ["final"]}', "triplets.matches"),
     ],

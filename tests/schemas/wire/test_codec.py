@@ -202,7 +202,7 @@ def test_text_that_is_not_utf8_names_its_field() -> None:
 def test_a_number_wider_than_an_int_names_its_field() -> None:
     worker = encode(example(records.Worker))
     head = worker[: worker.index(b"\x0e\x0e")]  # slots and running, seven each
-    with pytest.raises(WrongType, match=r"Worker\.slots: 2147483648 is no int"):
+    with pytest.raises(WrongType, match=r"Worker\.slots: 2147483648 is not an int"):
         decode(head + b"\x80\x80\x80\x80\x10" + worker[len(head) + 1 :])
 
 

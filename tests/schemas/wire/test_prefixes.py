@@ -83,7 +83,7 @@ def test_a_shared_system_prompt_is_no_conversation():
 
 def test_a_reference_to_a_turn_that_is_missing_is_named():
     shared = share([turn(0, [*SYSTEM], [1]), turn(1, [*SYSTEM, 1, 2], [3])])
-    with pytest.raises(ValueError, match=f"{ROLLOUT}, turn 1: it goes on from turn 0, which is missing"):
+    with pytest.raises(ValueError, match=f"{ROLLOUT}, turn 1: it continues turn 0, which is missing"):
         expand(shared[1:])
 
 
