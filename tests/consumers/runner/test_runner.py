@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from factories import task
 from pydantic import SecretStr
 from runner_rig import Rig, assert_whole, by_input, running, settings_for_tests, write_agent
 
@@ -270,6 +271,18 @@ async def test_an_agent_that_does_not_import_is_named(tmp_path: Path, processes:
             pass
     assert f"agent '{agent}'" in str(raised.value)
     assert why in str(raised.value)
+
+
+@MODES
+async def test_an_input_that_is_not_json_fails_its_attempt_only(tmp_path: Path, processes: int) -> None:
+    folder = write_agent(tmp_path, "def agent(input): return input", f"echo_{processes}.py")
+    async with running(f"echo_{processes}:agent", folder, processes=processes) as rig:
+        await rig.publish_tasks([task(input="{"), task(input="[1]")])
+        ended = await rig.ends(2)
+    assert ended["{"].last.status == "failed"
+    assert ended["{"].last.error is not None
+    assert ended["{"].last.error.type == "JSONDecodeError"
+    assert (ended["[1]"].last.status, ended["[1]"].last.output) == ("succeeded", "[1]")
 
 
 SLOW = """
