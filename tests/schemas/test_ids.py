@@ -71,7 +71,7 @@ def test_an_attempts_key_fits_its_own_path_only() -> None:
     assert attempt_path("r", "a") == "/rollout/r/attempt/a"
     assert claims_of("secret", "r", "a", key, now=1001.0) == Claims(1000.0, 1060.0 + KEY_GRACE_S, "v1")
     for other in (("other", "r", "a"), ("secret", "r", "b"), ("secret", "s", "a")):
-        with pytest.raises(BadKey, match=f"not that of attempt {other[2]}"):
+        with pytest.raises(BadKey, match=f"does not belong to attempt {other[2]}"):
             claims_of(*other, key, now=1001.0)
     with pytest.raises(BadKey, match="expired"):
         claims_of("secret", "r", "a", key, now=1061.0 + KEY_GRACE_S)
@@ -87,5 +87,5 @@ def test_a_key_cant_be_given_more_time() -> None:
     key = attempt_key("secret", "r", "a", valid_s=60.0, now=1000.0)
     mark, issued, expires, resources, mac = key.split(".")
     longer = ".".join([mark, issued, str(int(expires) + 1), resources, mac])
-    with pytest.raises(BadKey, match="not that of attempt"):
+    with pytest.raises(BadKey, match="does not belong to attempt"):
         claims_of("secret", "r", "a", longer, now=1001.0)

@@ -188,7 +188,7 @@ def test_an_unknown_fingerprint_is_shown() -> None:
 
 @by_type
 def test_bytes_behind_the_record_are_refused(record_type: type[Record]) -> None:
-    with pytest.raises(WrongType, match="3 bytes are left over") as caught:
+    with pytest.raises(WrongType, match="3 bytes follow the record") as caught:
         decode(encode(example(record_type)) + b"abc")
     assert caught.value.record == record_type.__name__
 
