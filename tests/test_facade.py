@@ -40,7 +40,7 @@ def test_an_unknown_name_is_an_attribute_error():
 def test_what_does_not_train_does_not_import_torch():
     code = (
         "import sys, millstream as ms; ms.Trainer; ms.emit_reward; ms.Store; import millstream.pipeline.cli.main, "
-        "millstream.pipeline.deployment, millstream.consumers.runner.runner, millstream.pipeline.proxy; "
+        "millstream.pipeline.training.deployment, millstream.consumers.runner.runner, millstream.pipeline.proxy; "
         "print('torch' in sys.modules or 'transformers' in sys.modules)"
     )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

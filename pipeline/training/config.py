@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
 from millstream.consumers.log.port import Log
-from millstream.pipeline.deployment import strategy_of
 from millstream.pipeline.models.server import ModelServer
 from millstream.pipeline.models.vllm_process import Transfer, VllmOptions
 from millstream.pipeline.services.role_process import role_process
+from millstream.pipeline.training.deployment import strategy_of
 from millstream.pipeline.training.progress import ProgressView
 from millstream.pipeline.training.report import Summary
 from millstream.pipeline.training.strategy import Setup, Strategy

@@ -8,9 +8,9 @@ from typing import Any
 from millstream.consumers.adapter.triplets import ToTriplets, TripletMaker
 from millstream.consumers.runner.hooks import Hook
 from millstream.pipeline.blocking import run_blocking
-from millstream.pipeline.deployment import strategy_of
 from millstream.pipeline.models.vllm_process import VllmOptions
 from millstream.pipeline.training.algorithm import Algorithm, FinishedRollout
+from millstream.pipeline.training.deployment import strategy_of
 from millstream.pipeline.training.report import StepReport, Summary
 from millstream.pipeline.training.run import Run, StopRule, Task
 from millstream.pipeline.training.strategy import Setup, Strategy

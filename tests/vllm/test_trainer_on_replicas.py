@@ -15,8 +15,8 @@ import aiohttp
 import openai
 from vllm_rig import ARGS, ENGINE, Client, processes_of
 
-from millstream.pipeline.deployment import in_memory
 from millstream.pipeline.models.vllm_process import VllmOptions
+from millstream.pipeline.training.deployment import in_memory
 from millstream.pipeline.training.trainer import Trainer
 
 pytestmark = [pytest.mark.vllm, pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -15,8 +15,8 @@ import millstream as ms
 from millstream.pipeline.cli import ask as ask_module
 from millstream.pipeline.cli import output
 from millstream.pipeline.cli.main import app
-from millstream.pipeline.deployment import in_memory
 from millstream.pipeline.training.collector import Collector
+from millstream.pipeline.training.deployment import in_memory
 from millstream.pipeline.training.strategy import Setup
 from millstream.producers.tasks import TaskPublisher
 from millstream.schemas.errors import ConfigError, StoreError

@@ -12,9 +12,9 @@ import millstream as ms
 from millstream.consumers.adapter.adapter import Adapter
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.runner.runner import Runner
-from millstream.pipeline.deployment import ANY_PORT
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.services.serve_aiohttp import serve
+from millstream.pipeline.training.deployment import ANY_PORT
 from millstream.pipeline.training.report import mean_reward
 from millstream.pipeline.training.trainer import Trainer
 from millstream.schemas.config.settings import load_settings
