@@ -186,7 +186,7 @@ def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
             "MILLSTREAM_PROXY_SECRET": token_hex(32),
             "MILLSTREAM_MODEL_URL": f"http://127.0.0.1:{model}",
             "MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{folder}",
-            "MILLSTREAM_LEASE_SECONDS": str(LEASE_S),
+            "MILLSTREAM_LEASE_S": str(LEASE_S),
         }
         settings = load_settings(**{key.removeprefix("MILLSTREAM_").lower(): value for key, value in variables.items()})
         processes = Processes(run_dir / "log", os.environ | variables, say=console.print)

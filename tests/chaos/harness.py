@@ -89,7 +89,7 @@ class Chaos:
             "PROXY_SECRET": token_hex(16),
             "MODEL_URL": f"http://127.0.0.1:{model}",
             "CLICKHOUSE_DSN": f"chdb://{self.folder / 'store'}",
-            "LEASE_SECONDS": str(LEASE_S),
+            "LEASE_S": str(LEASE_S),
         }
         self.settings = load_settings(**{name.lower(): value for name, value in variables.items()})
         self.environment = (

@@ -28,6 +28,7 @@ class Demo:
             "MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{folder / 'run' / 'store'}",
         }
         self.output = ""
+        self.ended = False
         self.printed = threading.Condition()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "examples.calculator.demo", "--run-dir", folder / "run", *options],
@@ -47,10 +48,14 @@ class Demo:
             with self.printed:
                 self.output += line
                 self.printed.notify_all()
+        with self.printed:
+            self.ended = True
+            self.printed.notify_all()
 
     def wait_for_steps(self, count):
         with self.printed:
-            assert self.printed.wait_for(lambda: self.output.count("step ") >= count, timeout=300), self.output[-5000:]
+            self.printed.wait_for(lambda: self.ended or self.output.count("step ") >= count, timeout=300)
+            assert self.output.count("step ") >= count, self.output[-5000:]
 
     def wait(self):
         code = self.process.wait()

@@ -1,4 +1,4 @@
-"""What a client gets when a server refuses (in the client's protocol, without the server's key) or answers malformed."""
+"""What a client gets when a server refuses (in the client's protocol, without the server's key) or is malformed."""
 
 import json
 
