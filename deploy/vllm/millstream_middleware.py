@@ -2,7 +2,7 @@
 
 It names the weights that made each answer in the header ``x-model-version``: for a whole answer the version of all its
 tokens, or `mixed`; for a stream the version at its start, with comments ``: x-model-version=VERSION`` where it changes
-and, before the end, for its last token. And it opens the endpoints beside the model's to the supervisor's token alone.
+and, before the end, for its last token. And only with the supervisor's token it opens endpoints other than the model's.
 
 It runs in vLLM's environment, where millstream is not installed, and imports nothing of it.
 """

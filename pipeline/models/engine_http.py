@@ -1,13 +1,15 @@
 """Serves the engine over HTTP, with OpenAI's chat completions in vLLM's form."""
 
 import json
-from typing import Any
+from typing import Any, Final
 
 from aiohttp import web
 
 from millstream.pipeline.models.engine import Completion, Engine, EngineClosed, Unsupported
 from millstream.pipeline.protocols import model_version, sse
 from millstream.pipeline.protocols.openai import chunks_of, error_body
+
+MAX_BODY: Final = 16 << 20  # bytes of a request
 
 
 def engine_app(engine: Engine) -> web.Application:
@@ -43,7 +45,7 @@ def engine_app(engine: Engine) -> web.Application:
     async def health(_: web.Request) -> web.Response:
         return web.json_response({"model_version": engine.version})
 
-    app = web.Application(client_max_size=16 << 20)
+    app = web.Application(client_max_size=MAX_BODY)
     app.add_routes(
         [
             web.post("/v1/chat/completions", chat),

@@ -12,7 +12,7 @@ from millstream.pipeline.protocols.answers import Answer, Json
 from millstream.schemas.spans import semconv
 from millstream.schemas.wire.records import Span
 
-# Request fields that decide what is sampled, under OpenTelemetry's names and under our own.
+# Request fields that affect sampling, under OpenTelemetry's names or our own.
 _SAMPLING: Final = {
     "temperature": "gen_ai.request.temperature",
     "top_p": "gen_ai.request.top_p",
@@ -35,7 +35,7 @@ _SAMPLING: Final = {
 
 @dataclass(slots=True)
 class CallFacts:
-    """What a span says of a call beside the answer."""
+    """What a span records of a call besides the answer."""
 
     operation: str
     asked: Json  # as the model was asked, without what the proxy added

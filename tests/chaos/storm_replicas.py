@@ -165,7 +165,7 @@ class Vllm:
         killed = self._server.replicas[replica]
         await asyncio.to_thread(self._kill_busy, killed.process)
         async with asyncio.timeout(300):
-            while killed.restarts == 0:  # noqa: ASYNC110 - its supervisor tells nobody
+            while killed.restarts == 0:  # noqa: ASYNC110 - its supervisor has no event
                 await asyncio.sleep(0.2)
         body = {"model": "policy", "prompt": [1, 1], "max_tokens": 1, "temperature": 0, "return_token_ids": True}
         async with (

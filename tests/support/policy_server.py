@@ -1,6 +1,6 @@
-"""A model server in vLLM's form, whose tokens are words. It answers ``say A B C`` with "A B C", asks for the tool that
-is offered if told to ``call``, and can be made to fail, to wait, or to break off. Given the ids of a prompt and of the
-beginning of its answer, it says the rest."""
+"""A model server in vLLM's form, whose tokens are words. It answers ``say A B C`` with "A B C", asks for the offered
+tool if the prompt says ``call``, and can be made to fail, to wait, or to break off. Given the ids of a prompt and of
+the beginning of its answer, it continues the answer."""
 
 import asyncio
 import json
@@ -24,7 +24,7 @@ def ids(text: str) -> list[int]:
 
 
 def learn(prompt: list[int], answer: str) -> None:
-    """Who is asked for the rest of an answer has to know the whole."""
+    """A server that continues an answer has to know the whole."""
     _ANSWERS[tuple(prompt)] = answer
 
 
@@ -161,7 +161,7 @@ class PolicyServer:
         chat: bool = True,
         made: int = 0,
     ) -> web.StreamResponse:
-        """``made``: words of the text that are there already, of at most ``limit`` further ones."""
+        """``made``: words of the text that the prompt already holds; at most ``limit`` further ones are made."""
         words = text.split()[made:]
         if limit is not None and len(words) > limit:
             words, reason = words[:limit], "length"
@@ -253,7 +253,7 @@ class PolicyServer:
         return web.Response()
 
     async def update(self, request: web.Request) -> web.Response:
-        """New weights, under running requests: what is made from now on is theirs."""
+        """New weights, during running requests: they make all further tokens."""
         self.version = request.match_info["version"]
         return web.Response()
 

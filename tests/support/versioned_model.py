@@ -1,8 +1,8 @@
-"""A model whose every token tells which weights made it, and LoRA adapters that do so as well.
+"""A model whose tokens show which weights made them, and LoRA adapters of the same kind.
 
 Each token is a row of signs, hardly like any other row. Attention adds twenty times the row `AIM` to the last hidden
 state (values come from the bias alone), so the answer is the token that has this row; each version gives the rows to
-other tokens. Embedding and output layer share the rows, so a version is only told if both have been updated.
+other tokens. Embedding and output layer share the rows, so a version shows only if both have been updated.
 """
 
 import json

@@ -112,7 +112,7 @@ async def test_versions_are_deployed_split_rolled_back_and_survive_the_role(depl
         replicas = [Client(session, f"http://127.0.0.1:{deployment.port + i}") for i in range(2)]
         deployed = asyncio.create_task(deployment.run("deploy", "policy", str(whole), "--version", "tell.0.2"))
         answers = []
-        while not deployed.done():  # nobody notices
+        while not deployed.done():  # without a failed call
             answers += await asyncio.gather(*(replica.ask(20) for replica in replicas))
         assert (await deployed)[0] == 0
         assert {answer.status for answer in answers} == {200}
@@ -131,7 +131,7 @@ async def test_versions_are_deployed_split_rolled_back_and_survive_the_role(depl
     deployment.role.kill()
     await deployment.role.wait()
     await deployment.start()
-    await deployment.wait_until(live | {"l.0.1": (0.0, "")})  # what nobody uses is loaded when it is asked for
+    await deployment.wait_until(live | {"l.0.1": (0.0, "")})  # an unused version is loaded when it is deployed again
     async with aiohttp.ClientSession() as session:
         answer = await Client(session, f"http://127.0.0.1:{deployment.port}").ask()
         assert (answer.start, answer.tokens) == ("tell.0.2", [versioned_model.token(2)])

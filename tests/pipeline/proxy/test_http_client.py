@@ -67,8 +67,8 @@ async def test_answers_in_every_form(answer):
 
 
 async def test_headers_are_found_by_their_lower_case_names():
-    told = b"HTTP/1.1 404 No\r\nContent-Type: Text/Plain; x=1\r\nX-A: B\r\nContent-Length: 0\r\n\r\n"
-    async with serving(told) as (client, _), client.request("GET", "/x", {}) as answer:
+    answered = b"HTTP/1.1 404 No\r\nContent-Type: Text/Plain; x=1\r\nX-A: B\r\nContent-Length: 0\r\n\r\n"
+    async with serving(answered) as (client, _), client.request("GET", "/x", {}) as answer:
         assert (answer.status, answer.content_type, answer.headers["x-a"]) == (404, "text/plain", "B")
 
 
@@ -96,7 +96,7 @@ async def test_a_request_is_repeated_when_its_connection_ends_before_an_answer()
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "message"),
     [
         (b"", "hung up"),
         (b"HTTP/1.1 200 OK\r\nContent-Le", "hung up"),
@@ -106,9 +106,9 @@ async def test_a_request_is_repeated_when_its_connection_ends_before_an_answer()
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nhi", "does not speak HTTP"),
     ],
 )
-async def test_an_incomplete_answer_is_an_error(answer, said):
+async def test_an_incomplete_answer_is_an_error(answer, message):
     async with serving(answer) as (client, _):
-        with pytest.raises(HttpError, match=said):
+        with pytest.raises(HttpError, match=message):
             await ask(client)
 
 

@@ -170,7 +170,7 @@ async def test_only_the_attempts_own_key_is_accepted(rig):
     noise = head(rig, target, f"Content-Length: {len(BODY)}").replace(rig.key.encode(), b"ms1.\xff\xfe.\xc3\xa9")
     assert (await raw(rig, noise + BODY))[0] == 401
     assert rig.model.requests == []
-    await rig.client.chat.completions.create(**ASKED)  # and what was refused locks nobody out
+    await rig.client.chat.completions.create(**ASKED)  # refused calls do not lock the attempt out
     assert (await rig.close_attempt(other))[0] == 401
 
 
