@@ -1,4 +1,4 @@
-"""Following the control topic: the last record of each key, the resources in force, what is cancelled and paused."""
+"""Follows the control topic: the last record of each key, the latest resources and routing, cancels and pauses."""
 
 import asyncio
 import logging
@@ -14,14 +14,14 @@ from millstream.schemas.wire.topics import Topics
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.2  # also how late a call of `wait_until_current` may be noticed
-RETRY_S = 1.0  # while the log is away
+POLL_S = 0.2  # also the latency of `wait_until_current`
+RETRY_S = 1.0  # while the log is unavailable
 
 
 class ControlFollower:
-    """Reads the topic from its beginning, then as it grows. Compaction keeps the active segment, so the last value of
-    each key is kept here. One event loop. ``on_cancel`` is called when something more has been cancelled, and
-    ``on_control`` with each record; one for which it raises `ConfigError` is left out."""
+    """Reads the topic from its beginning and follows it. Compaction keeps the active segment, so this keeps the last
+    record of each key. One event loop. Calls ``on_cancel`` at each cancel and ``on_control`` with each record; a record
+    for which that raises `ConfigError` is ignored."""
 
     def __init__(
         self,
@@ -38,12 +38,12 @@ class ControlFollower:
         self._records: dict[tuple[str, str], Control] = {}
         self._resources: dict[str, Resources] = {}
         self._latest: dict[str, str] = {}  # experiment → resources version
-        self.routing = RoutingTable()  # in force: the latest
+        self.routing = RoutingTable()  # the latest
         self._waiters: list[asyncio.Future[None]] = []
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begins to read, and returns when everything that is there by now has been read."""
+        """Starts to read; returns when everything that the topic holds now has been read."""
         consumer = self._log.consumer()
         await consumer.assign([self._partition])
         self._task = asyncio.create_task(self._follow(consumer))
@@ -55,9 +55,9 @@ class ControlFollower:
             await asyncio.wait([self._task])
 
     async def wait_until_current(self) -> None:
-        """Returns when everything that the topic held at the time of this call has been read.
+        """Returns when everything that the topic holds at this call has been read.
 
-        Raises what has ended the follower, if something has."""
+        Raises the error that has ended the follower, if there is one."""
         assert self._task is not None, "start() first"
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
@@ -73,12 +73,12 @@ class ControlFollower:
         return self._resources.get(resources_id)
 
     def latest(self, experiment_id: str) -> Resources | None:
-        """The experiment's latest version, or else that of everybody."""
+        """The experiment's latest version, or else the latest without an experiment."""
         found = self._latest.get(experiment_id) or self._latest.get("")
         return None if found is None else self._resources[found]
 
     def cancelled(self, task: RolloutTask) -> str | None:
-        """What has been cancelled that the task belongs to, in words."""
+        """The cancelled scope of the task, as text: its rollout, group or experiment; None without one."""
         for scope, name in (
             ("rollout", task.rollout_id),
             ("group", task.group_id),
@@ -89,7 +89,7 @@ class ControlFollower:
         return None
 
     def waits(self, task: RolloutTask) -> bool:
-        """Whether the task may not be claimed now: its experiment is paused, and nobody has cancelled it."""
+        """Whether the task may not be claimed now: its experiment is paused, and the task is not cancelled."""
         pause = self._records.get(("pause", task.experiment_id))
         return pause is not None and pause.body == "true" and self.cancelled(task) is None
 
@@ -136,7 +136,7 @@ class ControlFollower:
                 self.routing = RoutingTable.from_control(control)
             self._on_control(control)
         except (CodecError, ConfigError) as error:
-            logger.warning("%s is left out: %s", record.place, error)
+            logger.warning("ignoring %s: %s", record.place, error)
             return
         self._records[control.kind, control.name] = control
         if control.kind == "cancel":

@@ -1,4 +1,4 @@
-"""Dead letters: what a role can't use is kept, as it was, with the reason; and sent again when that is mended."""
+"""Dead letters: records that a role could not use, kept unchanged with the reason, and replayed once that is fixed."""
 
 import logging
 import time
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 def dead_letter(record: LogRecord, role: str, reason: str, error: str) -> DeadLetter:
-    """A record as its dead letter. ``reason`` is short, for grouping; ``error`` says what exactly was wrong."""
+    """The dead letter of a record. ``reason`` is short, for grouping; ``error`` is the exact cause."""
     return DeadLetter(
         topic=record.partition.topic,
         partition=record.partition.number,
@@ -39,8 +39,8 @@ def dead_letter(record: LogRecord, role: str, reason: str, error: str) -> DeadLe
 
 
 def send_dead_letter(send: Callable[..., None], topics: Topics, letter: DeadLetter) -> None:
-    """Sends it (by `Producer.send` or `Acks.send`) to the dead-letter topic under its original key; without
-    its body if there is no room for both: the original stays where it is, and the letter says where."""
+    """Sends a letter (by `Producer.send` or `Acks.send`) to the dead-letter topic under its original key. A letter
+    that is too large goes without its body; it names the position of the original, which stays in its topic."""
     headers = {KIND_HEADER: letter.reason.encode()}
     try:
         send(topics.dead, letter, key=letter_key(letter), headers=headers)
@@ -54,14 +54,14 @@ def letter_key(letter: DeadLetter) -> str | None:
 
 
 async def read_dead_letters(log: Log, topics: Topics) -> AsyncIterator[tuple[LogRecord, DeadLetter]]:
-    """All that the dead-letter topic holds by now, each with its record. Raises `LogUnavailable`."""
+    """All dead letters in the topic now, with their records. Raises `LogUnavailable`."""
     partitions = [Partition(topics.dead, number) for number in range(topics.dead_partitions)]
     async with aclosing(read_to_end(log, partitions)) as records:
         async for record in records:
             try:
                 yield record, codec.decode_as(DeadLetter, record.value)
             except CodecError as error:
-                logger.warning("%s is no dead letter: %s", record.place, error)
+                logger.warning("%s is not a dead letter: %s", record.place, error)
 
 
 async def list_dead_letters(
@@ -89,14 +89,14 @@ def letter_place(record: LogRecord) -> str:
 
 
 async def replay(producer: Producer, topics: Topics, letter: DeadLetter) -> str:
-    """Sends a dead letter's record again, and says what was done.
+    """Sends the record of a dead letter again; returns a description of what was done.
 
-    The task of a rollout that failed becomes a new rollout, with fresh budgets and without saved state: the old one has
-    ended, and that is final. Its metadata say which it was (``replay_of``). Anything else goes to its topic as it was.
+    The task of a failed rollout becomes a new rollout, with fresh budgets and without saved state, because the end of
+    the old one is final; its metadata name it (``replay_of``). Any other record goes to its topic unchanged.
     Raises `ConfigError` if the letter can't be replayed.
     """
     if letter.value is None:
-        raise ConfigError(f"the record was kept without its body ({letter.reason}): there is nothing to send again")
+        raise ConfigError(f"the record was kept without its body ({letter.reason}): it can't be sent again")
     if letter.role == "sink":
         raise ConfigError(
             f"the sink alone refused this record; the other roles have read it at {letter.topic}[{letter.partition}]"

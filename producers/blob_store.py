@@ -1,7 +1,8 @@
-"""The content-addressed store of long contents (`schemas.blobs`): a folder, or any file system that fsspec knows.
+"""The content-addressed store of long contents (`schemas.spans.blobs`): a folder, or any file system of fsspec.
 
-``URL/ab/abcd…`` holds the content whose SHA-256 is ``abcd…``. A content is written whole or not at all, once, and never
-changed or deleted. Runners and proxies write, before they send the span; agents' processes have no access.
+``URL/ab/abcd…`` holds the content whose SHA-256 is ``abcd…``. A content is written once, as a whole or not at
+all, and never changed or deleted. Runners and proxies write it before they send the span; agent processes have no
+access.
 """
 
 import asyncio
@@ -14,13 +15,13 @@ from millstream.schemas.errors import MillstreamError
 from millstream.schemas.spans import blobs
 from millstream.schemas.wire.records import Span
 
-KNOWN = 10_000  # contents that a process remembers to have stored
-THREADS = 4  # contents that it stores at a time
-STORE_S = 60.0  # how long a content may take
+KNOWN = 10_000  # stored contents that a process remembers
+THREADS = 4  # contents stored at a time
+STORE_S = 60.0  # until a content counts as not stored
 
 
 class BlobError(MillstreamError):
-    """A content can't be stored or found; names its digest and the store."""
+    """A content can't be stored or found. Names its digest and the store."""
 
 
 class Blobs:
@@ -35,7 +36,7 @@ class Blobs:
         self.pending_bytes = 0
 
     def put(self, digest: str, content: bytes) -> "Future[None]":
-        """Stores a content unless it is there. The future has `BlobError` if that fails."""
+        """Stores a content unless it exists. The future raises `BlobError` on failure."""
         with self._lock:
             known = self._known.get(digest)
             if known is not None:
@@ -49,7 +50,7 @@ class Blobs:
         return stored
 
     async def keep(self, span: Span) -> Span:
-        """The span as it may be sent: its long contents are stored, and it refers to them. Raises `BlobError`."""
+        """Stores the long contents of a span; returns the span with references to them. Raises `BlobError`."""
         span, contents = blobs.kept_apart(span)
         for stored in [self.put(digest, content) for digest, content in contents.items()]:
             try:
@@ -59,29 +60,29 @@ class Blobs:
         return span
 
     def get(self, digest: str) -> bytes:
-        """Raises `BlobError` if it is not there, or is not what its name says."""
+        """Raises `BlobError` if the content is missing or does not match its digest."""
         try:
             content = self._files.read(_path(digest))
         except Exception as error:
-            raise self._error(digest, "is not to be found", error) from error
+            raise self._error(digest, "was not found", error) from error
         if blobs.digest_of(content) != digest:
             raise BlobError(f"content sha256:{digest} of {self.url} has been changed")
         return content
 
     def whole(self, text: str) -> str:
-        """An attribute, or a triplet's text, with the contents in place of their references. Raises `BlobError`."""
+        """An attribute or a triplet's text, with contents instead of references. Raises `BlobError`."""
         return blobs.whole(text, self.get)
 
     def close(self) -> None:
-        """Gives up what has not begun to be stored."""
+        """Cancels contents whose storage has not begun."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _put(self, digest: str, content: bytes) -> None:
         if blobs.digest_of(content) != digest:
-            raise BlobError(f"a content is not what its name sha256:{digest} says")
+            raise BlobError(f"a content does not match its name sha256:{digest}")
         try:
             self._files.write(_path(digest), content)
-        except Exception as error:  # whatever a file system raises
+        except Exception as error:  # a file system may raise anything
             raise self._error(digest, f"({len(content)} bytes) was not stored", error) from error
 
     def _done(self, digest: str, size: int, stored: "Future[None]") -> None:

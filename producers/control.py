@@ -1,4 +1,4 @@
-"""Publishing what everybody follows: records on the control topic, of which the last one of each key holds."""
+"""Publishes records on the control topic; the last record of each key is in force."""
 
 import json
 import time
@@ -13,21 +13,21 @@ from millstream.schemas.wire.topics import Topics
 
 
 async def publish_control(producer: Producer, topics: Topics, record: Control) -> None:
-    """Returns when the log has acknowledged it."""
+    """Returns when the record is acknowledged."""
     key, headers = f"{record.kind}/{record.name}", {KIND_HEADER: record.kind.encode()}
     await send_acknowledged(producer, topics.control, record, key=key, headers=headers)
 
 
 def cancel_record(scope: Literal["rollout", "group", "experiment"], name: str) -> Control:
-    """Cancels what is published of it, and what still will be."""
+    """Cancels its tasks, also those that are published later."""
     return Control(kind="cancel", name=f"{scope}:{name}", body="true", created_at=time.time_ns())
 
 
 def pause_record(experiment_id: str, paused: bool) -> Control:
-    """Stops the claims of an experiment's tasks, or lets them go on."""
+    """Pauses or resumes the claims of an experiment's tasks."""
     return Control(kind="pause", name=experiment_id, body=json.dumps(paused), created_at=time.time_ns())
 
 
 async def publish_resources(producer: Producer, topics: Topics, resources: Resources) -> None:
-    """Announces a version: from now on it is the latest of its experiment."""
+    """Publishes a version, which becomes the latest of its experiment."""
     await publish_control(producer, topics, resources.to_control())

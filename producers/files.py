@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, once, in a folder or in any file system that fsspec knows."""
+"""Files that are written once, as a whole or not at all, in a folder or any file system of fsspec."""
 
 import os
 from contextlib import suppress
@@ -10,17 +10,16 @@ from millstream.schemas.errors import ConfigError
 
 
 class Files(Protocol):
-    """By their paths below one place. Raises whatever its file system does."""
+    """Files by their paths below a root. Raises what the file system raises."""
 
     def write(self, path: str, content: bytes) -> None:
-        """Nothing if there is a file of that path."""
+        """Does nothing if the file exists."""
 
     def read(self, path: str) -> bytes: ...
 
 
 def files_at(url: str, what: str) -> Files:
-    """A folder, unless it says ``PROTOCOL://``. Raises `ConfigError`, which says ``what`` needs it, if that can't be
-    used."""
+    """A folder, or the file system of ``PROTOCOL://``. Raises `ConfigError` naming ``what`` if it is unusable."""
     return _Store(url, what) if "://" in url else _Folder(Path(url).absolute())
 
 
@@ -48,7 +47,7 @@ class _Folder:
 
 
 class _Store:
-    """An object store writes an object whole or not at all; ``create``: only if there is none of that name."""
+    """An object store writes whole objects; ``create``: only if the object does not exist."""
 
     def __init__(self, url: str, what: str) -> None:
         try:
@@ -65,7 +64,7 @@ class _Store:
         if self._files.exists(where):
             return
         self._files.makedirs(where.rpartition("/")[0], exist_ok=True)
-        with suppress(FileExistsError):  # somebody else was faster
+        with suppress(FileExistsError):  # another process was faster
             self._files.pipe_file(where, content, mode="create")
 
     def read(self, path: str) -> bytes:

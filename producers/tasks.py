@@ -1,4 +1,4 @@
-"""Publishing tasks: a file of prompts becomes groups of rollouts, spread over the partitions of their priority."""
+"""Publishes tasks: a file of prompts becomes groups of rollouts, spread over the partitions of their priority."""
 
 import json
 import time
@@ -17,7 +17,7 @@ from millstream.schemas.wire import status
 from millstream.schemas.wire.records import RolloutTask
 from millstream.schemas.wire.topics import PRIORITIES, Topics
 
-MAX_PROBLEMS = 20  # that one error message lists
+MAX_PROBLEMS = 20  # listed in one error message
 
 
 def _one_of(*allowed: str) -> AfterValidator:
@@ -30,7 +30,7 @@ def _one_of(*allowed: str) -> AfterValidator:
 
 
 class TaskLine(BaseModel):
-    """One line of a tasks file: a prompt and, where it differs from the settings, how its rollouts are run."""
+    """A line of a tasks file: a prompt and, if they differ from the settings, the options of its rollouts."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -52,7 +52,7 @@ class TaskLine(BaseModel):
 def group_of(
     line: TaskLine, settings: Settings, *, size: int = 1, priority: str = "normal", experiment_id: str = ""
 ) -> list[RolloutTask]:
-    """The rollouts of one prompt: ``size`` of them, which share a group."""
+    """The ``size`` rollouts of one prompt, which form a group."""
     group_id = line.group_id or new_id()
     now = time.time_ns()
     return [
@@ -90,9 +90,9 @@ def read_tasks(
     experiment_id: str = "",
     skip_bad: bool = False,
 ) -> tuple[list[RolloutTask], list[str]]:
-    """The rollouts of a file with one JSON object a line (`TaskLine`), and what was wrong with lines left out.
+    """The rollouts of a file with one JSON object a line (`TaskLine`), and the errors of lines that were left out.
 
-    Raises `ConfigError` naming file, line and cause for every broken line, unless ``skip_bad``. Empty lines are none.
+    Raises `ConfigError` naming file, line and cause for every broken line, unless ``skip_bad``. Ignores empty lines.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -112,20 +112,20 @@ def read_tasks(
     if bad and not skip_bad:
         more = f"\n… and {len(bad) - MAX_PROBLEMS} more" if len(bad) > MAX_PROBLEMS else ""
         shown = "\n".join(bad[:MAX_PROBLEMS])
-        raise ConfigError(f"{shown}{more}\nNothing was published. Mend the file, or skip such lines with --skip-bad.")
+        raise ConfigError(f"{shown}{more}\nNothing was published. Fix the file, or skip such lines with --skip-bad.")
     return tasks, bad
 
 
 class TaskPublisher:
-    """Sends tasks; without a key, so they go round the partitions."""
+    """Sends tasks; without a key, so partitions take turns."""
 
     def __init__(self, producer: Producer, topics: Topics) -> None:
         self._producer = producer
         self._topics = topics
 
     async def publish(self, tasks: Iterable[RolloutTask]) -> None:
-        """Returns when the log has acknowledged all of them. Raises what `Producer.send` does, and `LogError`."""
-        acknowledgements = Acks(self._producer)
+        """Returns when all tasks are acknowledged. Raises what `Producer.send` raises, and `LogError`."""
+        acks = Acks(self._producer)
         for task in tasks:
-            acknowledgements.send(self._topics.tasks(task.priority), task)
-        await acknowledgements.wait()
+            acks.send(self._topics.tasks(task.priority), task)
+        await acks.wait()

@@ -1,4 +1,4 @@
-"""Telling what this process is and does now: a record on the workers topic every few seconds."""
+"""Reports the state of this process: a record on the workers topic every few seconds."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ REPORT_S = 5.0
 
 
 def new_worker_id() -> str:
-    """Tells people the host and the process, and is nobody else's."""
+    """A unique id with the host and the process, for people."""
     return f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
 
 
@@ -30,7 +30,7 @@ def new_worker_id() -> str:
 async def reporting(
     producer: Producer, topics: Topics, role: str, worker_id: str, load: Callable[[], tuple[int, int]] = lambda: (0, 0)
 ) -> AsyncIterator[None]:
-    """Reports while the body runs, and at its end, when there are no slots any more. ``load``: slots, running."""
+    """Reports while the body runs, and once without slots at its end. ``load``: slots, running."""
     started, host, ours = time.time_ns(), socket.gethostname(), version("millstream")
 
     def report(slots: int, running: int) -> None:
@@ -47,7 +47,7 @@ async def reporting(
         try:
             producer.send(topics.workers, worker, key=worker_id, headers={KIND_HEADER: role.encode()})
         except LogError as error:
-            logger.warning("%s can't report what it does: %s", worker_id, error)
+            logger.warning("%s can't report its state: %s", worker_id, error)
 
     async def repeat() -> None:
         while True:

@@ -1,6 +1,6 @@
-"""The consumer port on Kafka for roles that live in an event loop, by aiokafka.
+"""The consumer port on Kafka, with aiokafka.
 
-Where a transactional producer commits the offsets it is `kafka_transactional.KafkaTransactionalConsumer`.
+If a transactional producer commits the offsets, use `kafka_transactional.KafkaTransactionalConsumer`.
 """
 
 import asyncio
@@ -42,8 +42,8 @@ def _aio_error(error: Exception, doing: str) -> LogError:
 
 
 class AioConsumer:
-    """The port by aiokafka. Rebalance callbacks run in the event loop as soon as the group decides: within ``poll``,
-    or while the role awaits something else between two polls; a slow role then holds up nobody."""
+    """Rebalance callbacks run in the event loop as soon as the group decides: within ``poll``, or while the role awaits
+    something else between two polls, so that a slow role does not delay the group."""
 
     def __init__(
         self,
@@ -60,14 +60,14 @@ class AioConsumer:
         self._group = group
         self._client: AIOKafkaConsumer | None = None
         self._listener: RebalanceListener | None = None
-        # Partitions whose owner has been told, with the offset of the next record; None until the first is read.
+        # Partitions that were reported to the listener, with the offset of the next record; None before the first.
         self._positions: dict[Partition, int | None] = {}
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
 
     async def subscribe(self, topics: Sequence[str], listener: RebalanceListener | None = None) -> None:
         if self._group is None:
-            raise LogError("subscribe needs a group: give one when the consumer is made")
+            raise LogError("subscribe needs a group: name one when you create the consumer")
         client = await self._started()
         self._listener = listener
         client.subscribe(topics=list(topics), listener=_Listener(self._on_assign, self._on_revoke))
@@ -89,13 +89,13 @@ class AioConsumer:
         client = self._joined()
         wanted = None if topics is None else frozenset(topics)
         deadline = time.monotonic() + timeout_s
-        await asyncio.sleep(0)  # a role that polls without waiting must not starve the group's own tasks
+        await asyncio.sleep(0)  # a role that polls without waiting must not starve aiokafka's tasks
         while True:
             rest = max(0.0, deadline - time.monotonic())
             chosen: list[AioPartition] = []
             if wanted is not None:
                 chosen = [tp for tp in client.assignment() if tp.topic in wanted]
-                rest = min(rest, self._policy.slice_s)  # partitions of those topics may join meanwhile
+                rest = min(rest, self._policy.slice_s)  # partitions of those topics may be assigned meanwhile
             if wanted is None or chosen:
                 try:
                     got = await client.getmany(*chosen, timeout_ms=math.ceil(rest * 1000), max_records=max_records)
@@ -119,7 +119,7 @@ class AioConsumer:
         for tp, batch in got.items():
             partition = Partition(tp.topic, tp.partition)
             if partition not in self._positions:
-                # aiokafka sets a new assignment before it tells us: read these again once their owner knows of them.
+                # aiokafka sets a new assignment before its callback: read these again after ``on_assign``.
                 if tp in client.assignment():
                     client.seek(tp, batch[0].offset)
                 continue
@@ -138,28 +138,28 @@ class AioConsumer:
         return records
 
     async def _catch_up(self, client: AIOKafkaConsumer) -> None:
-        """Positions that no record tells: of empty partitions, and behind the marks that transactions leave."""
+        """Updates positions without records: of empty partitions, and behind transaction markers."""
         for partition in list(self._positions):
             tp = AioPartition(*partition)
-            if tp in client.assignment() and client.highwater(tp) is not None:  # fetched: the position is at hand
+            if tp in client.assignment() and client.highwater(tp) is not None:  # fetched: the position is known
                 self._positions[partition] = await client.position(tp)
 
     def _on_assign(self, assigned: Iterable[AioPartition]) -> None:
         partitions = sorted(Partition(tp.topic, tp.partition) for tp in assigned)
         self._positions = dict.fromkeys(partitions)
-        self._tell("on_assign", partitions)
+        self._notify("on_assign", partitions)
 
     def _on_revoke(self) -> None:
         gone, self._positions = sorted(self._positions), {}
         if gone:
-            self._tell("on_revoke", gone)
+            self._notify("on_revoke", gone)
 
-    def _tell(self, callback: str, partitions: list[Partition]) -> None:
+    def _notify(self, callback: str, partitions: list[Partition]) -> None:
         self._changed.set()
         try:
             if self._listener is not None:
                 getattr(self._listener, callback)(partitions)
-        except Exception as error:  # aiokafka would only log it; the next poll raises it
+        except Exception as error:  # aiokafka would only log it: the next poll raises it
             self._failure = error
 
     def assignment(self) -> frozenset[Partition]:
@@ -191,9 +191,9 @@ class AioConsumer:
             return
         lost = [str(p) for p in offsets if p not in self._positions]
         if lost:
-            raise TransactionAborted(f"committing as {self._group}: {', '.join(lost)} belong to another member now")
+            raise TransactionAborted(f"committing as {self._group}: {', '.join(lost)} belong to another member")
         try:
-            async with asyncio.timeout(timeout_s):  # aiokafka itself repeats for ever
+            async with asyncio.timeout(timeout_s):  # aiokafka itself retries forever
                 await client.commit({AioPartition(*p): OffsetAndMetadata(o, "") for p, o in offsets.items()})
         except (KafkaError, TimeoutError) as error:
             raise _aio_error(error, f"committing as {self._group}") from error
@@ -204,7 +204,7 @@ class AioConsumer:
             async with asyncio.timeout(self._policy.call_s):
                 found = await asyncio.gather(*(client.committed(AioPartition(*p)) for p in asked))
         except (KafkaError, TimeoutError) as error:
-            raise _aio_error(error, f"asking for the committed offsets of {self._group}") from error
+            raise _aio_error(error, f"reading the committed offsets of {self._group}") from error
         return dict(zip(asked, found, strict=True))
 
     async def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
@@ -223,16 +223,16 @@ class AioConsumer:
             return
         if self._listener is not None:
             self._on_revoke()
-        # In a task of its own: in an outage aiokafka lets the cancellation of its own fetch escape, as if it were ours.
+        # In a separate task: in an outage aiokafka lets the cancellation of its fetch escape, as if it were ours.
         stop = asyncio.ensure_future(client.stop())
         await asyncio.wait({stop}, timeout=self._policy.call_s)
         if not stop.done() or stop.cancelled() or stop.exception() is not None:
             stop.cancel()
-            logger.warning("group %s could not be left in good order; its session ends by itself", self._group)
+            logger.warning("could not leave group %s gracefully; its session will expire", self._group)
 
     def _joined(self) -> AIOKafkaConsumer:
         if self._client is None:
-            raise LogError("this consumer reads nothing: subscribe or assign first, and not after close")
+            raise LogError("this consumer has no partitions: subscribe or assign first, and not after close")
         return self._client
 
     async def _started(self) -> AIOKafkaConsumer:
@@ -250,7 +250,7 @@ class AioConsumer:
             fetch_max_wait_ms=policy.fetch_wait_ms,
             max_partition_fetch_bytes=size,
             fetch_max_bytes=max(policy.fetch_bytes, size),
-            # How long unread records of one partition may hold up fetches of others from the same broker.
+            # How long unread records of one partition may delay fetches of others from the same broker.
             consumer_timeout_ms=50,
             **aiokafka_config(self._settings),
         )
@@ -266,7 +266,7 @@ class AioConsumer:
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka is untyped
-    """Passes aiokafka's callbacks on. Both are synchronous: whatever awaited here would let records overtake them."""
+    """Passes aiokafka's callbacks on. Both are synchronous: at an await, records could overtake them."""
 
     def __init__(self, assign: Callable[[Iterable[AioPartition]], None], revoke: Callable[[], None]) -> None:
         self._assign = assign

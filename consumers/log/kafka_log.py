@@ -1,4 +1,4 @@
-"""The log on Apache Kafka: makes its producers and consumers, creates its topics, says what is wrong with it."""
+"""The log on Apache Kafka: its producers and consumers, the creation of its topics, and checks."""
 
 import asyncio
 import socket
@@ -42,7 +42,7 @@ class TopicPolicy:
 
 
 class KafkaLog:
-    """`consumers.port.Log` on Kafka. One per process; nothing connects before it is used."""
+    """`consumers.log.port.Log` on Kafka. One per process; connects on first use."""
 
     def __init__(self, settings: Settings, policy: TopicPolicy = TopicPolicy()) -> None:
         self._settings = settings
@@ -68,7 +68,7 @@ class KafkaLog:
     async def create_topics(self, more: Sequence[Topic] = ()) -> None:
         await self.check_connection()
         created = await asyncio.to_thread(self._create_topics, tuple(more))
-        # A topic is created before its partitions have leaders; whoever writes or reads meanwhile meets errors.
+        # A topic exists before its partitions have leaders; until then, reads and writes fail.
         await self._watermarks.end(Partition(topic.name, n) for topic in created for n in range(topic.partitions))
 
     async def check(self) -> None:
@@ -79,7 +79,7 @@ class KafkaLog:
             raise ConfigError(f"topics do not exist: {names}; create them with `millstream topics create`")
 
     async def check_connection(self) -> None:
-        """Raises `LogUnavailable` if nobody answers, and `ConfigError` if it is a setting that keeps us out."""
+        """Raises `LogUnavailable` if no broker answers, and `ConfigError` if a setting is wrong."""
         await asyncio.to_thread(self._connect)
 
     def _connect(self) -> None:
@@ -99,7 +99,7 @@ class KafkaLog:
                     raise self._unreachable(errors) from error
 
     def _wrong_setting(self, errors: list[KafkaError]) -> MillstreamError | None:
-        """What the client's error callback tells, put in terms of the settings. None: it may still connect."""
+        """The error from the client's callback in terms of the settings. None: it may still connect."""
         settings, where = self._settings, self._settings.kafka_bootstrap_servers
         for error in errors:
             text = error.str()
@@ -115,9 +115,9 @@ class KafkaLog:
                     f"({settings.kafka_security_ca_file or 'not set: the system authorities'}) and "
                     f"kafka_security_protocol ({settings.kafka_security_protocol}): {text}"
                 )
-            if "handshake" in text:  # the other side hangs up, or does not know the mechanism
+            if "handshake" in text:  # the broker closes the connection, or does not know the mechanism
                 return ConfigError(
-                    f"Kafka at {where} does not take kafka_security_protocol {settings.kafka_security_protocol}: {text}"
+                    f"Kafka at {where} rejects kafka_security_protocol {settings.kafka_security_protocol}: {text}"
                 )
         return None
 
@@ -131,23 +131,23 @@ class KafkaLog:
             )
         return LogUnavailable(
             f"no Kafka broker answers at {where} (setting kafka_bootstrap_servers): {why}. "
-            "Start one with `millstream kafka up`, or name yours"
+            "Start one with `millstream kafka up`, or set the address of yours"
         )
 
     def _missing(self, timeout_s: float, more: Sequence[Topic] = ()) -> list[Topic]:
-        """Topics that do not exist. Raises `ConfigError` if one has a number of partitions that it must not have."""
+        """Topics that do not exist. Raises `ConfigError` if a topic has a wrong number of partitions."""
         try:
             found = self._watermarks.client.list_topics(timeout=timeout_s).topics
         except KafkaException as error:
-            raise raised(error, "asking for the topics") from error
+            raise raised(error, "listing the topics") from error
         topics = self._settings.topics
         fixed = {topics.events, topics.triplets, *(topic.name for topic in more)}
         for topic in (*topics.all, *more):
             there = len(found[topic.name].partitions) if topic.name in found else 0
             if there and there != topic.partitions and topic.name in fixed:
                 raise ConfigError(
-                    f"topic {topic.name} has {there} partitions, kafka_partitions is {topic.partitions}: a rollout's "
-                    f"place depends on it. Set kafka_partitions={there}, or another topic_prefix"
+                    f"topic {topic.name} has {there} partitions, kafka_partitions is {topic.partitions}: the partition "
+                    f"of a rollout depends on it. Set kafka_partitions={there}, or another topic_prefix"
                 )
         return [topic for topic in (*topics.all, *more) if topic.name not in found]
 
@@ -171,7 +171,7 @@ class KafkaLog:
         return missing
 
     def _set_size_limit(self, existing: list[Topic]) -> None:
-        """``max_record_bytes`` may have been changed since these topics were created."""
+        """Updates the limit: ``max_record_bytes`` may have changed since these topics were created."""
         name, wanted = "max.message.bytes", str(self._settings.max_record_bytes + BATCH_OVERHEAD)
         admin, resources = self._watermarks.client, [ConfigResource(ResourceType.TOPIC, t.name) for t in existing]
         described = admin.describe_configs(resources) if resources else {}

@@ -1,4 +1,4 @@
-"""Where Kafka's partitions begin and end."""
+"""Beginnings and ends of Kafka's partitions."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from millstream.schemas.wire.log import Partition
 
 
 class Watermarks:
-    """Where partitions begin and end, for a reader of everything: open transactions hide nothing from it."""
+    """Beginnings and ends of partitions, including records of open transactions."""
 
     def __init__(self, settings: Settings, policy: ConsumerPolicy = ConsumerPolicy()) -> None:
         self._settings = settings
@@ -35,7 +35,7 @@ class Watermarks:
         return await self._ask(partitions, OffsetSpec.latest())  # type: ignore[no-untyped-call]
 
     async def stable_end(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        """Where the oldest open transaction begins, or the end."""
+        """The beginning of the oldest open transaction, or the end."""
         return await self._ask(
             partitions,
             OffsetSpec.latest(),  # type: ignore[no-untyped-call]
@@ -57,7 +57,7 @@ class Watermarks:
         asked = list(partitions)
         if not asked:
             return {}
-        doing = f"asking for the offsets of {', '.join(map(str, asked[:3]))}{'…' if asked[3:] else ''}"
+        doing = f"reading the offsets of {', '.join(map(str, asked[:3]))}{'…' if asked[3:] else ''}"
         deadline = time.monotonic() + self._policy.call_s
         while True:
             futures = self.client.list_offsets(
@@ -72,8 +72,8 @@ class Watermarks:
                 error = raised(failed, doing)
                 if not error.retriable or time.monotonic() > deadline:
                     raise error from failed
-            # A leader has moved, or a new topic's is just beginning. The client would go on for minutes with the leader
-            # and epoch that it remembers: only metadata that is asked for replaces them.
+            # A leader has moved, or that of a new topic is starting. The client would use the leader and epoch that it
+            # remembers for minutes: only an explicit request for metadata replaces them.
             await asyncio.sleep(self._policy.retry_s)
             for topic in {p.topic for p in asked}:
                 with suppress(KafkaException):

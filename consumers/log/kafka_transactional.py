@@ -1,7 +1,7 @@
-"""`consumers.port.TransactionalConsumer` on Kafka, by librdkafka.
+"""`consumers.log.port.TransactionalConsumer` on Kafka, with librdkafka.
 
-aiokafka passes no group generation to a transaction (a zombie and its successor both committed), and tells no ends of
-partitions.
+aiokafka passes no group generation to a transaction (a zombie and its successor both committed), and does not report
+the ends of partitions.
 """
 
 import asyncio
@@ -29,8 +29,8 @@ T = TypeVar("T")
 
 
 class KafkaTransactionalConsumer:
-    """The port by librdkafka, with the group protocol of KIP-848. All calls run in one thread, in order; the
-    callbacks run there too, within ``poll`` or ``close``, while the caller awaits it."""
+    """Uses the group protocol of KIP-848. All calls run in one thread, in order; callbacks run there, too, within
+    ``poll`` or ``close``, while the caller awaits it."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class KafkaTransactionalConsumer:
         self._listener: RebalanceListener | None = None
         self._assigned: set[Partition] = set()
         self._ready: list[LogRecord | EndOfPartition] = []  # read, not handed out
-        self._unjoined: Any = None  # metadata from before the group answered; None once the listener was told anything
+        self._unjoined: Any = None  # metadata from before the group answered; None after the first callback
         self._cancelled = False
         self._closed = False
 
@@ -90,7 +90,7 @@ class KafkaTransactionalConsumer:
             try:
                 await self._run(f"reading as {self._group}", lambda: self._read(max_records, deadline))
             except asyncio.CancelledError:
-                self._cancelled = True  # what is being read now stays in ``_ready`` for the next poll
+                self._cancelled = True  # records being read stay in ``_ready`` for the next poll
                 raise
             if time.monotonic() >= deadline:
                 break
@@ -98,7 +98,7 @@ class KafkaTransactionalConsumer:
         return found
 
     def _read(self, limit: int, deadline: float) -> None:
-        """One by one: only so is it certain which records came before a callback, and which after."""
+        """Reads one by one, so that it is certain which records came before a callback and which after."""
         fresh = 0
         while fresh < limit and not self._cancelled:
             if self._read_one(0.0 if fresh else max(0.0, min(self._policy.slice_s, deadline - time.monotonic()))):
@@ -112,7 +112,7 @@ class KafkaTransactionalConsumer:
         if event is not None:
             self._ready.append(event)
         elif self._unjoined is not None and self.group_metadata() != self._unjoined:
-            self._tell_assigned([])  # librdkafka keeps silent if the group has no partition for us
+            self._notify_assigned([])  # librdkafka does not report an assignment without partitions
         return message is not None
 
     def _event(self, message: Message) -> LogRecord | EndOfPartition | None:
@@ -120,7 +120,7 @@ class KafkaTransactionalConsumer:
         partition = Partition(message.topic() or "", message.partition() or 0)
         offset = message.offset() or 0
         if error is None:
-            headers: Any = message.headers() or []  # names and bytes; the stubs allow what only a producer takes
+            headers: Any = message.headers() or []  # names and bytes; stubs allow what only producers accept
             return LogRecord(
                 partition,
                 offset,
@@ -141,9 +141,9 @@ class KafkaTransactionalConsumer:
         partitions = [Partition(tp.topic, tp.partition) for tp in assigned]
         client.incremental_assign(assigned)
         self._assigned.update(partitions)
-        self._tell_assigned(partitions)
+        self._notify_assigned(partitions)
 
-    def _tell_assigned(self, partitions: list[Partition]) -> None:
+    def _notify_assigned(self, partitions: list[Partition]) -> None:
         self._unjoined = None
         if self._listener is not None:
             self._listener.on_assign(partitions)
@@ -176,11 +176,11 @@ class KafkaTransactionalConsumer:
         try:
             await self._run("closing", self._client.close, timeout_s=self._policy.call_s)
         except LogUnavailable as error:
-            logger.warning("leaving group %s: %s; its session ends by itself", self._group, error)
+            logger.warning("leaving group %s: %s; its session will expire", self._group, error)
         self._thread.shutdown(wait=False)
 
     async def _run(self, doing: str, call: Callable[[], T], timeout_s: float | None = None) -> T:
-        """Runs a call of the client in its thread. Raises the port's errors."""
+        """Runs a call of the client in the thread. Raises the port's errors."""
         try:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.get_running_loop().run_in_executor(self._thread, call)

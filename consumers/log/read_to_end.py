@@ -1,4 +1,4 @@
-"""Reading what a log holds by now, without a group: for commands, which end."""
+"""Reads what a log holds now, without a group: for commands that end."""
 
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -9,13 +9,13 @@ from millstream.schemas.wire.log import LogRecord, Partition
 
 POLL_RECORDS = 1000
 POLL_S = 0.2
-SILENT_S = 10.0  # without anything new before the end: a transaction that somebody left open is over by then
+SILENT_S = 10.0  # without a new record before the end; transactions that were left open are over by then
 
 
 async def read_to_end(
     log: Log, partitions: Sequence[Partition], start: Mapping[Partition, int] | None = None, *, since_ms: int = 0
 ) -> AsyncGenerator[LogRecord, None]:
-    """Every committed record up to the ends as they are now, each partition in its order, from the offsets in
+    """Every committed record up to the current ends, each partition in its order, from the offsets in
     ``start``, else from the first timestamp of at least ``since_ms``. Raises `LogUnavailable`."""
     consumer = log.consumer()
     try:
@@ -31,6 +31,6 @@ async def read_to_end(
                 if record.offset < ends[record.partition]:
                     yield record
             if time.monotonic() > deadline:
-                raise LogUnavailable(f"{partitions[0].topic} could not be read to its end; try again")
+                raise LogUnavailable(f"{partitions[0].topic} could not be read to its end; retry")
     finally:
         await consumer.close()

@@ -1,4 +1,4 @@
-"""The producer port on Kafka, by confluent-kafka: any thread may send, and a hand-over costs some microseconds."""
+"""The producer port on Kafka, with confluent-kafka: any thread may send, and a hand-over takes microseconds."""
 
 import itertools
 import logging
@@ -72,7 +72,7 @@ class KafkaProducer:
         self._unsettled = 0
         self._settled = threading.Condition()
         self._closed = threading.Event()
-        # Daemon: acknowledgements must not keep a process alive whose main thread has ended.
+        # A daemon: acknowledgements must not keep a process alive after its main thread has ended.
         self._thread = threading.Thread(target=self._serve, name="millstream-producer", daemon=True)
         self._thread.start()
 
@@ -155,13 +155,13 @@ class KafkaProducer:
         while not self._closed.is_set():
             try:
                 self._client.poll(self._policy.poll_s)
-            except Exception:  # from a callback; the next acknowledgements still have to be served
+            except Exception:  # from a callback; later acknowledgements still have to be served
                 logger.exception("serving acknowledgements")
 
     def flush(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         self._client.flush(timeout_s)
-        # librdkafka may have handed the last callbacks to the other thread: wait until they have returned.
+        # The other thread may still run the last callbacks: wait until they have returned.
         with self._settled:
             if not self._settled.wait_for(lambda: not self._unsettled, max(0.0, deadline - time.monotonic())):
                 raise LogUnavailable(
@@ -179,7 +179,7 @@ class KafkaProducer:
             self._client.flush(1)  # reports the failure to those that wait for acknowledgements
             raise
         finally:
-            # The client goes with this object: closing it here could pull it from under a thread that is just sending.
+            # The client lives as long as this object: closing it here could break a thread that is sending.
             self._closed.set()
             self._thread.join()
 
@@ -200,7 +200,7 @@ class KafkaTransactionalProducer(KafkaProducer):
 
     def _refused(self, error: KafkaException, doing: str) -> LogError:
         failed = raised(error, doing)
-        if self._open and error.args[0].code() == KafkaError._STATE:  # an earlier error has doomed the transaction
+        if self._open and error.args[0].code() == KafkaError._STATE:  # an earlier error requires an abort
             return TransactionAborted(str(failed))
         return failed
 
@@ -227,7 +227,7 @@ class KafkaTransactionalProducer(KafkaProducer):
         if self._open and not self._closed.is_set():
             try:
                 self.abort_transaction(timeout_s)
-            except LogError as error:  # the broker aborts it, or a newer process has
+            except LogError as error:  # the broker will abort it, or a newer process has
                 logger.warning("%s", error)
         super().close(timeout_s)
 

@@ -1,6 +1,6 @@
-"""What every Kafka client of this project shares: its connection, the names of errors, and quiet logs.
+"""What all Kafka clients share: connection settings, the translation of errors, and rate-limited logs.
 
-Two clients are used (librdkafka through confluent-kafka, and aiokafka); both are configured from `Settings` here.
+Two clients are used (librdkafka through confluent-kafka, and aiokafka); `Settings` configure both.
 """
 
 import logging
@@ -16,7 +16,7 @@ from millstream.schemas.errors import Fenced, LogError, LogUnavailable, TooLarge
 
 logger = logging.getLogger(__name__)
 
-# Room for keys, headers and batch framing: what the producer accepts, topics and fetchers accept too.
+# Room for keys, headers and batch framing: topics and fetchers accept whatever the producer accepts.
 BATCH_OVERHEAD: Final = 1 << 16
 LOG_EVERY_S: Final = 10.0  # an outage otherwise writes thousands of equal lines
 
@@ -26,7 +26,7 @@ _FENCED = {
     KafkaError.INVALID_PRODUCER_EPOCH,
     KafkaError.FENCED_INSTANCE_ID,
 }
-_LOST = {  # the group has moved on: nothing may be committed for what this member held
+_LOST = {  # the group has moved on: this member may not commit
     KafkaError.UNKNOWN_MEMBER_ID,
     KafkaError.ILLEGAL_GENERATION,
     KafkaError.REBALANCE_IN_PROGRESS,
@@ -35,7 +35,7 @@ _LOST = {  # the group has moved on: nothing may be committed for what this memb
     KafkaError._ASSIGNMENT_LOST,
 }
 _PURGED = {KafkaError._PURGE_QUEUE, KafkaError._PURGE_INFLIGHT}
-_PASSING = {  # an outage, or a leader or coordinator that is just moving
+_PASSING = {  # an outage, or a leader or coordinator that is moving
     KafkaError._MSG_TIMED_OUT,
     KafkaError._TIMED_OUT,
     KafkaError._TRANSPORT,
@@ -58,14 +58,14 @@ _NO_TOPIC = {KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaE
 
 
 def log_error(error: KafkaError, doing: str) -> LogError:
-    """The port's error for librdkafka's; ``doing`` begins the message: "sending to millstream.events"."""
+    """The port's error for one of librdkafka; ``doing`` begins the message, as "sending to millstream.events"."""
     code, message = error.code(), f"{doing}: {error.str()} ({error.name()})"
     if code in _FENCED or error.fatal():
-        return Fenced(f"{message}: a newer process has taken this one's place, or the client can't go on; stop it")
+        return Fenced(f"{message}: a newer process has replaced this one, or the client is broken; stop it")
     if error.txn_requires_abort() or code in _LOST or code in _PURGED:
         return TransactionAborted(message)
     if code == KafkaError.MSG_SIZE_TOO_LARGE:
-        return TooLarge(f"{message}: raise max_record_bytes here and `millstream topics create` again")
+        return TooLarge(f"{message}: raise max_record_bytes and run `millstream topics create` again")
     if error.retriable() or code in _PASSING:
         return LogUnavailable(message)
     if code in _NO_TOPIC:
@@ -79,7 +79,7 @@ def raised(error: KafkaException, doing: str) -> LogError:
 
 
 class RateLimit(logging.Filter):
-    """Lets each kind of warning through once every ten seconds."""
+    """Passes each kind of warning once every ten seconds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class RateLimit(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.levelno < logging.WARNING:
             return True
-        # librdkafka's template is always the same; its first argument says what kind of message it is.
+        # librdkafka's template is always the same; its first argument is the kind of message.
         first = record.args[0] if isinstance(record.args, tuple) and record.args else ""
         key, now = (record.name, str(record.msg), str(first)), time.monotonic()
         if now - self._last.get(key, -LOG_EVERY_S) < LOG_EVERY_S:
@@ -104,7 +104,7 @@ _librdkafka_log.addFilter(_LIMIT)
 
 
 def limit_aiokafka_logs() -> None:
-    """aiokafka writes thousands of lines in an outage. Filters hold for one logger each: set them on all of its own."""
+    """Limits all loggers of aiokafka, which writes thousands of lines in an outage."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("aiokafka"):
             logging.getLogger(name).addFilter(_LIMIT)
@@ -121,7 +121,7 @@ def librdkafka_config(
     config: dict[str, Any] = {
         "bootstrap.servers": settings.kafka_bootstrap_servers,
         "security.protocol": settings.kafka_security_protocol,
-        "reconnect.backoff.max.ms": 1000,  # a restarted broker is back within a second, not ten
+        "reconnect.backoff.max.ms": 1000,  # reconnects to a restarted broker within a second, not ten
         "error_cb": on_error,
         "logger": _librdkafka_log,
         "log_level": 4,  # warnings and worse

@@ -65,5 +65,5 @@ async def test_the_last_record_of_a_key_holds_and_a_broken_one_is_left_out(
     assert found is not None
     assert found.body == "2"
     assert follower.latest("e") == version(1)
-    assert "t.control[0]@3 is left out: resources x" in caplog.text
-    assert "t.control[0]@4 is left out" in caplog.text
+    assert "ignoring t.control[0]@3: resources x" in caplog.text
+    assert "ignoring t.control[0]@4" in caplog.text

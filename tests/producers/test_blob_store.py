@@ -87,7 +87,7 @@ async def test_what_a_killed_process_left_half_written_is_not_taken_for_the_cont
     part.parent.mkdir()
     part.write_bytes(b"half")
     store = Blobs(str(tmp_path))
-    with pytest.raises(BlobError, match=f"sha256:{digest} is not to be found in {tmp_path}"):
+    with pytest.raises(BlobError, match=f"sha256:{digest} was not found in {tmp_path}"):
         store.get(digest)
     store.put(digest, LONG.encode()).result()
     assert store.get(digest) == LONG.encode()
@@ -105,7 +105,7 @@ async def test_a_store_that_is_down_is_an_error_that_names_it_and_it_is_tried_ag
 
 def test_a_content_under_a_wrong_name_is_refused(tmp_path):
     store = Blobs(str(tmp_path))
-    with pytest.raises(BlobError, match="is not what its name"):
+    with pytest.raises(BlobError, match="does not match its name"):
         store.put("0" * 64, b"x").result()
     assert files(tmp_path) == []
 
