@@ -16,11 +16,13 @@ import time
 import uuid
 import zlib
 from collections import defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import clickhouse_connect
 from checker import read, schemas
+from clickhouse_connect.driver.exceptions import ClickHouseError
 from rich.console import Console
 
 from millstream.consumers.log.kafka_log import KafkaLog
@@ -130,12 +132,23 @@ class Storm:
             if process.poll() is not None:
                 self.start(name)
 
+    def view_when(self, expected: Sums) -> Sums | None:
+        """What the view holds once that is expected, or after `SETTLE_S`; None if it can't be read."""
+        found, deadline = None, time.monotonic() + SETTLE_S
+        while found != expected and time.monotonic() < deadline:
+            time.sleep(1.0)
+            self.revive()
+            with suppress(ClickHouseError):  # the server is starting, or no sink has created the tables yet
+                found = in_the_view(self.port)
+        return found
+
     def run(self, kills: int, spans: int) -> dict[str, Any]:
         log, topic = KafkaLog(self.settings), self.settings.topics.events
         asyncio.run(log.create_topics())
         names = ["server", *(f"sink-{n}" for n in range(SINKS))]
         for name in names:
             self.start(name)
+        self.view_when({})  # else kills only meet starts
         producer, stop = log.producer(), threading.Event()
         feeding = threading.Thread(target=publish, args=(producer, topic, spans, stop, kills * 2.0))
         feeding.start()
@@ -152,12 +165,7 @@ class Storm:
             producer.close()
             console.print(f"{time.monotonic() - began:.1f} s: everything is in the log")
             expected = in_the_log(self.broker.bootstrap_servers, topic)
-            found: Sums = {}
-            deadline = time.monotonic() + SETTLE_S
-            while found != expected and time.monotonic() < deadline:
-                time.sleep(1.0)
-                self.revive()
-                found = in_the_view(self.port)
+            found = self.view_when(expected)
         finally:
             stop.set()
             feeding.join()
@@ -171,7 +179,9 @@ class Storm:
             "kills": done,
             "spans": sum(count for count, _, _ in expected.values()),
             "equal": found == expected,
-            "wrong": {at: (expected[at], found.get(at)) for at in expected if expected[at] != found.get(at)},
+            "wrong": {
+                at: (expected[at], (found or {}).get(at)) for at in expected if expected[at] != (found or {}).get(at)
+            },
         }
 
 

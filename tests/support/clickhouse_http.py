@@ -23,7 +23,7 @@ from starlette.routing import Route
 from millstream.pipeline.services.serve_asgi import listen
 
 INSERT = re.compile(rb"(\s*INSERT\s.*?)(\sFORMAT\s+\w+)\s*?\n", re.IGNORECASE | re.DOTALL)  # rows follow
-NOT_SETTINGS = {"query", "query_id", "database", "client_protocol_version", "wait_end_of_query"}
+NOT_SETTINGS = {"query", "query_id", "session_id", "database", "client_protocol_version", "wait_end_of_query"}
 
 
 class Engine:
