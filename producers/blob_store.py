@@ -9,28 +9,35 @@ import asyncio
 import threading
 from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 from millstream.producers.files import files_at
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.spans import blobs
 from millstream.schemas.wire.records import Span
 
-KNOWN = 10_000  # stored contents that a process remembers
-THREADS = 4  # contents stored at a time
-STORE_S = 60.0  # until a content counts as not stored
-
 
 class BlobError(MillstreamError):
     """A content can't be stored or found. Names its digest and the store."""
 
 
+@dataclass(frozen=True, slots=True)
+class BlobPolicy:
+    """Limits of one process."""
+
+    known: int = 10_000  # stored contents that it remembers
+    threads: int = 4  # contents stored at a time
+    store_s: float = 60.0  # until a content counts as not stored
+
+
 class Blobs:
     """May be used from any thread. Raises `ConfigError` if ``url`` can't be used."""
 
-    def __init__(self, url: str = blobs.DEFAULT_URL) -> None:
+    def __init__(self, url: str = blobs.DEFAULT_URL, policy: BlobPolicy = BlobPolicy()) -> None:
+        self.policy = policy
         self.url = url = url.removeprefix("file://")
-        self._files = files_at(url, "blob_url")
-        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="millstream-blobs")
+        self._files = files_at(url)
+        self._threads = ThreadPoolExecutor(policy.threads, thread_name_prefix="millstream-blobs")
         self._lock = threading.Lock()
         self._known: OrderedDict[str, Future[None]] = OrderedDict()  # by digest; those that failed are forgotten
         self.pending_bytes = 0
@@ -44,7 +51,7 @@ class Blobs:
                 return known
             stored = self._known[digest] = self._threads.submit(self._put, digest, content)
             self.pending_bytes += len(content)
-            if len(self._known) > KNOWN:
+            if len(self._known) > self.policy.known:
                 self._known.popitem(last=False)
         stored.add_done_callback(lambda _: self._done(digest, len(content), stored))
         return stored
@@ -54,9 +61,9 @@ class Blobs:
         span, contents = blobs.kept_apart(span)
         for stored in [self.put(digest, content) for digest, content in contents.items()]:
             try:
-                await asyncio.wait_for(asyncio.wrap_future(stored), STORE_S)
+                await asyncio.wait_for(asyncio.wrap_future(stored), self.policy.store_s)
             except TimeoutError as error:
-                raise BlobError(f"a content was not stored in {self.url} within {STORE_S:g} s") from error
+                raise BlobError(f"a content was not stored in {self.url} within {self.policy.store_s:g} s") from error
         return span
 
     def get(self, digest: str) -> bytes:

@@ -18,9 +18,9 @@ class Files(Protocol):
     def read(self, path: str) -> bytes: ...
 
 
-def files_at(url: str, what: str) -> Files:
-    """A folder, or the file system of ``PROTOCOL://``. Raises `ConfigError` naming ``what`` if it is unusable."""
-    return _Store(url, what) if "://" in url else _Folder(Path(url).absolute())
+def files_at(url: str) -> Files:
+    """A folder, or the file system of ``PROTOCOL://``. Raises `ConfigError` if it is unusable."""
+    return _Store(url) if "://" in url else _Folder(Path(url).absolute())
 
 
 class _Folder:
@@ -49,15 +49,15 @@ class _Folder:
 class _Store:
     """An object store writes whole objects; ``create``: only if the object does not exist."""
 
-    def __init__(self, url: str, what: str) -> None:
+    def __init__(self, url: str) -> None:
         try:
             from fsspec.core import url_to_fs
 
             self._files, self._root = url_to_fs(url)
         except ImportError as error:
-            raise ConfigError(f"{what} {url} needs a package: {error}; pip install 'fsspec[s3]' for S3") from error
+            raise ConfigError(f"blob_url {url} needs a package: {error}; pip install 'fsspec[s3]' for S3") from error
         except ValueError as error:
-            raise ConfigError(f"{what} {url} can't be used: {error}") from error
+            raise ConfigError(f"blob_url {url} can't be used: {error}") from error
 
     def write(self, path: str, content: bytes) -> None:
         where = f"{self._root.rstrip('/')}/{path}"

@@ -18,8 +18,6 @@ from millstream.schemas.wire.topics import Topics
 
 logger = logging.getLogger(__name__)
 
-REPORT_S = 5.0
-
 
 def new_worker_id() -> str:
     """A unique id with the host and the process, for people."""
@@ -28,9 +26,16 @@ def new_worker_id() -> str:
 
 @asynccontextmanager
 async def reporting(
-    producer: Producer, topics: Topics, role: str, worker_id: str, load: Callable[[], tuple[int, int]] = lambda: (0, 0)
+    producer: Producer,
+    topics: Topics,
+    role: str,
+    worker_id: str,
+    load: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    *,
+    report_s: float = 5.0,
 ) -> AsyncIterator[None]:
-    """Reports while the body runs, and once without slots at its end. ``load``: slots, running."""
+    """Reports while the body runs, and once without slots at its end. ``load``: slots, running.
+    ``report_s``: seconds between reports."""
     started, host, ours = time.time_ns(), socket.gethostname(), version("millstream")
 
     def report(slots: int, running: int) -> None:
@@ -52,7 +57,7 @@ async def reporting(
     async def repeat() -> None:
         while True:
             report(*load())
-            await asyncio.sleep(REPORT_S)
+            await asyncio.sleep(report_s)
 
     task = asyncio.create_task(repeat())
     try:

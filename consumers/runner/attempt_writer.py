@@ -14,7 +14,7 @@ from typing import NamedTuple
 from millstream.consumers.dead_letters import dead_letter, send_dead_letter
 from millstream.consumers.runner.claims import ROLE, Claim
 from millstream.consumers.runner.outcome import Outcome, stopped_by
-from millstream.producers.blob_store import STORE_S, BlobError, Blobs
+from millstream.producers.blob_store import BlobError, Blobs
 from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
 from millstream.schemas.errors import CodecError, LogError, TooLarge
@@ -165,10 +165,11 @@ class AttemptWriter:
         with self._order:
             needed = [stored for waiting in self._waiting for stored in waiting.needed]
         if needed:
-            await asyncio.to_thread(wait, needed, STORE_S)
+            await asyncio.to_thread(wait, needed, self._blobs.policy.store_s)
         self._send_waiting()
         if self._waiting:
-            self.refuse("blob", f"its content was not stored in {self._blobs.url} within {STORE_S:g} s")
+            limit_s = self._blobs.policy.store_s
+            self.refuse("blob", f"its content was not stored in {self._blobs.url} within {limit_s:g} s")
 
     def _send(self, span: Span | bytes, kind: str) -> None:
         try:

@@ -51,6 +51,7 @@ class RunnerPolicy:
     stay_s: float = 2.0  # between polls that only keep the group membership, while there is no free slot
     cancel_grace_s: float = 5.0  # between asking an agent to end and ending it
     heartbeats: int = 3  # in a lease
+    report_s: float = 5.0  # between reports on the workers topic
     claims: ClaimPolicy = field(default_factory=ClaimPolicy)
     host: HostPolicy = field(default_factory=HostPolicy)
     proxies: ProxiesPolicy = field(default_factory=ProxiesPolicy)
@@ -143,7 +144,9 @@ class Runner:
             stopping = asyncio.create_task(stop.wait())
             stopping.add_done_callback(lambda _: self._changed.set())
             try:
-                async with reporting(self._producer, self._topics, ROLE, self.worker_id, self.load):
+                async with reporting(
+                    self._producer, self._topics, ROLE, self.worker_id, self.load, report_s=self._policy.report_s
+                ):
                     while not stop.is_set():
                         await self._claim(claims)
                     await self._until_idle(self._drain_s)

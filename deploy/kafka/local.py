@@ -1,7 +1,7 @@
-"""A single-node Apache Kafka on this machine, for a laptop and for tests: resolved with Maven, run with Java.
+"""A single-node Apache Kafka on this machine, for laptops and tests: downloaded with Maven, run with Java.
 
-One folder is one broker: its configuration, its log (``broker.log``; ``broker.log.1`` is that of the start before), its
-process id and its data. The same folder starts again with the same data and port, also after a kill -9.
+A folder is a broker: its configuration, its log (``broker.log``; ``broker.log.1`` from the previous start), its process
+id and its data. It restarts with the same data and port, also after a kill -9.
 """
 
 import base64
@@ -35,7 +35,7 @@ HOST = "127.0.0.1"
 # in that range can end up connected to itself, and then holds the broker's port.
 FREE_PORTS = range(20000, 32000)
 HEAP = "-Xmx512m"
-STOP_S = 20.0  # an orderly stop takes 1–2 s; then the process is killed
+STOP_S = 20.0  # a graceful stop takes 1–2 s; after this the process is killed
 LARGEST_RECORD = 64 << 20  # the topics set their own, lower limit
 
 CONFIG = """\
@@ -59,10 +59,10 @@ share.coordinator.state.topic.replication.factor=1
 share.coordinator.state.topic.min.isr=1
 auto.create.topics.enable=false
 
-# A killed broker that starts again waits until its own old session has expired: 3 s instead of 9.
+# A killed broker waits at its restart until its old session has expired: 3 s instead of 9.
 broker.session.timeout.ms=3000
 broker.heartbeat.interval.ms=500
-# A frozen transactional producer holds up the readers of its partitions this much longer than its time-out.
+# A frozen transactional producer delays the readers of its partitions this much longer than its time-out.
 transaction.abort.timed.out.transaction.cleanup.interval.ms=1000
 
 # Dead members are noticed within seconds; groups form at once.
@@ -104,18 +104,17 @@ class _Process:
 
 
 def missing_tools() -> list[str]:
-    """Which of the programs that a local Kafka needs can't be found."""
+    """The missing programs that a local Kafka needs."""
     return [name for name, path in (("java (17 or newer)", _java()), ("mvn (Maven)", shutil.which("mvn"))) if not path]
 
 
 class LocalKafka:
-    """One broker in one folder. Any process may start, ask or stop it; it outlives the process that started it."""
+    """A broker in a folder. Any process may start, query or stop it; it outlives the process that started it."""
 
     def __init__(
         self, folder: Path | str = "runs/kafka", *, port: int = 9092, properties: Mapping[str, str] | None = None
     ) -> None:
-        """``port`` 0 takes a free one, or again the one that this folder's broker had. ``properties`` of the broker go
-        before those that stand here."""
+        """``port`` 0: a free port, or the previous one of this folder's broker. ``properties`` override those above."""
         self.folder = Path(folder).absolute()
         self.log = self.folder / "broker.log"
         self._wanted_port = port
@@ -124,7 +123,7 @@ class LocalKafka:
 
     @property
     def bootstrap_servers(self) -> str:
-        """host:port, also while the broker is down. Raises `ConfigError` if it was never up."""
+        """host:port, also while the broker is down. Raises `ConfigError` if it was never started."""
         last = self._last()
         if last is None:
             raise ConfigError(f"no Kafka was ever started in {self.folder}: run `millstream kafka up`")
@@ -140,7 +139,7 @@ class LocalKafka:
         )
 
     def up(self, timeout_s: float = 60.0) -> BrokerStatus:
-        """Starts the broker, unless it runs, and waits until it answers.
+        """Starts the broker unless it is running, and waits until it answers.
 
         Raises `ConfigError` if Java or Maven are missing, the port is taken, or the broker dies or does not answer in
         time (with the last lines of its log).
@@ -155,7 +154,7 @@ class LocalKafka:
         last = self._last()
         port = self._wanted_port or (last.port if last is not None and _is_free(last.port) else _free_port())
         if not _is_free(port):
-            raise ConfigError(f"port {port} is taken by another program: stop it, or choose another port (--port)")
+            raise ConfigError(f"port {port} is in use by another program: stop it, or choose another port (--port)")
         controller_port = last.controller_port if last is not None and _is_free(last.controller_port) else _free_port()
         config = self._write_config(port, controller_port)
         classpath = [java, HEAP, "-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC", *_LOGGING]
@@ -170,7 +169,7 @@ class LocalKafka:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C in the terminal is not for the broker
+                start_new_session=True,  # Ctrl-C in the terminal must not stop the broker
             )
         started = _Process(self._child.pid, port, controller_port, time.time())
         self._state_file.write_text(json.dumps(asdict(started)))
@@ -181,11 +180,11 @@ class LocalKafka:
         return status
 
     def down(self) -> bool:
-        """Stops the broker in good order, after 20 s by force; whether there was one. Its data stays."""
+        """Stops the broker gracefully, after 20 s by force; returns whether there was one. Its data stays."""
         return self._stop(signal.SIGTERM)
 
     def kill(self) -> bool:
-        """kill -9, as a crash would; whether there was one."""
+        """Kills the broker with SIGKILL; returns whether there was one."""
         return self._stop(signal.SIGKILL)
 
     def _stop(self, first: signal.Signals) -> bool:
@@ -217,7 +216,7 @@ class LocalKafka:
             raise ConfigError(f"{self._state_file} can't be read ({error}): stop that Kafka and delete it") from error
 
     def _alive(self, pid: int) -> bool:
-        """Whether that process is still this folder's broker: ids are used again."""
+        """Whether the process is still this folder's broker: process ids are reused."""
         if self._child is not None and self._child.pid == pid:
             return self._child.poll() is None
         return _runs(pid, str(self._config_file))
@@ -230,7 +229,7 @@ class LocalKafka:
         self.folder.mkdir(parents=True, exist_ok=True)
         data = self.folder / "data"
         values: dict[str, Any] = {"host": HOST, "port": port, "controller_port": controller_port}
-        own = "".join(f"{name}={value}\n" for name, value in self._properties.items())  # the last one counts
+        own = "".join(f"{name}={value}\n" for name, value in self._properties.items())  # the last value counts
         self._config_file.write_text(CONFIG.format(**values, data=data, largest=LARGEST_RECORD) + own)
         return self._config_file
 
@@ -301,7 +300,7 @@ def resolve_jars() -> Path:
             tail = "\n".join((done.stdout + done.stderr).splitlines()[-10:])
             raise ConfigError(f"Maven could not download Kafka; is its repository reachable?\n{tail}")
         try:
-            (Path(folder) / "jars").rename(jars)  # whole or not at all, whoever else does the same
+            (Path(folder) / "jars").rename(jars)  # atomic, also if another process does the same
         except OSError:
             if not jars.is_dir():
                 raise
@@ -324,11 +323,11 @@ def _is_free(port: int) -> bool:
 
 
 def _free_port() -> int:
-    """A port of this machine that nobody listens on, and that no outgoing connection will take."""
+    """A free port of this machine, outside the range of outgoing connections."""
     for port in random.sample(FREE_PORTS, 100):
         if _is_free(port):
             return port
-    raise ConfigError(f"no free port between {FREE_PORTS.start} and {FREE_PORTS.stop}")
+    raise ConfigError(f"there is no free port between {FREE_PORTS.start} and {FREE_PORTS.stop}")
 
 
 def _listens(port: int) -> bool:
@@ -338,7 +337,7 @@ def _listens(port: int) -> bool:
 
 
 def _runs(pid: int, argument: str) -> bool:
-    """Whether a process with that argument runs; one that has ended does not, even if nobody has noticed yet."""
+    """Whether a process with that argument is running; a zombie is not."""
     if not Path("/proc/self/stat").exists():
         shown = subprocess.run(
             ["ps", "-ww", "-o", "stat=,args=", "-p", str(pid)], capture_output=True, text=True
@@ -350,6 +349,6 @@ def _runs(pid: int, argument: str) -> bool:
     except OSError:
         return False
     state, threads = fields[0], int(fields[17])
-    if state in "ZX" and threads <= 1:  # with more, only its first thread has ended
+    if state in "ZX" and threads <= 1:  # with more threads, only the first has ended
         return False
-    return argument in arguments or not arguments  # while a process ends, its arguments are gone
+    return argument in arguments or not arguments  # a process that is ending has no arguments

@@ -6,8 +6,8 @@ from pathlib import Path
 from runner_rig import Rig, running, settings_for_tests, write_agent
 
 from millstream.consumers.log.memory_log import MemoryLog
+from millstream.consumers.runner.runner import RunnerPolicy
 from millstream.consumers.workers import is_alive, read_workers, unclaimed
-from millstream.producers import workers
 
 WAITS = """
     import asyncio
@@ -16,8 +16,7 @@ WAITS = """
 """
 
 
-async def test_a_runner_tells_what_it_does_and_that_it_has_ended(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(workers, "REPORT_S", 0.05)
+async def test_a_runner_tells_what_it_does_and_that_it_has_ended(tmp_path: Path) -> None:
     folder = write_agent(tmp_path, WAITS, "waits.py")
     settings = settings_for_tests()
     topics = settings.topics
@@ -25,7 +24,13 @@ async def test_a_runner_tells_what_it_does_and_that_it_has_ended(tmp_path: Path,
     await rig.publish(range(6))
     await rig.publish([6], priority="low")
     assert await unclaimed(rig.log, topics) == {"high": 0, "normal": 6, "low": 1}
-    options = {"log": rig.log, "settings": settings, "worker_id": "w", "drain_s": 0.0}
+    options = {
+        "log": rig.log,
+        "settings": settings,
+        "worker_id": "w",
+        "drain_s": 0.0,
+        "policy": RunnerPolicy(report_s=0.05),
+    }
     async with running("waits:agent", folder, processes=2, concurrency=2, **options):
         async with asyncio.timeout(20):
             while not (found := await read_workers(rig.log, topics)) or found[0].running < 4:  # noqa: ASYNC110

@@ -68,7 +68,7 @@ def test_a_taken_port_is_named(tmp_path: Path) -> None:
         taken.bind((HOST, free_port()))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"port {port} is taken"):
+        with pytest.raises(ConfigError, match=f"port {port} is in use"):
             LocalKafka(tmp_path, port=port).up()
 
 
