@@ -63,7 +63,7 @@ class ClickHouseStore(Store):
         wanted: dict[str, Any] = {"rollout_id": rollout_ids, **checked(filters, RolloutFilters)}
         asked = {name for name, value in wanted.items() if value is not None}
         if limit is not None and sort_by == "created_at" and asked <= queries.OF_TASKS:
-            # The view is then made for these alone, not for every rollout there ever was.
+            # Then the view is computed for these rollouts alone, not for all.
             wanted = {"rollout_id": queries.read_newest(self._ask, wanted, direction, limit, offset)}
             offset = 0
         order = f"{checked_order(sort_by)} {direction} NULLS LAST, rollout_id {direction}"

@@ -1,4 +1,4 @@
-"""Dead letters, as somebody finds them and sends them again."""
+"""Listing dead letters, and sending them again."""
 
 import asyncio
 from contextlib import asynccontextmanager

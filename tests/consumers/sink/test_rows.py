@@ -57,7 +57,7 @@ def test_a_span_lies_in_an_avro_file_between_its_place_and_its_offset(encoded):
 
 
 @BOTH
-def test_a_claim_is_an_attempt_and_tells_its_task_again(encoded):
+def test_a_claim_is_an_attempt_and_repeats_its_task(encoded):
     task = factories.task(resources_id="v7")
     rows, _ = to_rows(place([factories.event(task, "a", "preparing")], encoded), EVENTS)
     found = dicts(rows)

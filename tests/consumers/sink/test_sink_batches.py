@@ -1,4 +1,4 @@
-"""When the sink stores what it has gathered, and what a sink of somebody's own gets."""
+"""When the role stores what it has gathered, and what a `Sink` gets."""
 
 import asyncio
 
@@ -93,7 +93,7 @@ async def test_each_name_gets_all_records(log, settings):
 async def test_an_error_that_is_no_store_error_ends_the_sink_and_commits_nothing(log, settings):
     send_spans(log, settings, 50)
     kept = Kept()
-    kept.failing, kept.error = 1, ZeroDivisionError("a bug in somebody's sink")
+    kept.failing, kept.error = 1, ZeroDivisionError("a bug in a sink")
     with pytest.raises(ZeroDivisionError):
         await run_to_the_end(SinkRole(log, kept, settings))
     kept.unflushed = []

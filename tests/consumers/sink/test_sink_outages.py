@@ -101,7 +101,7 @@ async def test_a_server_that_is_down_costs_nothing_but_time(server, kafka_settin
     await eventually(lambda: counts(store) == total | {"dead_letters": 0})
     await eventually(lambda: sink.trouble is None)
     assert health.answer("/readyz")[0] == 200
-    assert await group_members(log, settings) == members  # nobody joined or left, nothing was assigned anew
+    assert await group_members(log, settings) == members  # no member joined or left, nothing was reassigned
     stop.set()
     await running
     successor = role(log, writer, settings)
@@ -266,6 +266,6 @@ async def test_partitions_lost_during_an_outage_are_their_new_owners(server, kaf
     assert all(ends[p] - (committed[p] or 0) <= 1 for p in events)  # a transaction's marker is no record
 
 
-def test_bad_rows_are_told_by_the_numbers_that_clickhouse_gives_its_errors(store):
+def test_the_codes_of_bad_rows_are_clickhouses(store):
     for code, name in BAD_ROWS.items():
         assert store.sql(f"SELECT errorCodeToName({code})").rows == [(name,)]

@@ -90,7 +90,7 @@ def test_roll_ups_stay_exact_when_blocks_come_again_with_other_boundaries(writer
     ended = store.sql("SELECT status, sum(rollouts) FROM rollouts_per_minute GROUP BY status ORDER BY status").rows
     assert ended == [("failed", 12), ("succeeded", 48)]
     assert [len(rows) for rows in before.values()] == [6, 6, 6, 7]
-    for cut in (17, 90):  # as after a crash: what was not committed comes again, cut anew
+    for cut in (17, 90):  # as after a crash: what was not committed comes again, in other blocks
         insert(writer, records[cut : cut + 70])
         insert(writer, records[cut + 31 :])
         assert rolled_up(store) == before
@@ -115,7 +115,7 @@ def test_versions_of_a_model_are_compared_by_the_rollouts_that_each_served(write
             for n, version in enumerate(versions):
                 said = {"gen_ai.request.model": "policy"}
                 values += [factories.call(task, "a", str(n), sequence=n, attributes=said, model_version=version)]
-            other = {"gen_ai.request.model": "gpt"}  # is no arm of the policy
+            other = {"gen_ai.request.model": "gpt"}  # not a version of the policy
             values += [factories.call(task, "a", "x", sequence=7, attributes=other, model_version="gpt.0.0")]
             values += [
                 RolloutEnd(

@@ -70,7 +70,7 @@ def dsn(tmp_path_factory):
 
     asyncio.run(run())
     dsn = f"chdb://{folder / 'store'}"
-    held = ms.ClickHouseStore(ms.load_settings(clickhouse_dsn=dsn))  # else each command starts the engine anew
+    held = ms.ClickHouseStore(ms.load_settings(clickhouse_dsn=dsn))  # else each command starts the engine again
     yield dsn
     held.close()
 
@@ -132,7 +132,7 @@ def test_rewards(ask):
     assert (single["name"], single["value"]) == ("reward", -0.5)
 
 
-def test_two_rollouts_of_a_group_part_at_the_second_answer(ask):
+def test_two_rollouts_of_a_group_diverge_at_the_second_answer(ask):
     found = json.loads(ask("diff", RIGHT, WRONG, "--json"))
     assert found["same_steps"] == 1
     assert [side["steps"][0]["text"] for side in found["rollouts"]] == ["4", "5"]

@@ -113,7 +113,7 @@ def test_two_deployments_share_a_store(store, settings):
         "SELECT 1 SETTINGS readonly = 0",
     ],
 )
-def test_a_question_changes_nothing(store, sql):
+def test_a_query_changes_nothing(store, sql):
     with pytest.raises(StoreError, match="readonly"):
         store.sql(sql)
     assert store.sql("SELECT count() FROM tasks_raw").rows == [(0,)]
@@ -322,7 +322,7 @@ def test_a_failed_rollout_says_why(store, write):
     assert list(row.values()) == ["failed", "ValueError", "no", "failed: ValueError: no", False]
 
 
-def test_a_claim_tells_what_the_publisher_did_not_know(store, write):
+def test_a_claim_has_what_the_publisher_did_not_know(store, write):
     task = factories.task()
     write(factories.event(factories.task(rollout_id=task.rollout_id, resources_id="v2"), new_id(), status.PREPARING))
     write(task, topic="millstream.tasks.normal")  # read later

@@ -1,7 +1,6 @@
 """The sink's endpoint for queries, as its clients see it: the process, clickhouse-connect, and HTTP by hand."""
 
 import asyncio
-import gzip
 import json
 import os
 import re
@@ -234,11 +233,3 @@ async def test_commands_read_the_folder_that_a_sink_holds(kafka_settings, tmp_pa
     finally:
         sink.terminate()
     assert await sink.wait() == 0
-
-
-def test_gzip_is_not_taken(folder):
-    """ClickHouse's clients send queries as they are."""
-    from starlette.testclient import TestClient
-
-    answer = TestClient(read_app(str(folder), ""), "http://127.0.0.1").post("/", content=gzip.compress(b"SELECT 1"))
-    assert answer.headers["X-ClickHouse-Exception-Code"] == "62"
