@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import sys
@@ -91,7 +92,7 @@ args = [
 """
 AGENT = "examples.calculator.agent:agent"
 
-console = Console()
+console = Console(record=True)
 
 
 def main(
@@ -104,13 +105,14 @@ def main(
     adapter: Annotated[str, typer.Option(help="module:attribute in place of the adapter's, for another control.")] = "",
     agent: Annotated[str, typer.Option(help="module:attribute; see also langgraph_agent and autogen_team.")] = AGENT,
     seed: int = 0,
+    svg: Annotated[Path | None, typer.Option(help="File to write what is printed to, as a picture.")] = None,
 ) -> None:
     """Train the calculator agent and show what happened."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
     began = time.monotonic()
     run_dir = run_dir.resolve()
     wait = f"; vLLM takes most of a minute to start, and logs in {run_dir}/vllm/log" if vllm else ""
-    console.print(f"the run goes to {run_dir}{wait}", highlight=False, soft_wrap=True)
+    console.print(f"the run goes to {_from_here(run_dir)}{wait}", highlight=False, soft_wrap=True)
     try:
         prepare(run_dir, "" if kafka else agent, vllm, max_steps, groups, lr, seed)
         settings = over_kafka(run_dir, agent, adapter) if kafka else in_process(run_dir, adapter)
@@ -127,6 +129,9 @@ def main(
         f"first step {summary['first_reward']:.2f} → held-out validation {summary['validation_reward']:.2f}: "
         + ("[green]the agent learnt[/green]" if learnt else "[red]the agent did not learn[/red]")
     )
+    if svg is not None:
+        picture = console.export_svg(title="make demo")
+        svg.write_text(re.sub(r"@font-face \{.*?\}", "", picture, flags=re.DOTALL))  # which loads fonts from elsewhere
     raise typer.Exit(0 if learnt else 1)
 
 
@@ -258,7 +263,12 @@ def _broker(folder: Path) -> Iterator[str]:
 
 def _question(clickhouse_dsn: str) -> str:
     millstream = Path(sys.executable).with_name("millstream")
-    return f'MILLSTREAM_CLICKHOUSE_DSN={clickhouse_dsn} {millstream} sql "SELECT …"'
+    return _from_here(f'MILLSTREAM_CLICKHOUSE_DSN={clickhouse_dsn} {millstream} sql "SELECT …"')
+
+
+def _from_here(text: object) -> str:
+    """Paths below the working directory, shown relative to it."""
+    return str(text).replace(f"{Path.cwd()}/", "")
 
 
 def _wait_until_up(url: str, processes: Processes, seconds: float = 30.0) -> None:
