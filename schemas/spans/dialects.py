@@ -1,6 +1,6 @@
 """The attribute names of tracing libraries: a table of dialects, which translates spans to the names of `semconv`.
 
-Spans stay as they came, in the log and in the store; whoever reads a trace reads it `normalised`. Pure. The dialects:
+Log and store keep spans unchanged; readers of a trace call `normalised`. Pure. The dialects:
 
 - OpenTelemetry's semantic conventions for generative AI: the current ones (nothing to do), and the earlier ones, with
   messages in ``gen_ai.prompt.N.*`` or in span events (semantic conventions 1.27 to 1.36).

@@ -157,7 +157,7 @@ async def test_ends_count_what_an_open_transaction_has_written(
     assert await consumer.end_offsets([partition]) == {partition: 3}
     assert await read(consumer, 1, deadline_s=0.5) == []
 
-    late = log.consumer()  # whoever begins at the end still sees what is committed from now on
+    late = log.consumer()  # a reader that starts at the end still sees later commits
     await late.assign([partition], "end")
     producer.commit_transaction(20.0)
     assert len(await read(consumer, 3)) == 3

@@ -1,4 +1,4 @@
-"""What the contract tests are written with. Deadlines suit a real broker, where a rebalance takes seconds."""
+"""Helpers of the contract tests. Deadlines suit a real broker, where a rebalance takes seconds."""
 
 import asyncio
 import time
@@ -85,7 +85,7 @@ class LogUnderTest:
 
 
 class Ownership:
-    """Who of a group's members has been told that it owns what; notes it when two do."""
+    """The owner of each partition among a group's members, by their callbacks; records overlaps."""
 
     def __init__(self) -> None:
         self.owners: dict[Partition, Member] = {}
@@ -93,7 +93,7 @@ class Ownership:
 
 
 class Member:
-    """A consumer, what its listener was told and what it was handed."""
+    """A consumer with the callbacks and records that it got."""
 
     def __init__(self, consumer: Any, ownership: Ownership | None = None) -> None:
         self.consumer = consumer
@@ -140,7 +140,7 @@ class Member:
 
 
 async def poll_until(what: str, condition: Callable[[], object], *members: Member) -> None:
-    """Polls all members side by side until the condition holds; ``what`` says in the failure what it was."""
+    """Polls all members side by side until the condition holds; ``what`` describes it in a failure."""
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < deadline, (
@@ -162,12 +162,14 @@ async def read(consumer: Consumer, count: int, topics: Iterable[str] | None = No
 
 
 async def read_ends(consumer: TransactionalConsumer, count: int) -> tuple[list[LogRecord], list[EndOfPartition]]:
-    """Polls until the end of partitions has been told ``count`` times."""
+    """Polls until ``count`` ends of partitions have been reported."""
     records: list[LogRecord] = []
     ends: list[EndOfPartition] = []
     deadline = time.monotonic() + DEADLINE_S
     while len(ends) < count:
-        assert time.monotonic() < deadline, f"the end was told {len(ends)} times within {DEADLINE_S:.0f} s, not {count}"
+        assert time.monotonic() < deadline, (
+            f"the end was reported {len(ends)} times within {DEADLINE_S:.0f} s, not {count}"
+        )
         for item in await consumer.poll(100, 0.5):
             if isinstance(item, LogRecord):
                 records.append(item)

@@ -68,7 +68,7 @@ async def test_a_group_shares_the_partitions_and_loses_nothing_when_members_come
     send_more("left")
     await poll_until("two owns everything", lambda: two.owned == set(events(log)), two)
     await poll_until("everything was handed out", everything, two)
-    # Nobody ever committed: whoever got a partition began at its beginning, and skipped nothing.
+    # There were no commits: a new owner of a partition starts at its beginning and skips nothing.
     got_from_one = [p for p in events(log) if p in one.revoked]
     assert {r.offset for r in two.records if r.partition == got_from_one[0]} == set(range(40))
     assert one._ownership.violations == []
@@ -237,7 +237,7 @@ async def test_poll_hands_out_no_more_than_was_asked_for(log: LogUnderTest, new_
     assert sorted(found, key=int) == list(map(str, range(20)))
 
 
-async def test_the_end_is_told_each_time_it_is_reached(log: LogUnderTest) -> None:
+async def test_an_end_is_reported_whenever_it_is_reached(log: LogUnderTest) -> None:
     producer = log.producer()
     first, second, *rest = events(log)
     send(log, producer, "0", "1")
@@ -258,8 +258,8 @@ async def test_the_end_is_told_each_time_it_is_reached(log: LogUnderTest) -> Non
     assert ends == [EndOfPartition(second, 1)]
 
 
-async def test_aborted_records_move_nobody_backwards(log: LogUnderTest, new_member: NewMember) -> None:
-    """Positions pass what was aborted; whoever reads on misses nothing and sees nothing twice."""
+async def test_positions_pass_aborted_records(log: LogUnderTest, new_member: NewMember) -> None:
+    """A reader behind aborted records misses nothing and sees nothing twice."""
     producer = log.transactional_producer()
     partition = Partition(log.topics.events, 0)
     member = await new_member().join(log.topics.events)
@@ -275,11 +275,11 @@ async def test_aborted_records_move_nobody_backwards(log: LogUnderTest, new_memb
     assert await member.poll(log.quiet_s) == []
     assert names(member.records) == ["0", "2", "4"]
     ends = await member.consumer.end_offsets([partition])
-    told = [end.offset for end in member.ends if end.partition == partition]
-    assert 5 <= (told[-1] if told else member.consumer.position(partition)) <= ends[partition]
+    reported = [end.offset for end in member.ends if end.partition == partition]
+    assert 5 <= (reported[-1] if reported else member.consumer.position(partition)) <= ends[partition]
 
 
-async def test_the_listener_hears_of_partitions_before_their_records_and_of_their_end(
+async def test_listeners_get_partitions_before_their_records_and_are_called_at_their_loss(
     log: LogUnderTest, new_member: NewMember
 ) -> None:
     producer = log.producer()
@@ -296,11 +296,11 @@ async def test_the_listener_hears_of_partitions_before_their_records_and_of_thei
 
 
 @SEVERAL_MEMBERS
-async def test_a_member_without_partitions_is_told_so(log: LogUnderTest, new_member: NewMember) -> None:
+async def test_a_member_without_partitions_gets_an_empty_assignment(log: LogUnderTest, new_member: NewMember) -> None:
     one = await new_member().join(log.topics.control)
     await poll_until("one owns it", lambda: one.owned, one)
     two = await new_member().join(log.topics.control)
-    await poll_until("two has been told", lambda: two.assignments, one, two)
+    await poll_until("two has an assignment", lambda: two.assignments, one, two)
     assert len(one.owned) + len(two.owned) == 1
 
 

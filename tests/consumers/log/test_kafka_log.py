@@ -30,20 +30,20 @@ async def test_a_broker_that_is_down_is_told_within_ten_seconds() -> None:
     log = KafkaLog(load_settings(kafka_bootstrap_servers=address))
     for call in (log.check, log.create_topics):
         began = time.monotonic()
-        with pytest.raises(LogUnavailable) as told:
+        with pytest.raises(LogUnavailable) as caught:
             await call()
         assert time.monotonic() - began < 10
         for part in (address, "kafka_bootstrap_servers", "millstream kafka up", "refused"):
-            assert part in str(told.value)
+            assert part in str(caught.value)
 
 
 @pytest.mark.kafka
 async def test_missing_topics_are_named_until_they_are_created(kafka_settings: MakeSettings) -> None:
     settings = kafka_settings()
     log = KafkaLog(settings)
-    with pytest.raises(ConfigError, match="millstream topics create") as told:
+    with pytest.raises(ConfigError, match="millstream topics create") as caught:
         await log.check()
-    assert settings.topics.triplets in str(told.value)
+    assert settings.topics.triplets in str(caught.value)
     await log.create_topics()
     await log.check()
     await log.create_topics()  # again, and nothing is wrong

@@ -202,7 +202,7 @@ async def test_a_member_that_leaves_before_the_commit_aborts_the_whole_transacti
     assert await poll(reader) == []
 
 
-async def test_a_producer_that_never_began_unfences_nobody() -> None:
+async def test_a_producer_that_never_began_lifts_no_fence() -> None:
     log = MemoryLog(TOPICS)
     first = log.transactional_producer("t")
     first.init_transactions(1.0)

@@ -74,7 +74,7 @@ def test_back_ends_get_the_types_of_the_conventions() -> None:
 
 
 def in_json(**fields: Any) -> bytes:
-    """As the specification's example has it, with fields that nobody knows yet."""
+    """The specification's example, with unknown fields added."""
     one = {
         "traceId": "5B8EFFF798038103D269B633813FC60C",
         "spanId": "EEE19B7EC3C1B174",

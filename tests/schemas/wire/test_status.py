@@ -25,7 +25,7 @@ from millstream.schemas.wire.status import (
 
 STATUSES = [PREPARING, RUNNING, SUCCEEDED, FAILED, TIMEOUT, UNRESPONSIVE, CANCELLED, LOST, RETRY]
 
-# design.md, "The records", written out once more by hand: whoever changes the table has to mean it.
+# The table written out by hand, so that a change of it is deliberate.
 ALLOWED = {
     (None, PREPARING),
     (PREPARING, PREPARING),
@@ -76,7 +76,7 @@ def test_an_unknown_status_never_follows_and_is_never_followed() -> None:
         ([event(PREPARING), event(SUCCEEDED), end("succeeded")], "succeeded"),
         ([event(PREPARING), end("failed"), event(PREPARING, 2)], "failed"),
         ([end("cancelled")], "cancelled"),
-        ([event(RUNNING)], "queued"),  # nobody claimed it
+        ([event(RUNNING)], "queued"),  # never claimed
     ],
 )
 def test_a_rollout_has_the_status_of_its_events(events: list[AttemptEvent | RolloutEnd], status: str) -> None:
