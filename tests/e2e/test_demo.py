@@ -245,7 +245,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     started = json.loads(pids.read_text())
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(60) == 130
-    assert len(started) == 7
+    assert len(started) == 6
     assert not any(Path(f"/proc/{pid}").exists() for pid in started.values())
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout
     assert left == ""
