@@ -25,7 +25,7 @@ import openai
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
 
 import millstream as ms
-from millstream.consumers.runner.hosts.agent_process import AttemptSender, Channel
+from millstream.consumers.runner.hosts.process_main import AttemptSender, Channel
 from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.process_tracer import ProcessTracer
 from millstream.schemas.ids import new_id

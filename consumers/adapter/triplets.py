@@ -1,7 +1,7 @@
 """Spans → triplets: the pure part of the adapter, which a user's own function may replace.
 
-docs/triplets.md has a picture of the steps. Each has a file: `calls` (each call once), `call_rules` (which take part,
-which can be trained on), `rewards` (what they earn). This module combines them.
+docs/triplets.md has a picture of the steps. Each has a file: `calls` (each call once), `training_rules` (which take
+part, which can be trained on), `reward_matching` (what they earn). This module combines them.
 """
 
 import math
@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from millstream.consumers.adapter.call_rules import Rule, repeats, selection, validation
 from millstream.consumers.adapter.calls import Call, SpanTree, calls_of
-from millstream.consumers.adapter.rewards import (
+from millstream.consumers.adapter.reward_matching import (
     STRATEGIES,
     Candidates,
     Reward,
@@ -23,6 +22,7 @@ from millstream.consumers.adapter.rewards import (
     match,
     rewards_of,
 )
+from millstream.consumers.adapter.training_rules import Rule, repeats, selection, validation
 from millstream.schemas.config.triplet_rules import TripletRules
 from millstream.schemas.import_path import load_object
 from millstream.schemas.spans import semconv

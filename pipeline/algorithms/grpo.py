@@ -1,7 +1,7 @@
 """Group relative policy optimisation, with a torch model in this process.
 
 Sources: Shao et al., DeepSeekMath, arXiv:2402.03300 (GRPO); Yu et al., DAPO, arXiv:2503.14476 (a higher upper clip,
-the mean over tokens instead of over answers, no KL penalty). The advantages are in `credit`.
+the mean over tokens instead of over answers, no KL penalty). The advantages are in `advantages`.
 """
 
 from collections import defaultdict

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from millstream.pipeline.algorithms.credit import Turns, advantages, turn_rewards
+from millstream.pipeline.algorithms.advantages import Turns, advantages, turn_rewards
 from millstream.pipeline.training.algorithm import FinishedRollout, Group
 from millstream.schemas.wire import status
 from millstream.schemas.wire.prefixes import conversations

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from millstream.pipeline.models.weights import check_fit
+from millstream.pipeline.models.weight_files import check_fit
 from millstream.schemas.errors import ConfigError
 
 

@@ -18,7 +18,7 @@ import aiohttp
 from millstream.pipeline.addresses import free_port
 from millstream.pipeline.models.server import UpdateFailed
 from millstream.pipeline.models.vllm_process import VllmOptions, VllmProcess
-from millstream.pipeline.models.weights import Weights, check_fit
+from millstream.pipeline.models.weight_files import Weights, check_fit
 from millstream.pipeline.protocols import model_version
 from millstream.schemas.errors import ConfigError, MillstreamError
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from millstream.pipeline.models.server import UpdateFailed
 from millstream.pipeline.models.vllm_process import DEFAULT_POLICY, VllmOptions, VllmPolicy, VllmProcess
 from millstream.pipeline.models.vllm_replica import Replica
-from millstream.pipeline.models.weights import Weights, allowed, check_fit, check_version, prune, save
+from millstream.pipeline.models.weight_files import Weights, allowed, check_fit, check_version, prune, save
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError
 

@@ -29,8 +29,8 @@ from millstream.pipeline.proxy.cache import AnswerCache
 from millstream.pipeline.proxy.calls import Calls
 from millstream.pipeline.proxy.errors import CallError
 from millstream.pipeline.proxy.recorder import Recorder
-from millstream.pipeline.proxy.replicas import Failed, ReplicaPolicy
-from millstream.pipeline.proxy.targets import Targets
+from millstream.pipeline.proxy.upstreams.replicas import Failed, ReplicaPolicy
+from millstream.pipeline.proxy.upstreams.targets import Targets
 from millstream.producers.blob_store import Blobs
 from millstream.producers.log.paced import PacePolicy
 from millstream.producers.log.port import Producer

@@ -23,13 +23,14 @@ from millstream.pipeline.protocols.openai import BadRequest
 from millstream.pipeline.proxy.attempts import ProxiedAttempt
 from millstream.pipeline.proxy.cache import AnswerCache, cache_key
 from millstream.pipeline.proxy.errors import CallError, refusal
-from millstream.pipeline.proxy.http_client import Exchange
 from millstream.pipeline.proxy.limits import Busy, all_of
 from millstream.pipeline.proxy.recorder import NotRecorded, Recorder
 from millstream.pipeline.proxy.relay import Relay, json_object
-from millstream.pipeline.proxy.replicas import Failed, Replicas, Tries
 from millstream.pipeline.proxy.spans import CallFacts
-from millstream.pipeline.proxy.targets import Target, Targets
+from millstream.pipeline.proxy.upstreams.http_client import Exchange
+from millstream.pipeline.proxy.upstreams.replicas import Failed, Replicas
+from millstream.pipeline.proxy.upstreams.retries import Tries
+from millstream.pipeline.proxy.upstreams.targets import Target, Targets
 
 logger = logging.getLogger(__name__)
 
@@ -125,7 +126,7 @@ class Calls:
         replicas = target.replicas
         deadline = time.monotonic() + replicas.upstream.timeout_s
         headers = _server_headers(request, replicas)
-        tries = replicas.tries("", deadline)
+        tries = Tries(replicas, "", deadline)
         while (replica := await tries.next()) is not None:
             try:
                 async with replicas.post(replica, path, orjson.dumps(asked), headers, deadline) as upstream:
@@ -188,7 +189,7 @@ class Calls:
         if key is not None and (cached := self._cache.get(key)) is not None:
             return await self._answer_again(call, cached)
         headers = _server_headers(call.request, replicas)
-        tries = replicas.tries(call.attempt.rollout_id, call.deadline)
+        tries = Tries(replicas, call.attempt.rollout_id, call.deadline)
         while (replica := await tries.next()) is not None:
             if tries.number > 1:
                 call.restart()

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from millstream.consumers.adapter.read_trace import read_attempts
-from millstream.consumers.adapter.rewards import Reward, rewards_of
+from millstream.consumers.adapter.reward_matching import Reward, rewards_of
 from millstream.consumers.adapter.triplets import Trace, TripletMaker
 from millstream.consumers.log.port import Log
 from millstream.consumers.runner.attempt_writer import AttemptWriter

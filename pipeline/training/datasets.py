@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
-from millstream.pipeline.algorithms.credit import turn_rewards
+from millstream.pipeline.algorithms.advantages import turn_rewards
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.errors import CodecError
 from millstream.schemas.wire import codec

@@ -22,7 +22,7 @@ from millstream.pipeline.addresses import LOOPBACK, is_loopback
 from millstream.pipeline.models.server import ModelServer
 from millstream.pipeline.models.vllm_server import VllmServer
 from millstream.pipeline.proxy import Proxy
-from millstream.pipeline.proxy.targets import DEFAULT
+from millstream.pipeline.proxy.upstreams.targets import DEFAULT
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.schemas.config.upstreams import Upstream

@@ -142,7 +142,7 @@ class Vllm:
         await self._server.start()
 
     async def update(self, replica: int, number: int) -> None:
-        from millstream.pipeline.models.weights import save
+        from millstream.pipeline.models.weight_files import save
 
         saved = save(self._folder / "versions", self._model.weights(number), named(number))
         await self._server.replicas[replica].load(saved)

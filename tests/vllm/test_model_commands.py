@@ -15,7 +15,7 @@ from vllm_rig import ARGS, PYTHON, Client
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.pipeline.addresses import free_port
-from millstream.pipeline.models.weights import save
+from millstream.pipeline.models.weight_files import save
 
 pytestmark = [pytest.mark.vllm, pytest.mark.kafka, pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -18,7 +18,7 @@ from vllm_rig import ENGINE, processes_of
 
 from millstream.pipeline.models.server import UpdateFailed
 from millstream.pipeline.models.vllm_process import VllmPolicy
-from millstream.pipeline.models.weights import Weights
+from millstream.pipeline.models.weight_files import Weights
 from millstream.schemas.errors import ConfigError
 
 pytestmark = [

@@ -12,8 +12,8 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from millstream.consumers.runner.agent import AgentConfig
 from millstream.consumers.runner.attempt_writer import AttemptWriter
-from millstream.consumers.runner.hosts.child import AgentChild
 from millstream.consumers.runner.hosts.port import HostOptions
+from millstream.consumers.runner.hosts.process_handle import AgentChild
 from millstream.schemas.errors import ConfigError, MillstreamError
 
 # The environment of every agent process; nothing else unless it is named: no settings of ours, no secrets.

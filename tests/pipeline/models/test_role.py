@@ -8,7 +8,7 @@ from millstream.consumers.log.memory_log import MemoryLog
 from millstream.pipeline.cli.model import _answered, _read
 from millstream.pipeline.models.role import ModelRole
 from millstream.pipeline.models.server import UpdateFailed
-from millstream.pipeline.models.weights import Weights
+from millstream.pipeline.models.weight_files import Weights
 from millstream.schemas.control import ModelCommand
 from millstream.schemas.ids import new_id
 from millstream.schemas.wire.topics import Topics

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from millstream.pipeline.models.server import UpdateFailed
 from millstream.pipeline.models.vllm_process import DEFAULT_POLICY, VllmOptions, VllmPolicy, VllmProcess
 from millstream.pipeline.models.vllm_replica import Replica
-from millstream.pipeline.models.weights import Weights
+from millstream.pipeline.models.weight_files import Weights
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError, MillstreamError
 

@@ -13,7 +13,7 @@ from policy_server import Fault
 from proxy_rig import ANYWHERE, SECRET, Rig, rig_of
 
 from millstream.pipeline.proxy.app import ProxyPolicy, check_open
-from millstream.pipeline.proxy.replicas import ReplicaPolicy
+from millstream.pipeline.proxy.upstreams.replicas import ReplicaPolicy
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.schemas.attempt_keys import KEY_GRACE_S, attempt_key, attempt_path
 from millstream.schemas.config.settings import load_settings

@@ -86,7 +86,7 @@ class AgentChild(asyncio.Protocol):
                 sys.executable,
                 "-P",
                 "-m",
-                "millstream.consumers.runner.hosts.agent_process",
+                "millstream.consumers.runner.hosts.process_main",
                 str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],

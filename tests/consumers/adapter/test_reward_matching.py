@@ -9,7 +9,7 @@ from factories import T0, call, reward, span, task
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.consumers.adapter.rewards import STRATEGIES
+from millstream.consumers.adapter.reward_matching import STRATEGIES
 from millstream.consumers.adapter.triplets import Trace, TripletMaker
 from millstream.schemas.config.triplet_rules import TripletRules
 from millstream.schemas.spans import semconv

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from millstream.pipeline.proxy.http_client import ConnectionPolicy, HttpError, Server
+from millstream.pipeline.proxy.upstreams.http_client import ConnectionPolicy, HttpError, Server
 
 UNREAD = ConnectionPolicy().unread
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi"

@@ -1,4 +1,4 @@
-"""The replicas of a model server: which one is asked, which one is left alone for a while, and when calls are retried.
+"""The replicas of a model server: which one is asked, and which one is left alone for a while.
 
 A replica that fails several times in a row is left alone (a circuit breaker), for longer each time. A policy's replica
 is back when its ``/health`` says so; any other when one call that tries it succeeds.
@@ -7,7 +7,6 @@ is back when its ``/health`` says so; any other when one call that tries it succ
 import asyncio
 import logging
 import math
-import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any, Final
 import orjson
 from pydantic import SecretStr
 
-from millstream.pipeline.proxy.http_client import ConnectionPolicy, Exchange, HttpError, Server
+from millstream.pipeline.proxy.upstreams.http_client import ConnectionPolicy, Exchange, HttpError, Server
 from millstream.schemas.config.upstreams import Upstream
 from millstream.schemas.ids import rank
 
@@ -93,7 +92,7 @@ class Replicas:
         servers = (Server(url, upstream.max_connections, policy.connections) for url in upstream.urls)
         self.all = [Replica(url, server, policy.failures) for url, server in zip(upstream.urls, servers, strict=True)]
         self.key = key
-        self._clock = clock
+        self.clock = clock
         self._checks: dict[Replica, asyncio.Task[None]] = {}
 
     def close(self) -> None:
@@ -105,7 +104,7 @@ class Replicas:
     def pick(self, rollout_id: str, avoid: Sequence[Replica] = ()) -> Replica | None:
         """A rollout's calls go to the same replica, whose prefix cache knows its prompts, unless that has more than its
         share (consistent hashing with bounded loads: Mirrokni et al. 2018). None if all of them are left alone."""
-        now = self._clock()
+        now = self.clock()
         usable = [replica for replica in self.all if replica.usable(now)]
         usable = [replica for replica in usable if replica not in avoid] or usable
         if len(usable) < 2:
@@ -114,19 +113,15 @@ class Replicas:
         fitting = [replica for replica in usable if replica.in_flight < most] or usable
         return max(fitting, key=lambda replica: rank(rollout_id, replica.url))
 
-    def tries(self, rollout_id: str, deadline: float) -> "Tries":
-        """``deadline`` is of the clock."""
-        return Tries(self, rollout_id, deadline, self._clock)
-
     def cooldown_left_s(self) -> float:
         """Until a replica may be tried again, when all are left alone."""
         if self.upstream.trainable:  # its health is checked
             return self.policy.cooldown_s
-        return max(0.0, min(replica.cooldown_until for replica in self.all) - self._clock())
+        return max(0.0, min(replica.cooldown_until for replica in self.all) - self.clock())
 
     def post(self, replica: Replica, path: str, body: bytes, headers: dict[str, str], deadline: float) -> "Post":
         exchange = replica.server.request("POST", path, headers, body)
-        return Post(self.name, replica, exchange, max(0.0, deadline - self._clock()))
+        return Post(self.name, replica, exchange, max(0.0, deadline - self.clock()))
 
     async def context_length(self, replica: Replica, model: str, headers: dict[str, str], deadline: float) -> int:
         """Tokens of prompt and answer together that a vLLM allows a model. Raises `Failed`."""
@@ -170,7 +165,7 @@ class Replicas:
             return
         policy = self.policy
         cooldown = min(policy.max_cooldown_s, policy.cooldown_s * 2 ** (replica.failures - policy.failures))
-        replica.cooldown_until = self._clock() + cooldown
+        replica.cooldown_until = self.clock() + cooldown
         logger.warning("replica %s of %s is not used for %.0f s: %s", replica.url, self.name, cooldown, error)
         if self.upstream.trainable and replica not in self._checks:
             check = asyncio.create_task(self._until_healthy(replica))
@@ -238,53 +233,6 @@ class Post:
             raise Failed(f"{self._name} did not answer in time", status=504, broken=False) from late
         if isinstance(error, HttpError):
             raise Failed(f"{self._name} can't be reached, or broke off: {error}") from error
-
-
-class Tries:
-    """One call's tries, with a pause between two of them."""
-
-    def __init__(self, replicas: Replicas, rollout_id: str, deadline: float, clock: Callable[[], float]) -> None:
-        self._replicas = replicas
-        self._last: Failed | None = None
-        self._rollout_id = rollout_id
-        self._deadline = deadline
-        self._clock = clock
-        self.number = 0  # of the present try, from 1
-        self._pause_s = 0.0  # before the next one, at least
-        self._replica: Replica | None = None
-
-    @property
-    def last(self) -> Failed:
-        """The last try's failure."""
-        return self._last or Failed(f"no replica of {self._replicas.name} can be reached", status=503)
-
-    async def next(self) -> Replica | None:
-        """The replica to try now; None after enough tries, or when no time is left."""
-        policy = self._replicas.policy
-        while self.number < policy.tries:
-            if self.number:
-                backoff = min(policy.max_backoff_s, policy.backoff_s * 2 ** (self.number - 1))
-                pause = max(self._pause_s, random.uniform(0, backoff))  # noqa: S311 - a jitter
-                if self._clock() + pause > self._deadline:
-                    return None
-                await asyncio.sleep(pause)
-            self.number += 1
-            avoid = () if self._replica is None else (self._replica,)
-            self._replica = self._replicas.pick(self._rollout_id, avoid)
-            if self._replica is not None:
-                return self._replica
-            self._pause_s = self._replicas.cooldown_left_s()
-        return None
-
-    def failed(self, error: Failed) -> None:
-        """The replica that `next` returned has failed."""
-        self._last, self._pause_s = error, error.retry_after_s
-        assert self._replica is not None
-        self._replicas.failed(self._replica, error)
-
-    def succeeded(self) -> None:
-        assert self._replica is not None
-        self._replicas.succeeded(self._replica)
 
 
 def retry_after_s(header: str) -> float:

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 from millstream.consumers.control import ControlFollower
 from millstream.pipeline.protocols.openai import BadRequest
 from millstream.pipeline.proxy.limits import Limiter, limited
-from millstream.pipeline.proxy.replicas import ReplicaPolicy, Replicas
+from millstream.pipeline.proxy.upstreams.replicas import ReplicaPolicy, Replicas
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.config.upstreams import Upstream, upstream_of
 from millstream.schemas.control import LLM

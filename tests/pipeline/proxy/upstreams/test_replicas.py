@@ -10,7 +10,7 @@ from policy_server import Fault
 from proxy_rig import ANYWHERE, rig_of
 from pydantic import SecretStr
 
-from millstream.pipeline.proxy.replicas import Failed, ReplicaPolicy, Replicas, retry_after_s
+from millstream.pipeline.proxy.upstreams.replicas import Failed, ReplicaPolicy, Replicas, retry_after_s
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.producers.control import publish_control
 from millstream.schemas.attempt_keys import attempt_key

@@ -7,7 +7,7 @@ pytest.importorskip("torch")
 import torch
 from safetensors.torch import save_file
 
-from millstream.pipeline.models.weights import Weights, allowed, check_version, prune, save
+from millstream.pipeline.models.weight_files import Weights, allowed, check_version, prune, save
 from millstream.schemas.errors import ConfigError
 
 pytestmark = pytest.mark.torch

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.pipeline.algorithms.credit import advantages, turn_rewards
+from millstream.pipeline.algorithms.advantages import advantages, turn_rewards
 
 rewards = st.floats(-10, 10).map(lambda x: round(x, 3))
 groups = st.lists(

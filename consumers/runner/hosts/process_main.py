@@ -1,4 +1,4 @@
-"""An agent process: ``python -P -m millstream.consumers.runner.hosts.agent_process FD``, started by `child`.
+"""An agent process: ``python -P -m millstream.consumers.runner.hosts.process_main FD``, started by `process_handle`.
 
 It holds the agent and runs its attempts, without access to the log. It receives tasks and sends spans over the socket
 FD (`frames`), and ends when the socket does: it never outlives its runner.
