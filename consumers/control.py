@@ -1,4 +1,4 @@
-"""Follows the control topic: the last record of each key, the latest resources and routing, cancels and pauses."""
+"""Follows the control topic and keeps the last record of each key, the latest resources and the latest routing."""
 
 import asyncio
 import logging
@@ -19,9 +19,9 @@ RETRY_S = 1.0  # while the log is unavailable
 
 
 class ControlFollower:
-    """Reads the topic from its beginning and follows it. Compaction keeps the active segment, so this keeps the last
-    record of each key. One event loop. Calls ``on_cancel`` at each cancel and ``on_control`` with each record; a record
-    for which that raises `ConfigError` is ignored."""
+    """Reads the topic from its beginning, follows it, and keeps the last record of each key (compaction leaves older
+    ones in the active segment). Use it on one event loop. Calls ``on_cancel`` at each cancel and ``on_control`` with
+    each record; ignores a record for which ``on_control`` raises `ConfigError`."""
 
     def __init__(
         self,
@@ -34,16 +34,16 @@ class ControlFollower:
         self._partition = Partition(topics.control, 0)
         self._on_cancel = on_cancel
         self._on_control = on_control
-        self.pauses = False  # whether anything is paused
+        self.pauses = False  # whether any experiment is paused
         self._records: dict[tuple[str, str], Control] = {}
         self._resources: dict[str, Resources] = {}
         self._latest: dict[str, str] = {}  # experiment → resources version
-        self.routing = RoutingTable()  # the latest
+        self.routing = RoutingTable()  # latest
         self._waiters: list[asyncio.Future[None]] = []
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Starts to read; returns when everything that the topic holds now has been read."""
+        """Starts reading. Returns once it has read everything that the topic holds now."""
         consumer = self._log.consumer()
         await consumer.assign([self._partition])
         self._task = asyncio.create_task(self._follow(consumer))
@@ -55,9 +55,9 @@ class ControlFollower:
             await asyncio.wait([self._task])
 
     async def wait_until_current(self) -> None:
-        """Returns when everything that the topic holds at this call has been read.
+        """Returns once it has read everything that the topic holds at this call.
 
-        Raises the error that has ended the follower, if there is one."""
+        Raises the error that ended the follower, if any."""
         assert self._task is not None, "start() first"
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
@@ -69,16 +69,16 @@ class ControlFollower:
         return self._records.get((kind, name))
 
     def pinned(self, resources_id: str) -> Resources | None:
-        """A version by its id."""
+        """The version with this id."""
         return self._resources.get(resources_id)
 
     def latest(self, experiment_id: str) -> Resources | None:
-        """The experiment's latest version, or else the latest without an experiment."""
+        """The experiment's latest version, or the latest one that has no experiment."""
         found = self._latest.get(experiment_id) or self._latest.get("")
         return None if found is None else self._resources[found]
 
     def cancelled(self, task: RolloutTask) -> str | None:
-        """The cancelled scope of the task, as text: its rollout, group or experiment; None without one."""
+        """The task's cancelled rollout, group or experiment, as text ("group g1"). None if it is not cancelled."""
         for scope, name in (
             ("rollout", task.rollout_id),
             ("group", task.group_id),
@@ -89,7 +89,7 @@ class ControlFollower:
         return None
 
     def waits(self, task: RolloutTask) -> bool:
-        """Whether the task may not be claimed now: its experiment is paused, and the task is not cancelled."""
+        """Whether the task can't be claimed now: its experiment is paused and the task is not cancelled."""
         pause = self._records.get(("pause", task.experiment_id))
         return pause is not None and pause.body == "true" and self.cancelled(task) is None
 

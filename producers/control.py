@@ -1,4 +1,4 @@
-"""Publishes records on the control topic; the last record of each key is in force."""
+"""Publishes records on the control topic. The last record of each key applies."""
 
 import json
 import time
@@ -19,15 +19,15 @@ async def publish_control(producer: Producer, topics: Topics, record: Control) -
 
 
 def cancel_record(scope: Literal["rollout", "group", "experiment"], name: str) -> Control:
-    """Cancels its tasks, also those that are published later."""
+    """Cancels the tasks of a rollout, group or experiment, including those published later."""
     return Control(kind="cancel", name=f"{scope}:{name}", body="true", created_at=time.time_ns())
 
 
 def pause_record(experiment_id: str, paused: bool) -> Control:
-    """Pauses or resumes the claims of an experiment's tasks."""
+    """Pauses or resumes claiming of an experiment's tasks."""
     return Control(kind="pause", name=experiment_id, body=json.dumps(paused), created_at=time.time_ns())
 
 
 async def publish_resources(producer: Producer, topics: Topics, resources: Resources) -> None:
-    """Publishes a version, which becomes the latest of its experiment."""
+    """Publishes a version, which becomes its experiment's latest."""
     await publish_control(producer, topics, resources.to_control())

@@ -1,4 +1,4 @@
-"""Publishes tasks: a file of prompts becomes groups of rollouts, spread over the partitions of their priority."""
+"""Turns a file of prompts into groups of rollouts and publishes their tasks on the topic of their priority."""
 
 import json
 import time
@@ -30,7 +30,7 @@ def _one_of(*allowed: str) -> AfterValidator:
 
 
 class TaskLine(BaseModel):
-    """A line of a tasks file: a prompt and, if they differ from the settings, the options of its rollouts."""
+    """A line of a tasks file: a prompt, and the options that override the settings for its rollouts."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -52,7 +52,7 @@ class TaskLine(BaseModel):
 def group_of(
     line: TaskLine, settings: Settings, *, size: int = 1, priority: str = "normal", experiment_id: str = ""
 ) -> list[RolloutTask]:
-    """The ``size`` rollouts of one prompt, which form a group."""
+    """Creates the group of ``size`` rollouts for one prompt."""
     group_id = line.group_id or new_id()
     now = time.time_ns()
     return [
@@ -90,9 +90,9 @@ def read_tasks(
     experiment_id: str = "",
     skip_bad: bool = False,
 ) -> tuple[list[RolloutTask], list[str]]:
-    """The rollouts of a file with one JSON object a line (`TaskLine`), and the errors of lines that were left out.
+    """Reads a file with one JSON object per line (`TaskLine`). Returns its rollouts and the errors of skipped lines.
 
-    Raises `ConfigError` naming file, line and cause for every broken line, unless ``skip_bad``. Ignores empty lines.
+    Raises `ConfigError` with file, line and cause of the invalid lines, unless ``skip_bad``. Ignores empty lines.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -112,12 +112,12 @@ def read_tasks(
     if bad and not skip_bad:
         more = f"\n… and {len(bad) - MAX_PROBLEMS} more" if len(bad) > MAX_PROBLEMS else ""
         shown = "\n".join(bad[:MAX_PROBLEMS])
-        raise ConfigError(f"{shown}{more}\nNothing was published. Fix the file, or skip such lines with --skip-bad.")
+        raise ConfigError(f"{shown}{more}\nNothing was published. Fix the file, or skip invalid lines with --skip-bad.")
     return tasks, bad
 
 
 class TaskPublisher:
-    """Sends tasks; without a key, so partitions take turns."""
+    """Sends tasks without a key, which spreads them over the partitions."""
 
     def __init__(self, producer: Producer, topics: Topics) -> None:
         self._producer = producer

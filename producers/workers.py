@@ -1,4 +1,4 @@
-"""Reports the state of this process: a record on the workers topic every few seconds."""
+"""Reports the state of this process on the workers topic every few seconds."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 def new_worker_id() -> str:
-    """A unique id with the host and the process, for people."""
+    """A unique id that contains the host name and the process id."""
     return f"{socket.gethostname()}-{os.getpid()}-{new_id()[-6:]}"
 
 
@@ -34,7 +34,7 @@ async def reporting(
     *,
     report_s: float = 5.0,
 ) -> AsyncIterator[None]:
-    """Reports while the body runs, and once without slots at its end. ``load``: slots, running.
+    """Reports while the body runs, and once with 0 slots when it ends. ``load`` returns (slots, running).
     ``report_s``: seconds between reports."""
     started, host, ours = time.time_ns(), socket.gethostname(), version("millstream")
 

@@ -1,4 +1,4 @@
-"""The Anthropic SDK: plain, streamed, and with a tool. The task names the way: {"way": "stream", "city": "Paris"}."""
+"""The Anthropic SDK: plain, streamed, and with a tool. The task selects the way: {"way": "stream", "city": "Paris"}."""
 
 import asyncio
 import inspect

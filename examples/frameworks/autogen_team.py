@@ -1,4 +1,4 @@
-"""AutoGen: a team of two. The forecaster has a tool, the critic has the last word."""
+"""AutoGen: a team of a forecaster with a tool and a critic, who writes the last message."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ streaming = OpenAIChatCompletionClient(model=MODEL, max_retries=0, stream_option
 
 
 async def agent(task: dict[str, Any]) -> str:
-    """The last word; with {"stream": true} the model streams it."""
+    """Returns the last message. {"stream": true} streams the model calls."""
     stream = bool(task.get("stream"))
     model = streaming if stream else plain
     forecaster = AssistantAgent(

@@ -1,4 +1,4 @@
-"""CrewAI: a crew of two. The forecaster has a tool, the editor makes a report of what it found."""
+"""CrewAI: a crew of a forecaster with a tool and an editor, who writes the report."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ def weather(city: str) -> str:
 
 
 async def agent(task: dict[str, Any]) -> str:
-    """The report; with {"stream": true} the model streams it."""
+    """Returns the report. {"stream": true} streams the model calls."""
     model = LLM(MODEL, max_retries=0, stream=bool(task.get("stream")))
     given: dict[str, Any] = {"llm": model, "max_retry_limit": 0}
     forecaster = Agent(role="forecaster", goal="Know the weather", backstory="You look.", tools=[weather], **given)

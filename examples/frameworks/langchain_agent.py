@@ -1,4 +1,4 @@
-"""LangChain: a ready-made agent with a tool."""
+"""LangChain: a prebuilt agent with a tool."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ forecaster = create_agent(model, [weather], name="forecaster")
 
 
 async def agent(task: dict[str, Any]) -> str:
-    """The answer; with {"stream": true} the model's words are put together as they come."""
+    """Returns the answer. {"stream": true} joins it from streamed chunks."""
     asked: Any = {"messages": question(task["city"])}
     if not task.get("stream"):
         return str((await forecaster.ainvoke(asked))["messages"][-1].content)

@@ -1,4 +1,4 @@
-"""LangGraph: a graph of one's own. The planner asks for the tool, the reporter writes the answer."""
+"""LangGraph: a custom graph. The planner calls the tool, the reporter writes the answer."""
 
 from typing import Annotated, Any, TypedDict
 
@@ -51,7 +51,7 @@ graph = made()
 
 
 def agent(task: dict[str, Any]) -> str:
-    """The answer; with {"stream": true} the model's words are put together as they come."""
+    """Returns the answer. {"stream": true} joins it from streamed chunks."""
     asked = {"messages": question(task["city"])}
     if not task.get("stream"):
         return str(graph.invoke(asked)["messages"][-1].content)

@@ -1,4 +1,4 @@
-"""The OpenAI Agents SDK: a triage agent that hands over to a forecaster with a tool."""
+"""The OpenAI Agents SDK: a triage agent that hands off to a forecaster with a tool."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ triage = Agent(name="triage", model=model, handoffs=[forecaster], model_settings
 
 
 async def agent(task: dict[str, Any]) -> str:
-    """The answer; with {"stream": true} the model streams it."""
+    """Returns the answer. {"stream": true} streams the model calls."""
     if not task.get("stream"):
         return str((await Runner.run(triage, question(task["city"]))).final_output)
     result = Runner.run_streamed(triage, question(task["city"]))

@@ -1,4 +1,4 @@
-"""The OpenAI SDK, called in each of the ways it knows. The task names one: {"way": "stream", "city": "Paris"}."""
+"""The OpenAI SDK, called in each of its ways. The task selects one: {"way": "stream", "city": "Paris"}."""
 
 import asyncio
 import inspect
@@ -55,7 +55,7 @@ async def responses_async(city: str) -> Any:
 
 
 def tools(city: str) -> Any:
-    """The model asks for a tool and is told what it gave."""
+    """Calls the tool that the model requests and sends the result back."""
     messages: list[Any] = question(city)
     offered: Any = [{"type": "function", "function": WEATHER_SCHEMA}]
     message = client.chat.completions.create(model=MODEL, messages=messages, tools=offered).choices[0].message

@@ -1,4 +1,4 @@
-"""No SDK at all: the model is called over HTTP, the tool by hand."""
+"""No SDK: calls the model over HTTP and runs the tool itself."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the agents of this folder have in common: a question, a tool that answers it, and the model they ask."""
+"""Shared by the agents of this folder: the question, the tool that answers it, and the model."""
 
 from typing import Any
 

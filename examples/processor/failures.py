@@ -1,5 +1,5 @@
-"""A processor that counts failed attempts by the type of their error. Run it with
-``python -m examples.processor.failures``; several processes share the work."""
+"""Counts failed attempts by error type. Run it with ``python -m examples.processor.failures``; several processes share
+the work."""
 
 import asyncio
 from collections import Counter

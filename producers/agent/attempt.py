@@ -1,5 +1,5 @@
-"""Which attempt the running code belongs to. It travels in OpenTelemetry's context: through tasks, ``to_thread``,
-threads and executors (with the threading instrumentation), however many attempts share the process."""
+"""Finds the attempt that the running code belongs to. OpenTelemetry's context carries it through tasks,
+``to_thread``, threads and executors (with the threading instrumentation). Several attempts can share the process."""
 
 import json
 import threading
@@ -24,7 +24,7 @@ _KEY = otel.create_key("millstream.attempt")
 
 @dataclass(frozen=True, slots=True)
 class RolloutInfo:
-    """What an agent is told about its rollout if it asks for a ``rollout``."""
+    """Describes its rollout to an agent that has a ``rollout`` parameter."""
 
     rollout_id: str
     attempt_id: str
@@ -36,24 +36,24 @@ class RolloutInfo:
 
 @dataclass(eq=False)
 class AttemptContext:
-    """One running attempt, as its own code sees it. ``emit`` takes its finished spans and ``save`` its state, from any
-    thread."""
+    """One running attempt, as its own code sees it. ``emit`` takes finished spans and ``save`` the state; both may be
+    called from any thread."""
 
     task: RolloutTask
     attempt_id: str
     emit: Callable[[Span], None]
     save: Callable[[bytes], None]
     resources: Mapping[str, Resource] = field(default_factory=dict)
-    on_calling: Callable[[bool], None] = lambda calling: None  # told when a model is being called, and when none is
-    proxy_url: str = ""  # empty: there is no proxy
-    proxy_key: str = ""  # the gateway takes it, too
-    gateway_url: str = ""  # empty: spans can't be sent there
+    on_calling: Callable[[bool], None] = lambda calling: None  # gets whether a model call is running
+    proxy_url: str = ""  # empty without a proxy
+    proxy_key: str = ""  # also for the gateway
+    gateway_url: str = ""  # empty without a gateway
     sequence: "count[int]" = field(default_factory=lambda: count(1))
     rewarded: bool = False  # a reward has been emitted
     tracer: Tracer = field(default_factory=NoOpTracer)
-    context: Context = field(default_factory=Context)  # that of its code: below its root span
-    state: bytes | None = None  # the last one saved, by this attempt or the one before it
-    threads: set[threading.Thread] = field(default_factory=set)  # those it started that have made calls or spans
+    context: Context = field(default_factory=Context)  # of its code, with the root span as the current one
+    state: bytes | None = None  # last saved, by this attempt or an earlier one
+    threads: set[threading.Thread] = field(default_factory=set)  # started by it, and made calls or spans
     alone: bool = True  # no other attempt has run in this process at the same time
     ended: bool = False
 
@@ -64,7 +64,7 @@ class AttemptContext:
 
     @contextmanager
     def calling(self) -> Iterator[None]:
-        """The body is a model call."""
+        """Marks the body as a model call."""
         self._count_call(1)
         try:
             yield
@@ -79,12 +79,12 @@ class AttemptContext:
 
     @cached_property
     def path(self) -> str:
-        """Prefix of its paths at the proxy."""
+        """Path prefix of its requests to the proxy."""
         return attempt_path(self.task.rollout_id, self.attempt_id)
 
     @property
     def base_url(self) -> str:
-        """Where its model calls go, without /v1; empty if there is no proxy."""
+        """Base URL of its model calls, without /v1. Empty without a proxy."""
         return self.proxy_url and self.proxy_url.rstrip("/") + self.path
 
     @cached_property
@@ -96,12 +96,12 @@ class AttemptContext:
 
 
 def current_attempt(context: Context | None = None) -> AttemptContext | None:
-    """The attempt that ``context`` (the current one) belongs to."""
+    """The attempt of ``context``, by default of the current context."""
     return cast("AttemptContext | None", otel.get_value(_KEY, context))
 
 
 def enter(attempt: AttemptContext) -> Token[Context]:
-    """Makes the running task or thread part of the attempt, in a context that has nothing else in it."""
+    """Makes the running task or thread part of the attempt, in a new context that holds nothing else."""
     return otel.attach(otel.set_value(_KEY, attempt, Context()))
 
 

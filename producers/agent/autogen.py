@@ -1,7 +1,7 @@
-"""Spans of AutoGen's teams and tool calls. Its agents' spans are its own, and its model calls are the SDK's.
+"""Creates spans of AutoGen's teams and tool calls. AutoGen creates its agents' spans, and the SDK those of model calls.
 
-AutoGen (0.7) makes spans of tool calls that hold neither arguments nor result. OpenInference's instrumentation has
-them, but says Ok of a tool that failed, and repeats the model calls of the SDK and the spans of the agents.
+AutoGen's own tool spans (0.7) hold neither arguments nor result. OpenInference's instrumentation records both, but
+reports Ok for a tool that failed, and duplicates the SDK's model calls and AutoGen's agent spans.
 """
 
 from collections.abc import AsyncIterator, Iterator
@@ -22,10 +22,10 @@ _OUR_TOOL_CALL = otel.create_key("millstream.autogen.tool")
 
 
 class AutogenInstrumentor:
-    """Like an instrumentor of OpenTelemetry's."""
+    """Has the interface of an OpenTelemetry instrumentor."""
 
     def instrument(self, *, tracer_provider: TracerProvider, **_options: Any) -> None:
-        """Once in a process. Raises AttributeError or ImportError if this AutoGen is another than we know."""
+        """Call it once per process. Raises AttributeError or ImportError for an unsupported AutoGen version."""
         tracer = tracer_provider.get_tracer("millstream.autogen")
         wrap = wrapt.wrap_function_wrapper
         wrap("autogen_agentchat.teams", "BaseGroupChat.run_stream", partial(_run_team, tracer))
@@ -41,7 +41,7 @@ def _wrap_mcp(module: ModuleType) -> None:
 async def _run_team(
     tracer: Tracer, wrapped: Any, team: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AsyncIterator[Any]:
-    """The span is current while the team works, and not while the caller looks at a message."""
+    """Keeps the span current while the team works, but not while the caller handles a message."""
     attributes = {semconv.OPERATION: "invoke_workflow", semconv.WORKFLOW_NAME: team.name}
     span = tracer.start_span(f"invoke_workflow {team.name}", attributes=attributes)
     inside = set_span_in_context(span)
@@ -91,7 +91,7 @@ async def _call_tool(tracer: Tracer, wrapped: Any, instance: Any, args: tuple[An
 def _inner_tool_span(
     wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AbstractContextManager[Any]:
-    """Within a tool call of ours, AutoGen's span of the same call is left out."""
+    """Omits AutoGen's span of a tool call that already has ours."""
     ours = otel.get_value(_OUR_TOOL_CALL)
     if ours is None or ours is not trace.get_current_span():
         return cast("AbstractContextManager[Any]", wrapped(*args, **kwargs))
@@ -100,7 +100,7 @@ def _inner_tool_span(
 
 @contextmanager
 def _noting_errors(span: Span) -> Iterator[Span]:
-    """The agent turns a tool's exception into text for the model: here it can still be seen."""
+    """Records a tool's exception before the agent converts it to text for the model."""
     try:
         yield span
     except Exception as error:

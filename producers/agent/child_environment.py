@@ -1,4 +1,4 @@
-"""What a process that an agent starts has to know to be part of the agent's attempt, in whatever language it is."""
+"""Environment variables that make a child process, in any language, part of its agent's attempt."""
 
 import os
 from urllib.parse import quote
@@ -13,16 +13,16 @@ from millstream.schemas.spans import semconv
 def attempt_environment() -> dict[str, str]:
     """Environment variables for a process of the current attempt: ``Popen(…, env=os.environ | attempt_environment())``.
 
-    ``OPENAI_…`` and ``ANTHROPIC_…``: the attempt's address at the proxy, with its key. ``OTEL_…``: where an OTLP
-    exporter has to send spans, with the key and the attempt as resource attributes; only where ``gateway_url`` is set.
-    ``TRACEPARENT``: the current span, as the parent of the process's own. Spans count if the process has flushed its
-    exporter before the agent returns.
+    ``OPENAI_…`` and ``ANTHROPIC_…``: the attempt's URL at the proxy and its key. ``OTEL_…``: the endpoint of the OTLP
+    exporter, its key, and the attempt as resource attributes; only if ``gateway_url`` is set. ``TRACEPARENT``: the
+    current span, as the parent of the process's spans. Spans count only if the process flushes its exporter before the
+    agent returns.
 
     Raises `OutsideRollout`.
     """
     attempt = current_attempt()
     if attempt is None or attempt.ended:
-        raise OutsideRollout("attempt_environment() has to be called within a rollout, whose attempt it describes")
+        raise OutsideRollout("attempt_environment() must be called within a rollout")
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier)
     variables = {"TRACEPARENT": carrier["traceparent"]} if carrier else {}

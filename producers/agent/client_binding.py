@@ -1,7 +1,7 @@
-"""One HTTP client serves every attempt: a request to the proxy gets the path and the key of the attempt that makes it.
+"""Gives each request to the proxy the path and the key of the attempt that makes it.
 
-Agents make their client once, at import, when there is no attempt yet; so what binds a call to its attempt is put in
-when the request is sent, from OpenTelemetry's context.
+Agents often create their client at import, before any attempt. So the request is bound when it is sent, to the attempt
+of OpenTelemetry's current context, and one client serves all attempts.
 """
 
 import inspect
@@ -23,17 +23,17 @@ HTTP_CLIENTS = ("httpx", "httpx2")  # openai 3 and anthropic 2 use httpx2
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _Origin = tuple[str, str, int]
 
-_proxies: dict[_Origin, bytes] = {}  # → the path below which the proxy lives, mostly empty
+_proxies: dict[_Origin, bytes] = {}  # → the proxy's base path, usually empty
 _wrapped: set[str] = set()
 _trace_context = TraceContextTextMapPropagator()
 
 
 class OutsideRollout(MillstreamError, RuntimeError):
-    """A model was called through the proxy by code that belongs to no attempt, or to one that has ended."""
+    """Code outside a running attempt called a model through the proxy, or `attempt_environment`."""
 
 
 def bind_clients(proxy_url: str) -> None:
-    """From now on, binds every request to this proxy. Raises `ConfigError` if it is not a URL."""
+    """Binds all later requests to this proxy. Raises `ConfigError` if it is not a URL."""
     origin, base = _place(proxy_url)
     _proxies[origin] = base
     for name in HTTP_CLIENTS:
@@ -51,15 +51,14 @@ def _place(proxy_url: str) -> tuple[_Origin, bytes]:
 
 
 def _wrap(module: ModuleType) -> None:
-    # The wrapped function of an AsyncClient returns a coroutine: the request is bound when it is made, in the context
-    # of the caller, which is the one that counts.
+    # AsyncClient.send returns a coroutine. The request is bound when that is created, in the caller's context.
     wrapt.wrap_function_wrapper(module, "Client.send", _send)
     wrapt.wrap_function_wrapper(module, "AsyncClient.send", _send)
 
 
 def _send(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     attempt = _bind(args[0] if args else kwargs["request"])
-    if attempt is None or attempt.task.unresponsive_s is None:  # nobody wants to know how long it takes
+    if attempt is None or attempt.task.unresponsive_s is None:  # no limit to enforce
         return wrapped(*args, **kwargs)
     if inspect.iscoroutinefunction(wrapped):
         return _awaited(attempt, wrapped(*args, **kwargs))
@@ -73,16 +72,16 @@ async def _awaited(attempt: AttemptContext, answer: Awaitable[Any]) -> Any:
 
 
 def _bind(request: Any) -> AttemptContext | None:
-    """Its attempt, if the request goes to the proxy."""
+    """Binds a request to the proxy to the current attempt and returns that. None for other requests."""
     url = request.url
     origin = url.scheme, url.host, url.port or _DEFAULT_PORTS.get(url.scheme, 0)
     base = _proxies.get(origin)
     if base is None:
         return None
     attempt = current_attempt()
-    bound = url.raw_path.startswith(base + b"/rollout/")  # by `clients`, or sent again by the caller
+    bound = url.raw_path.startswith(base + b"/rollout/")  # by `clients`, or by an earlier send
     if bound and (attempt is None or not url.raw_path.startswith(base + attempt.path.encode() + b"/")):
-        return None  # to the attempt that its client was made for, which is not the one whose code this is
+        return None  # its client is bound to another attempt
     if attempt is None:
         raise OutsideRollout(
             f"{request.method} {url}: the model can be called only within a rollout, because the proxy records each "
@@ -91,7 +90,7 @@ def _bind(request: Any) -> AttemptContext | None:
     if attempt.ended:
         raise OutsideRollout(
             f"{request.method} {url}: thread {threading.current_thread().name!r} belongs to a rollout that has ended. "
-            "If it works for other rollouts too, let a ThreadPoolExecutor be the worker, which knows whose work it is."
+            "If other rollouts use it too, use a ThreadPoolExecutor, which runs each task in its rollout's context."
         )
     note_call(attempt)
     if not bound:

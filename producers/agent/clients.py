@@ -1,4 +1,4 @@
-"""Clients of model SDKs that belong to the rollout they are made in."""
+"""Creates clients of model SDKs that are bound to the current rollout."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def openai_client(**options: Any) -> "openai.OpenAI":
-    """An OpenAI client whose calls go to the proxy as those of the current attempt, whichever thread makes them.
+    """An OpenAI client that calls the proxy for the current attempt, from any thread.
 
-    ``options`` are ``openai.OpenAI``'s. Where there is no proxy, or no rollout yet, it is an ordinary client: made when
-    the agent's module is imported, it serves each rollout whose code uses it.
+    ``options`` are those of ``openai.OpenAI``. Without a proxy or a current rollout it returns an ordinary client: one
+    created when the agent's module is imported serves every rollout that uses it.
     """
     import openai
 

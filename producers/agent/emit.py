@@ -1,7 +1,7 @@
-"""What an agent says for itself: rewards, and spans of its own making.
+"""Records rewards and spans from an agent's own code.
 
-All of it returns at once, so it is for ``async def`` as much as for ``def``, and raises `EmitError` for what can't be
-recorded. Outside a rollout it does nothing but warn, once in a process.
+No function here blocks, so all can be called from ``async def``. Each raises `EmitError` for a value that can't be
+recorded. Outside a rollout they only warn, once per process.
 """
 
 import logging
@@ -28,13 +28,13 @@ from millstream.schemas.spans.text import as_text, texts
 logger = logging.getLogger(__name__)
 _warned = threading.Event()
 
-# Long contents go to the blob store, and through the agent's process and its runner on their way.
+# Large contents pass through the agent's process and its runner to the blob store.
 MAX_ATTRIBUTE_BYTES = 64 << 20
 MAX_SPAN_BYTES = 128 << 20
 
 
 class EmitError(MillstreamError, ValueError):
-    """What was given can't be recorded; the message names the span and the attribute."""
+    """A value can't be recorded. The message names the span and the attribute."""
 
 
 class RewardError(EmitError):
@@ -42,28 +42,25 @@ class RewardError(EmitError):
 
 
 def attempt_or_warning(what: str) -> AttemptContext | None:
-    """The attempt that the calling code belongs to. Without one, says so once in a process."""
+    """The attempt of the calling code. Without one, logs a warning once per process and returns None."""
     attempt = current_attempt()
     if attempt is None and not _warned.is_set():
         _warned.set()
-        logger.warning("%s is recorded nowhere: this code does not run within a rollout", what)
+        logger.warning("%s is not recorded: this code does not run within a rollout", what)
     return attempt
 
 
 def emit_reward(value: float | Mapping[str, float], name: str | None = None, *, for_call: str | None = None) -> None:
-    """Records a reward for what the agent has just done: it counts for the latest model call that ended before it, or
-    for the one whose response id is ``for_call`` (``completion.id``).
+    """Records a reward. It is credited to the latest model call that ended before it, or to the one whose response id
+    is ``for_call`` (``completion.id``).
 
-    ``value`` is a number, called ``reward`` unless ``name`` says otherwise; or several by their names, each of which
-    becomes a reward of its own. May be called any number of times. Raises `RewardError`, and records none of them,
-    unless each is a finite number.
+    ``value`` is a number, recorded under ``name`` (default ``reward``), or a dict of rewards by name. May be called any
+    number of times. Raises `RewardError`, and records none of them, unless each is a finite number.
     """
     if not isinstance(value, Mapping):
         rewards = {name or "reward": value}
     elif name is not None or not value:
-        raise RewardError(
-            f"rewards {dict(value)!r}: a dict holds at least one, and their names; leave out name={name!r}"
-        )
+        raise RewardError(f"rewards {dict(value)!r}, name={name!r}: pass a dict of at least one reward, without a name")
     else:
         rewards = dict(value)
     numbers = {each: _finite(each, number) for each, number in rewards.items()}
@@ -82,21 +79,21 @@ def emit_reward(value: float | Mapping[str, float], name: str | None = None, *, 
 
 
 def emit_span(name: str, attributes: Mapping[str, Any] | None = None) -> None:
-    """Records a moment: a span without length, below the current one.
+    """Records a span of zero duration, below the current one.
 
-    ``attributes`` hold anything JSON does, at most `MAX_ATTRIBUTE_BYTES` each and `MAX_SPAN_BYTES` together.
-    ``gen_ai.operation.name`` says what it is (``execute_tool``: a tool call), ``error.type`` makes it a failure.
+    ``attributes`` hold JSON values, at most `MAX_ATTRIBUTE_BYTES` each and `MAX_SPAN_BYTES` in total.
+    ``gen_ai.operation.name`` sets its kind (``execute_tool``: a tool call), ``error.type`` marks it as failed.
     """
     given = checked(name, attributes)
     _moment(name, given, given.get(semconv.ERROR_TYPE))
 
 
 def emit_otel_span(name: str, attributes_or_span: Mapping[str, Any] | ReadableSpan | None = None) -> None:
-    """Records a span that was made elsewhere with OpenTelemetry, by another process say, under this name: with its own
-    times, status, events and links. It keeps its parent, or hangs below the current span if it has none. Attributes
-    instead of a span are recorded as `emit_span` does.
+    """Records an OpenTelemetry span that was created elsewhere, for example in another process, under this name. Keeps
+    its times, status, events and links, and its parent; without a parent, it becomes a child of the current span.
+    Attributes instead of a span are recorded as by `emit_span`.
 
-    Spans that are made here with OpenTelemetry's global tracer provider are recorded without it.
+    Spans created here with OpenTelemetry's global tracer provider are recorded without this call.
     """
     span = attributes_or_span
     if not isinstance(span, ReadableSpan):
@@ -104,7 +101,7 @@ def emit_otel_span(name: str, attributes_or_span: Mapping[str, Any] | ReadableSp
         return
     checked(name, span.attributes)
     if span.get_span_context() is None or span.end_time is None:
-        raise EmitError(f"span {name!r}: a span can be recorded when it has ended, and this one has not")
+        raise EmitError(f"span {name!r}: a span can be recorded only after it has ended")
     attempt = attempt_or_warning(f"span {name!r}")
     if attempt is None:
         return
@@ -118,27 +115,27 @@ def emit_otel_span(name: str, attributes_or_span: Mapping[str, Any] | ReadableSp
 
 
 def emit_message(message: str, attributes: Mapping[str, Any] | None = None) -> None:
-    """Records a line of text: what the agent would log."""
+    """Records a line of text, like a log line."""
     if not isinstance(message, str):
-        raise EmitError(f"a message is text, not {type(message).__name__}: emit_object records anything else")
+        raise EmitError(f"a message must be a string, not {type(message).__name__}; use emit_object for other values")
     emit_span(semconv.AGL_MESSAGE, {semconv.AGL_MESSAGE_BODY: message, **(attributes or {})})
 
 
 def emit_object(value: Any, attributes: Mapping[str, Any] | None = None) -> None:
-    """Records a value as JSON, with its type: what JSON holds, and besides dataclasses, pydantic models, dates, sets
-    and bytes (in base64)."""
+    """Records a value as JSON, with its type. Takes JSON values, dataclasses, pydantic models, dates, sets and bytes
+    (as base64)."""
     kind = type(value)
     full_name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     try:
         text = to_json(value, bytes_mode="base64").decode()
     except (PydanticSerializationError, ValueError, RecursionError) as error:
-        raise EmitError(f"span {semconv.AGL_OBJECT!r}: an object of type {full_name} is no JSON: {error}") from error
+        raise EmitError(f"span {semconv.AGL_OBJECT!r}: an object of type {full_name} is not JSON: {error}") from error
     given = {semconv.AGL_OBJECT_TYPE: full_name, semconv.AGL_OBJECT_JSON: text}
     emit_span(semconv.AGL_OBJECT, given | dict(attributes or {}))
 
 
 def emit_exception(exception: BaseException, attributes: Mapping[str, Any] | None = None) -> None:
-    """Records an error that the agent has dealt with: a failed span with its type, message and stack."""
+    """Records an error that the agent handled, as a failed span with its type, message and stack."""
     told = TracebackException.from_exception(exception)
     kind, message = type(exception).__name__, str(told)
     given = {
@@ -152,21 +149,21 @@ def emit_exception(exception: BaseException, attributes: Mapping[str, Any] | Non
 
 
 def emit_annotation(attributes: Mapping[str, Any]) -> None:
-    """Records what is to be known about the rollout at this point: tags, notes, measurements."""
+    """Records tags, notes or measurements about the rollout at this point."""
     emit_span(semconv.AGL_ANNOTATION, attributes)
 
 
 def checked(name: str, attributes: Mapping[str, Any] | None) -> dict[str, str]:
-    """The attributes as texts. Raises `EmitError` for what is no JSON or too large."""
+    """Converts the attributes to text. Raises `EmitError` for one that is not JSON or is too large."""
     given: dict[str, str] = {}
     total = len(name)
     for key, value in (attributes or {}).items():
         if not isinstance(key, str):
-            raise EmitError(f"span {name!r}: attribute {key!r}: its name is not a string")
+            raise EmitError(f"span {name!r}: attribute name {key!r} is not a string")
         try:
             given[key] = text = as_text(value)
         except (TypeError, ValueError, RecursionError) as error:
-            raise EmitError(f"span {name!r}: attribute {key!r} is no JSON: {error}") from error
+            raise EmitError(f"span {name!r}: attribute {key!r} is not JSON: {error}") from error
         size = len(text) if text.isascii() else len(text.encode())
         if size > MAX_ATTRIBUTE_BYTES:
             raise _too_large(f"span {name!r}: attribute {key!r}", size, MAX_ATTRIBUTE_BYTES)
@@ -178,17 +175,17 @@ def checked(name: str, attributes: Mapping[str, Any] | None) -> dict[str, str]:
 
 def _too_large(what: str, size: int, limit: int) -> EmitError:
     return EmitError(
-        f"{what}: {size:,} bytes, of at most {limit:,}. Keep it in a file or object store of yours, and its name here"
+        f"{what}: {size:,} bytes, of at most {limit:,}. Keep it in a file or object store and record its name here"
     )
 
 
 def _finite(name: str, value: Any) -> float:
     try:
-        number = float(value) if hasattr(value, "__float__") else math.nan  # not from text
+        number = float(value) if hasattr(value, "__float__") else math.nan  # rejects strings
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise RewardError(f"reward {name!r} is {value!r}; it has to be a finite number")
+        raise RewardError(f"reward {name!r} is {value!r}; it must be a finite number")
     return number
 
 

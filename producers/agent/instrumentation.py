@@ -1,4 +1,4 @@
-"""Tracing of other people's packages. What is missing or broken costs its spans and a warning, never the run."""
+"""Instruments the frameworks that agents use. A missing or failing instrumentation only logs a warning."""
 
 import logging
 import re
@@ -22,19 +22,19 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Framework:
-    """A package that agents are made with, and what traces it."""
+    """A package that agents use, and its instrumentation."""
 
     name: str  # for --instrument
-    module: str  # whoever imports it uses the framework
-    instrumentor: str  # module:class, an instrumentor as OpenTelemetry's
-    requirement: str  # what to install for it
+    module: str  # importing it triggers the instrumentation
+    instrumentor: str  # module:class, with the interface of an OpenTelemetry instrumentor
+    requirement: str  # pip requirement of the instrumentation
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def installed(self) -> bool:
         return find_spec(self.module.partition(".")[0]) is not None
 
     def traceable(self) -> bool:
-        """Its instrumentation is installed."""
+        """Whether its instrumentation is installed."""
         try:
             metadata.version(re.split("[=<>]", self.requirement)[0])
         except metadata.PackageNotFoundError:
@@ -45,7 +45,7 @@ class Framework:
 _GENAI = "opentelemetry.instrumentation.genai"
 _GENAI_PACKAGE = "opentelemetry-instrumentation-genai"
 
-# Beta releases: pinned as they were tested together (the extra `frameworks`).
+# Beta releases, pinned to the versions tested together (the extra `frameworks`).
 FRAMEWORKS = {
     framework.name: framework
     for framework in (
@@ -53,7 +53,7 @@ FRAMEWORKS = {
         Framework(
             "anthropic", "anthropic", f"{_GENAI}.anthropic:AnthropicInstrumentor", f"{_GENAI_PACKAGE}-anthropic==1.3b0"
         ),
-        # LangGraph's callbacks are LangChain's.
+        # Covers LangGraph, which uses LangChain's callbacks.
         Framework(
             "langchain",
             "langchain_core",
@@ -62,10 +62,10 @@ FRAMEWORKS = {
         ),
         Framework(
             "openai-agents",
-            "agents.tracing",  # not "agents": that may be a package of the user's
+            "agents.tracing",  # not "agents", which may be a package of the user
             f"{_GENAI}.openai_agents:OpenAIAgentsInstrumentor",
             f"{_GENAI_PACKAGE}-openai-agents==1.3b0",
-            options={"disable_openai_trace_export": True},  # it would send every trace to OpenAI, with our key
+            options={"disable_openai_trace_export": True},  # else it sends every trace to OpenAI, with our key
         ),
         Framework(
             "autogen",
@@ -86,9 +86,9 @@ _hooked: set[str] = set()
 
 
 def chosen(names: str | None) -> tuple[str, ...]:
-    """What ``--instrument`` asks for: a comma-separated list of `FRAMEWORKS`, ``none``, or None for all of them.
+    """Parses ``--instrument``: a comma-separated list of `FRAMEWORKS`, ``none``, or None for all of them.
 
-    Raises `ConfigError` for a name that nobody knows.
+    Raises `ConfigError` for an unknown name or an empty list.
     """
     if names is None:
         return tuple(FRAMEWORKS)
@@ -104,10 +104,10 @@ def chosen(names: str | None) -> tuple[str, ...]:
 
 
 def report(names: Iterable[str]) -> None:
-    """Says in the log what will be traced, and what could be if something were installed."""
+    """Logs which frameworks are traced, and which lack their instrumentation."""
     installed = [FRAMEWORKS[name] for name in names if FRAMEWORKS[name].installed()]
     traced = [framework.name for framework in installed if framework.traceable()]
-    logger.info("instruments what the agent imports of: %s", ", ".join(traced) or "nothing")
+    logger.info("instruments on import: %s", ", ".join(traced) or "nothing")
     for framework in installed:
         if not framework.traceable():
             logger.warning(
@@ -116,8 +116,8 @@ def report(names: Iterable[str]) -> None:
 
 
 def instrument(provider: TracerProvider, names: Iterable[str]) -> None:
-    """Has threads carry the context, and traces each of these frameworks once the agent imports it. Once in a process:
-    what a later call would change is the provider, and the first one's goes on serving every attempt."""
+    """Makes threads inherit the context, and instruments each of these frameworks when the agent imports it. Later
+    calls don't change the provider of a framework: the first one serves every attempt."""
     threads = ThreadingInstrumentor()
     if not threads.is_instrumented_by_opentelemetry:
         threads.instrument()
@@ -134,7 +134,7 @@ def _instrument(provider: TracerProvider, framework: Framework, module: ModuleTy
     try:
         instrumentor = getattr(import_module(where), name)()
         instrumentor.instrument(tracer_provider=provider, raise_exception_on_conflict=True, **framework.options)
-    except Exception as error:  # whatever a beta release of somebody else's raises
+    except Exception as error:  # a third-party beta release may raise anything
         logger.warning(
             "the calls of %s can't be traced (%s: %s): pip install %s",
             framework.name,

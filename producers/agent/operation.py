@@ -1,4 +1,4 @@
-"""A part of an agent's own code as a span: what went in, what came out, how long it took, what failed."""
+"""Records a part of an agent's own code as a span with input, output, duration and error."""
 
 import inspect
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
@@ -23,15 +23,15 @@ class Operation:
     def __init__(self, name: str | None, attributes: Mapping[str, Any] | None) -> None:
         self._name = name or ""
         self._attributes = attributes
-        self._span: trace.Span | None = None  # None outside a rollout, too
+        self._span: trace.Span | None = None  # also None outside a rollout
         self._stack = ExitStack()
 
     def set_input(self, **inputs: Any) -> None:
-        """What the operation works on, by name."""
+        """Records the inputs by name."""
         self._set(semconv.AGL_OPERATION_INPUT, inputs)
 
     def set_output(self, output: Any) -> None:
-        """What came of it."""
+        """Records the result."""
         self._set(semconv.AGL_OPERATION_OUTPUT, output)
 
     def __call__(self, function: F) -> F:
@@ -39,7 +39,7 @@ class Operation:
 
     def __enter__(self) -> "Operation":
         if not self._name:
-            raise TypeError("an operation that is no function needs a name: with operation('look up'):")
+            raise TypeError("an operation used as a context manager needs a name: with operation('look up'):")
         self._stack.enter_context(self._recorded())
         self._stack.enter_context(self._current())
         return self
@@ -49,7 +49,7 @@ class Operation:
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
-        """The span, from its beginning to its end. It is not the current one."""
+        """Opens the span for the body, without making it current."""
         given = checked(self._name, {semconv.AGL_OPERATION_NAME: self._name, **(self._attributes or {})})
         attempt = attempt_or_warning(f"operation {self._name!r}")
         if attempt is None:
@@ -67,7 +67,7 @@ class Operation:
             span.end()
 
     def _current(self) -> AbstractContextManager[object]:
-        """What the body does lies below the span."""
+        """Makes the span current for the body."""
         if self._span is None:
             return nullcontext()
         return trace.use_span(self._span, record_exception=False, set_status_on_exception=False)
@@ -75,18 +75,18 @@ class Operation:
     def _bind(self, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:
             inputs = signature.bind(*args, **kwargs).arguments
-        except TypeError:  # the call that follows says it better
+        except TypeError:  # the following call raises a clearer error
             return
         self._set(semconv.AGL_OPERATION_INPUT, {name: v for name, v in inputs.items() if name not in ("self", "cls")})
 
     def _set(self, key: str, value: Any) -> None:
-        """Whatever a function takes or returns can be shown somehow; only its size may be too much."""
+        """Falls back to ``repr`` for what JSON can't hold. Raises `EmitError` only if the value is too large."""
         if self._span is None:
             return
         if not isinstance(value, str):
             try:
                 value = to_json(value, bytes_mode="base64", serialize_unknown=True).decode()
-            except (ValueError, RecursionError):  # half a character, say, as a model may write one
+            except (ValueError, RecursionError):  # such as a lone surrogate in a model's output
                 value = repr(value)
         self._span.set_attributes(checked(self._name, {key: value}))
 
@@ -96,18 +96,17 @@ def operation(what: F, /) -> F: ...
 @overload
 def operation(what: str | None = None, /, attributes: Mapping[str, Any] | None = None) -> Operation: ...
 def operation(what: Any = None, /, attributes: Mapping[str, Any] | None = None) -> Any:
-    """Records a part of the agent as a span, below which lies whatever happens in it.
+    """Records a part of the agent as a span, the parent of all spans within it.
 
-    ``@operation``, or ``@operation("name", {…})`` with attributes, decorates a function, plain or async, or a
-    generator; its arguments and its result (all that a generator yields) are recorded. As a context manager it records
-    what it is told::
+    ``@operation``, or ``@operation("name", {…})`` with attributes, decorates a sync or async function or generator. It
+    records the arguments and the result (all items of a generator). A context manager records what it is given::
 
         with ms.operation("look up", {"source": "wiki"}) as op:
             op.set_input(city=city)
             op.set_output(found := search(city))
 
-    An exception makes it a failure and goes on its way. Raises `EmitError` if attributes, inputs or output are too
-    large. Outside a rollout it does nothing but warn, once.
+    An exception marks the span as failed and propagates. Raises `EmitError` if attributes, inputs or output are too
+    large. Outside a rollout it only warns, once per process.
     """
     return Operation(what, attributes) if what is None or isinstance(what, str) else Operation(None, None)(what)
 
@@ -131,7 +130,7 @@ def _traced(function: F, name: str, attributes: Mapping[str, Any] | None) -> F:
             op.set_output(result)
             return result
 
-    # A generator's span is current while it works, and not while its caller looks at what it yields.
+    # A generator's span is current while the generator runs, but not while its caller handles an item.
     @wraps(function)
     def generate(*args: Any, **kwargs: Any) -> Generator[Any, Any, Any]:
         op, items = Operation(name, attributes), list[Any]()
@@ -146,7 +145,7 @@ def _traced(function: F, name: str, attributes: Mapping[str, Any] | None) -> F:
                     items.append(item)
                     try:
                         step, given = inner.send, (yield item)
-                    except BaseException as error:  # thrown in by the caller, or its end
+                    except BaseException as error:  # thrown in by the caller, or GeneratorExit
                         step, given = inner.throw, error
             except StopIteration as end:
                 return end.value

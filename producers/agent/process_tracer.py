@@ -1,4 +1,4 @@
-"""The tracer of a process that runs attempts: a TracerProvider of our own, and one root span for each attempt."""
+"""Traces a process that runs attempts, with its own TracerProvider and one root span per attempt."""
 
 import concurrent.futures.thread  # noqa: F401 - see `_provider`
 import logging
@@ -24,30 +24,29 @@ from millstream.schemas.spans import semconv
 
 logger = logging.getLogger(__name__)
 
-# What frameworks read when they are imported. Whoever has set one knows better.
+# Frameworks read these at import. Values that are already set take precedence.
 SWITCHES = {
     "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT": "SPAN_ONLY",
     "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "100000",  # at 128, long conversations lose their oldest messages
-    "ANTHROPIC_OPEN_TELEMETRY": "false",  # these two trace on their own: every span would come twice
+    "ANTHROPIC_OPEN_TELEMETRY": "false",  # these two have their own tracing, which duplicates spans
     "AUTOGEN_DISABLE_RUNTIME_TRACING": "true",
-    # CrewAI tells its makers of each run, may ask at the terminal whether to send them more, and looks for updates.
+    # CrewAI sends usage data to its vendor, may prompt for consent to send more, and checks for updates.
     "CREWAI_DISABLE_TELEMETRY": "true",
     "CREWAI_TRACING_ENABLED": "false",
     "CREWAI_DISABLE_VERSION_CHECK": "true",
 }
-PLACEHOLDER_KEY = "millstream"  # the SDKs want a key; the attempt's own takes its place in each request
+PLACEHOLDER_KEY = "millstream"  # the SDKs require a key; each request gets its attempt's
 
 
 class ProcessTracer:
-    """Make it before the agent is imported, call `adopt_global_provider` after that."""
+    """Runs attempts below a root span. Create it before the agent is imported; call `adopt_global_provider` after."""
 
     def __init__(
         self, agent_name: str, proxy_urls: Sequence[str] = (), instrument: Iterable[str] = tuple(FRAMEWORKS)
     ) -> None:
-        """Prepares the environment for the agent's import, its SDKs and its HTTP clients. ``instrument``: names of
-        `FRAMEWORKS`.
+        """Sets up environment variables, HTTP clients and instrumentation. ``instrument``: names of `FRAMEWORKS`.
 
-        Raises `ConfigError` if the environment disables OpenTelemetry: nothing would be recorded.
+        Raises `ConfigError` if the environment disables OpenTelemetry.
         """
         if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
             raise ConfigError("OTEL_SDK_DISABLED is true: attempts can't be traced; unset it")
@@ -69,7 +68,7 @@ class ProcessTracer:
 
     @contextmanager
     def attempt(self, attempt: AttemptContext) -> Iterator[None]:
-        """The body runs as part of the attempt, below its root span, which records how it went.
+        """Runs the body as part of the attempt, below its root span, which records the outcome.
 
         Raises `SharedWorker`.
         """
@@ -87,14 +86,14 @@ class ProcessTracer:
 
 
 def adopt_global_provider() -> None:
-    """Takes in the spans that the agent's own code makes with OpenTelemetry's global tracer provider: ours, or the one
-    that the agent has set up for itself by now, which keeps its exporters."""
+    """Records the spans that the agent's code creates with OpenTelemetry's global tracer provider: the one that the
+    agent has set, which keeps its exporters, or ours."""
     provider = trace.get_tracer_provider()
     if isinstance(provider, trace.ProxyTracerProvider):
         trace.set_tracer_provider(_provider())
     elif not isinstance(provider, TracerProvider):
         logger.warning(
-            "the agent's global tracer provider (%s) is not OpenTelemetry's SDK: spans made with it are not recorded",
+            "the agent's global tracer provider (%s) is not OpenTelemetry's SDK: its spans are not recorded",
             type(provider).__name__,
         )
     elif provider not in _tapped:
@@ -102,17 +101,17 @@ def adopt_global_provider() -> None:
         _tapped.append(provider)
 
 
-# One of each in a process: the processor finds a span's attempt in its context, whoever runs the attempt.
+# One per process: the processor finds a span's attempt in the span's context.
 _processor = AttemptSpanProcessor()
 _tapped: list[TracerProvider] = []
 
 
 @cache
 def _provider() -> TracerProvider:
-    """Made at first use, when the switches are set.
+    """Created at first use, when the switches are set.
 
-    OpenTelemetry's handler in a forked process uses an executor, whose module holds its lock over the fork. Handlers
-    run in the order of their registration: that module has to be imported before, or the forked process hangs."""
+    OpenTelemetry's after-fork handler uses an executor, whose module holds its lock during the fork. Handlers run in
+    the order of their registration. So that module must be imported first, or the forked process hangs."""
     provider = TracerProvider(
         sampler=ALWAYS_ON, resource=Resource({"service.name": "millstream-agent"}), shutdown_on_exit=False
     )

@@ -1,9 +1,9 @@
-"""Threads that an agent starts belong to its attempt, and only to that.
+"""Detects threads that an attempt started and other attempts may use.
 
-A thread has the context of the code that started it. Executors and event loops hand over the context with each piece of
-work. A worker that takes its work from a queue does not: started in one attempt, and used by others too, it would have
-all its calls recorded for the first, and nothing in the process tells whose they were. But it outlives that attempt.
-So an attempt fails if a thread of its own that made calls still lives at its end, and others ran beside it.
+A thread inherits the context of the code that starts it. Executors and event loops pass the context with each piece of
+work; a thread that reads work from a queue does not. If several attempts use such a thread, all its calls are recorded
+for the one that started it, and can't be attributed correctly. But it outlives that attempt. So an attempt fails if it
+ran at the same time as others and one of its threads that made calls or spans is still alive at its end.
 """
 
 import threading
@@ -17,19 +17,19 @@ from opentelemetry.context import Context
 from millstream.producers.agent.attempt import AttemptContext, current_attempt
 from millstream.schemas.errors import MillstreamError
 
-GRACE_S = 0.5  # for threads that end just after they have handed over their result
+GRACE_S = 0.5  # for threads that end just after they return their result
 
 _THREAD = otel.create_key("millstream.thread")
 _running: set[AttemptContext] = set()
 
 
 class SharedWorker(MillstreamError, RuntimeError):
-    """A thread started in one attempt may have made calls for others."""
+    """A thread that one attempt started may have made calls for others."""
 
 
 def follow_threads() -> None:
-    """From now on, contexts tell which thread inherited them. Call it once, after OpenTelemetry's instrumentation of
-    threads: the context that a thread inherits is taken by that."""
+    """Stores in each inherited context the thread that inherits it. Call it once, after OpenTelemetry's threading
+    instrumentation, which copies the context."""
     wrapt.wrap_function_wrapper(threading, "Thread.start", _start)
 
 
@@ -44,7 +44,7 @@ def _start(wrapped: Any, thread: threading.Thread, args: tuple[Any, ...], kwargs
 
 
 def began(attempt: AttemptContext) -> None:
-    """From any thread. No lock: a process that the agent forks would inherit it, perhaps held."""
+    """Thread-safe without a lock, which a forked process might inherit while it is held."""
     _running.add(attempt)
     together = tuple(_running)
     if len(together) > 1:
@@ -58,19 +58,19 @@ def ended(attempt: AttemptContext) -> None:
 
 
 def running_attempt(rollout_id: str) -> AttemptContext | None:
-    """This rollout's attempt, if it runs in this process."""
+    """The rollout's attempt in this process, or None."""
     return next((attempt for attempt in tuple(_running) if attempt.task.rollout_id == rollout_id), None)
 
 
 def note_call(attempt: AttemptContext, context: Context | None = None) -> None:
-    """The attempt's code makes a call or a span here."""
+    """Notes that the current thread makes a call or a span, if the attempt started it."""
     thread = otel.get_value(_THREAD, context)
     if thread is not None and thread is threading.current_thread():
         attempt.threads.add(threading.current_thread())
 
 
 def refuse_shared(attempt: AttemptContext) -> None:
-    """Raises `SharedWorker` if what the attempt's threads recorded may be another's. Waits `GRACE_S` at most."""
+    """Raises `SharedWorker` if the attempt's threads may have recorded work of another one. Waits at most `GRACE_S`."""
     if attempt.alone or not attempt.threads:
         return
     deadline = time.monotonic() + GRACE_S
@@ -79,8 +79,8 @@ def refuse_shared(attempt: AttemptContext) -> None:
         if thread.is_alive():
             raise SharedWorker(
                 f"thread {thread.name!r}, which this rollout started, called models or made spans and still runs at "
-                "its end. If other rollouts give it work, their calls have been recorded here. Join it; or let a "
-                "ThreadPoolExecutor be the worker, which knows whose work it does; or run the work by "
-                "contextvars.copy_context().run, copied where it is given, and start the thread when the module is "
-                "imported; or run one rollout in a process (--concurrency 1 --max-attempts-per-process 1)"
+                "its end. If other rollouts use it, their calls are recorded here. Join it; or use a "
+                "ThreadPoolExecutor, which runs each task in its rollout's context; or start the thread when the "
+                "module is imported and run the work with contextvars.copy_context().run, copied where the work is "
+                "submitted; or run one rollout per process (--concurrency 1 --max-attempts-per-process 1)"
             )

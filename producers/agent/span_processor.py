@@ -1,7 +1,7 @@
-"""OpenTelemetry spans → `Span` records, handed over one by one as they end.
+"""Converts OpenTelemetry spans to `Span` records, one by one as they end.
 
-OpenTelemetry's own BatchSpanProcessor drops spans under load and its ``force_flush`` says nothing of it; here a span is
-in its attempt's hands when the call that ended it returns.
+OpenTelemetry's BatchSpanProcessor drops spans under load, and its ``force_flush`` does not report it. Here the attempt
+has a span when the call that ended it returns.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from millstream.schemas.spans.dialects import kind_of, rewards_of
 from millstream.schemas.spans.text import texts, utf8
 from millstream.schemas.wire.records import Span, SpanEvent, SpanLink
 
-MAX_OPEN = 100_000  # spans that began and did not end; beyond it the oldest are given up, so that a leak stays small
+MAX_OPEN = 100_000  # spans not yet ended; above it the oldest are forgotten, which bounds a leak
 
 _SPAN_KIND = {kind: kind.name.capitalize() for kind in SpanKind}
 _STATUS = {StatusCode.UNSET: "Unset", StatusCode.OK: "Ok", StatusCode.ERROR: "Error"}
@@ -37,11 +37,11 @@ def _parent_id(span_id: int) -> str:
 
 
 class AttemptSpanProcessor(SpanProcessor):
-    """Gives each span to the attempt in whose context it began, wherever it ends. Others are ignored."""
+    """Emits each span to the attempt in whose context it started, wherever it ends. Ignores spans outside attempts."""
 
     def __init__(self) -> None:
         self._open: dict[int, AttemptContext] = {}  # by span id
-        self._resource: tuple[object, dict[str, str]] = (None, {})  # the last one seen: there is hardly ever another
+        self._resource: tuple[object, dict[str, str]] = (None, {})  # the last one seen; it rarely changes
 
     def on_start(self, span: SdkSpan, parent_context: Context | None = None) -> None:
         attempt = current_attempt(parent_context) or current_attempt()
@@ -67,11 +67,11 @@ class AttemptSpanProcessor(SpanProcessor):
         self._open.clear()
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
-        return True  # nothing is held back
+        return True  # nothing is buffered
 
 
 def to_record(span: ReadableSpan, attempt: AttemptContext, resource: Mapping[str, str]) -> Span:
-    """A finished span as the attempt's next record."""
+    """Converts a finished span to the attempt's next record."""
     context = span.get_span_context()
     assert context is not None
     attributes = texts(span.attributes)
@@ -81,7 +81,7 @@ def to_record(span: ReadableSpan, attempt: AttemptContext, resource: Mapping[str
         reward_name, reward = rewards[0]
         attempt.rewarded = True
     parent, status, scope = span.parent, span.status, span.instrumentation_scope
-    # Nearly always empty, and the SDK copies them twice under a lock. Should it hide them elsewhere, they are read.
+    # Usually empty, and the properties copy them twice under a lock. Without the private fields, reads the properties.
     events = span.events if getattr(span, "_events", True) else ()
     links = span.links if getattr(span, "_links", True) else ()
     return Span(

@@ -1,4 +1,4 @@
-"""Checkpoints that an agent makes of its own work, for the attempt that comes after it if this one is lost."""
+"""Saves and loads checkpoints of an agent's work, from which a later attempt continues if this one is lost."""
 
 import json
 from typing import Any
@@ -9,19 +9,19 @@ from millstream.schemas.errors import MillstreamError
 
 MAX_STATE_BYTES = 1_000_000
 
-# How a state is kept in records: one byte that says what follows.
+# The first byte of a stored state: its encoding.
 _JSON, _BYTES = b"J", b"B"
 
 
 class StateError(MillstreamError, ValueError):
-    """A state that can't be kept."""
+    """A state that can't be saved."""
 
 
 def save_state(state: Any) -> None:
-    """Records where the agent is: ``state`` is bytes, or whatever JSON holds, of at most 1 MB as stored. The last one
-    counts. When this returns the state survives the death of the agent's process; the runner writes it to the log.
+    """Saves a checkpoint, which replaces the last one. ``state`` is bytes or a JSON value, at most 1 MB as stored. When
+    this returns, the state survives a crash of the agent's process; the runner writes it to the log.
 
-    Raises `StateError` for anything else. Outside a rollout it does nothing but warn, once.
+    Raises `StateError` for anything else. Outside a rollout it only warns, once per process.
     """
     if isinstance(state, bytes | bytearray):
         encoded = _BYTES + bytes(state)
@@ -29,11 +29,11 @@ def save_state(state: Any) -> None:
         try:
             encoded = _JSON + json.dumps(state).encode()
         except (TypeError, ValueError) as error:
-            raise StateError(f"a state has to be bytes or what JSON can hold: {error}") from error
+            raise StateError(f"a state must be bytes or a JSON value: {error}") from error
     if len(encoded) - 1 > MAX_STATE_BYTES:
         raise StateError(
             f"a state of {len(encoded) - 1:,} bytes is larger than {MAX_STATE_BYTES:,}: keep the rest in a file or "
-            "object store of yours, and its name in the state"
+            "object store, and its name in the state"
         )
     attempt = attempt_or_warning("a state")
     if attempt is not None:
@@ -42,7 +42,7 @@ def save_state(state: Any) -> None:
 
 
 def load_state() -> Any:
-    """What was saved last in this rollout, by this attempt or by the one before it; None if nothing was."""
+    """The last state that this or an earlier attempt of this rollout saved, or None."""
     attempt = current_attempt()
     if attempt is None or attempt.state is None:
         return None

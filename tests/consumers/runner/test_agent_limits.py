@@ -115,7 +115,7 @@ async def test_a_state_lies_in_the_log_before_the_end_and_reaches_the_next_attem
 def test_invalid_states_are_refused_and_outside_a_rollout_nothing_is_saved(caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(StateError, match="larger than 1,000,000"):
         save_state(b"x" * 1_000_001)
-    with pytest.raises(StateError, match=r"what JSON can hold: .*set"):
+    with pytest.raises(StateError, match=r"a JSON value: .*set"):
         save_state({1, 2})
     save_state({"step": 1})
     assert load_state() is None

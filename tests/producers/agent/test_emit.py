@@ -41,7 +41,7 @@ def test_a_dict_is_several_rewards_in_its_order() -> None:
     ("value", "name", "message"),
     [
         ({"good": 1.0, "bad": float("nan")}, None, "reward 'bad' is nan"),
-        ({"good": 1.0}, "both", "leave out name='both'"),
+        ({"good": 1.0}, "both", "without a name"),
         ({}, None, "at least one"),
     ],
 )
@@ -104,10 +104,10 @@ CIRCLE.append(CIRCLE)
 @pytest.mark.parametrize(
     ("emitted", "message"),
     [
-        (lambda: ms.emit_span("s", {"a": CIRCLE}), "span 's': attribute 'a' is no JSON"),
-        (lambda: ms.emit_span("s", {3: 1}), "span 's': attribute 3: its name is not a string"),  # type: ignore[dict-item]
-        (lambda: ms.emit_message(3), "a message is text, not int"),  # type: ignore[arg-type]
-        (lambda: ms.emit_object(object()), "an object of type object is no JSON"),
+        (lambda: ms.emit_span("s", {"a": CIRCLE}), "span 's': attribute 'a' is not JSON"),
+        (lambda: ms.emit_span("s", {3: 1}), "span 's': attribute name 3 is not a string"),  # type: ignore[dict-item]
+        (lambda: ms.emit_message(3), "a message must be a string, not int"),  # type: ignore[arg-type]
+        (lambda: ms.emit_object(object()), "an object of type object is not JSON"),
     ],
 )
 def test_what_is_no_json_is_refused_by_name(emitted: Any, message: str) -> None:
@@ -162,5 +162,5 @@ def test_a_span_made_elsewhere_comes_whole_and_hangs_below_the_current_one() -> 
 def test_a_span_that_has_not_ended_is_refused() -> None:
     span = TracerProvider(shutdown_on_exit=False).get_tracer("t").start_span("open")
     assert isinstance(span, ReadableSpan)
-    with an_attempt(), pytest.raises(EmitError, match="span 'late': a span can be recorded when it has ended"):
+    with an_attempt(), pytest.raises(EmitError, match="span 'late': a span can be recorded only after it has ended"):
         ms.emit_otel_span("late", span)

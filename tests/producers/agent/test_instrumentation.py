@@ -42,7 +42,7 @@ def test_not_installed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptur
     monkeypatch.setattr(instrumentation, "find_spec", lambda name: None)
     with caplog.at_level(logging.INFO):
         report(["openai"])
-    assert caplog.messages == ["instruments what the agent imports of: nothing"]
+    assert caplog.messages == ["instruments on import: nothing"]
 
 
 def test_broken(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

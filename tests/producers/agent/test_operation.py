@@ -226,5 +226,5 @@ async def test_outside_a_rollout_it_warns_once_and_does_its_work(
             op.set_output(2)
         ms.emit_message("hello")
     assert [r.message for r in caplog.records] == [
-        "operation 'double' is recorded nowhere: this code does not run within a rollout"
+        "operation 'double' is not recorded: this code does not run within a rollout"
     ]

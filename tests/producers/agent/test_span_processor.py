@@ -180,7 +180,7 @@ def test_outside_a_rollout_it_warns_once_and_does_nothing(
         ms.emit_reward(1.0)
         ms.emit_span("x")
     assert [r.message for r in caplog.records] == [
-        "span 'reward' is recorded nowhere: this code does not run within a rollout"
+        "span 'reward' is not recorded: this code does not run within a rollout"
     ]
 
 
