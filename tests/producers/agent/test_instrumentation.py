@@ -33,7 +33,7 @@ def test_missing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO):
         report(["openai"])
         instrumentation.instrument(TracerProvider(), ["openai"])
-    assert "of: nothing" in caplog.text
+    assert "instruments on import: nothing" in caplog.text
     assert f"openai is installed, but its calls can't be traced: {PACKAGE}" in caplog.text
 
 
