@@ -60,6 +60,8 @@ class Storm:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.stop = asyncio.Event()
         self.done, self.hung = 0, 0
+        self.streaming, self.enough = 0, 0  # clients that read a stream; how many of them set `amid`
+        self.amid = asyncio.Event()
         self.errors = Counter[str]()
 
     def start(self, name: str, *command: str) -> subprocess.Popen[bytes]:
@@ -92,7 +94,7 @@ class Storm:
         try:
             async with asyncio.timeout(HUNG_S):
                 stream = await sdk.chat.completions.create(model="policy", stream=True, **self.replicas.asked)
-                text = "".join([chunk.choices[0].delta.content or "" async for chunk in stream if chunk.choices])
+                text = await self.read(stream)
         except TimeoutError:
             self.hung += 1
         except openai.APIError as error:
@@ -102,8 +104,27 @@ class Storm:
                 self.errors[f"not the answer asked for: {text}"] += 1
             self.done += 1
 
+    async def read(self, stream: Any) -> str:
+        text = ""
+        self.streaming += 1
+        try:
+            async for chunk in stream:
+                text += chunk.choices[0].delta.content or "" if chunk.choices else ""
+                if self.streaming >= self.enough and text:
+                    self.amid.set()
+        finally:
+            self.streaming -= 1
+        return text
+
+    async def kill_amid_streams(self) -> None:
+        """Replicas share calls with bounded loads, so with most clients in a stream each replica has some."""
+        self.amid.clear()
+        await asyncio.wait_for(self.amid.wait(), HUNG_S)
+        await self.replicas.kill(0)
+
     async def run(self, clients: int, updates: int, pause_s: float) -> dict[str, Any]:
         began = time.monotonic()
+        self.enough = 3 * clients // 4
         numbers = [n for n in range(updates + 5) if n not in TEXTLESS]
         try:
             await KafkaLog(self.settings).create_topics()
@@ -117,7 +138,7 @@ class Storm:
                 await self.replicas.update(1 if away else step % 2, numbers[step])
                 await asyncio.sleep(pause_s)
                 if step == updates // 3:
-                    killed = asyncio.create_task(self.replicas.kill(0))
+                    killed = asyncio.create_task(self.kill_amid_streams())
                 if step == 2 * updates // 3:
                     successor = await self.start_proxy()
                     proxy.send_signal(signal.SIGTERM)
