@@ -83,8 +83,6 @@ class Words:
 
     @staticmethod
     def _kill(process: "subprocess.Popen[bytes]") -> None:
-        """In a thread: when the clients' event loop has time, replicas have least to do."""
-        time.sleep(0.3)
         process.kill()
         process.wait()
 
