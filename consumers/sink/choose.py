@@ -8,25 +8,15 @@ from millstream.schemas.errors import ConfigError
 from millstream.schemas.import_path import load_object
 
 CLICKHOUSE = "clickhouse"
-PARQUET = "parquet"
-OTLP = "otlp"
 
 
 def open_sink(choice: str, settings: Settings) -> Sink:
-    """Opens ``clickhouse`` (and brings its tables up to date), ``parquet``, ``otlp``, or ``module:attribute``: a `Sink`
-    or a callable that takes the settings and returns one. Raises `ConfigError`, `StoreError`."""
+    """Opens ``clickhouse`` (and brings its tables up to date), or ``module:attribute``: a `Sink`, or a callable that
+    takes the settings and returns one. Raises `ConfigError`, `StoreError`."""
     if choice == CLICKHOUSE:
         from millstream.consumers.sink.clickhouse import open_clickhouse_sink
 
         return open_clickhouse_sink(settings)
-    if choice == PARQUET:
-        from millstream.consumers.sink.parquet import ParquetSink
-
-        return ParquetSink(settings)
-    if choice == OTLP:
-        from millstream.consumers.sink.otlp import OtlpSink
-
-        return OtlpSink(settings)
     found = load_object("sink", choice, str(Path.cwd()))
     made = found(settings) if callable(found) else found
     if not isinstance(made, Sink):

@@ -1,5 +1,5 @@
-"""The port of sinks: what keeps the records of the log. ClickHouse, Parquet files and OTLP are implementations, and
-``millstream sink --sink mypackage.module:MySink`` takes one of your own."""
+"""The port of sinks: what keeps the records of the log. ClickHouse is an implementation, and ``millstream sink --sink
+mypackage.module:MySink`` takes one of your own; ``examples/sink`` has some to copy."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

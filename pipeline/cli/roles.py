@@ -107,7 +107,7 @@ def adapter(
 @app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb://runs/store millstream sink --flush-ms 500")
 def sink(
     kind: Annotated[
-        str, typer.Option("--sink", help="clickhouse, parquet, otlp, or module:attribute of your own (ms.Sink).")
+        str, typer.Option("--sink", help="clickhouse, or module:attribute of your own (ms.Sink).")
     ] = "clickhouse",
     name: Annotated[str | None, typer.Option(help="Sinks with one name share the records. Default: by --sink.")] = None,
     flush_rows: Annotated[int | None, typer.Option(min=1, help="Maximum records of a batch.")] = None,
@@ -121,7 +121,7 @@ def sink(
     ] = LOOPBACK,
     health_port: HealthPort = 0,
 ) -> None:
-    """Write all records to ClickHouse, Parquet files, a tracing back end, or a sink of your own."""
+    """Write all records to ClickHouse, or to a sink of your own."""
     from millstream.consumers.sink.choose import open_sink, sink_name
     from millstream.consumers.sink.sink import FlushPolicy, SinkRole
 

@@ -68,15 +68,9 @@ class Settings(BaseSettings):
     retention_days: dict[RetentionTable, Annotated[int, Field(ge=1, le=10_000)]] = Field(
         {}, description='Days that a table keeps its rows, as JSON: {"spans": 30}; for ever if it isn\'t named.'
     )
-    parquet_url: str = Field("runs/lake", description="Where the parquet sink writes: a folder, s3://bucket/folder …")
-
     blob_url: str = Field(
         DEFAULT_URL,
         description="Where contents of more than 256 KB are kept: a folder that all roles see, s3://bucket/folder …",
-    )
-    otlp_endpoint: str = Field("", description="Where the otlp sink sends spans: http://collector:4318/v1/traces.")
-    otlp_headers: dict[str, SecretStr] = Field(
-        {}, description='Headers that go with them, as JSON: {"authorization": "Bearer …"}.'
     )
 
     # Rollouts

@@ -1,4 +1,4 @@
-"""`Span` records from OpenTelemetry's own export format and back: OTLP, opentelemetry-proto 1.x, as protobuf or JSON.
+"""`Span` records from OpenTelemetry's own export format: OTLP, opentelemetry-proto 1.x, as protobuf or JSON.
 
 A received span belongs to the attempt that its attributes, or its resource's, name: `semconv.ROLLOUT_ID` and
 `semconv.ATTEMPT_ID`. An exporter may send a span twice; both become the same record.
@@ -13,7 +13,6 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationScope, KeyValue
-from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1 import trace_pb2
 
 from millstream.schemas.spans import semconv
@@ -23,18 +22,6 @@ from millstream.schemas.wire.records import Span, SpanEvent, SpanLink
 
 SPAN_KINDS = ("Internal", "Internal", "Server", "Client", "Producer", "Consumer")  # by number; 0 is unspecified
 STATUSES = ("Unset", "Ok", "Error")
-# Records hold texts. These attributes get their types back, which tracing back ends expect.
-NOT_TEXT = {
-    semconv.INPUT_TOKENS,
-    semconv.OUTPUT_TOKENS,
-    semconv.FINISH_REASONS,
-    semconv.EVALUATION_SCORE,
-    semconv.AGL_REWARD_VALUE,
-    "gen_ai.request.temperature",
-    "gen_ai.request.top_p",
-    "gen_ai.request.max_tokens",
-    "gen_ai.request.seed",
-}
 
 
 class Malformed(ValueError):
@@ -78,21 +65,6 @@ def from_otlp(request: ExportTraceServiceRequest) -> tuple[list[Span], list[str]
                 except ValueError as error:
                     refused.append(f"span {span.name!r}: {error}")
     return records, refused
-
-
-def to_otlp(spans: Iterable[Span]) -> ExportTraceServiceRequest:
-    """One request with all spans, in order; rollout and attempt become attributes, token ids are left out.
-    Raises ValueError if an id is not hexadecimal."""
-    request = ExportTraceServiceRequest()
-    last: tuple[Any, ...] = ()
-    for span in spans:
-        if (source := (span.resource, span.scope_name, span.scope_version)) != last:
-            last = source
-            resource = Resource(attributes=_attributes(span.resource))
-            scope = InstrumentationScope(name=span.scope_name, version=span.scope_version)
-            into = request.resource_spans.add(resource=resource).scope_spans.add(scope=scope).spans
-        into.append(_otlp_span(span))
-    return request
 
 
 def _record(span: trace_pb2.Span, resource: Mapping[str, str], scope: InstrumentationScope) -> Span:
@@ -142,41 +114,6 @@ def _record(span: trace_pb2.Span, resource: Mapping[str, str], scope: Instrument
     )
 
 
-def _otlp_span(span: Span) -> trace_pb2.Span:
-    ours = {
-        semconv.ROLLOUT_ID: span.rollout_id,
-        semconv.ATTEMPT_ID: span.attempt_id,
-        semconv.MODEL_VERSION: span.model_version,
-    }
-    return trace_pb2.Span(
-        trace_id=bytes.fromhex(span.trace_id),
-        span_id=bytes.fromhex(span.span_id),
-        parent_span_id=bytes.fromhex(span.parent_id),
-        trace_state=span.trace_state,
-        name=span.name,
-        kind=SPAN_KINDS.index(span.span_kind, 1),  # type: ignore[arg-type] # an enum's number
-        start_time_unix_nano=span.start,
-        end_time_unix_nano=span.end,
-        attributes=_attributes({**span.attributes, **{name: value for name, value in ours.items() if value}}),
-        events=[
-            trace_pb2.Span.Event(name=e.name, time_unix_nano=e.time, attributes=_attributes(e.attributes))
-            for e in span.events
-        ],
-        links=[
-            trace_pb2.Span.Link(
-                trace_id=bytes.fromhex(link.trace_id),
-                span_id=bytes.fromhex(link.span_id),
-                attributes=_attributes(link.attributes),
-            )
-            for link in span.links
-        ],
-        status=trace_pb2.Status(
-            code=STATUSES.index(span.status),  # type: ignore[arg-type]
-            message=span.status_message,
-        ),
-    )
-
-
 def _texts(attributes: Iterable[KeyValue]) -> dict[str, str]:
     return {pair.key: as_text(_value(pair.value)) for pair in attributes}
 
@@ -191,33 +128,6 @@ def _value(any_value: AnyValue) -> Any:
             return {pair.key: _value(pair.value) for pair in any_value.kvlist_value.values}
         case _:
             return getattr(any_value, which)
-
-
-def _attributes(texts: Mapping[str, str]) -> list[KeyValue]:
-    return [KeyValue(key=key, value=_any_value(_typed(key, text))) for key, text in texts.items()]
-
-
-def _typed(key: str, text: str) -> Any:
-    if key in NOT_TEXT:
-        try:
-            return json.loads(text)
-        except ValueError:
-            pass
-    return text
-
-
-def _any_value(value: Any) -> AnyValue:
-    if isinstance(value, bool):
-        return AnyValue(bool_value=value)
-    if isinstance(value, int):
-        return AnyValue(int_value=value)
-    if isinstance(value, float):
-        return AnyValue(double_value=value)
-    if isinstance(value, list):
-        made = AnyValue()
-        made.array_value.values.extend(_any_value(item) for item in value)
-        return made
-    return AnyValue(string_value=as_text(value))
 
 
 def _hex_to_base64(holder: dict[str, Any]) -> None:

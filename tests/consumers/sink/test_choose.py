@@ -3,7 +3,6 @@
 import pytest
 
 from millstream.consumers.sink.choose import open_sink, sink_name
-from millstream.consumers.sink.parquet import ParquetSink
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
 
@@ -33,9 +32,5 @@ def test_a_sink_of_ones_own_is_made_of_the_settings():
         open_sink("our_sinks:None", settings)
 
 
-def test_parquet_is_one_that_comes_along(tmp_path):
-    assert isinstance(open_sink("parquet", load_settings(parquet_url=str(tmp_path))), ParquetSink)
-
-
 def test_each_kind_has_a_group_of_its_own():
-    assert [sink_name(s) for s in ("clickhouse", "parquet", "a.b:MySink")] == ["", "parquet", "MySink"]
+    assert [sink_name(s) for s in ("clickhouse", "a.b:MySink")] == ["", "MySink"]

@@ -18,6 +18,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
+from examples.sink.otlp import to_otlp
 from millstream.consumers.adapter.adapter import Adapter
 from millstream.consumers.log.read_to_end import read_to_end
 from millstream.consumers.runner.runner import Runner
@@ -31,7 +32,6 @@ from millstream.schemas.attempt_keys import attempt_key
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import LogUnavailable
 from millstream.schemas.spans import semconv
-from millstream.schemas.spans.otlp import to_otlp
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import RolloutEnd, Span, Triplet

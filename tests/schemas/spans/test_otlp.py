@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from factories import span, task
+from factories import task
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.sdk.resources import Resource
@@ -14,10 +14,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import Link, SpanContext, SpanKind, StatusCode
 
+from examples.sink.otlp import to_otlp
 from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.span_processor import to_record
 from millstream.schemas.spans import semconv
-from millstream.schemas.spans.otlp import Malformed, from_otlp, parse_json, parse_protobuf, to_otlp
+from millstream.schemas.spans.otlp import Malformed, from_otlp, parse_json, parse_protobuf
 from millstream.schemas.spans.text import texts
 
 IDS = {semconv.ROLLOUT_ID: "r", semconv.ATTEMPT_ID: "a"}
@@ -60,17 +61,6 @@ def test_what_goes_out_comes_in_again() -> None:
     again, refused = from_otlp(parse_protobuf(to_otlp(records).SerializeToString()))
     assert again == [replace(r, attributes={**r.attributes, **IDS}) for r in records]
     assert refused == []
-
-
-def test_back_ends_get_the_types_of_the_conventions() -> None:
-    attributes = {semconv.INPUT_TOKENS: "11", semconv.FINISH_REASONS: '["stop"]', "gen_ai.request.temperature": "none"}
-    one = span(task(), "a", attributes=attributes, model_version="run.0.1", span_kind="Client")
-    (out,) = to_otlp([one]).resource_spans[0].scope_spans[0].spans
-    values = {pair.key: pair.value for pair in out.attributes}
-    assert (values[semconv.INPUT_TOKENS].int_value, values["gen_ai.request.temperature"].string_value) == (11, "none")
-    assert [v.string_value for v in values[semconv.FINISH_REASONS].array_value.values] == ["stop"]
-    ids = [values[f"millstream.{name}"].string_value for name in ("rollout_id", "attempt_id", "model_version")]
-    assert ids == [one.rollout_id, "a", "run.0.1"]
 
 
 def in_json(**fields: Any) -> bytes:

@@ -1,4 +1,6 @@
-"""Exports spans to a tracing back end by OTLP/HTTP 1.x: protobuf, gzip. Ignores other records.
+"""Exports spans to a tracing back end by OTLP/HTTP 1.x (protobuf, gzip), and ignores other records. Run it with
+``millstream sink --sink examples.sink.otlp:OtlpSink``. ``OTEL_EXPORTER_OTLP_TRACES_ENDPOINT`` names the back end, as
+http://collector:4318/v1/traces, and ``OTEL_EXPORTER_OTLP_TRACES_HEADERS`` the headers it asks for.
 
 2xx means taken. After 429, 5xx and anything that an operator can fix (a wrong token, a wrong address) the batch is
 retried for as long as it takes. A span becomes a dead letter only if the back end refuses it alone, and takes an empty
@@ -6,28 +8,54 @@ request. After a crash a span may be sent twice, with the same ids.
 """
 
 import gzip
+import json
 import logging
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any
 
 import urllib3
 from google.protobuf.message import DecodeError
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceResponse
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationScope, KeyValue
+from opentelemetry.proto.resource.v1.resource_pb2 import Resource
+from opentelemetry.proto.trace.v1 import trace_pb2
+from opentelemetry.util.re import parse_env_headers
 
-from millstream.consumers.sink.port import Batch, Unusable
-from millstream.schemas.config.settings import Settings
+import millstream as ms
+from millstream.consumers.sink.port import Unusable
 from millstream.schemas.errors import CodecError, ConfigError, StoreError
-from millstream.schemas.spans.otlp import to_otlp
+from millstream.schemas.spans import semconv
+from millstream.schemas.spans.otlp import SPAN_KINDS, STATUSES
+from millstream.schemas.spans.text import as_text
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord
 from millstream.schemas.wire.records import Span
 
 logger = logging.getLogger(__name__)
 
+ENDPOINT = "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"
+HEADERS = "OTEL_EXPORTER_OTLP_TRACES_HEADERS"
 BAD_SPANS = (HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
 PROTOBUF = "application/x-protobuf"
+# Records hold texts. These attributes get their types back, which tracing back ends expect.
+NOT_TEXT = {
+    semconv.INPUT_TOKENS,
+    semconv.OUTPUT_TOKENS,
+    semconv.FINISH_REASONS,
+    semconv.EVALUATION_SCORE,
+    semconv.AGL_REWARD_VALUE,
+    "gen_ai.request.temperature",
+    "gen_ai.request.top_p",
+    "gen_ai.request.max_tokens",
+    "gen_ai.request.seed",
+}
 
 _Pairs = Sequence[tuple[LogRecord, Span]]
 
@@ -41,23 +69,21 @@ class ExportPolicy:
 
 
 class OtlpSink:
-    """A `Sink` that exports to ``otlp_endpoint``. ``rejected`` counts the spans that the back end said it dropped."""
+    """A `ms.Sink`. ``rejected`` counts the spans that the back end said it dropped."""
 
     def __init__(
         self,
-        settings: Settings,
+        settings: ms.Settings,
         policy: ExportPolicy = ExportPolicy(),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._endpoint = settings.otlp_endpoint
+        self._endpoint = os.environ.get(ENDPOINT, "")
         if not self._endpoint.startswith(("http://", "https://")):
-            raise ConfigError(
-                f"setting otlp_endpoint: {self._endpoint!r} is not an address like http://collector:4318/v1/traces"
-            )
+            raise ConfigError(f"{ENDPOINT}: {self._endpoint!r} is not an address like http://collector:4318/v1/traces")
         self._policy = policy
         self._clock = clock
         self._events = settings.topics.events
-        self._headers = {name: value.get_secret_value() for name, value in settings.otlp_headers.items()}
+        self._headers = dict(parse_env_headers(os.environ.get(HEADERS, ""), liberal=True))
         self._headers |= {"Content-Type": PROTOBUF, "Content-Encoding": "gzip"}
         self._http = urllib3.PoolManager(retries=False, timeout=policy.timeout_s)
         self._not_before = 0.0  # the end of the pause that the back end has asked for
@@ -67,7 +93,7 @@ class OtlpSink:
         self._unusable: list[Unusable] = []
         self.rejected = 0
 
-    def write(self, batch: Batch) -> list[Unusable]:
+    def write(self, batch: ms.Batch) -> list[Unusable]:
         spans, undecodable = self._spans(batch)
         if batch.token != self._token:
             self._token, self._settled, self._unusable = batch.token, 0, []
@@ -83,7 +109,7 @@ class OtlpSink:
     def close(self) -> None:
         self._http.clear()
 
-    def _spans(self, batch: Batch) -> tuple[list[tuple[LogRecord, Span]], list[Unusable]]:
+    def _spans(self, batch: ms.Batch) -> tuple[list[tuple[LogRecord, Span]], list[Unusable]]:
         spans, undecodable = [], []
         for record in batch.records:
             if record.partition.topic != self._events:
@@ -107,7 +133,7 @@ class OtlpSink:
             half = len(pairs) // 2
             return self._export(pairs[:half]) + self._export(pairs[half:])
         if (empty := self._post([])) is not None:
-            raise StoreError(f"{self._endpoint} refuses even an empty request, check otlp_endpoint: {empty}")
+            raise StoreError(f"{self._endpoint} refuses even an empty request, check {ENDPOINT}: {empty}")
         return [Unusable(pairs[0][0], "unstorable", refusal)]
 
     def _post(self, spans: Sequence[Span]) -> str | None:
@@ -142,3 +168,80 @@ class OtlpSink:
         if partial.rejected_spans:
             self.rejected += partial.rejected_spans
             logger.error("%s dropped %d spans: %s", self._endpoint, partial.rejected_spans, partial.error_message)
+
+
+def to_otlp(spans: Iterable[Span]) -> ExportTraceServiceRequest:
+    """One request with all spans, in order; rollout and attempt become attributes, token ids are left out.
+    Raises ValueError if an id is not hexadecimal."""
+    request = ExportTraceServiceRequest()
+    last: tuple[Any, ...] = ()
+    for span in spans:
+        if (source := (span.resource, span.scope_name, span.scope_version)) != last:
+            last = source
+            resource = Resource(attributes=_attributes(span.resource))
+            scope = InstrumentationScope(name=span.scope_name, version=span.scope_version)
+            into = request.resource_spans.add(resource=resource).scope_spans.add(scope=scope).spans
+        into.append(_otlp_span(span))
+    return request
+
+
+def _otlp_span(span: Span) -> trace_pb2.Span:
+    ours = {
+        semconv.ROLLOUT_ID: span.rollout_id,
+        semconv.ATTEMPT_ID: span.attempt_id,
+        semconv.MODEL_VERSION: span.model_version,
+    }
+    return trace_pb2.Span(
+        trace_id=bytes.fromhex(span.trace_id),
+        span_id=bytes.fromhex(span.span_id),
+        parent_span_id=bytes.fromhex(span.parent_id),
+        trace_state=span.trace_state,
+        name=span.name,
+        kind=SPAN_KINDS.index(span.span_kind, 1),  # type: ignore[arg-type] # an enum's number
+        start_time_unix_nano=span.start,
+        end_time_unix_nano=span.end,
+        attributes=_attributes({**span.attributes, **{name: value for name, value in ours.items() if value}}),
+        events=[
+            trace_pb2.Span.Event(name=e.name, time_unix_nano=e.time, attributes=_attributes(e.attributes))
+            for e in span.events
+        ],
+        links=[
+            trace_pb2.Span.Link(
+                trace_id=bytes.fromhex(link.trace_id),
+                span_id=bytes.fromhex(link.span_id),
+                attributes=_attributes(link.attributes),
+            )
+            for link in span.links
+        ],
+        status=trace_pb2.Status(
+            code=STATUSES.index(span.status),  # type: ignore[arg-type]
+            message=span.status_message,
+        ),
+    )
+
+
+def _attributes(texts: Mapping[str, str]) -> list[KeyValue]:
+    return [KeyValue(key=key, value=_any_value(_typed(key, text))) for key, text in texts.items()]
+
+
+def _typed(key: str, text: str) -> Any:
+    if key in NOT_TEXT:
+        try:
+            return json.loads(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _any_value(value: Any) -> AnyValue:
+    if isinstance(value, bool):
+        return AnyValue(bool_value=value)
+    if isinstance(value, int):
+        return AnyValue(int_value=value)
+    if isinstance(value, float):
+        return AnyValue(double_value=value)
+    if isinstance(value, list):
+        made = AnyValue()
+        made.array_value.values.extend(_any_value(item) for item in value)
+        return made
+    return AnyValue(string_value=as_text(value))

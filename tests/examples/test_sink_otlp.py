@@ -16,12 +16,13 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 )
 from sink_rig import IMPATIENT, eventually, publish, run_to_the_end
 
+from examples.sink.otlp import ExportPolicy, OtlpSink, to_otlp
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.consumers.sink.otlp import ExportPolicy, OtlpSink
 from millstream.consumers.sink.port import Batch
 from millstream.consumers.sink.sink import FlushPolicy, SinkRole
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError, StoreError
+from millstream.schemas.spans import semconv
 from millstream.schemas.spans.otlp import from_otlp
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition
@@ -91,12 +92,10 @@ def backend() -> Iterator[BackEnd]:
 
 
 @pytest.fixture
-def settings(backend: BackEnd) -> Settings:
-    return load_settings(
-        otlp_endpoint=f"http://127.0.0.1:{backend.port}/v1/traces",
-        otlp_headers={"authorization": "Bearer s3cret"},
-        kafka_partitions=3,
-    )
+def settings(backend: BackEnd, monkeypatch: pytest.MonkeyPatch) -> Settings:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", f"http://127.0.0.1:{backend.port}/v1/traces")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "authorization=Bearer%20s3cret")
+    return load_settings(kafka_partitions=3)
 
 
 def batch(*spans: Span, token: str = "t") -> Batch:
@@ -165,5 +164,16 @@ def test_what_the_back_end_drops_is_counted(
 
 
 def test_an_address_is_needed() -> None:
-    with pytest.raises(ConfigError, match="otlp_endpoint"):
+    with pytest.raises(ConfigError, match="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"):
         OtlpSink(load_settings())
+
+
+def test_back_ends_get_the_types_of_the_conventions() -> None:
+    attributes = {semconv.INPUT_TOKENS: "11", semconv.FINISH_REASONS: '["stop"]', "gen_ai.request.temperature": "none"}
+    one = factories.span(factories.task(), "a", attributes=attributes, model_version="run.0.1", span_kind="Client")
+    (out,) = to_otlp([one]).resource_spans[0].scope_spans[0].spans
+    values = {pair.key: pair.value for pair in out.attributes}
+    assert (values[semconv.INPUT_TOKENS].int_value, values["gen_ai.request.temperature"].string_value) == (11, "none")
+    assert [v.string_value for v in values[semconv.FINISH_REASONS].array_value.values] == ["stop"]
+    ids = [values[f"millstream.{name}"].string_value for name in ("rollout_id", "attempt_id", "model_version")]
+    assert ids == [one.rollout_id, "a", "run.0.1"]

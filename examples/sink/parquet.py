@@ -1,4 +1,5 @@
-"""Stores records in Parquet files by hour, for data lakes: ``FOLDER/Span/date=2027-01-15/hour=08/TOKEN.parquet``.
+"""Stores records in Parquet files by hour, for data lakes: ``FOLDER/Span/date=2027-01-15/hour=08/TOKEN.parquet``. Run
+it with ``LAKE_URL=s3://bucket/lake millstream sink --sink examples.sink.parquet:ParquetSink``.
 
 The columns are the record's fields and its place in the log: ``log_topic``, ``log_partition``, ``log_offset``,
 ``log_time``, whose hour decides the folder. A retried batch writes the same files again. After a crash a record may be
@@ -15,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import dataset, fs, parquet
 
-from millstream.consumers.sink.port import Batch, Unusable
-from millstream.schemas.config.settings import Settings
+import millstream as ms
+from millstream.consumers.sink.port import Unusable
 from millstream.schemas.errors import CodecError, ConfigError, StoreError
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.records import Record
@@ -55,13 +56,13 @@ SCHEMAS = {kind: pa.schema([*COLUMNS.items(), *arrow_type(codec.load_schema(kind
 
 
 class ParquetSink:
-    """A `Sink` that writes below ``parquet_url``: a local folder, or anything that pyarrow has a file system for."""
+    """A `ms.Sink` that writes below ``LAKE_URL``: a local folder, or anything that pyarrow has a file system for."""
 
-    def __init__(self, settings: Settings) -> None:
-        self._files, self._root = _file_system(settings.parquet_url)
+    def __init__(self, _settings: ms.Settings) -> None:
+        self._files, self._root = _file_system(os.environ.get("LAKE_URL", "runs/lake"))
         self._tables: dict[str, pa.Table] = {}  # by path; written and not yet flushed
 
-    def write(self, batch: Batch) -> list[Unusable]:
+    def write(self, batch: ms.Batch) -> list[Unusable]:
         rows: dict[tuple[type[Record], str], list[dict[str, Any]]] = defaultdict(list)
         unusable = []
         for record in batch.records:
@@ -114,4 +115,4 @@ def _file_system(url: str) -> tuple[fs.FileSystem, str]:
     try:
         return fs.FileSystem.from_uri(url if "://" in url else str(Path(url).resolve()))  # type: ignore[no-any-return]
     except (OSError, ValueError) as error:
-        raise ConfigError(f"setting parquet_url: {url!r} can't be used: {error}") from error
+        raise ConfigError(f"LAKE_URL: {url!r} can't be used: {error}") from error
