@@ -56,9 +56,8 @@ class ProcessTracer:
         if proxy_urls:
             os.environ["OPENAI_BASE_URL"] = f"{proxy_urls[0]}/v1"
             os.environ["OPENAI_API_KEY"] = PLACEHOLDER_KEY
-            if "ANTHROPIC_BASE_URL" not in os.environ:
-                os.environ["ANTHROPIC_BASE_URL"] = proxy_urls[0]
-                os.environ["ANTHROPIC_API_KEY"] = PLACEHOLDER_KEY
+            os.environ["ANTHROPIC_BASE_URL"] = proxy_urls[0]
+            os.environ["ANTHROPIC_API_KEY"] = PLACEHOLDER_KEY
         for proxy_url in proxy_urls:
             bind_clients(proxy_url)
         self._tracer = _provider().get_tracer("millstream")
