@@ -4,6 +4,9 @@ import hashlib
 import os
 import time
 import uuid
+from typing import Final
+
+CLOCK_SKEW_MS: Final = 60_000  # by which the clock of a record's writer may be behind that of the id's
 
 
 def _uuid7(ms: int, rest: int) -> str:
@@ -36,3 +39,11 @@ def id_time_ms(value: str) -> int:
     if parsed.version != 7:
         raise ValueError(f"{value!r} is not a UUIDv7")
     return parsed.int >> 80
+
+
+def written_since_ms(value: str) -> int:
+    """No record that has this id is older, in ms since the epoch; 0 for an id without a time."""
+    try:
+        return max(0, id_time_ms(value) - CLOCK_SKEW_MS)
+    except ValueError:
+        return 0

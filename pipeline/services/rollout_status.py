@@ -7,14 +7,13 @@ from typing import Any
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
 from millstream.schemas.errors import CodecError
-from millstream.schemas.ids import id_time_ms
+from millstream.schemas.ids import written_since_ms
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import AttemptEvent, RolloutEnd, RolloutTask
 from millstream.schemas.wire.topics import PRIORITIES, Topics, partition_of
 
 StatusRecord = RolloutTask | AttemptEvent | RolloutEnd
-CLOCK_SKEW_MS = 60_000  # by which the clock of a record's writer may be behind that of the task's publisher
 
 
 async def read_rollout_status(log: Log, topics: Topics, rollout_id: str) -> dict[str, Any] | None:
@@ -29,12 +28,8 @@ async def read_rollout_status(log: Log, topics: Topics, rollout_id: str) -> dict
 
 
 async def _read(log: Log, partitions: list[Partition], rollout_id: str, limit: int | None = None) -> list[StatusRecord]:
-    try:
-        since_ms = max(0, id_time_ms(rollout_id) - CLOCK_SKEW_MS)
-    except ValueError:
-        since_ms = 0  # an id of another kind has no time
     found: list[StatusRecord] = []
-    async with aclosing(read_to_end(log, partitions, since_ms=since_ms)) as records:
+    async with aclosing(read_to_end(log, partitions, since_ms=written_since_ms(rollout_id))) as records:
         async for record in records:
             if record.key not in (rollout_id, None):  # tasks have no key
                 continue

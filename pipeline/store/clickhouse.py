@@ -26,7 +26,6 @@ from millstream.pipeline.store.results import (
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.control import Resources
 from millstream.schemas.errors import StoreError
-from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import Span, Triplet
 
 READ_ONLY: Final = 2  # ClickHouse's `readonly`: no writes and no DDL, but a query may have settings of its own
@@ -122,29 +121,6 @@ class ClickHouseStore(Store):
 
             self._log = KafkaLog(self._settings)
         return follow_spans(self._log, self._settings.topics, rollout_id, self)
-
-    def first_offset(self, rollout_id: str, partition: Partition) -> int:
-        """See `follow.Stored`. Claims are stored in the order of their partition: a rollout that is not stored yet was
-        claimed after all that are."""
-        place = {"rollout": rollout_id, "topic": partition.topic, "partition": partition.number}
-        of_topic = "FROM attempts_raw WHERE topic = {topic:String} AND partition = {partition:Int32}"
-        ((claim,),) = self._ask(f"SELECT minOrNull(offset) {of_topic} AND rollout_id = {{rollout:String}}", place).rows
-        if claim is None:
-            ((claim,),) = self._ask(f"SELECT coalesce(maxOrNull(offset) + 1, 0) {of_topic}", place).rows
-        return int(claim)
-
-    def end_offset(self, rollout_id: str, partition: Partition) -> int | None:
-        """See `follow.Stored`."""
-        found = self._ask(
-            "SELECT min(offset) FROM rollout_ends_raw WHERE rollout_id = {rollout:String} AND topic = {topic:String} "
-            "HAVING count() > 0",
-            {"rollout": rollout_id, "topic": partition.topic},
-        )
-        return found.rows[0][0] if found.rows else None
-
-    def spans_before(self, rollout_id: str, offset: int) -> list[Span]:
-        """See `follow.Stored`."""
-        return queries.read_spans(self._ask, {"rollout_id": rollout_id}, before=offset)
 
     def _parse(self, query: str) -> str:
         return reading_statement(query, lambda text: self._ask(FORMAT_QUERY, {"query": text}).rows[0][0])

@@ -3,10 +3,11 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from typing import Protocol
 
 from millstream.consumers.log.port import Log
+from millstream.pipeline.store.results import Store
 from millstream.schemas.errors import CodecError
+from millstream.schemas.ids import written_since_ms
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import RolloutEnd, Span
@@ -18,37 +19,23 @@ POLL_RECORDS = 1000
 POLL_S = 1.0
 
 
-class Stored(Protocol):
-    """Where in the log a store has seen a rollout, and its spans."""
-
-    def first_offset(self, rollout_id: str, partition: Partition) -> int:
-        """The rollout has no records before this offset."""
-
-    def end_offset(self, rollout_id: str, partition: Partition) -> int | None:
-        """The offset of the rollout's end; None if the store has no end."""
-
-    def spans_before(self, rollout_id: str, offset: int) -> list[Span]:
-        """The rollout's stored spans with lower offsets, in log order."""
-
-
-async def follow_spans(log: Log, topics: Topics, rollout_id: str, stored: Stored) -> AsyncIterator[Span]:
-    """Ends with the rollout. Spans that retention has removed from the log come from the store. A record that can't be
-    decoded is skipped with a warning: the sink sends it to the dead letters."""
+async def follow_spans(log: Log, topics: Topics, rollout_id: str, store: Store) -> AsyncIterator[Span]:
+    """First those in the store, which retention may have removed from the log; ends with the rollout. A record that
+    can't be decoded is skipped with a warning: the sink sends it to the dead letters."""
     partition = Partition(topics.events, partition_of(rollout_id, topics.partitions))
     consumer = log.consumer()
     try:
         await consumer.assign([partition])
-        beginning = (await consumer.beginning_offsets([partition]))[partition]
-        start = await asyncio.to_thread(stored.first_offset, rollout_id, partition)
-        if start < beginning:
-            for span in await asyncio.to_thread(stored.spans_before, rollout_id, beginning):
-                yield span
-            end = await asyncio.to_thread(stored.end_offset, rollout_id, partition)
-            if end is not None and end < beginning:
-                return
-        high = (await consumer.end_offsets([partition]))[partition]  # a recreated topic has less than the store
-        await consumer.seek(partition, min(max(start, beginning), high))
-        while True:
+        start = await consumer.offsets_since([partition], written_since_ms(rollout_id))
+        await consumer.seek(partition, start[partition])
+        found = await asyncio.to_thread(store.rollouts, [rollout_id])
+        ended = bool(found) and found[0].ended_at is not None
+        end = (await consumer.end_offsets([partition]))[partition]  # a known end of the rollout is below it, or gone
+        seen: set[tuple[object, ...]] = set()
+        for span in await asyncio.to_thread(store.spans, rollout_id):
+            seen.add(_identity(span))
+            yield span
+        while not ended or (consumer.position(partition) or 0) < end:
             for record in await consumer.poll(POLL_RECORDS, POLL_S):
                 if record.key != rollout_id:
                     continue
@@ -57,9 +44,13 @@ async def follow_spans(log: Log, topics: Topics, rollout_id: str, stored: Stored
                 except CodecError as error:
                     logger.warning("%s of rollout %s can't be decoded: %s", record.place, rollout_id, error)
                     continue
-                if isinstance(value, Span):
-                    yield value
-                elif isinstance(value, RolloutEnd):
+                if isinstance(value, RolloutEnd):
                     return
+                if isinstance(value, Span) and _identity(value) not in seen:
+                    yield value
     finally:
         await consumer.close()
+
+
+def _identity(span: Span) -> tuple[object, ...]:
+    return span.attempt_id, span.source, span.sequence, span.span_id

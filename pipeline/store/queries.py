@@ -89,11 +89,10 @@ def read_newest(ask: Ask, filters: Mapping[str, Any], direction: str, limit: int
     return [row["rollout_id"] for row in ask(sql + _limit(limit, offset), parameters).records()]
 
 
-def read_spans(ask: Ask, filters: Mapping[str, Any], before: int | None = None) -> list[Span]:
-    """Spans in log order; ``before``: with lower offsets only."""
+def read_spans(ask: Ask, filters: Mapping[str, Any]) -> list[Span]:
+    """Spans in log order."""
     where, parameters = _conditions(filters)
-    found = ask(_SPANS.format(where=where), {**parameters, "before": -1 if before is None else before})
-    return [_span(row) for row in found.records()]
+    return [_span(row) for row in ask(_SPANS.format(where=where), parameters).records()]
 
 
 def read_triplets(ask: Ask, filters: Mapping[str, Any], limit: int | None) -> list[Triplet]:
@@ -170,7 +169,6 @@ SELECT
 FROM (SELECT *, RolloutId AS rollout_id, AttemptId AS attempt_id FROM spans WHERE {where}) AS s
 LEFT JOIN (SELECT * FROM token_ids WHERE {where}) AS t
     ON s.AttemptId = t.attempt_id AND s.Source = t.source AND s.Sequence = t.sequence AND s.SpanId = t.span_id
-WHERE {{before:Int64}} < 0 OR s.Offset < {{before:Int64}}
 ORDER BY s.Offset
 """
 

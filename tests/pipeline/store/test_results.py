@@ -330,10 +330,11 @@ class Forgetful:
         consumer = self.log.consumer()
         beginning = self.beginning
 
-        async def beginning_offsets(partitions):
-            return dict.fromkeys(partitions, beginning)
+        async def offsets_since(partitions, time_ms):
+            ends = await consumer.end_offsets(partitions)
+            return {partition: min(beginning, end) for partition, end in ends.items()}
 
-        consumer.beginning_offsets = beginning_offsets
+        consumer.offsets_since = offsets_since
         return consumer
 
 
