@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -154,7 +154,6 @@ def sink(
 @app.command(epilog="Example: MILLSTREAM_MODEL_URL=http://127.0.0.1:8500 millstream proxy")
 def proxy(
     listen: Annotated[str, typer.Option(help="Address to listen at. Default: the first of proxy_url.")] = "",
-    admin: Annotated[str, typer.Option(help="Address of the admin endpoint, http://HOST:PORT.")] = "",
     drain_s: Annotated[float, typer.Option(min=0, help="Seconds for running calls to end after a stop signal.")] = 60.0,
     health_port: HealthPort = 0,
 ) -> None:
@@ -168,16 +167,13 @@ def proxy(
     settings = load_settings()
 
     url = listen or next(iter(settings.proxy_urls), "http://127.0.0.1:8400")
-    check_open(settings, urlsplit(url).hostname or "", urlsplit(admin).hostname or "")
+    check_open(settings, urlsplit(url).hostname or "")
 
     async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
         front = Proxy(log, settings)
         health.export(metrics.CALLS_IN_FLIGHT, lambda: front.in_flight)
         health.export(metrics.CALLS_UNRECORDED, lambda: front.unrecorded)
-        async with AsyncExitStack() as stack:
-            await stack.enter_async_context(serve(front.app, url, shutdown_s=drain_s, reuse_port=True))
-            if admin:
-                await stack.enter_async_context(serve(front.admin(), admin))
+        async with serve(front.app, url, shutdown_s=drain_s, reuse_port=True):
             await stop.wait()
 
     _run_role(settings, "proxy", health_port, work, uvloop.run)

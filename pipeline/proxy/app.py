@@ -8,11 +8,10 @@ Nothing else is passed on: a model server's other endpoints can't be reached thr
 """
 
 import asyncio
-import hmac
 import logging
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass, field
-from typing import Any, Final, cast
+from dataclasses import dataclass, field
+from typing import Final
 
 import orjson
 from aiohttp import web
@@ -56,7 +55,7 @@ class ProxyPolicy:
 
 
 class Proxy:
-    """An aiohttp application (`app`), and another one for its operators (`admin`). Both live while `app` is served."""
+    """An aiohttp application, `app`."""
 
     def __init__(self, log: Log, settings: Settings, policy: ProxyPolicy = ProxyPolicy()) -> None:
         """Raises `ConfigError` naming the setting that does not fit."""
@@ -208,46 +207,13 @@ class Proxy:
             return []
         return [name for model in served if (name := self._targets.routed_to(upstream, model)) is not None]
 
-    def admin(self) -> web.Application:
-        """``GET /routing``, ``/replicas`` and ``/attempts``, with ``proxy_admin_token``. They show no keys."""
-        token = self._settings.proxy_admin_token.get_secret_value()
 
-        @web.middleware
-        async def gate(request: web.Request, handler: Any) -> web.StreamResponse:
-            given = request.headers.get("Authorization", "")
-            if token and not hmac.compare_digest(given.encode("utf-8", "surrogateescape"), f"Bearer {token}".encode()):
-                raise web.HTTPUnauthorized(text="send Authorization: Bearer TOKEN, with this proxy's proxy_admin_token")
-            return cast("web.StreamResponse", await handler(request))
-
-        async def routing(_: web.Request) -> web.Response:
-            return web.json_response({"table": asdict(self._control.routing), "routes": self._settings.routes})
-
-        async def replicas(_: web.Request) -> web.Response:
-            found = {
-                name: [
-                    {"url": each.url, "in_flight": each.in_flight, "failures": each.failures} for each in upstream.all
-                ]
-                for name, upstream in self._targets.upstreams.items()
-            }
-            return web.json_response(found)
-
-        async def attempts(_: web.Request) -> web.Response:
-            calls = {"recorded": self._recorder.recorded, "unrecorded": self.unrecorded}
-            return web.json_response({"known": len(self._attempts), "in_flight": self.in_flight, **calls})
-
-        app = web.Application(middlewares=[gate])
-        app.add_routes([web.get("/routing", routing), web.get("/replicas", replicas), web.get("/attempts", attempts)])
-        return app
-
-
-def check_open(settings: Settings, host: str, admin_host: str = "") -> None:
+def check_open(settings: Settings, host: str) -> None:
     """Raises `ConfigError` if other machines could reach a proxy that asks for no secret."""
     if not is_loopback(host) and not settings.proxy_secret.get_secret_value():
         raise ConfigError(
             f"the proxy at {host} is open to others: set proxy_secret (MILLSTREAM_PROXY_SECRET), which runners share"
         )
-    if admin_host and not is_loopback(admin_host) and not settings.proxy_admin_token.get_secret_value():
-        raise ConfigError(f"the proxy's admin port at {admin_host} is open to others: set proxy_admin_token")
 
 
 def _model(name: str) -> Json:

@@ -74,9 +74,6 @@ class Attempts:
     def in_flight(self) -> int:
         return sum(attempt.in_flight for attempt in self._known.values())
 
-    def __len__(self) -> int:
-        return len(self._known)
-
     def authorised(self, rollout_id: str, attempt_id: str, key: str) -> ProxiedAttempt:
         """Raises `BadKey`."""
         attempt = self._known.get(attempt_id)

@@ -34,7 +34,6 @@ class Recorder:
         self._topic = topics.events
         self._blobs = blobs
         self._background: set[asyncio.Task[None]] = set()
-        self.recorded = 0
         self.unrecorded = 0
 
     async def record(self, attempt: ProxiedAttempt, facts: CallFacts, answer: Answer, response_id: str) -> None:
@@ -48,7 +47,6 @@ class Recorder:
         except (BlobError, LogError, TimeoutError) as error:
             self.unrecorded += 1
             raise NotRecorded(str(error) or "time-out", too_large=isinstance(error, TooLarge)) from error
-        self.recorded += 1
 
     async def try_record(self, attempt: ProxiedAttempt, facts: CallFacts, answer: Answer, response_id: str) -> None:
         """Logs it if the log does not take the call."""
