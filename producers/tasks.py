@@ -1,6 +1,5 @@
 """Turns a file of prompts into groups of rollouts and publishes their tasks on the topic of their priority."""
 
-import json
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,8 +12,9 @@ from millstream.producers.log.port import Producer
 from millstream.schemas.config.settings import Settings, problems_of
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
+from millstream.schemas.spans.text import json_text
 from millstream.schemas.wire import status
-from millstream.schemas.wire.records import RolloutTask
+from millstream.schemas.wire.records import LONGEST_ATTEMPT_S, LONGEST_LEASE_S, RolloutTask
 from millstream.schemas.wire.topics import PRIORITIES, Topics
 
 MAX_PROBLEMS = 20  # listed in one error message
@@ -42,9 +42,9 @@ class TaskLine(BaseModel):
     max_attempts: int | None = Field(None, ge=1)
     max_lost_attempts: int | None = Field(None, ge=0)
     retry_on: list[Annotated[str, _one_of(*sorted(status.RETRIED))]] = []
-    timeout_s: float | None = Field(None, gt=0, allow_inf_nan=False)
-    lease_s: float | None = Field(None, gt=0, allow_inf_nan=False)
-    unresponsive_s: float | None = Field(None, gt=0, allow_inf_nan=False)
+    timeout_s: float | None = Field(None, gt=0, le=LONGEST_ATTEMPT_S)
+    lease_s: float | None = Field(None, gt=0, le=LONGEST_LEASE_S)
+    unresponsive_s: float | None = Field(None, gt=0, le=LONGEST_ATTEMPT_S)
     seed: int | None = None
     metadata: dict[str, str] = {}
 
@@ -60,7 +60,7 @@ def group_of(
             rollout_id=new_id(),
             group_id=group_id,
             group_size=size,
-            input=json.dumps(line.input, ensure_ascii=False),
+            input=json_text(line.input),
             mode=line.mode,
             priority=line.priority or priority,
             resources_id=line.resources_id,

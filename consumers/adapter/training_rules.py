@@ -1,6 +1,5 @@
 """Rules for which calls take part, and which of those can be trained on. Each gives its reason."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from millstream.consumers.adapter.calls import Call
 from millstream.schemas.config.triplet_rules import TripletRules
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.blobs import is_reference
+from millstream.schemas.spans.text import parsed
 
 Rule = Callable[[Call], str | None]
 """Why not to train on a call, or None. Pure."""
@@ -88,7 +88,7 @@ def empty_text(call: Call) -> str | None:
     if is_reference(call.response):
         return None
     try:
-        message = json.loads(call.response)
+        message = parsed(call.response)
     except ValueError:
         return "the response is not JSON"
     return None if any(_content(message)) else "empty response"

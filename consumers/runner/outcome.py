@@ -2,7 +2,6 @@
 
 import asyncio
 import inspect
-import json
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -11,7 +10,7 @@ from typing import Any
 from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.emit import emit_reward
 from millstream.schemas.import_path import error_message
-from millstream.schemas.spans.text import utf8
+from millstream.schemas.spans.text import json_text, safe_repr, utf8
 from millstream.schemas.wire import status
 from millstream.schemas.wire.records import ErrorInfo
 
@@ -55,9 +54,9 @@ def returned(attempt: AttemptContext, result: Any) -> Outcome:
 
 def _as_json(value: Any) -> str:
     try:
-        return utf8(json.dumps(value, ensure_ascii=False, default=_plain))
-    except (TypeError, ValueError):  # keys that JSON can't have, or a circular reference
-        return utf8(json.dumps(repr(value), ensure_ascii=False))
+        return json_text(value, _plain)
+    except ValueError:  # keys that JSON can't have, a circular reference, or too many levels
+        return json_text(safe_repr(value))
 
 
 def _plain(value: Any) -> Any:

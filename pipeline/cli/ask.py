@@ -1,6 +1,5 @@
 """Commands that show what the store holds: rollouts, their spans, triplets and rewards, and how two of them differ."""
 
-import json
 import struct
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from millstream.pipeline.cli.open import open_store
-from millstream.pipeline.cli.output import Json, date, out, print_rows, table_of
+from millstream.pipeline.cli.output import Json, date, out, print_json, print_rows, table_of
 from millstream.pipeline.store.results import Attempt, Rollout, RolloutOrder
 from millstream.pipeline.store.rollout_diff import Step, children, error_of, rollout_diff, token_counts
 from millstream.producers.blob_store import Blobs
@@ -75,7 +74,7 @@ def rollouts(
             )
 
         if as_json:
-            _print_json([asdict(r) | {"queued_s": r.queued_s, "duration_s": r.duration_s} for r in ask()])
+            print_json([asdict(r) | {"queued_s": r.queued_s, "duration_s": r.duration_s} for r in ask()])
         elif watch:
             with suppress(KeyboardInterrupt), Live(_rollouts(ask()), console=out, auto_refresh=False) as live:
                 while True:
@@ -115,7 +114,7 @@ def spans(
             replace(span, attributes={n: blobs.whole(value) for n, value in span.attributes.items()}) for span in found
         ]
     if as_json:
-        _print_json([_with_numbers(asdict(span)) | {"duration_s": (span.end - span.start) / 1e9} for span in found])
+        print_json([_with_numbers(asdict(span)) | {"duration_s": (span.end - span.start) / 1e9} for span in found])
         return
     if not attempts:
         out.print(f"rollout {rollout} is waiting for its first attempt")
@@ -172,7 +171,7 @@ def triplets(
             limit=limit,
         )
     if as_json:
-        _print_json([_with_numbers(asdict(triplet)) for triplet in found])
+        print_json([_with_numbers(asdict(triplet)) for triplet in found])
         return
     print_rows(
         ["rollout_id", "turn", "reward", "version", "prompt", "tokens", "response", "untrainable because"],
@@ -205,7 +204,7 @@ def rewards(
             return
         found = store.sql(REWARDS_BY_VERSION, {"experiment_id": experiment or "", "mode": mode or ""})
     if as_json:
-        _print_json(found.records())
+        print_json(found.records())
         return
     low = min([0.0, *(row["mean"] for row in found.records())])
     size = max([0.0, *(row["mean"] for row in found.records())]) - low or 1.0
@@ -226,17 +225,15 @@ def diff(a: RolloutId, b: RolloutId, as_json: Json = False) -> None:
         sides = [_known(store, a), _known(store, b)]
         walks, same = rollout_diff(store, *sides)
     if as_json:
-        out.print_json(
-            json.dumps(
-                {
-                    "same_steps": same,
-                    "rollouts": [
-                        {"rollout_id": r.rollout_id, "status": r.status, "reward": r.reward}
-                        | {"steps": [{"kind": s.kind, "name": s.name, "text": s.text} for s in walk[same:]]}
-                        for r, walk in zip(sides, walks, strict=True)
-                    ],
-                }
-            )
+        print_json(
+            {
+                "same_steps": same,
+                "rollouts": [
+                    {"rollout_id": r.rollout_id, "status": r.status, "reward": r.reward}
+                    | {"steps": [{"kind": s.kind, "name": s.name, "text": s.text} for s in walk[same:]]}
+                    for r, walk in zip(sides, walks, strict=True)
+                ],
+            }
         )
         return
     whole = same == len(walks[0]) == len(walks[1])
@@ -262,10 +259,6 @@ def _known(store: "ClickHouseStore", rollout_id: str) -> Rollout:
     if not found:
         raise StoreError(f"the store has no rollout {rollout_id!r}: `millstream rollouts` lists them")
     return found[0]
-
-
-def _print_json(records: Sequence[dict[str, Any]]) -> None:
-    out.print_json(json.dumps(records, default=str))
 
 
 def _with_numbers(record: dict[str, Any]) -> dict[str, Any]:

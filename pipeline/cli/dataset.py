@@ -1,6 +1,5 @@
 """``millstream dataset``: writes the log's triplets as data sets for other training methods."""
 
-import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from millstream.pipeline.cli.open import with_log
 from millstream.pipeline.training import datasets
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.config.settings import load_settings
+from millstream.schemas.spans.text import json_text
 from millstream.schemas.wire.records import Triplet
 
 app = typer.Typer(no_args_is_help=True, help="Triplets as data sets, written to standard output.")
@@ -42,7 +42,7 @@ def dataset_text(experiment: Experiment = None, mode: Mode = "train") -> None:
 
 
 def _line(example: dict[str, Any]) -> str:
-    return json.dumps(example, ensure_ascii=False) + "\n"
+    return json_text(example) + "\n"
 
 
 def _write(experiment: str | None, mode: str, form: Callable[[Iterable[list[Triplet]]], Iterator[str]]) -> None:

@@ -1,6 +1,5 @@
 """Prints the output of commands: a table for people, JSON for programs."""
 
-import json
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -9,6 +8,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+
+from millstream.schemas.spans.text import json_text
 
 out = Console()
 err = Console(stderr=True)
@@ -19,11 +20,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool, limit: int | None = None) -> None:
     """``limit``: maximum rows of a table; JSON always has all. A missing value is an empty cell, or null."""
     if as_json:
-        out.print_json(json.dumps([dict(zip(columns, row, strict=True)) for row in rows], default=str))
+        print_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
     out.print(table_of(columns, rows[:limit]))
     if limit is not None and len(rows) > limit:
         out.print(f"… and {len(rows) - limit} more")
+
+
+def print_json(value: Any) -> None:
+    """Valid JSON, whatever ``value`` holds."""
+    out.print_json(json_text(value, str))
 
 
 def table_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:

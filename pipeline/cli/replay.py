@@ -1,6 +1,5 @@
 """``millstream replay`` and ``millstream explain``: the adapter's rules over recorded events."""
 
-import json
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated
@@ -14,7 +13,7 @@ from millstream.consumers.adapter.replay import Replay, ToReward
 from millstream.consumers.adapter.triplets import TripletMaker
 from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import with_log
-from millstream.pipeline.cli.output import Json, out, print_rows
+from millstream.pipeline.cli.output import Json, out, print_json, print_rows
 from millstream.pipeline.replay import ReplaySummary, Start, open_output, run_replay
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.import_path import load_object
@@ -72,7 +71,7 @@ def explain_rollout(
     trace, end = with_log(settings, lambda log: read_trace(log, settings.topics, rollout_id, attempt))
     found = explained(maker, trace, end)
     if as_json:
-        out.print_json(json.dumps(found))
+        print_json(found)
         return
     out.print(f"rollout {rollout_id}, attempt {trace.attempt_id}: {found['status']}", highlight=False)
     if found["reason"]:

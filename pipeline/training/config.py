@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import json
 import tomllib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -24,6 +23,7 @@ from millstream.pipeline.training.trainer import Trainer
 from millstream.schemas.config.settings import Settings, load_settings, problems_of
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.import_path import load_object
+from millstream.schemas.spans.text import json_text, parsed
 
 
 class GrpoConfig(BaseModel):
@@ -111,7 +111,7 @@ def read_inputs(path: Path, settings: Settings) -> list[Any]:
     """The inputs of a tasks file, in order."""
     from millstream.producers.tasks import read_tasks
 
-    return [json.loads(task.input) for task in read_tasks(path, settings)[0]]
+    return [parsed(task.input) for task in read_tasks(path, settings)[0]]
 
 
 def train_from(path: Path, console: Console | None = None, adapter: str = "", health_port: int = 0) -> Summary:
@@ -144,7 +144,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
         )
         summary = trainer.fit(tasks, val_tasks)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    (config.run_dir / "train.json").write_text(json.dumps(dataclasses.asdict(summary), indent=2) + "\n")
+    (config.run_dir / "train.json").write_text(json_text(dataclasses.asdict(summary)) + "\n")
     return summary
 
 

@@ -5,7 +5,6 @@ without a reward gets the next one of its rollout, as in training (`credit.turn_
 rollout and turn if a text does not hold messages.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -15,6 +14,7 @@ from millstream.consumers.log.read_to_end import read_to_end
 from millstream.pipeline.algorithms.advantages import turn_rewards
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.errors import CodecError
+from millstream.schemas.spans.text import json_text, parsed
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.prefixes import expand
@@ -85,7 +85,7 @@ def _rewarded(rollouts: Iterable[Rollout]) -> Iterator[tuple[Triplet, float]]:
 
 
 def _tools(triplet: Triplet) -> dict[str, Any]:
-    return {"tools": [_tool(tool) for tool in json.loads(triplet.tools)]} if triplet.tools else {}
+    return {"tools": [_tool(tool) for tool in parsed(triplet.tools)]} if triplet.tools else {}
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 def _messages(triplet: Triplet, field: Literal["prompt", "response"]) -> list[dict[str, Any]]:
     """Messages (a list, or one) in OpenAI's form; those of the semantic conventions have their content in parts."""
     try:
-        found = json.loads(getattr(triplet, field))
+        found = parsed(getattr(triplet, field))
         return [_openai(message) for message in (found if isinstance(found, list) else [found])]
     except (ValueError, KeyError, TypeError) as error:
         raise CodecError(
@@ -132,11 +132,11 @@ def _openai(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def _json(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json_text(value)
 
 
 def _text(message: dict[str, Any]) -> str:
     content = message.get("content")
-    said = content if isinstance(content, str) else json.dumps(content) if content else ""
+    said = content if isinstance(content, str) else json_text(content) if content else ""
     calls = [f"{c['function']['name']}({c['function']['arguments']})" for c in message.get("tool_calls") or ()]
     return " ".join(part for part in (said, *calls) if part)

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import json
 import logging
 import random
 import sys
@@ -26,6 +25,7 @@ from millstream.producers.tasks import TaskPublisher
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.control import LLM, Resources
 from millstream.schemas.ids import derived_id, new_id
+from millstream.schemas.spans.text import json_text
 from millstream.schemas.wire.records import Control, RolloutTask
 
 logger = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ class Run:
             kind="experiment",
             name=self.summary.experiment_id,
             experiment_id=self.summary.experiment_id,
-            body=json.dumps(body),
+            body=json_text(body),
             created_at=self._started_ns,
         )
         await publish_control(self._producer, self._topics, experiment)
@@ -187,7 +187,7 @@ class Run:
             rollout_id=rollout_id,
             group_id=group_id,
             group_size=members,
-            input=json.dumps(task, ensure_ascii=False),
+            input=json_text(task),
             mode=mode,
             resources_id=self._resources_id,
             max_attempts=self._settings.retry_max_attempts,

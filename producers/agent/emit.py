@@ -127,7 +127,7 @@ def emit_object(value: Any, attributes: Mapping[str, Any] | None = None) -> None
     kind = type(value)
     full_name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
     try:
-        text = to_json(value, bytes_mode="base64").decode()
+        text = to_json(value, bytes_mode="base64", inf_nan_mode="strings").decode()
     except (PydanticSerializationError, ValueError, RecursionError) as error:
         raise EmitError(f"span {semconv.AGL_OBJECT!r}: an object of type {full_name} is not JSON: {error}") from error
     given = {semconv.AGL_OBJECT_TYPE: full_name, semconv.AGL_OBJECT_JSON: text}

@@ -13,6 +13,7 @@ from pydantic_core import to_json
 
 from millstream.producers.agent.emit import attempt_or_warning, checked
 from millstream.schemas.spans import semconv
+from millstream.schemas.spans.text import safe_repr
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -85,9 +86,9 @@ class Operation:
             return
         if not isinstance(value, str):
             try:
-                value = to_json(value, bytes_mode="base64", serialize_unknown=True).decode()
+                value = to_json(value, bytes_mode="base64", inf_nan_mode="strings", serialize_unknown=True).decode()
             except (ValueError, RecursionError):  # such as a lone surrogate in a model's output
-                value = repr(value)
+                value = safe_repr(value)
         self._span.set_attributes(checked(self._name, {key: value}))
 
 

@@ -20,6 +20,7 @@ from millstream.schemas.config.triplet_rules import TripletRules
 from millstream.schemas.config.upstreams import Limits, Upstream
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.spans.blobs import DEFAULT_URL
+from millstream.schemas.wire.records import LONGEST_ATTEMPT_S, LONGEST_LEASE_S
 from millstream.schemas.wire.topics import Topics
 
 ENV_PREFIX = "MILLSTREAM_"
@@ -79,8 +80,12 @@ class Settings(BaseSettings):
     retry_max_attempts: int = Field(1, ge=1, description="Attempts that a task gets unless it says otherwise.")
     # Generous: losing a machine is not the task's fault. Finite: a task that kills its runners has to end.
     retry_max_lost_attempts: int = Field(10, ge=0, description="Lost attempts of a task that are forgiven.")
-    timeout_s: float = Field(600.0, gt=0, description="Seconds an attempt may run, unless its task says.")
-    lease_s: float = Field(30.0, gt=0, description="Seconds without a heartbeat until an attempt is lost.")
+    timeout_s: float = Field(
+        600.0, gt=0, le=LONGEST_ATTEMPT_S, description="Seconds an attempt may run, unless its task says."
+    )
+    lease_s: float = Field(
+        30.0, gt=0, le=LONGEST_LEASE_S, description="Seconds without a heartbeat until an attempt is lost."
+    )
 
     triplets: TripletRules = Field(TripletRules(), description="Which calls train and what they earn.")
 

@@ -6,12 +6,12 @@ named by their SHA-256. Pure; `producers.blob_store` stores them.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from millstream.schemas.spans.text import json_text, parsed, utf8
 from millstream.schemas.wire.records import Span
 
 DEFAULT_URL: Final = "runs/blobs"
@@ -44,32 +44,23 @@ def whole(text: str, get: Callable[[str], bytes]) -> str:
         text = get(found[1]).decode()
     if _REFERENCE.search(text) is None:
         return text
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return text  # text that mentions a reference
 
     def part(inner: str) -> str:
         found = _REFERENCE.fullmatch(inner)
         return inner if found is None else get(found[1]).decode()
 
-    return json.dumps(_mapped(value, part), ensure_ascii=False)
+    return _with_strings(text, part) or text  # or text that mentions a reference
 
 
 def _apart(attributes: Mapping[str, str], contents: dict[str, bytes]) -> Mapping[str, str]:
     def refer(text: str) -> str:
-        content = text.encode()
+        content = utf8(text).encode()
         digest = digest_of(content)
         contents[digest] = content
         return f"millstream-blob sha256:{digest} ({len(content)} bytes)"
 
     def shortened(value: str) -> str:
-        try:
-            parsed = json.loads(value)
-        except ValueError:
-            return refer(value)
-        parts = _mapped(parsed, lambda text: text if _fits(text, PART) else refer(text))
-        shorter = json.dumps(parts, ensure_ascii=False)
+        shorter = _with_strings(value, lambda text: text if _fits(text, PART) else refer(text)) or value
         return shorter if _fits(shorter, LIMIT) else refer(shorter)
 
     return {name: value if _fits(value, LIMIT) else shortened(value) for name, value in attributes.items()}
@@ -81,7 +72,15 @@ def _short(attributes: Mapping[str, str]) -> bool:
 
 
 def _fits(text: str, limit: int) -> bool:
-    return len(text) <= limit // 4 or len(text.encode()) <= limit
+    return len(text) <= limit // 4 or len(utf8(text).encode()) <= limit
+
+
+def _with_strings(text: str, change: Callable[[str], str]) -> str | None:
+    """JSON text with its strings changed. None if it is not JSON, or has too many levels."""
+    try:
+        return json_text(_mapped(parsed(text), change))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _mapped(value: Any, change: Callable[[str], str]) -> Any:

@@ -9,13 +9,13 @@ Log and store keep spans unchanged; readers of a trace call `normalised`. Pure. 
 - Agent Lightning 0.3: ``agentlightning.*``, token ids as lists of numbers; its tracer adds AgentOps' ``agentops.*``.
 """
 
-import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from millstream.schemas.spans import semconv
+from millstream.schemas.spans.text import json_text, parsed
 from millstream.schemas.wire.records import Span, SpanEvent
 
 Attributes = Mapping[str, str]
@@ -113,6 +113,7 @@ _RESPONSE_IDS: Final = "response_token_ids"
 _LOGPROBS: Final = "logprobs.content"
 _REWARD: Final = "agentlightning.reward."
 _LINK: Final = "agentlightning.link."
+_DIGITS: Final = 10  # of the number of a message, at most
 
 # Events that hold a message, and its role.
 _MESSAGE_EVENTS: Final = {
@@ -237,10 +238,10 @@ def _add_conversation(found: dict[str, str], events: Sequence[SpanEvent]) -> Non
         (semconv.FINISH_REASONS, reasons),
     ):
         if values and ours not in found:
-            found[ours] = json.dumps(values, ensure_ascii=False)
+            found[ours] = json_text(values)
     reason = found.get(semconv.FINISH_REASONS, "[")
     if not reason.startswith("["):
-        found[semconv.FINISH_REASONS] = json.dumps([reason])
+        found[semconv.FINISH_REASONS] = json_text([reason])
 
 
 def _message(given: Attributes) -> dict[str, Any]:
@@ -330,7 +331,7 @@ def _packed(form: str, text: str | None) -> bytes | None:
     try:
         numbers = [value["logprob"] if isinstance(value, dict) else value for value in values]
         return struct.pack(f"<{len(numbers)}{form}", *numbers)
-    except (KeyError, struct.error):
+    except (KeyError, OverflowError, struct.error):
         return None
 
 
@@ -340,7 +341,7 @@ def _numbered(attributes: Attributes, prefix: str) -> list[dict[str, str]]:
     for name, value in attributes.items():
         if name.startswith(prefix):
             number, _, rest = name[len(prefix) :].partition(".")
-            if number.isdigit() and rest:
+            if number.isdecimal() and len(number) <= _DIGITS and rest:
                 found.setdefault(int(number), {})[rest] = value
     return [found[number] for number in sorted(found)]
 
@@ -353,6 +354,6 @@ def _mapping(value: Any) -> dict[str, Any]:
 def _parsed(text: Any) -> Any:
     """The JSON value; text that is not JSON stays as it is."""
     try:
-        return json.loads(text) if isinstance(text, str) else text
+        return parsed(text) if isinstance(text, str) else text
     except ValueError:
         return text

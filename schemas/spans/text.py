@@ -1,33 +1,124 @@
-"""Attribute values as the text that records hold: valid UTF-8; JSON for everything that is not a string."""
+"""Text that records can hold: valid UTF-8, and JSON that every parser reads.
+
+All text of records passes `utf8`, at the latest in `codec.encode`. `json_text` writes the JSON that goes into records;
+`parsed` reads JSON that others wrote.
+"""
 
 import base64
 import json
-from collections.abc import Mapping
-from typing import Any
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+_HALF_ESCAPED: Final = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps half a character
 
 
 def texts(values: Mapping[str, Any] | None) -> dict[str, str]:
-    """Attributes as records hold them: strings as they are, everything else as JSON text."""
+    """Attributes as records hold them: strings as they are, everything else as JSON text. Never raises: what is not
+    JSON becomes its ``repr``."""
     if not values:
         return {}
     # The SDK's own mappings are fast to copy, but slow to read.
     plain = values.copy() if hasattr(values, "copy") else dict(values)
-    return {
-        key: utf8(value) if type(value) is str else str(value) if type(value) is int else utf8(_json(value))
-        for key, value in plain.items()
-    }
+    try:
+        return {
+            utf8(key): utf8(value) if type(value) is str else str(value) if type(value) is int else as_text(value)
+            for key, value in plain.items()
+        }
+    except ValueError:
+        return {utf8(key): _text_or_repr(value) for key, value in plain.items()}
 
 
 def as_text(value: Any) -> str:
-    """A string as it is; anything else as JSON text (bytes in base64; objects that JSON does not know by ``str``)."""
-    return utf8(value if isinstance(value, str) else str(value) if type(value) is int else _json(value))
+    """A string as it is; anything else as `json_text` has it, which may raise. NaN and infinities become strings."""
+    if isinstance(value, str):
+        return utf8(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return _name_of(value)
+    return json_text(value)
 
 
 def utf8(text: str) -> str:
-    """Replaces lone surrogates (half a character, which a model may write): no record can hold them."""
+    """Valid UTF-8: joins the two halves of a character, and replaces a half alone by U+FFFD."""
     if text.isascii():
         return text
-    return text.encode("utf-8", "backslashreplace").decode()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def json_text(value: Any, default: Callable[[Any], Any] | None = None) -> str:
+    """Valid JSON in valid UTF-8. ``default`` converts what JSON doesn't know; without it mappings, sets and bytes (in
+    base64) are converted, and other objects by ``str``.
+
+    NaN and infinities, which JSON doesn't have, become the strings "NaN", "Infinity" and "-Infinity", as in ProtoJSON.
+    Raises ValueError for a circular reference, a key that is not a string or a number, and too many levels.
+    """
+    encoder = _ENCODER if default is None else json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=default)
+    try:
+        try:
+            return utf8(encoder.encode(value))
+        except ValueError:  # a number that JSON doesn't have, perhaps
+            return utf8(encoder.encode(_with_names(value, default or _plain, set())))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except Exception as error:  # from an object's own code, too
+        raise ValueError(str(error)) from error
+
+
+def parsed(text: str) -> Any:
+    """The value of JSON text, whose strings are valid UTF-8. Raises ValueError, also for too many levels."""
+    try:
+        value = json.loads(text)
+        if _HALF_ESCAPED.search(text) is None:
+            return value
+        return json.loads(utf8(json.dumps(value, ensure_ascii=False)))
+    except RecursionError:
+        raise ValueError("the JSON is nested too deeply") from None
+
+
+def safe_repr(value: Any) -> str:
+    """Its ``repr``, or its type if that raises."""
+    try:
+        return utf8(repr(value))
+    except Exception:  # nested too deeply, or from an object's own code
+        return f"<{type(value).__name__}>"
+
+
+def _text_or_repr(value: Any) -> str:
+    try:
+        return as_text(value)
+    except ValueError:
+        return safe_repr(value)
+
+
+def _with_names(value: Any, default: Callable[[Any], Any], around: set[int]) -> Any:
+    """The value with names instead of NaN and infinities. ``around``: ids of the objects that hold it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return _name_of(value)
+    if value is None or isinstance(value, str | int | float):
+        return value
+    if id(value) in around:
+        raise ValueError("it refers to itself")
+    around.add(id(value))
+    if isinstance(value, dict):
+        found: Any = {
+            _with_names(key, default, around) if isinstance(key, float) else key: _with_names(inner, default, around)
+            for key, inner in value.items()
+        }
+    elif isinstance(value, list | tuple):
+        found = [_with_names(inner, default, around) for inner in value]
+    else:
+        found = _with_names(default(value), default, around)
+    around.discard(id(value))
+    return found
+
+
+def _name_of(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
 
 
 def _plain(value: Any) -> Any:
@@ -40,4 +131,5 @@ def _plain(value: Any) -> Any:
     return str(value)
 
 
-_json = json.JSONEncoder(ensure_ascii=False, default=_plain).encode  # json.dumps would make an encoder for each value
+# Made once: json.dumps would make an encoder for each value.
+_ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_plain)

@@ -6,7 +6,7 @@ kinds of record, without a schema registry. Specification: Apache Avro 1.11, "Si
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from importlib.resources import files
 from io import BytesIO
@@ -15,11 +15,12 @@ from typing import Any, TypeVar, cast
 
 from fastavro import parse_schema, schemaless_reader, schemaless_writer
 from fastavro.schema import fingerprint, to_parsing_canonical_form
-from fastavro.validation import ValidationError, validate
+from fastavro.validation import validate
 
 from millstream.schemas.errors import CodecError, TruncatedRecord, UnknownSchema, WrongType
+from millstream.schemas.spans.text import safe_repr, utf8
 from millstream.schemas.wire import records
-from millstream.schemas.wire.records import RECORD_TYPES, Record, Span
+from millstream.schemas.wire.records import LONGEST_ATTEMPT_S, LONGEST_LEASE_S, RECORD_TYPES, Record, Span
 from millstream.schemas.wire.span_codec import UNFIT, span_bytes
 
 MAGIC = b"\xc3\x01"
@@ -27,20 +28,31 @@ HEADER_SIZE = 10  # magic and fingerprint
 
 R = TypeVar("R", bound=Record)
 
+Check = tuple[Callable[[Any], bool], str]  # whether a value fits, and what fits
+
 # fastavro's writer accepts any object as a boolean; writer and reader accept numbers that are too wide for an int.
-CHECKS: dict[str, Callable[[Any], bool]] = {
-    "boolean": lambda value: isinstance(value, bool),
-    "int": lambda value: -(1 << 31) <= value < 1 << 31,
+CHECKS: dict[str, Check] = {
+    "boolean": (lambda value: isinstance(value, bool), "a boolean"),
+    "int": (lambda value: -(1 << 31) <= value < 1 << 31, "an int"),
+}
+LONGEST_S = {
+    "lease_s": LONGEST_LEASE_S,
+    "timeout_s": LONGEST_ATTEMPT_S,
+    "unresponsive_s": LONGEST_ATTEMPT_S,
 }
 
 
-def _checks(schema: Mapping[str, Any]) -> Iterator[tuple[str, Callable[[Any], bool]]]:
+def _checks(schema: Mapping[str, Any]) -> Iterator[tuple[str, Check]]:
     for field in schema["fields"]:
-        kind = field["type"]
-        if kind in ("int", "boolean"):
-            yield field["name"], CHECKS[kind]
-        elif kind == ["null", "int"]:
-            yield field["name"], lambda value: value is None or CHECKS["int"](value)
+        name, kind = field["name"], field["type"]
+        optional = isinstance(kind, list) and kind[0] == "null"
+        check = _seconds(LONGEST_S[name]) if name in LONGEST_S else CHECKS.get(str(kind[1] if optional else kind))
+        if check is not None:
+            yield name, (lambda value, fits=check[0]: value is None or fits(value), check[1]) if optional else check
+
+
+def _seconds(longest: float) -> Check:
+    return lambda value: 0 < value <= longest, f"a number of seconds above 0 and up to {longest:,.0f}"
 
 
 class RecordCodec:
@@ -58,17 +70,25 @@ class RecordCodec:
         self._checks = list(_checks(schema))
 
     def encode(self, record: Record) -> bytes:
-        """The record with its header. Raises `WrongType` naming the field."""
+        """The record with its header, lone surrogates replaced. Raises `WrongType` naming the field."""
+        try:
+            return self._encode(record)
+        except UnicodeEncodeError:
+            return self._encode(_valid(record))
+
+    def _encode(self, record: Record) -> bytes:
         datum = dict(zip(self.field_names, self._values(record), strict=True))
         out = BytesIO()
         out.write(self.prefix)
         try:
             for name, (to_plain, _) in self._conversions.items():
                 datum[name] = to_plain(datum[name])
-            for name, fits in self._checks:
+            for name, (fits, what) in self._checks:
                 if not fits(datum[name]):
-                    raise TypeError(name)
+                    raise self._unfit(name, datum[name], what)
             schemaless_writer(out, self.schema, datum)
+        except (UnicodeEncodeError, WrongType):
+            raise
         except Exception as error:
             raise self._wrong_type(datum, error) from error
         return out.getvalue()
@@ -83,9 +103,9 @@ class RecordCodec:
             raise self._unreadable(data, error) from error
         if source.tell() != len(data):
             raise WrongType(f"{self.name}: {len(data) - source.tell()} bytes follow the record", record=self.name)
-        for name, fits in self._checks:
+        for name, (fits, what) in self._checks:
             if not fits(datum[name]):
-                raise WrongType(f"{self.name}.{name}: {datum[name]} is not an int", record=self.name, field=name)
+                raise self._unfit(name, datum[name], what)
         return datum
 
     def decode(self, data: bytes) -> Record:
@@ -94,14 +114,17 @@ class RecordCodec:
             datum[name] = to_record(datum[name])
         return self.record_type(**datum)
 
+    def _unfit(self, name: str, value: Any, what: str) -> WrongType:
+        return WrongType(f"{self.name}.{name}: {safe_repr(value)[:100]} is not {what}", record=self.name, field=name)
+
     def _wrong_type(self, datum: Mapping[str, Any], error: Exception) -> WrongType:
         for part in self.schema["fields"]:
             name = part["name"]
             try:
                 validate(datum[name], part["type"])
                 schemaless_writer(BytesIO(), part["type"], datum[name])
-            except (ValidationError, TypeError, ValueError, AttributeError, OverflowError):
-                shown = repr(datum[name])[:100]
+            except Exception:
+                shown = safe_repr(datum[name])[:100]
                 return WrongType(
                     f"{self.name}.{name}: {shown} does not fit {json.dumps(part['type'])[:100]}",
                     record=self.name,
@@ -166,6 +189,19 @@ def _all(cls: type, values: Any) -> Any:
     return tuple([cls(**value) for value in values])
 
 
+def _valid(value: Any) -> Any:
+    """The value with valid text."""
+    if isinstance(value, str):
+        return utf8(value)
+    if isinstance(value, Mapping):
+        return {_valid(key): _valid(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple([_valid(inner) for inner in value])
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: _valid(getattr(value, f.name)) for f in fields(value)})
+    return value
+
+
 def _plain(value: Any) -> dict[str, Any]:
     return {f.name: getattr(value, f.name) for f in fields(value)}
 
@@ -192,7 +228,7 @@ def encode(record: Record) -> bytes:
         try:
             return _SPAN_PREFIX + span_bytes(record)
         except UNFIT:
-            pass  # a field does not fit: the general writer names it
+            pass  # a field does not fit: the general writer replaces text that is not valid, or names the field
     return CODECS[type(record)].encode(record)
 
 

@@ -6,9 +6,14 @@ field; a test compares the two.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, TypeVar, dataclass_transform
+from typing import Any, ClassVar, Final, Protocol, TypeVar, dataclass_transform
 
 T = TypeVar("T")
+
+# Seconds of a task, above 0 and at most this. A lease holds back its partition's offset for as long as it lasts, and a
+# live runner renews it every few seconds.
+LONGEST_LEASE_S: Final = 86_400.0
+LONGEST_ATTEMPT_S: Final = 366 * 86_400.0
 
 
 class Record(Protocol):

@@ -3,9 +3,9 @@
 import struct
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass, replace
 from io import BytesIO
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fastavro import schemaless_writer
@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 
 from millstream.schemas.errors import CodecError, TruncatedRecord, UnknownSchema, WrongType
 from millstream.schemas.wire import records
-from millstream.schemas.wire.codec import CODECS, HEADER_SIZE, MAGIC, decode, decode_as, encode, load_schema, type_of
+from millstream.schemas.wire.codec import (
+    CODECS,
+    HEADER_SIZE,
+    LONGEST_S,
+    MAGIC,
+    decode,
+    decode_as,
+    encode,
+    load_schema,
+    type_of,
+)
 from millstream.schemas.wire.records import RECORD_TYPES, Control, ErrorInfo, Record, RolloutTask, Span, SpanEvent
 from millstream.schemas.wire.span_codec import long
 
@@ -44,8 +54,14 @@ def values(avro: Any) -> st.SearchStrategy[Any]:
     return simple[avro]
 
 
+def field_values(name: str, avro: Any) -> st.SearchStrategy[Any]:
+    seconds = st.floats(0, LONGEST_S.get(name, 0), exclude_min=name in LONGEST_S)
+    return values(avro) if name not in LONGEST_S else st.none() | seconds if isinstance(avro, list) else seconds
+
+
 STRATEGIES: dict[type[Record], st.SearchStrategy[Record]] = {
-    t: st.builds(t, **{f["name"]: values(f["type"]) for f in load_schema(t.__name__)["fields"]}) for t in RECORD_TYPES
+    t: st.builds(t, **{f["name"]: field_values(f["name"], f["type"]) for f in load_schema(t.__name__)["fields"]})
+    for t in RECORD_TYPES
 }
 
 
@@ -226,7 +242,16 @@ def test_a_value_of_the_wrong_type_names_its_field(record_type: type[Record]) ->
         ("created_at", "today"),
         ("created_at", None),
         ("input", b"bytes"),
-        ("input", "half a surrogate \ud800"),
+        ("lease_s", float("nan")),
+        ("lease_s", float("inf")),
+        ("lease_s", -1.0),
+        ("lease_s", 0.0),
+        ("lease_s", 1e300),
+        ("timeout_s", float("nan")),
+        ("timeout_s", float("inf")),
+        ("timeout_s", -1.0),
+        ("unresponsive_s", float("-inf")),
+        ("lost_attempts", -(2**31) - 1),
         ("retry_on", ("failed", 3)),
         ("metadata", {"k": 1}),
         ("state", "text"),
@@ -237,6 +262,37 @@ def test_what_nearly_fits_is_refused_too(field: str, value: object) -> None:
     with pytest.raises(WrongType) as caught:
         encode(RolloutTask(**good | {field: value}))
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0, 1e300])
+@pytest.mark.parametrize("name", LONGEST_S)
+def test_seconds_of_another_publisher_that_never_end_are_refused(name: str, number: float) -> None:
+    """A6: a lease that never expires would hold its partition's offset for ever."""
+    good = encode(replace(cast("RolloutTask", example(RolloutTask)), **{name: 0.123}))
+    broken = good.replace(struct.pack("<d", 0.123), struct.pack("<d", number))
+    with pytest.raises(WrongType, match=rf"RolloutTask\.{name}: .* is not a number of seconds above 0") as caught:
+        decode(broken)
+    assert caught.value.field == name
+
+
+@by_type
+def test_half_a_character_in_any_text_is_replaced(record_type: type[Record]) -> None:
+    """A1: no text keeps a record from being written."""
+
+    def with_half(value: Any) -> Any:
+        if isinstance(value, str):
+            return value + "\ud83d"
+        if isinstance(value, dict):
+            return {with_half(name): with_half(inner) for name, inner in value.items()}
+        if isinstance(value, tuple):
+            return tuple(map(with_half, value))
+        if is_dataclass(value):
+            return type(value)(**{f.name: with_half(getattr(value, f.name)) for f in fields(value)})
+        return value
+
+    record = with_half(example(record_type))
+    assert "\ufffd" in str(record).replace("\\ud83d", "\ufffd")
+    assert str(decode(encode(record))) == str(record).replace("\\ud83d", "\ufffd")
 
 
 @settings(max_examples=200)
