@@ -8,7 +8,6 @@ request. After a crash a span may be sent twice, with the same ids.
 """
 
 import gzip
-import json
 import logging
 import os
 import time
@@ -33,7 +32,7 @@ from millstream.consumers.sink.port import Unusable
 from millstream.schemas.errors import CodecError, ConfigError, StoreError
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.otlp import SPAN_KINDS, STATUSES
-from millstream.schemas.spans.text import as_text
+from millstream.schemas.spans.text import as_text, parsed
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord
 from millstream.schemas.wire.records import Span
@@ -227,7 +226,7 @@ def _attributes(texts: Mapping[str, str]) -> list[KeyValue]:
 def _typed(key: str, text: str) -> Any:
     if key in NOT_TEXT:
         try:
-            return json.loads(text)
+            return parsed(text)
         except ValueError:
             pass
     return text
@@ -236,7 +235,7 @@ def _typed(key: str, text: str) -> Any:
 def _any_value(value: Any) -> AnyValue:
     if isinstance(value, bool):
         return AnyValue(bool_value=value)
-    if isinstance(value, int):
+    if isinstance(value, int) and -(1 << 63) <= value < 1 << 63:
         return AnyValue(int_value=value)
     if isinstance(value, float):
         return AnyValue(double_value=value)

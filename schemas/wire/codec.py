@@ -48,7 +48,11 @@ def _checks(schema: Mapping[str, Any]) -> Iterator[tuple[str, Check]]:
         optional = isinstance(kind, list) and kind[0] == "null"
         check = _seconds(LONGEST_S[name]) if name in LONGEST_S else CHECKS.get(str(kind[1] if optional else kind))
         if check is not None:
-            yield name, (lambda value, fits=check[0]: value is None or fits(value), check[1]) if optional else check
+            yield name, _optionally(*check) if optional else check
+
+
+def _optionally(fits: Callable[[Any], bool], what: str) -> Check:
+    return lambda value: value is None or fits(value), what
 
 
 def _seconds(longest: float) -> Check:
