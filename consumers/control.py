@@ -5,8 +5,9 @@ import logging
 from collections.abc import Callable
 
 from millstream.consumers.log.port import Consumer, Log
+from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.control import Resources, RoutingTable
-from millstream.schemas.errors import CodecError, ConfigError, LogUnavailable
+from millstream.schemas.errors import CodecError, ConfigError, LogError
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.records import Control, RolloutTask
@@ -40,19 +41,18 @@ class ControlFollower:
         self._latest: dict[str, str] = {}  # experiment → resources version
         self.routing = RoutingTable()  # latest
         self._waiters: list[asyncio.Future[None]] = []
-        self._task: asyncio.Task[None] | None = None
+        self._task: Background | None = None
 
     async def start(self) -> None:
         """Starts reading. Returns once it has read everything that the topic holds now."""
         consumer = self._log.consumer()
         await consumer.assign([self._partition])
-        self._task = asyncio.create_task(self._follow(consumer))
+        self._task = supervisor().loop("control", self._follow(consumer))
         await self.wait_until_current()
 
     async def close(self) -> None:
         if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+            await self._task.close()
 
     async def wait_until_current(self) -> None:
         """Returns once it has read everything that the topic holds at this call.
@@ -61,9 +61,9 @@ class ControlFollower:
         assert self._task is not None, "start() first"
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
-        await asyncio.wait([waiter, self._task], return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait([waiter, self._task.task], return_when=asyncio.FIRST_COMPLETED)
         if not waiter.done():
-            self._task.result()
+            self._task.task.result()
 
     def get(self, kind: str, name: str) -> Control | None:
         return self._records.get((kind, name))
@@ -94,12 +94,15 @@ class ControlFollower:
         return pause is not None and pause.body == "true" and self.cancelled(task) is None
 
     async def _follow(self, consumer: Consumer) -> None:
+        """Retries every error of the log, a refusal as well: its permission may come back."""
+        assert self._task is not None
         try:
             while True:
                 try:
                     await self._step(consumer)
-                except LogUnavailable as error:
-                    logger.warning("the control topic can't be read: %s", error)
+                    self._task.succeeded()
+                except LogError as error:
+                    logger.warning("the control topic can't be read, retrying: %s", error)
                     await asyncio.sleep(RETRY_S)
         finally:
             await consumer.close()
@@ -113,7 +116,7 @@ class ControlFollower:
                     await self._poll(consumer)
             else:
                 await self._poll(consumer)
-        except LogUnavailable:
+        except LogError:
             self._waiters += waiters
             raise
         for waiter in waiters:

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from millstream.producers.log.port import Producer
+from millstream.producers.supervisor import supervisor
 from millstream.schemas.errors import LogError
 from millstream.schemas.ids import new_id
 from millstream.schemas.wire.log import KIND_HEADER
@@ -59,7 +60,7 @@ async def reporting(
             report(*load())
             await asyncio.sleep(report_s)
 
-    task = asyncio.create_task(repeat())
+    task = supervisor().loop("report", repeat())
     try:
         yield
     finally:

@@ -1,8 +1,12 @@
 """The errors that Millstream raises."""
 
+from typing import ClassVar
+
 
 class MillstreamError(Exception):
-    """Base of every error that Millstream raises on purpose."""
+    """Base of every error that Millstream raises on purpose. ``exit_code``: of a command that it ends."""
+
+    exit_code: ClassVar[int] = 1
 
 
 class ConfigError(MillstreamError):
@@ -56,6 +60,14 @@ class TransactionAborted(LogError):
 
 class Fenced(LogError):
     """A newer process has replaced this one. Stop, and write nothing more."""
+
+    exit_code = 3
+
+
+class BackgroundFailed(MillstreamError):
+    """A background task or thread of a role has ended unexpectedly: the process should be started again."""
+
+    exit_code = 4
 
 
 class StoreError(MillstreamError):

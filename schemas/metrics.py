@@ -16,6 +16,9 @@ class Metric(NamedTuple):
 # Every role
 POLL_AGE: Final = Metric("millstream_poll_age_seconds", "Time since the last poll, of the consumer that polled least.")
 LOOP_AGE: Final = Metric("millstream_event_loop_age_seconds", "Time since the event loop last ran.")
+BACKGROUND_AGE: Final = Metric(
+    "millstream_background_age_seconds", "Time since the last success, of the background task without one longest."
+)
 HEARTBEAT_AGE: Final = Metric("millstream_heartbeat_age_seconds", "Age of the oldest heartbeat last acknowledged.")
 TRANSACTION_AGE: Final = Metric("millstream_transaction_call_seconds", "Duration of the current call to the log.")
 

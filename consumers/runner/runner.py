@@ -32,6 +32,7 @@ from millstream.consumers.runner.proxies import Proxies, ProxiesPolicy, ProxyNot
 from millstream.producers.agent.instrumentation import chosen, report
 from millstream.producers.blob_store import Blobs
 from millstream.producers.log.port import Producer
+from millstream.producers.supervisor import supervisor
 from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError, LogError, MillstreamError
@@ -117,7 +118,6 @@ class Runner:
         )
         self._proxies = Proxies(settings.proxy_urls, settings.proxy_secret.get_secret_value(), policy.proxies)
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
-        self._finishing: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self._claims: Claims | None = None
         self._collect: Callable[[], Iterable[Metric]] = tuple
@@ -128,6 +128,7 @@ class Runner:
         Raises `ConfigError` if the agent can't be imported, `MillstreamError` if its processes no longer start.
         """
         self._loop = asyncio.get_running_loop()
+        self._supervisor = supervisor()
         report(self._config.instrument)
         self._producer: Producer = self._log.producer()
         self._blobs = Blobs(self._settings.blob_url)
@@ -141,8 +142,7 @@ class Runner:
             await control.start()
             await claims.start()
             logger.info("runner %s is ready: %d slots", self.worker_id, self._host.free)
-            stopping = asyncio.create_task(stop.wait())
-            stopping.add_done_callback(lambda _: self._changed.set())
+            stopping = supervisor().job("stop", self._notice(stop))
             try:
                 async with reporting(
                     self._producer, self._topics, ROLE, self.worker_id, self.load, report_s=self._policy.report_s
@@ -290,9 +290,11 @@ class Runner:
             self._host.kill(writer)
 
     def _finish_soon(self, writer: AttemptWriter, outcome: Outcome) -> None:
-        task = self._loop.create_task(self._finish(writer, outcome))
-        self._finishing.add(task)
-        task.add_done_callback(self._finishing.discard)
+        self._supervisor.job("finish", self._finish(writer, outcome))
+
+    async def _notice(self, stop: asyncio.Event) -> None:
+        await stop.wait()
+        self._changed.set()
 
     async def _finish(self, writer: AttemptWriter, outcome: Outcome) -> None:
         proxy_spans: int | None = None
@@ -307,6 +309,8 @@ class Runner:
                 logger.warning("%s: %s, %s: %s", writer.name, final.status, final.error.type, final.error.message)
         except LogError as error:
             logger.error("%s: its end can't be written, its lease will expire: %s", writer.name, error)
+        except Exception:  # a fault of ours: it costs this attempt, not the runner with all others
+            logger.exception("%s: its end can't be written, its lease will expire", writer.name)
         finally:
             for timer in self._running.pop(writer).values():
                 timer.cancel()

@@ -19,6 +19,7 @@ from millstream.consumers.log.port import Log
 from millstream.consumers.sink.port import Batch, Sink, Unusable
 from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
+from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import CodecError, LogError, LogUnavailable, StoreError, TransactionAborted
 from millstream.schemas.wire.log import LogRecord, Partition
@@ -119,7 +120,7 @@ class SinkRole:
         self._consumer = log.consumer(".".join(filter(None, (self._topics.prefix, "sink", name))))
         self._producer: Producer | None = None  # made for the first dead letter
         self._gathered = _Gathered()
-        self._delivery: asyncio.Task[None] | None = None
+        self._delivery: Background | None = None
         self._delivering = 0  # records
         self._delivering_since = 0.0
         self._in_flight: dict[Partition, int] = {}  # next offsets, once the delivery is done
@@ -177,8 +178,7 @@ class SinkRole:
             await self._drain()
         finally:
             if self._delivery is not None:
-                self._delivery.cancel()
-                await asyncio.wait({self._delivery})
+                await self._delivery.close()
             await self._consumer.close()
             if self._producer is not None:
                 await asyncio.to_thread(self._producer.close)
@@ -214,7 +214,7 @@ class SinkRole:
         if running := self._consumer.assignment() - self._paused:
             self._consumer.pause(running)
             self._paused |= running
-        await asyncio.wait({self._delivery}, timeout=self._poll_policy.wait_s)
+        await asyncio.wait({self._delivery.task}, timeout=self._poll_policy.wait_s)
         await self._poll(0.0)
 
     async def _poll(self, timeout_s: float) -> None:
@@ -235,16 +235,16 @@ class SinkRole:
         gathered, self._gathered = self._gathered, _Gathered()
         self._in_flight = {partition: part[-1].offset + 1 for partition, part in gathered.parts.items()}
         self._delivering, self._delivering_since = gathered.records, self._clock()
-        self._delivery = asyncio.create_task(self._store(gathered.batch()))
+        self._delivery = supervisor().job("delivery", self._store(gathered.batch()))
 
     async def _settle(self) -> None:
         """Commits what has been stored, if the delivery is done."""
-        if self._delivery is None or not self._delivery.done():
+        if self._delivery is None or not self._delivery.task.done():
             return
         if self._failure is not None:
             logger.info("the store takes records again, after %.0f s", self.outage_s)
         delivery, self._delivery, self._failure, self._delivering = self._delivery, None, None, 0
-        delivery.result()
+        delivery.task.result()
         self._uncommitted |= self._in_flight
         self._in_flight = {}
         await self._commit()

@@ -36,9 +36,6 @@ app.add_typer(replay.explain_app, name="explain")
 app.add_typer(dataset.app, name="dataset")
 app.add_typer(model.app, name="model")
 
-EXIT_ERROR = 1
-EXIT_FENCED = 3  # another process took over this one's identity: the supervisor should start it again
-
 
 def main() -> None:
     """Entry point. Millstream's own errors are printed as one line, without a traceback."""
@@ -49,9 +46,7 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
         app()
-    except Fenced as error:
-        err.print("[red]fenced:[/red]", escape(str(error)), highlight=False)
-        sys.exit(EXIT_FENCED)
     except MillstreamError as error:
-        err.print("[red]error:[/red]", escape(str(error)), highlight=False)
-        sys.exit(EXIT_ERROR)
+        word = "fenced" if isinstance(error, Fenced) else "error"
+        err.print(f"[red]{word}:[/red]", escape(str(error)), highlight=False)
+        sys.exit(error.exit_code)

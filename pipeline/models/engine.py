@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from millstream.pipeline.models.policy import copy_weights, left_pad, load_model, load_tokenizer, one_thread
+from millstream.producers.supervisor import supervisor
 
 READ = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "logprobs"} | {
     "return_token_ids",
@@ -99,8 +100,7 @@ class Engine:
         self._asking = threading.Lock()  # no job is queued behind the None that closes
         self._closed = False
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
+        self._thread = supervisor().thread("millstream-engine", self._work)
 
     @property
     def version(self) -> str:

@@ -20,6 +20,7 @@ from millstream.pipeline.models.server import UpdateFailed
 from millstream.pipeline.models.vllm_process import VllmOptions, VllmProcess
 from millstream.pipeline.models.weight_files import Weights, check_fit
 from millstream.pipeline.protocols import model_version
+from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.errors import ConfigError, MillstreamError
 
 if TYPE_CHECKING:  # needs the `train` extra
@@ -45,7 +46,7 @@ class Replica:
         self.shapes = base.shapes()
         self._session: aiohttp.ClientSession | None = None
         self._lock = asyncio.Lock()  # one change at a time
-        self._keeper: asyncio.Task[None] | None = None
+        self._keeper: Background | None = None
         self._gpu: Any = None
 
     @property
@@ -60,12 +61,11 @@ class Replica:
             connector=aiohttp.TCPConnector(force_close=True),  # after an error vLLM's server closes the connection
         )
         await self._begin()
-        self._keeper = asyncio.create_task(self._keep())
+        self._keeper = supervisor().loop(f"keeper of {self.process.url}", self._keep())
 
     async def close(self) -> None:
         if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.wait([self._keeper])
+            await self._keeper.close()
         await self.process.stop()
         if self._session is not None:
             await self._session.close()

@@ -10,6 +10,7 @@ from millstream.producers.blob_store import BlobError, Blobs
 from millstream.producers.log.acks import send_acknowledged
 from millstream.producers.log.paced import PacedProducer, PacePolicy
 from millstream.producers.log.port import Producer
+from millstream.producers.supervisor import supervisor
 from millstream.schemas.errors import LogError, TooLarge
 from millstream.schemas.wire.log import KIND_HEADER
 from millstream.schemas.wire.topics import Topics
@@ -34,6 +35,7 @@ class Recorder:
         self._topic = topics.events
         self._blobs = blobs
         self._background: set[asyncio.Task[None]] = set()
+        self._supervisor = supervisor()
         self.unrecorded = 0
 
     async def record(self, attempt: ProxiedAttempt, facts: CallFacts, answer: Answer, response_id: str) -> None:
@@ -61,11 +63,13 @@ class Recorder:
         async def record() -> None:
             try:
                 await self.try_record(attempt, facts, answer, response_id)
+            except Exception:  # a fault of ours: the call stays counted, so only its attempt is not trained on
+                logger.exception("a call of attempt %s is not recorded", attempt.attempt_id)
             finally:
                 attempt.leave()
 
         attempt.enter()
-        task = asyncio.get_running_loop().create_task(record())
+        task = self._supervisor.job("record", record()).task
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 

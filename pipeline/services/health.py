@@ -1,6 +1,6 @@
 """Health of a role: ages with limits, readiness and metrics, as probes see them.
 
-GET /livez      200, or 503 while an age is above its limit
+GET /livez      200, or 503 while an age is above its limit, or once a background task has died
 GET /readyz     200 from the first poll of every consumer until the stop, unless the role reports trouble
 GET /metrics    Prometheus
 """
@@ -18,7 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from millstream.consumers.log.poll_times import PollTimes
-from millstream.schemas.metrics import POLL_AGE, Metric
+from millstream.producers.supervisor import Supervisor
+from millstream.schemas.metrics import BACKGROUND_AGE, POLL_AGE, Metric
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -30,6 +31,9 @@ class HealthPolicy:
     # Longer than a role may have to wait between polls: 60 s for room in a producer's buffer, then 180 s for the
     # acknowledgement of what it sent while the brokers are away.
     stuck_s: float = 300.0
+    # Without a success of a background task, such as reading the control topic. Longer than the brokers are away in an
+    # upgrade: a restart would not bring them back.
+    background_s: float = 600.0
     check_s: float = 1.0  # between two looks at the ages: a stuck process ends that much later
     connections: int = 32  # to the probe server, at a time: they take the role's file descriptors
     connection_s: float = 10.0  # then a connection is closed, idle or not: a probe asks once
@@ -45,6 +49,7 @@ class Check(NamedTuple):
 
 class Health:
     """Of one process; any thread may ask. ``polls``: the poll times of its open consumers (`Log.polls`).
+    ``background``: supervises its background tasks.
 
     ``allow_idle``: the time between two polls is unlimited, that of a poll is not.
     """
@@ -56,6 +61,7 @@ class Health:
         policy: HealthPolicy = HealthPolicy(),
         *,
         allow_idle: bool = False,
+        background: Supervisor | None = None,
     ) -> None:
         self.policy = policy
         self.registry = CollectorRegistry()
@@ -63,8 +69,10 @@ class Health:
         self._polls = polls
         self._stop = stop
         self._allow_idle = allow_idle
+        self._background = background or Supervisor()
         self._checks: list[Check] = []
         self.check(POLL_AGE, self._poll_age_s)
+        self.check(BACKGROUND_AGE, lambda: self._background.age_s, policy.background_s)
 
     def export(self, metric: Metric, value: Callable[[], float]) -> None:
         """Exports a gauge or counter. ``value`` is called at each scrape, from any thread."""
@@ -81,7 +89,9 @@ class Health:
         return max((now - at for at in times if at is not None), default=0.0)
 
     def stuck(self) -> str | None:
-        """The first age that is above its limit, in words."""
+        """What died, or the first age that is above its limit, in words."""
+        if self._background.failure is not None:
+            return str(self._background.failure)
         ages = ((check, check.age_s()) for check in self._checks)
         return next((f"{check.metric.name} is {age_s:.0f}" for check, age_s in ages if age_s > check.limit_s), None)
 
@@ -91,10 +101,12 @@ class Health:
             return 200, generate_latest(self.registry)
         if path == "/livez":
             ages = "".join(f"{check.metric.name} {check.age_s():.1f}\n" for check in self._checks)
-            return 200 if self.stuck() is None else 503, ages.encode()
+            if (stuck := self.stuck()) is None:
+                return 200, ages.encode()
+            return 503, f"{ages}{stuck}\n".encode(errors="replace")
         if path == "/readyz":
             ready = not self._stop.is_set() and all(poll.last_poll is not None for poll in self._polls())
-            trouble = self.trouble() if ready else "not ready"
+            trouble = self.stuck() or self.trouble() if ready else "not ready"
             return (200, b"ready\n") if trouble is None else (503, f"{trouble}\n".encode(errors="replace"))
         return 404, b"/livez, /readyz or /metrics\n"
 

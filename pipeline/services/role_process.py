@@ -4,12 +4,13 @@ Probes are answered and the process is ended by threads, because an event loop t
 """
 
 import asyncio
+import faulthandler
 import logging
 import os
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Final
 
 from starlette.applications import Starlette
@@ -19,14 +20,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from millstream.consumers.log.port import Log
 from millstream.pipeline.services.health import Health, HealthPolicy
 from millstream.pipeline.services.serve_asgi import listen, served_in_thread
+from millstream.producers.supervisor import supervised, supervisor
 from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.errors import LogUnavailable
+from millstream.schemas.errors import BackgroundFailed, LogUnavailable
 from millstream.schemas.metrics import LOOP_AGE
 
 logger = logging.getLogger(__name__)
 
-EXIT_STUCK: Final = 4  # the supervisor should start the process again
+EXIT_STUCK: Final = BackgroundFailed.exit_code  # the supervisor should start the process again
 
 
 @asynccontextmanager
@@ -42,9 +44,8 @@ async def role_process(
     report: bool = True,
 ) -> AsyncIterator[Health]:
     """Watches the process of a role while the body runs: answers probes at ``health_host:port`` unless ``port`` is 0,
-    ends the process if it is stuck, and reports it on the workers topic unless ``report`` is false. Raises
-    `ConfigError` if the address is not available."""
-    health = Health(log.polls, stop, policy or HealthPolicy(), allow_idle=allow_idle)
+    supervises its background tasks, ends the process if one dies or it is stuck, and reports it on the workers topic
+    unless ``report`` is false. Raises `ConfigError` if the address is not available."""
     loop_ran = time.monotonic()
 
     async def run_regularly() -> None:
@@ -53,13 +54,14 @@ async def role_process(
             loop_ran = time.monotonic()
             await asyncio.sleep(health.policy.check_s)
 
-    health.check(LOOP_AGE, lambda: time.monotonic() - loop_ran)
     async with AsyncExitStack() as stack:
+        background = stack.enter_context(supervised())
+        health = Health(log.polls, stop, policy or HealthPolicy(), allow_idle=allow_idle, background=background)
+        health.check(LOOP_AGE, lambda: time.monotonic() - loop_ran)
         if port:
             stack.enter_context(probes_answered(health, settings.health_host, port))
         stack.enter_context(_ended_if_stuck(health))
-        running = asyncio.create_task(run_regularly())
-        stack.callback(running.cancel)
+        stack.callback(background.loop("loop age", run_regularly()).cancel)
         if report:
             await stack.enter_async_context(_reported(log, settings, role))
         yield health
@@ -85,19 +87,28 @@ def probes_answered(health: Health, host: str, port: int) -> Iterator[None]:
 
 @contextmanager
 def _ended_if_stuck(health: Health) -> Iterator[None]:
-    over = threading.Event()
+    over, loop = threading.Event(), asyncio.get_running_loop()
 
     def watch() -> None:
         while not over.wait(health.policy.check_s):
             if (stuck := health.stuck()) is not None:
                 logger.critical("%s: this process is stuck and ends", stuck)
+                _dump_stacks(loop)
                 os._exit(EXIT_STUCK)
 
-    threading.Thread(target=watch, name="millstream-watch", daemon=True).start()
+    supervisor().thread("millstream-watch", watch)
     try:
         yield
     finally:
         over.set()
+
+
+def _dump_stacks(loop: asyncio.AbstractEventLoop) -> None:
+    """Writes the stacks of all threads and tasks to stderr."""
+    faulthandler.dump_traceback(all_threads=True)
+    with suppress(Exception):  # the loop may run meanwhile
+        for task in asyncio.all_tasks(loop):
+            task.print_stack()
 
 
 @asynccontextmanager

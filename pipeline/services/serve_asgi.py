@@ -3,7 +3,6 @@
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Thread
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -12,6 +11,7 @@ from starlette.requests import Request
 from starlette.types import Message
 
 from millstream.pipeline.addresses import is_loopback
+from millstream.producers.supervisor import supervisor
 from millstream.schemas.errors import ConfigError
 
 SHUTDOWN_S: Final = 5  # for requests under way to end
@@ -69,8 +69,13 @@ def uvicorn_server(app: Any, **options: Any) -> uvicorn.Server:
 def served_in_thread(app: Any, listener: socket.socket, name: str, **options: Any) -> Iterator[uvicorn.Server]:
     """Serves an application without a lifespan while the body runs, then lets requests under way end."""
     server = uvicorn_server(app, lifespan="off", **options)
-    thread = Thread(target=server.run, args=([listener],), name=name, daemon=True)
-    thread.start()
+
+    def serve() -> None:
+        server.run([listener])
+        if not server.should_exit:
+            raise RuntimeError("the server has stopped")
+
+    thread = supervisor().thread(name, serve)
     try:
         yield server
     finally:

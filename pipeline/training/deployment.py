@@ -5,6 +5,7 @@ import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from secrets import token_hex
 from typing import Final
 from urllib.parse import urlsplit
@@ -25,6 +26,7 @@ from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.proxy.upstreams.targets import DEFAULT
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.pipeline.training.strategy import Setup, Strategy
+from millstream.producers.supervisor import supervised, supervisor
 from millstream.schemas.config.upstreams import Upstream
 from millstream.schemas.errors import ConfigError
 
@@ -38,7 +40,7 @@ async def in_memory(setup: Setup) -> AsyncIterator[tuple[Log, ModelServer | None
     runs as a process."""
     settings = setup.settings.model_copy(update={"clickhouse_dsn": f"chdb://{(setup.run_dir / 'store').resolve()}"})
     log = MemoryLog(settings.topics)
-    async with _served_model(setup, ANY_PORT) as (server, urls):
+    async with _supervised(), _served_model(setup, ANY_PORT) as (server, urls):
         settings = settings.model_copy(update={"upstreams": _upstreams(urls), "routes": {}})
         async with _local_roles(log, replace(setup, settings=settings)):
             yield log, server
@@ -51,7 +53,7 @@ async def over_kafka(setup: Setup) -> AsyncIterator[tuple[Log, ModelServer | Non
     settings = setup.settings
     log = KafkaLog(settings)
     await log.create_topics()
-    async with _served_model(setup, settings.model_url) as (server, urls):
+    async with _supervised(), _served_model(setup, settings.model_url) as (server, urls):
         if setup.agent is None:
             yield log, server
             return
@@ -68,6 +70,26 @@ def strategy_of(name: str) -> Strategy:
     if name not in STRATEGIES:
         raise ConfigError(f"unknown strategy {name!r}: use one of {', '.join(STRATEGIES)}")
     return STRATEGIES[name]
+
+
+@asynccontextmanager
+async def _supervised() -> AsyncIterator[None]:
+    """Ends the body with `BackgroundFailed` if a background task of any role in it dies."""
+    died, loop = asyncio.Event(), asyncio.get_running_loop()
+    with supervised(lambda failure: loop.call_soon_threadsafe(died.set)) as background:
+
+        async def watch() -> None:
+            await died.wait()
+            assert background.failure is not None
+            raise background.failure
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                watching = group.create_task(watch())
+                yield
+                watching.cancel()
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
 
 @asynccontextmanager
@@ -127,9 +149,19 @@ async def _local_roles(log: Log, setup: Setup) -> AsyncIterator[None]:
         sink = SinkRole(log, clickhouse, settings)
         roles = [runner.run, adapter.run, sink.run]
         stops = [asyncio.Event() for _ in roles]
+        background, failed = supervisor(), asyncio.Event()
+
+        def ended(task: asyncio.Task[None], name: str, stop: asyncio.Event) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                failed.set()  # the group raises the error, and cancels the others
+            elif not stop.is_set() and not failed.is_set():
+                background.failed(name, asyncio.CancelledError() if task.cancelled() else None)
+
         try:
             async with asyncio.TaskGroup() as group:
                 tasks = [group.create_task(role(stop)) for role, stop in zip(roles, stops, strict=True)]
+                for task, name, stop in zip(tasks, ("runner", "adapter", "sink"), stops, strict=True):
+                    task.add_done_callback(partial(ended, name=name, stop=stop))
                 try:
                     yield
                 finally:

@@ -14,6 +14,7 @@ from confluent_kafka import Producer as Client
 
 from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, log_error, raised
 from millstream.producers.log.port import LINGER_MS, OnAck
+from millstream.producers.supervisor import supervisor
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import BufferFull, LogError, LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.wire.codec import encode
@@ -73,8 +74,7 @@ class KafkaProducer:
         self._settled = threading.Condition()
         self._closed = threading.Event()
         # A daemon: acknowledgements must not keep a process alive after its main thread has ended.
-        self._thread = threading.Thread(target=self._serve, name="millstream-producer", daemon=True)
-        self._thread.start()
+        self._thread = supervisor().thread("millstream-producer", self._serve)
 
     def send(
         self,

@@ -15,6 +15,22 @@ MAX_ENTRIES = 13
 SCHEMA_LIBRARIES = {"fastavro", "google", "opentelemetry.proto", "pydantic", "pydantic_settings"}
 # Modules that start processes from what `deploy` holds.
 LAUNCHERS = {"pipeline.cli", "pipeline.models.vllm_process"}
+# Tasks and threads that are not supervised, by module and function: each is awaited by the function that starts it,
+# belongs to a task group, or runs an agent or a hook, whose failure ends its attempt.
+UNSUPERVISED = {
+    ("producers.supervisor", "thread"),
+    ("producers.supervisor", "_start"),
+    ("consumers.log.kafka", "close"),
+    ("consumers.runner.attempt", "start"),
+    ("consumers.runner.hooks", "_start"),
+    ("pipeline.blocking", "noted"),
+    ("pipeline.blocking", "run_blocking"),
+    ("pipeline.models.role", "run"),
+    ("pipeline.models.vllm_replica", "_until_down"),
+    ("pipeline.models.vllm_server", "start"),
+    ("pipeline.training.deployment", "_local_roles"),
+    ("pipeline.training.deployment", "_supervised"),
+}
 
 
 def modules() -> dict[str, Path]:
@@ -30,13 +46,14 @@ def modules() -> dict[str, Path]:
 
 
 MODULES = modules()
+TREES = {module: ast.parse(file.read_text("utf-8")) for module, file in MODULES.items()}
 
 
 def imports_of(module: str) -> Iterator[str]:
     """Absolute names; those of the project without ``millstream.``, the facade itself as ``millstream``."""
     file = MODULES[module]
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
-    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+    for node in ast.walk(TREES[module]):
         if isinstance(node, ast.Import):
             yield from (alias.name.removeprefix("millstream.") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -129,3 +146,22 @@ def test_a_folder_has_few_entries(folder: Path) -> None:
     ignored = {"__pycache__", "__init__.py"}
     entries = [path.name for path in folder.iterdir() if path.name not in ignored and not path.name.startswith(".")]
     assert len(entries) <= MAX_ENTRIES, sorted(entries)
+
+
+def starts() -> set[tuple[str, str]]:
+    """Where tasks and threads are started, but through a supervisor."""
+    found = set()
+    for module, tree in TREES.items():
+        for function in ast.walk(tree):
+            if not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            for node in ast.walk(function):
+                name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node, ast.Call) else ""
+                if name in ("create_task", "ensure_future", "Thread", "Timer"):
+                    found.add((module, function.name))
+    return found
+
+
+def test_every_background_task_and_thread_is_started_by_a_supervisor() -> None:
+    """Use `supervisor().loop`, ``job`` or ``thread``; or add the function above if it awaits the task itself."""
+    assert starts() == UNSUPERVISED

@@ -20,6 +20,7 @@ from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.hosts.frames import Frame, FrameReader, Kind, pack
 from millstream.consumers.runner.hosts.port import HostOptions
 from millstream.consumers.runner.outcome import Outcome, stopped_by
+from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.control import Resources
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.wire import codec, status
@@ -58,10 +59,10 @@ class AgentChild(asyncio.Protocol):
         self._process: asyncio.subprocess.Process | None = None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._disconnected = asyncio.Event()
-        self._dead: asyncio.Task[None] | None = None
+        self._dead: Background | None = None
         self._killed = False
         self._cause: Outcome | None = None  # why it was killed, if its attempts are the reason
-        self._ending: asyncio.Task[None] | None = None
+        self._supervisor = supervisor()
 
     @property
     def free(self) -> int:
@@ -96,7 +97,7 @@ class AgentChild(asyncio.Protocol):
             )
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
         self._send(pack(Kind.CONFIG, head=self.place.encode(), body=json.dumps(asdict(self._config)).encode()))
-        self._dead = asyncio.get_running_loop().create_task(self._watch(self._process))
+        self._dead = self._supervisor.job(f"agent process {self._process.pid}", self._watch(self._process))
         await self._ready
 
     def run(self, writer: AttemptWriter) -> None:
@@ -148,9 +149,9 @@ class AgentChild(asyncio.Protocol):
             self.kill()
         else:
             self._send(pack(Kind.STOP))
-            await asyncio.wait([self._dead], timeout=self._options.policy.stop_s)
+            await asyncio.wait([self._dead.task], timeout=self._options.policy.stop_s)
             self.kill()
-        await self._dead
+        await asyncio.wait([self._dead.task])
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -194,7 +195,7 @@ class AgentChild(asyncio.Protocol):
             writer = self._running.pop(frame.number)
             writer.end(_outcome(frame.head))
             if self.retired and not self._running:
-                self._ending = asyncio.get_running_loop().create_task(self.close())
+                self._supervisor.job("end of an agent process", self.close())
             self._options.on_free()
         else:
             found = self._known.get(frame.number)
@@ -225,7 +226,8 @@ class AgentChild(asyncio.Protocol):
         """Waits until the process is dead and all it sent has been read; then ends its attempts."""
         code = await process.wait()
         self._kill_group(process.pid)  # its own children may hold the socket open
-        await asyncio.wait([asyncio.ensure_future(self._disconnected.wait())], timeout=self._options.policy.stop_s)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._disconnected.wait(), self._options.policy.stop_s)
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         if not self._ready.done():
             because = "" if self._cause is None or self._cause.error is None else f": {self._cause.error.message}"

@@ -5,6 +5,7 @@ FD (`frames`), and ends when the socket does: it never outlives its runner.
 """
 
 import asyncio
+import faulthandler
 import json
 import logging
 import os
@@ -24,8 +25,9 @@ from millstream.consumers.runner.attempt import AttemptRunner, open_agent
 from millstream.consumers.runner.hosts.frames import Frame, FrameReader, Kind, pack
 from millstream.consumers.runner.outcome import Outcome
 from millstream.producers.agent.attempt import AttemptContext
+from millstream.producers.supervisor import supervised, supervisor
 from millstream.schemas.control import Resources
-from millstream.schemas.errors import CodecError, ConfigError
+from millstream.schemas.errors import BackgroundFailed, CodecError, ConfigError
 from millstream.schemas.spans import blobs
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.records import Control, RolloutTask, Span
@@ -45,6 +47,12 @@ def _end_with_runner() -> None:
     os._exit(1)
 
 
+def _end_after_failure(_: BackgroundFailed) -> None:
+    """Ends a process that would hear or send nothing any more: the runner starts another one."""
+    faulthandler.dump_traceback(all_threads=True)
+    _end_with_runner()
+
+
 class Channel:
     """Sends frames to the runner. Spans are collected for a moment: a system call for each would wake the runner each
     time."""
@@ -57,7 +65,7 @@ class Channel:
         self._forked = False
         self._warned = False
         os.register_at_fork(after_in_child=self._close_in_fork)
-        threading.Thread(target=self._flush_regularly, name="millstream-flush", daemon=True).start()
+        supervisor().thread("millstream-flush", self._flush_regularly)
 
     def send(self, frame: Callable[[], bytes], *, now: bool = False) -> None:
         """``frame`` is called under the lock, in the order of the frames. Blocks while the runner can't keep up."""
@@ -224,6 +232,11 @@ def _share_metrics(place: str) -> None:
 
 
 def main() -> None:
+    with supervised(_end_after_failure):
+        _run()
+
+
+def _run() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
     received = _receive(connection, FrameReader())
@@ -239,7 +252,7 @@ def main() -> None:
                 loop.call_soon_threadsafe(agent.handle, frames)
             _end_with_runner()
 
-        threading.Thread(target=listen, name="millstream-receive", daemon=True).start()
+        supervisor().thread("millstream-receive", listen)
         if config.hooks:
             _share_metrics(place)
         try:

@@ -14,6 +14,7 @@ from millstream.consumers.runner.agent import AgentConfig
 from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.hosts.port import HostOptions
 from millstream.consumers.runner.hosts.process_handle import AgentChild
+from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.errors import ConfigError, MillstreamError
 
 # The environment of every agent process; nothing else unless it is named: no settings of ours, no secrets.
@@ -65,9 +66,10 @@ class ProcessHost:
             self._environment["PROMETHEUS_MULTIPROC_DIR"] = self._metrics.name
         self._memory_limit = memory_limit
         self._max_attempts = max_attempts
-        self._memory: asyncio.Task[None] | None = None
+        self._memory: Background | None = None
         self._children: list[AgentChild] = []
-        self._starting: set[asyncio.Task[None]] = set()
+        self._starting: set[Background] = set()
+        self._supervisor = supervisor()
         self._closing = False
 
     @property
@@ -78,7 +80,7 @@ class ProcessHost:
         for _ in range(self._processes):
             self._children.append(self._child())
         if self._memory_limit is not None:
-            self._memory = asyncio.get_running_loop().create_task(self._watch_memory(self._memory_limit))
+            self._memory = self._supervisor.loop("memory limit", self._watch_memory(self._memory_limit))
         results = await asyncio.gather(*(child.start() for child in self._children), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
@@ -137,9 +139,9 @@ class ProcessHost:
     def _start_another(self) -> None:
         child = self._child()
         self._children.append(child)
-        task = asyncio.get_running_loop().create_task(self._start(child))
-        self._starting.add(task)
-        task.add_done_callback(self._starting.discard)
+        starting = self._supervisor.job("start of an agent process", self._start(child))
+        self._starting.add(starting)
+        starting.task.add_done_callback(lambda _: self._starting.discard(starting))
 
     async def _start(self, child: AgentChild) -> None:
         try:

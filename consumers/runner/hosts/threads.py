@@ -1,10 +1,10 @@
 """Runs agents in threads of the runner."""
 
 import asyncio
-import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
+from threading import Thread
 
 from prometheus_client import REGISTRY, Metric
 
@@ -14,6 +14,7 @@ from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.hosts.port import HostOptions
 from millstream.consumers.runner.outcome import Outcome
 from millstream.producers.agent.attempt import AttemptContext
+from millstream.producers.supervisor import supervisor
 from millstream.schemas.wire import status
 
 
@@ -28,7 +29,8 @@ class ThreadHost:
         self._options = options
         self._running: set[AttemptWriter] = set()
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="millstream-agents", daemon=True)
+        self._thread: Thread | None = None
+        self._closing = False
         self._home = asyncio.get_running_loop()
         self._attempts: AttemptRunner | None = None
 
@@ -38,7 +40,7 @@ class ThreadHost:
 
     async def start(self) -> None:
         self._attempts = open_agent(self._config, self._loop)
-        self._thread.start()
+        self._thread = supervisor().thread("millstream-agents", self._run_loop)
 
     def collect(self) -> Iterable[Metric]:
         return REGISTRY.collect()
@@ -69,8 +71,9 @@ class ThreadHost:
         self._end(writer, Outcome(status.LOST))
 
     async def close(self) -> None:
-        idle, policy = True, self._options.policy
-        if self._thread.is_alive():
+        idle, policy, self._closing = True, self._options.policy, True
+        running = self._thread is not None and self._thread.is_alive()
+        if running:
             ending = asyncio.run_coroutine_threadsafe(_cancel_all(policy.cancel_s), self._loop)
             try:
                 idle = await asyncio.wait_for(asyncio.wrap_future(ending), policy.stop_s)
@@ -79,10 +82,16 @@ class ThreadHost:
         for writer in list(self._running):
             self.kill(writer)
         if idle:
-            if self._thread.is_alive():
+            if running:
+                assert self._thread is not None
                 self._loop.call_soon_threadsafe(self._loop.stop)
                 await asyncio.to_thread(self._thread.join)
             self._loop.close()
+
+    def _run_loop(self) -> None:
+        self._loop.run_forever()
+        if not self._closing:
+            raise RuntimeError("an agent has stopped the event loop that all async agents of this runner share")
 
     def _begin(self, attempts: AttemptRunner, attempt: AttemptContext, writer: AttemptWriter) -> None:
         """On the agents' loop."""

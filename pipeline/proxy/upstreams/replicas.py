@@ -18,6 +18,7 @@ import orjson
 from pydantic import SecretStr
 
 from millstream.pipeline.proxy.upstreams.http_client import ConnectionPolicy, Exchange, HttpError, Server
+from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.config.upstreams import Upstream
 from millstream.schemas.ids import rank
 
@@ -93,7 +94,8 @@ class Replicas:
         self.all = [Replica(url, server, policy.failures) for url, server in zip(upstream.urls, servers, strict=True)]
         self.key = key
         self.clock = clock
-        self._checks: dict[Replica, asyncio.Task[None]] = {}
+        self._checks: dict[Replica, Background] = {}
+        self._supervisor = supervisor()
 
     def close(self) -> None:
         for check in self._checks.values():
@@ -168,9 +170,9 @@ class Replicas:
         replica.cooldown_until = self.clock() + cooldown
         logger.warning("replica %s of %s is not used for %.0f s: %s", replica.url, self.name, cooldown, error)
         if self.upstream.trainable and replica not in self._checks:
-            check = asyncio.create_task(self._until_healthy(replica))
+            check = self._supervisor.job(f"check of {replica.url}", self._until_healthy(replica))
             self._checks[replica] = check
-            check.add_done_callback(lambda _: self._checks.pop(replica, None))
+            check.task.add_done_callback(lambda _: self._checks.pop(replica, None))
 
     def succeeded(self, replica: Replica) -> None:
         replica.failures = 0

@@ -41,7 +41,8 @@ def get(port: int, path: str) -> tuple[int, str]:
 async def test_probes_are_answered_by_a_thread() -> None:
     port = free_port()
     with probes_answered(Health(list, asyncio.Event()), LOOPBACK, port):
-        assert get(port, "/livez") == (200, "millstream_poll_age_seconds 0.0\n")  # the event loop is blocked meanwhile
+        alive = "millstream_poll_age_seconds 0.0\nmillstream_background_age_seconds 0.0\n"
+        assert get(port, "/livez") == (200, alive)  # the event loop is blocked meanwhile
         assert get(port, "/readyz")[0] == 200
         assert get(port, "/metrics")[0] == 200
         assert get(port, "/")[0] == 404
@@ -103,11 +104,12 @@ async def test_a_trainer_has_probes_and_reports_its_state(tmp_path: Path) -> Non
 
 
 STUCK = """
-    import asyncio, time
+    import asyncio, sys, time
     from millstream.consumers.adapter.adapter import Adapter
     from millstream.consumers.log.memory_log import MemoryLog
     from millstream.pipeline.services.health import HealthPolicy
     from millstream.pipeline.services.role_process import role_process
+    from millstream.producers.supervisor import supervisor
     from millstream.schemas.config.settings import load_settings
     from millstream.schemas.metrics import STARVING, TRANSACTION_AGE
     from millstream.schemas.wire.log import Partition
@@ -119,6 +121,9 @@ STUCK = """
         policy = HealthPolicy(stuck_s=0.5, check_s=0.1)
         async with role_process(log, load_settings(), "sink", 0, asyncio.Event(), policy, report=False) as health:
             HOW
+
+    async def die():
+        raise ValueError("a bug")
 
     async def poll_once(log, topics):
         consumer = log.consumer()
@@ -137,15 +142,17 @@ STUCK = """
 
 
 @pytest.mark.parametrize(
-    ("how", "metric"),
+    ("how", "why"),
     [
-        ("await poll_once(log, topics)", "poll_age"),
-        ("time.sleep(60)", "event_loop_age"),
-        ("health.check(STARVING, lambda: 1.0); await asyncio.sleep(60)", "starving"),
-        ("await lose_a_call(log, topics, health)", "transaction_call"),
+        ("await poll_once(log, topics)", "millstream_poll_age_seconds is"),
+        ("time.sleep(60)", "millstream_event_loop_age_seconds is"),
+        ("health.check(STARVING, lambda: 1.0); await asyncio.sleep(60)", "millstream_starving_seconds is"),
+        ("await lose_a_call(log, topics, health)", "millstream_transaction_call_seconds is"),
+        ("supervisor().job('x', die()); await asyncio.sleep(60)", "task x was ended by ValueError: a bug"),
+        ("supervisor().thread('x', sys.exit); await asyncio.sleep(60)", "thread x was ended by SystemExit"),
     ],
 )
-def test_a_stuck_process_ends_with_a_code_of_its_own(how: str, metric: str) -> None:
+def test_a_stuck_process_ends_with_a_code_of_its_own(how: str, why: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(STUCK).replace("HOW", how)],
         capture_output=True,
@@ -154,5 +161,7 @@ def test_a_stuck_process_ends_with_a_code_of_its_own(how: str, metric: str) -> N
         check=False,
     )
     assert done.returncode == EXIT_STUCK
-    assert f"millstream_{metric}_seconds is" in done.stderr
+    assert why in done.stderr
     assert "this process is stuck" in done.stderr
+    assert "(most recent call first)" in done.stderr  # the stack of each thread
+    assert "in run_regularly\n" in done.stderr  # and of each task
