@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class AdapterPolicy:
-    """Time-outs and limits of an adapter."""
-
     poll_records: int = 1000
     poll_s: float = 0.05
     transaction_s: float = 0.05  # between transactions: decisions are written together

@@ -5,8 +5,6 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class ConsumerPolicy:
-    """What both consumers have in common."""
-
     call_s: float = 10.0  # for one call to the brokers, such as a commit
     retry_s: float = 0.05  # between two requests for offsets, while a leader moves
     session_ms: int = 6_000  # after which a killed member's partitions move on

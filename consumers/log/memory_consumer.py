@@ -207,16 +207,12 @@ class _MemoryConsumer:
 
 
 class MemoryConsumer(_MemoryConsumer):
-    """See `consumers.log.port.Consumer`."""
-
     async def poll(self, max_records: int, timeout_s: float, topics: Iterable[str] | None = None) -> list[LogRecord]:
         with self.polls:
             return cast("list[LogRecord]", await self._poll(max_records, timeout_s, topics))
 
 
 class MemoryTransactionalConsumer(_MemoryConsumer):
-    """See `consumers.log.port.TransactionalConsumer`."""
-
     _reports_ends = True
 
     async def poll(self, max_records: int, timeout_s: float) -> list[LogRecord | EndOfPartition]:

@@ -45,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RunnerPolicy:
-    """Time-outs and limits of a runner and its parts."""
-
     poll_s: float = 0.2  # how long one poll for tasks waits; a stop may be noticed that late
     gather_s: float = 0.005  # slots that become free within it are filled by one claim, with one commit
     stay_s: float = 2.0  # between polls that only keep the group membership, while there is no free slot

@@ -24,8 +24,6 @@ SYNC = b"millstream/spans"  # 16 bytes
 
 
 class EncodedInserter(Protocol):
-    """Takes the file."""
-
     def insert_avro(self, table: str, column_names: tuple[str, ...], data: bytes, token: str) -> None:
         """Stores the rows of an Avro file. Raises as `Inserter.insert` does."""
 

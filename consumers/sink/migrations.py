@@ -53,8 +53,6 @@ def packaged_migrations() -> list[Migration]:
 
 @dataclass(frozen=True, slots=True)
 class LockPolicy:
-    """How the migration lock is waited for."""
-
     stale_s: float = 60  # then its holder counts as dead: a migration takes milliseconds
     wait_s: float = 120.0  # longer than that, so that a stale lock can be taken over
     poll_s: float = 0.1

@@ -38,8 +38,6 @@ class FlushPolicy:
 
 @dataclass(frozen=True, slots=True)
 class PollPolicy:
-    """How the log is read."""
-
     records: int = 1000  # at once
     wait_s: float = 0.2
     idle_s: float = 0.02  # after a poll that found little: the sink is in no hurry, and others need the CPU

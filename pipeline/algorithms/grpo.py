@@ -115,7 +115,6 @@ class GRPO:
         return parameters(self._model)
 
     def state(self) -> dict[str, Any]:
-        """See `Algorithm.state`."""
         return {
             "weights": self.weights(),
             "optimizer": self._optimizer.state_dict(),

@@ -47,8 +47,6 @@ OPEN_PATHS: Final = ("/livez", "/readyz", TRACES)  # probes have no token, attem
 
 @dataclass(frozen=True)
 class GatewayPolicy:
-    """Limits of a gateway."""
-
     max_body_bytes: int = 64 << 20  # of a request
     ready_s: float = 2.0  # for Kafka to answer a readiness probe; probes wait a few seconds
     status_s: float = 10.0  # for reading a rollout's status; the older the rollout, the more of the log is read

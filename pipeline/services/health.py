@@ -111,7 +111,6 @@ class Health:
         return 404, b"/livez, /readyz or /metrics\n"
 
     async def respond(self, request: Request) -> Response:
-        """The endpoint of all paths."""
         http_status, body = self.answer(request.scope["path"])
         return Response(body, http_status, media_type=CONTENT_TYPE)
 

@@ -42,8 +42,6 @@ PARSERS: Final[dict[str, Callable[[bytes], ExportTraceServiceRequest]]] = {PROTO
 
 @dataclass(frozen=True)
 class OtlpPolicy:
-    """Limits of an OTLP receiver."""
-
     max_body_bytes: int = 64 << 20  # decompressed; exporters send less
     requests: int = 4  # in memory at a time
     record_s: float = 8.0  # for the log to store a request's spans; exporters wait for 10 s
@@ -71,7 +69,6 @@ class OtlpReceiver:
         self._free = asyncio.Semaphore(policy.requests)
 
     async def receive(self, request: Request) -> Response:
-        """The endpoint."""
         form = request.headers.get("content-type", "").partition(";")[0].strip()
         try:
             if form not in PARSERS:

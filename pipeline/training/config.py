@@ -61,8 +61,6 @@ class ModelConfig(BaseModel):
 
 
 class TrainConfig(BaseModel):
-    """The file."""
-
     model_config = ConfigDict(extra="forbid")
 
     run: str = Field("run", pattern=r"^[A-Za-z0-9_-]+$", description="First part of every model version.")

@@ -34,7 +34,6 @@ class ProgressView:
             self._live.stop()
 
     def on_step(self, report: StepReport) -> None:
-        """Shows one more step."""
         self._steps.append(report)
         if self._live is not None:
             self._live.update(self._table())

@@ -25,8 +25,6 @@ class StepReport:
 
 @dataclass(slots=True)
 class Summary:
-    """The results of a run."""
-
     experiment_id: str
     steps: list[StepReport] = field(default_factory=list)
     validation_reward: float | None = None

@@ -27,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class ProducerPolicy:
-    """Time-outs and limits of the Kafka producers."""
-
     buffer_wait_s: float = 60.0  # how long a sender waits for room, as the port promises
     buffer_records: int = 100_000
     buffer_kb: int = 128 << 10

@@ -42,8 +42,6 @@ class AgentHost(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HostPolicy:
-    """Time-outs and limits of a host."""
-
     stop_s: float = 3.0  # for a process to end once it was asked to; the agent may have resources to close
     cancel_s: float = 1.0  # likewise, for cancelled agents in threads
     pending_spans: int = 20_000  # not acknowledged yet; above it a host stops reading, and its agents wait
