@@ -20,7 +20,7 @@ class RebalanceListener(Protocol):
         """Partitions are lost, gracefully or not: the consumer may not commit them any more."""
 
 
-class Consumer(Protocol):
+class GroupMember(Protocol):
     """Reads committed records only, each partition in its order. One task at a time.
 
     Every call may raise `LogUnavailable`. Handing a record out does not commit it.
@@ -30,6 +30,18 @@ class Consumer(Protocol):
 
     async def subscribe(self, topics: Sequence[str], listener: RebalanceListener | None = None) -> None:
         """Joins the group given at creation. Starts at committed offsets; without one, at the beginning."""
+
+    async def seek(self, partition: Partition, offset: int) -> None: ...
+
+    async def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
+        """High watermarks: one past the last record, including open transactions (unlike the last stable offset)."""
+
+    async def close(self) -> None:
+        """Leaves the group gracefully (calls ``on_revoke``); commits nothing."""
+
+
+class Consumer(GroupMember, Protocol):
+    """Commits its own offsets, or reads without a group."""
 
     async def assign(self, partitions: Sequence[Partition], start: Literal["beginning", "end"] = "beginning") -> None:
         """Reads these partitions without joining a group. Use ``seek`` for other positions."""
@@ -43,8 +55,6 @@ class Consumer(Protocol):
     def position(self, partition: Partition) -> int | None:
         """Offset of the next record of ``poll``; None until it is known."""
 
-    async def seek(self, partition: Partition, offset: int) -> None: ...
-
     def pause(self, partitions: Iterable[Partition]) -> None:
         """Holds records back until ``resume``. A newly assigned partition is resumed."""
 
@@ -56,36 +66,20 @@ class Consumer(Protocol):
 
     async def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]: ...
 
-    async def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
-        """High watermarks: one past the last record, including open transactions (unlike the last stable offset)."""
-
     async def beginning_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]: ...
 
     async def offsets_since(self, partitions: Iterable[Partition], time_ms: int) -> dict[Partition, int]:
         """The first offset of each partition with a timestamp of at least ``time_ms``; its end if there is none."""
 
-    async def close(self) -> None:
-        """Leaves the group gracefully (calls ``on_revoke``); commits nothing."""
 
-
-class TransactionalConsumer(Protocol):
-    """A group member whose offsets a transactional producer commits. Common methods are those of `Consumer`."""
-
-    polls: PollTimes
-
-    async def subscribe(self, topics: Sequence[str], listener: RebalanceListener | None = None) -> None: ...
+class TransactionalConsumer(GroupMember, Protocol):
+    """A group member whose offsets a transactional producer commits."""
 
     async def poll(self, max_records: int, timeout_s: float) -> list[LogRecord | EndOfPartition]:
         """Includes an `EndOfPartition` whenever an end is reached."""
 
-    async def seek(self, partition: Partition, offset: int) -> None: ...
-
-    async def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]: ...
-
     def group_metadata(self) -> Any:
         """The argument of ``send_offsets``; take it in ``on_assign``."""
-
-    async def close(self) -> None: ...
 
 
 class Log(Protocol):

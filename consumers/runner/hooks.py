@@ -140,7 +140,7 @@ class HookedAttempt:
         self._attempt = attempt
         self._loop = loop
         if hooks.hooks:
-            attempt.emit = partial(_observed, attempt.emit, self.trace)
+            attempt.watch(self.trace.add)
 
     def call_blocking(self, name: str, *arguments: Any) -> list[Any]:
         """As `call`, from a thread other than the loop's."""
@@ -225,11 +225,6 @@ def _called(call: Callable[[], Any]) -> tuple[Any, BaseException | None]:
     except BaseException as error:
         return None, error
     return answer, None
-
-
-def _observed(emit: Callable[[Span], None], trace: TraceSummary, span: Span) -> None:
-    trace.add(span)
-    emit(span)
 
 
 def _number(text: str | None) -> int:

@@ -44,7 +44,7 @@ class RewardFunctions:
         seen = self._seen.get(attempt)
         if seen is None:
             seen = self._seen[attempt] = Seen()
-            attempt.emit = _both(seen.spans.append, attempt.emit)
+            attempt.watch(seen.spans.append)
         return seen
 
     def reward(self, attempt: AttemptContext | None, result: Any) -> None:
@@ -68,11 +68,3 @@ class RewardFunctions:
 def _emit(name: str, answer: Any) -> None:
     if answer is not None:
         emit_reward(answer, None if isinstance(answer, Mapping) else name)
-
-
-def _both(first: Callable[[Span], None], second: Callable[[Span], None]) -> Callable[[Span], None]:
-    def emit(span: Span) -> None:
-        first(span)
-        second(span)
-
-    return emit

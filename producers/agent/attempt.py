@@ -62,6 +62,16 @@ class AttemptContext:
         self._calls = 0
         self._calls_lock = threading.Lock()
 
+    def watch(self, seen: Callable[[Span], None]) -> None:
+        """Calls ``seen`` with each span from now on, before it is emitted."""
+        emit = self.emit
+
+        def seen_and_emitted(span: Span) -> None:
+            seen(span)
+            emit(span)
+
+        self.emit = seen_and_emitted
+
     @contextmanager
     def calling(self) -> Iterator[None]:
         """Marks the body as a model call."""
