@@ -2,17 +2,16 @@
 
 `settle` makes the decisions; here are reading, and choosing what to write when. One transaction holds the triplets and
 ends, the marks on ``events`` itself, the dead letters and the input offsets, so a decision is made once, whichever
-process dies. After an assignment each partition is read twice: for the marks of earlier decisions up to the high
-watermark, then again to fold. ARCHITECTURE.md, "The adapter", explains why each step is there.
+process dies. After an assignment the marks of all earlier decisions are loaded, then the partition is folded from the
+committed offset. ARCHITECTURE.md, "Exactly once", explains why each step is there.
 """
 
 import asyncio
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from itertools import islice
 
 from prometheus_client import CollectorRegistry
@@ -23,9 +22,11 @@ from millstream.consumers.adapter.transaction import Oversized, Transaction, Tra
 from millstream.consumers.adapter.triplets import ToTriplets, to_triplets
 from millstream.consumers.dead_letters import dead_letter
 from millstream.consumers.log.port import Log
+from millstream.consumers.log.read_to_end import read_to_end
 from millstream.schemas.errors import CodecError, LogUnavailable, TransactionAborted
+from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import EndOfPartition, LogRecord, Partition
-from millstream.schemas.wire.records import DeadLetter
+from millstream.schemas.wire.records import DeadLetter, Settled
 from millstream.schemas.wire.topics import Topics
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ class AdapterPolicy:
     probe_s: float = 0.5  # between watermark probes; while none succeeds, no lease expires
     stall_s: float = 1.0  # a gap in our own loop after which leases start anew: this process was frozen
     process_bytes: int = 1 << 30  # of open rollouts; above it the largest fails
-    horizon_s: float = 300.0  # the committed offset stays this far behind, so late claims of ended rollouts are known
     fold: FoldPolicy = field(default_factory=FoldPolicy)
 
     @property
@@ -53,22 +53,13 @@ class AdapterPolicy:
         return 2 * self.call_s
 
 
-class _Phase(Enum):
-    NEW = auto()  # assigned; nothing read yet
-    SCAN = auto()  # first pass, for marks
-    FOLD = auto()  # second pass, and from then on
-
-
 @dataclass(slots=True)
 class _Part:
     fold: PartitionFold
-    phase: _Phase = _Phase.NEW
-    start: int = 0
     high_watermark: int = 0
-    position: int = 0
+    position: int | None = None  # None until what predecessors have settled is loaded
     caught_up_since: float | None = None
     committed: int = -1
-    horizon: deque[tuple[float, int]] = field(default_factory=deque)  # (time folded, offset), one a second
     dead: dict[int, DeadLetter] = field(default_factory=dict)  # by offset, not yet written
 
 
@@ -90,6 +81,7 @@ class Adapter:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.policy = policy
+        self._log = log
         self._topics = topics
         self._to_triplets = to_triplets
         self._clock = clock
@@ -105,9 +97,7 @@ class Adapter:
 
     def on_assign(self, partitions: Sequence[Partition]) -> None:
         for partition in partitions:
-            self._parts[partition] = _Part(
-                PartitionFold(self._to_triplets, self.policy.fold, on_late=self._metrics.late)
-            )
+            self._parts[partition] = _Part(self._new_fold())
         # Only here: metadata taken just before a transaction would let a zombie commit another member's partitions.
         self._group = self._consumer.group_metadata()
         self._ready.set()
@@ -129,7 +119,7 @@ class Adapter:
     def idle(self) -> bool:
         """Everything that was on the assigned partitions at the last probe is read, and all decisions are written."""
         return all(
-            part.phase is _Phase.FOLD
+            part.position is not None
             and part.caught_up_since is not None
             and part.position >= part.high_watermark
             and not (part.dead or part.fold.unreadable or part.fold.decided)
@@ -178,22 +168,23 @@ class Adapter:
             logger.warning("events can't be read, trying again: %s", error)
             await asyncio.sleep(self.policy.poll_s)
             return
+        new = {item.partition: item.offset for item in reversed(batch) if self._is_new(item.partition)}
+        if new and not await self._load(new):
+            return
         now = self._clock()
-        skip: set[Partition] = set()  # a seek has invalidated the rest of their batch
         for item in batch:
             part = self._parts.get(item.partition)
-            if part is None or item.partition in skip:
+            if part is None or part.position is None:
                 continue
-            if part.phase is _Phase.NEW and not await self._begin(part, item):
-                skip.add(item.partition)
-            elif part.phase is _Phase.SCAN:
-                if await self._scan(part, item):
-                    skip.add(item.partition)
-            elif isinstance(item, EndOfPartition):
+            if isinstance(item, EndOfPartition):
                 part.position = max(part.position, item.offset)
             else:
                 self._apply(part, item, now)
         self._bound_memory(now)
+
+    def _is_new(self, partition: Partition) -> bool:
+        part = self._parts.get(partition)
+        return part is not None and part.position is None
 
     def _bound_memory(self, now: float) -> None:
         folds, limit = [part.fold for part in self._parts.values()], self.policy.process_bytes
@@ -203,30 +194,36 @@ class Adapter:
             message = f"{size:,} bytes, the most of all open rollouts; the adapter keeps {limit:,} in all"
             fold.too_large(rollout_id, message, time.time_ns(), now)
 
-    async def _begin(self, part: _Part, item: LogRecord | EndOfPartition) -> bool:
-        """At the first record: notes the high watermark, up to which marks are scanned. False if the log is away."""
+    async def _load(self, starts: dict[Partition, int]) -> bool:
+        """Loads what predecessors have settled on partitions whose first records are at these offsets. The topic is
+        read to its end, open transactions included: a predecessor's last decisions must be known. False if the log is
+        away; the records are then read again."""
+        settled = {Partition(self._topics.settled, p.number): p for p in starts}
         try:
-            ends = await self._consumer.end_offsets([item.partition])
-        except LogUnavailable:
-            await self._consumer.seek(item.partition, item.offset)
+            ends = await self._consumer.end_offsets(starts)
+            async with aclosing(read_to_end(self._log, list(settled))) as records:
+                async for record in records:
+                    partition = settled[record.partition]
+                    self._load_record(self._parts[partition].fold, record, starts[partition])
+        except LogUnavailable as error:
+            logger.warning("what has been settled can't be read, trying again: %s", error)
+            for partition, offset in starts.items():
+                self._parts[partition].fold = self._new_fold()
+                await self._consumer.seek(partition, offset)
             return False
-        part.start = part.position = item.offset
-        part.high_watermark = ends[item.partition]
-        part.phase = _Phase.SCAN
+        for partition, offset in starts.items():
+            part = self._parts[partition]
+            part.position, part.high_watermark = offset, ends[partition]
         return True
 
-    async def _scan(self, part: _Part, item: LogRecord | EndOfPartition) -> bool:
-        """First pass. True once it is complete and the partition has been rewound. An end before the watermark is that
-        of an open transaction, perhaps a predecessor's: its decisions must be read, too."""
-        end = item.offset
-        if isinstance(item, LogRecord):
-            part.fold.scan(item)
-            end += 1
-        if end < part.high_watermark:
-            return False
-        part.phase = _Phase.FOLD
-        await self._consumer.seek(item.partition, part.start)
-        return True
+    def _load_record(self, fold: PartitionFold, record: LogRecord, start: int) -> None:
+        try:
+            fold.load(codec.decode_as(Settled, record.value), record.timestamp, start)
+        except (CodecError, ValueError) as error:
+            logger.error("%s was not written by an adapter, it is ignored: %s", record.place, error)
+
+    def _new_fold(self) -> PartitionFold:
+        return PartitionFold(self._to_triplets, self.policy.fold, on_late=self._metrics.late)
 
     def _apply(self, part: _Part, record: LogRecord, now: float) -> None:
         try:
@@ -235,20 +232,18 @@ class Adapter:
             if record.offset not in part.fold.refused:
                 part.dead[record.offset] = dead_letter(record, ROLE, "undecodable", str(error))
         part.position = record.offset + 1
-        if not part.horizon or now - part.horizon[-1][0] >= 1.0:
-            part.horizon.append((now, record.offset))
 
     async def _probe(self) -> bool:
         """Whether the log answers for every partition. Notes which partitions are read as fast as they are written: an
         attempt whose heartbeat lies unread in the log must not expire."""
-        partitions = [p for p, part in self._parts.items() if part.phase is _Phase.FOLD]
+        partitions = [p for p, part in self._parts.items() if part.position is not None]
         try:
             ends = await self._consumer.end_offsets(partitions) if partitions else {}
         except LogUnavailable as error:
             logger.warning("the log doesn't answer; no lease expires meanwhile: %s", error)
             return False
         for partition, end in ends.items():
-            if part := self._parts.get(partition):
+            if (part := self._parts.get(partition)) and part.position is not None:
                 if part.position < part.high_watermark:
                     part.caught_up_since = None
                 elif part.caught_up_since is None:
@@ -265,7 +260,7 @@ class Adapter:
         """One transaction: decisions, dead letters and offsets. False if there was nothing to write."""
         work = Transaction()
         for partition, part in self._parts.items():
-            if part.phase is not _Phase.FOLD:
+            if part.position is None:
                 continue
             for record, reason, error in part.fold.unreadable:
                 if record.offset not in part.fold.refused:
@@ -274,7 +269,9 @@ class Adapter:
             chosen = list(islice(part.fold.ready(now), self.policy.transaction_rollouts - len(work.decisions)))
             work.decisions.extend((partition, rollout_id, decision) for rollout_id, decision in chosen)
             work.dead.extend((partition, offset, letter) for offset, letter in part.dead.items())
-            offset = self._committable(part, {rollout_id for rollout_id, _ in chosen}, now)
+            # From here a successor has to read, to know what this adapter knows.
+            oldest = part.fold.oldest_open({rollout_id for rollout_id, _ in chosen})
+            offset = part.position if oldest is None else min(part.position, oldest)
             # Written also if it has not moved: the offset fences this member if the partition has been reassigned, and
             # makes the new owner wait for the end of this transaction.
             if offset > part.committed or chosen or part.dead:
@@ -301,22 +298,10 @@ class Adapter:
         self._metrics.committed(work)
         for partition, rollout_id, _ in work.decisions:
             if part := self._parts.get(partition):
-                part.fold.written(rollout_id, part.position)
+                part.fold.written(rollout_id)
         for partition, at, _ in work.dead:
             if part := self._parts.get(partition):
                 part.dead.pop(at, None)
         for partition, offset in work.offsets.items():
             if part := self._parts.get(partition):
                 part.committed = offset
-                part.fold.prune(offset)
-
-    def _committable(self, part: _Part, in_flight: set[str], now: float) -> int:
-        """The offset from which a successor has to read to know what this adapter knows."""
-        while len(part.horizon) > 1 and part.horizon[1][0] <= now - self.policy.horizon_s:
-            part.horizon.popleft()
-        held = [part.position]
-        if part.horizon:
-            held.append(part.horizon[0][1])
-        if (oldest := part.fold.oldest_open(in_flight)) is not None:
-            held.append(oldest)
-        return min(held)

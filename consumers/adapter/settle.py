@@ -3,24 +3,31 @@
 preparing ──► open ──succeeded──────────────────────────► Decision(succeeded)
                │  └──failed, timeout, cancelled, lost──► Decision, unless another claim of the attempt lives: another
                └──lease expired, too large────────────► attempt after a backoff (`retry`), or the end; likewise
-retry mark (our own, or a predecessor's) ──────────────► waits in tasks; attempts up to that number are late from now on
+retry mark (our own, or a predecessor's) ──────────────► waits in tasks; claims of that attempt are late from now on
 RolloutEnd (our own mark, or a predecessor's) ─────────► ended: later records are late, and ignored
+
+What predecessors have settled is loaded before the first record (`load`), so the fold may begin anywhere at or before
+the oldest open rollout, and a claim that comes back after days is late.
 
 All live claims of a rollout have one attempt number: a claim of a higher one means that the lower were given up.
 """
 
 import random
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from millstream.consumers.adapter.decision import Dead, Decision, Retry, decode_spans, end_of, success, without_triplets
 from millstream.consumers.adapter.retry import BACKOFF_S, backoff_s, next_task, refusal
+from millstream.consumers.adapter.settled import SettledMarks, end_mark, marks_of, retry_mark, unpacked, win_mark
 from millstream.consumers.adapter.triplets import ToTriplets
 from millstream.schemas.errors import CodecError
+from millstream.schemas.ids import id_time_ms
 from millstream.schemas.wire import codec, status
-from millstream.schemas.wire.log import KIND_HEADER, LogRecord
-from millstream.schemas.wire.records import AttemptEvent, DeadLetter, ErrorInfo, RolloutEnd, RolloutTask, Span
+from millstream.schemas.wire.log import LogRecord
+from millstream.schemas.wire.records import AttemptEvent, ErrorInfo, RolloutEnd, RolloutTask, Settled, Span
+from millstream.schemas.wire.topics import LIFETIMES
 
 ROLE: Final = "adapter"
 LEASE: Final = "lease"
@@ -35,6 +42,7 @@ class FoldPolicy:
     claim_leases: int = 3
     attempt_bytes: int = 64 << 20  # kept of an open rollout: a thousand calls with prompts of 64 KB
     backoff_s: Mapping[str, tuple[float, float]] = field(default_factory=lambda: BACKOFF_S)
+    settled_s: float = LIFETIMES.settled_s
 
 
 @dataclass(slots=True)
@@ -81,29 +89,18 @@ class PartitionFold:
         self._to_triplets = to_triplets
         self._random = random
         self.open: dict[str, OpenRollout] = {}  # in order of their first offset
-        # Rollout → offset at which its end was seen or decided, and the attempt that succeeded.
-        self.ended: dict[str, tuple[int, str | None]] = {}
-        self.retried: dict[str, tuple[int, int]] = {}  # rollout → offset of its last retry mark, its attempt
+        self.settled = SettledMarks(policy.settled_s)
         self.decided: dict[str, Decision] = {}  # not yet written; these are still open
-        self.refused: set[int] = set()  # offsets whose dead letter has been written
+        self.refused: set[int] = set()  # offsets whose dead letter a predecessor has written
         self.unreadable: list[Dead] = []  # spans of failed attempts; the fold's owner removes them
         self._on_late = on_late
         self.size = 0  # bytes of all open rollouts, estimated
 
-    def scan(self, record: LogRecord) -> None:
-        """First pass after an assignment: reads only the marks of earlier decisions."""
-        try:
-            kind = codec.type_of(record.value)
-            if kind is RolloutEnd:
-                self._ended(codec.decode_as(RolloutEnd, record.value), record.offset)
-            elif kind is DeadLetter:
-                self.refused.add(codec.decode_as(DeadLetter, record.value).offset)
-            elif kind is AttemptEvent and record.headers.get(KIND_HEADER) == status.RETRY.encode():
-                mark = codec.decode_as(AttemptEvent, record.value)
-                if mark.status == status.RETRY:  # the header is only a hint
-                    self._retried(mark, record.offset)
-        except CodecError:
-            pass  # `apply` reports it
+    def load(self, settled: Settled, time_ms: int, start: int) -> None:
+        """Takes over what has been settled before. Call it for all of it before the first `apply`. ``start``: the
+        offset from which events will be read. Raises ValueError if the record is malformed."""
+        self.settled.add(unpacked(settled.marks), time_ms / 1000)
+        self.refused.update(offset for offset in settled.refused if offset >= start)
 
     def apply(self, record: LogRecord, now: float) -> None:
         """Folds one record. Raises `CodecError` if it can't be decoded; the state is then unchanged."""
@@ -121,13 +118,9 @@ class PartitionFold:
                     self.too_large(key, message, record.timestamp * 1_000_000, now)
             else:
                 self._on_late("late_span")
-                settled = max(self.ended.get(key, (-1,))[0], self.retried.get(key, (-1,))[0])
-                if rollout is not None or record.offset >= settled:  # else it is not late, but read again
-                    codec.decode(record.value)  # raises if it is not a span: it is decoded nowhere else
+                codec.decode(record.value)  # raises if it is not a span: it is decoded nowhere else
         elif kind is RolloutEnd:
-            self._ended(codec.decode_as(RolloutEnd, record.value), record.offset)
-        elif kind is DeadLetter:
-            self.refused.add(codec.decode_as(DeadLetter, record.value).offset)
+            self._ended(codec.decode_as(RolloutEnd, record.value))
         else:
             raise CodecError(f"{record.place}: {kind.__name__} does not belong among events", record=kind.__name__)
 
@@ -158,13 +151,13 @@ class PartitionFold:
         """The decisions that may be written: all but retries that wait for their backoff."""
         return (item for item in self.decided.items() if item[1].retry is None or item[1].retry.due <= now)
 
-    def written(self, rollout_id: str, offset: int) -> None:
-        """The decision has been committed; ``offset`` is at or before its mark."""
+    def written(self, rollout_id: str) -> None:
+        """The decision has been committed."""
         decision = self.decided[rollout_id]
         if decision.retry is not None:
-            self._retried(decision.retry.mark, offset)
+            self._retried(decision.retry.mark)
         else:
-            self._ended(decision.end, offset)
+            self._ended(decision.end)
 
     def oversized(self, rollout_id: str, reason: str) -> None:
         """The decision's task or triplets are too large: the rollout ends without them, for this ``reason``."""
@@ -176,23 +169,18 @@ class PartitionFold:
         """First offset of the oldest open rollout, those in ``without`` excepted."""
         return next((r.first_offset for rid, r in self.open.items() if rid not in without), None)
 
-    def prune(self, committed: int) -> None:
-        """Forgets marks below the committed offset: the records before them are not read again."""
-        self.ended = {rid: mark for rid, mark in self.ended.items() if mark[0] >= committed}
-        self.retried = {rid: mark for rid, mark in self.retried.items() if mark[0] >= committed}
-        self.refused = {offset for offset in self.refused if offset >= committed}
-
-    def _ended(self, end: RolloutEnd, offset: int) -> None:
+    def _ended(self, end: RolloutEnd) -> None:
         self._forget(end.rollout_id)
-        self.ended[end.rollout_id] = (offset, end.attempt_id if end.status == status.SUCCEEDED else None)
+        self._settle(*marks_of(Decision(end.status, end)))
 
-    def _retried(self, mark: AttemptEvent, offset: int) -> None:
+    def _retried(self, mark: AttemptEvent) -> None:
         rollout = self.open.get(mark.rollout_id)
         if rollout is not None and rollout.number <= mark.attempt:
             self._forget(mark.rollout_id)
-        # The second pass reads marks older than the last one, which the first pass has found.
-        if mark.attempt >= self.retried.get(mark.rollout_id, (0, 0))[1]:
-            self.retried[mark.rollout_id] = (offset, mark.attempt)
+        self._settle(retry_mark(mark.rollout_id, mark.attempt))
+
+    def _settle(self, *marks: int) -> None:
+        self.settled.add([mark for mark in marks if mark not in self.settled])  # our own are read again
 
     def _forget(self, rollout_id: str) -> None:
         self.decided.pop(rollout_id, None)
@@ -212,18 +200,14 @@ class PartitionFold:
 
     def _late(self, event: AttemptEvent) -> None:
         self._on_late("late_event")
-        if event.status != status.SUCCEEDED:
-            return
-        _, winner = self.ended.get(event.rollout_id, (0, None))
-        if winner != event.attempt_id:  # else it is the event that ended the rollout, read again
+        # The event that ended the rollout may be read again.
+        if event.status == status.SUCCEEDED and win_mark(event.attempt_id) not in self.settled:
             self._on_late("zombie_result")
 
     def _attempt_event(self, event: AttemptEvent, record: LogRecord, now: float) -> None:
         rollout = self.open.get(event.rollout_id)
         if event.status == status.RETRY:
-            self._retried(event, record.offset)
-        elif event.rollout_id in self.ended:
-            self._late(event)
+            self._retried(event)
         elif event.status == status.PREPARING:
             self._claim(event, rollout, record, now)
         elif (
@@ -254,13 +238,16 @@ class PartitionFold:
         task = codec.decode_as(RolloutTask, event.task)
         if task.rollout_id != event.rollout_id:
             raise CodecError("AttemptEvent.task: that of another rollout", record="AttemptEvent", field="task")
-        _, given_up = self.retried.get(event.rollout_id, (0, 0))
         decision = self.decided.get(event.rollout_id)
-        if (
-            task.attempt <= given_up
-            or (rollout is not None and (task.attempt < rollout.number or event.attempt_id in rollout.seen))
-            or (decision is not None and decision.retry is None)
-        ):
+        if rollout is None:
+            late = self._settled_before(task, record.timestamp)
+        else:
+            late = (
+                task.attempt < rollout.number
+                or event.attempt_id in rollout.seen
+                or (decision is not None and decision.retry is None)
+            )
+        if late:
             self._late(event)
             return
         # It seemed lost and waits for its backoff, but a runner has its task: no retry is needed.
@@ -282,6 +269,15 @@ class PartitionFold:
             event.lease_s,
             task.state,
         )
+
+    def _settled_before(self, task: RolloutTask, time_ms: int) -> bool:
+        """Whether a claim, written at ``time_ms``, has come back: of an ended rollout, or of an attempt that was
+        retried. A rollout older than marks are kept has ended: its task was ended when it was half as old."""
+        if end_mark(task.rollout_id) in self.settled or retry_mark(task.rollout_id, task.attempt) in self.settled:
+            return True
+        with suppress(ValueError):  # an id of a foreign publisher, without a time
+            return time_ms - id_time_ms(task.rollout_id) > self._policy.settled_s * 1000
+        return False
 
     def _finish(
         self,

@@ -4,18 +4,19 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TypeVar
 
 from millstream.consumers.adapter.decision import Decision
 from millstream.consumers.adapter.settle import ROLE
-from millstream.consumers.dead_letters import dead_letter, letter_key, send_dead_letter
+from millstream.consumers.adapter.settled import marks_of, packed
+from millstream.consumers.dead_letters import dead_letter, send_dead_letter
 from millstream.producers.log.port import TransactionalProducer
 from millstream.schemas.errors import LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.wire import status
 from millstream.schemas.wire.log import KIND_HEADER, Partition
-from millstream.schemas.wire.records import DeadLetter, Record
+from millstream.schemas.wire.records import DeadLetter, Record, Settled
 from millstream.schemas.wire.topics import Topics
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,21 @@ class Transaction:
     decisions: list[tuple[Partition, str, Decision]] = field(default_factory=list)  # with their rollouts
     dead: list[tuple[Partition, int, DeadLetter]] = field(default_factory=list)  # with their records' offsets
     offsets: dict[Partition, int] = field(default_factory=dict)
+
+    def settled(self) -> dict[Partition, Settled]:
+        """The record that makes all of it final, by partition."""
+        marks: dict[Partition, list[int]] = {}
+        refused: dict[Partition, list[int]] = {}
+        for partition, _, decision in self.decisions:
+            marks.setdefault(partition, []).extend(marks_of(decision))
+            if decision.retry is None:
+                refused.setdefault(partition, []).extend(record.offset for record, _, _ in decision.dead)
+        for partition, offset, _ in self.dead:
+            refused.setdefault(partition, []).append(offset)
+        return {
+            partition: Settled(marks=packed(marks.get(partition, ())), refused=tuple(refused.get(partition, ())))
+            for partition in marks.keys() | refused.keys()
+        }
 
 
 class Oversized(Exception):
@@ -85,10 +101,10 @@ class TransactionWriter:
                 self._send_decision(send, partition.number, rollout_id, decision)
             except TooLarge as error:
                 raise Oversized(partition, rollout_id, error) from error
-        for partition, _, letter in work.dead:
+        for _, _, letter in work.dead:
             send_dead_letter(send, self._topics, letter)
-            mark, headers = replace(letter, value=None, headers={}), {KIND_HEADER: b"dead"}
-            send(self._topics.events, mark, key=letter_key(letter), partition=partition.number, headers=headers)
+        for partition, settled in work.settled().items():
+            send(self._topics.settled, settled, partition=partition.number, headers={KIND_HEADER: b"settled"})
         # Flushed before the offsets: else outputs could land behind the watermark that a successor reads up to.
         self._repeat(lambda: self._producer.flush(self._call_s))
         if failed:

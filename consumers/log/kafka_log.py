@@ -33,12 +33,10 @@ from millstream.schemas.wire.topics import Topic
 
 @dataclass(frozen=True, slots=True)
 class TopicPolicy:
-    """Time-outs of creating and checking topics, and how long topics keep records."""
+    """Time-outs of creating and checking topics."""
 
     check_s: float = 8.0  # for all requests of ``check``, which promises an answer within 10 s
     create_s: float = 30.0
-    # Longer than a sink is ever down. A trainer that paused for longer gets an error that names the gap.
-    retention_ms: int = 7 * 24 * 3600 * 1000
 
 
 class KafkaLog:
@@ -186,7 +184,7 @@ class KafkaLog:
             "cleanup.policy": topic.cleanup,
             "max.message.bytes": str(self._settings.max_record_bytes + BATCH_OVERHEAD),
         }
-        return config | ({"retention.ms": str(self._policy.retention_ms)} if topic.cleanup == "delete" else {})
+        return config | ({"retention.ms": str(int(topic.kept_s * 1000))} if topic.cleanup == "delete" else {})
 
     def _wait_for_metadata(self, more: Sequence[Topic]) -> None:
         deadline = time.monotonic() + self._policy.create_s

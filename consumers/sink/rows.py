@@ -79,9 +79,8 @@ def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows |
     """The rows of a batch, table by table, and the records that could not be decoded; spans that can't be decoded are
     found when they are inserted.
 
-    The adapter writes two kinds of records twice, of which one copy counts: of a `RolloutEnd` its mark on
-    ``marks_topic``, where its offset compares with those of the attempts; of a `DeadLetter` the other one, which is
-    complete.
+    The adapter writes each `RolloutEnd` twice. Its mark on ``marks_topic`` counts, where its offset compares with those
+    of the attempts.
     """
     found: dict[type[Record], list[tuple[Any, ...]]] = {t: [] for t in TABLES}
     spans: list[tuple[LogRecord, bytes]] = []
@@ -94,8 +93,10 @@ def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows |
             if kind is Span:
                 spans.append((record, span_body(value)))
                 continue
+            if kind not in TABLES:
+                raise CodecError(f"{record.place}: {kind.__name__} is stored in no table", record=kind.__name__)
             row = _values(kind, value)
-            if kind in MARKS and MARKS[kind] != (place[0] == marks_topic):
+            if kind is RolloutEnd and place[0] != marks_topic:
                 continue
             if kind is AttemptEvent:
                 if (task := _claimed(row)) is not None:
@@ -110,7 +111,6 @@ def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows |
     return [*tables, EncodedSpans(spans)] if spans else tables, unusable
 
 
-MARKS: dict[type[Record], bool] = {RolloutEnd: True, DeadLetter: False}  # whether the copy among the events counts
 PLACE = ("topic", "partition", "offset")
 LOG_PLACE = tuple(f"log_{name}" for name in PLACE)  # a dead letter has fields of the same names
 _EXTRA: dict[type[Record], tuple[str, ...]] = {RolloutTask: ("claimed",)}

@@ -170,7 +170,7 @@ class SinkRole:
     async def run(self, stop: asyncio.Event) -> None:
         """Runs until ``stop``; then stores and commits what the log holds by that time, and leaves the group."""
         try:
-            await self._consumer.subscribe([topic.name for topic in self._topics.all], self)
+            await self._consumer.subscribe([topic.name for topic in self._topics.stored], self)
             while not stop.is_set():
                 await self._step()
             await self._drain()

@@ -229,6 +229,14 @@ class DeadLetter:
     time: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """What one transaction of the adapter has settled on one partition of events."""
+
+    marks: bytes
+    refused: tuple[int, ...] = ()
+
+
 RECORD_TYPES: tuple[type[Record], ...] = (
     RolloutTask,
     AttemptEvent,
@@ -238,4 +246,5 @@ RECORD_TYPES: tuple[type[Record], ...] = (
     Control,
     Worker,
     DeadLetter,
+    Settled,
 )

@@ -6,6 +6,21 @@ from typing import Final, Literal
 PRIORITIES: Final = ("high", "normal", "low")
 PRIORITY_WEIGHTS: Final = {"high": 8, "normal": 4, "low": 1}
 
+_DAY_S: Final = 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """How long things live in the log, in seconds. The order of the three is what makes each rollout end once: a task
+    is ended before the log may drop it, and its end is known for longer than the task can come back."""
+
+    task_s: float = 6 * _DAY_S  # from the publication of a rollout; a task that is claimed later ends as failed, unrun
+    record_s: float = 7 * _DAY_S  # retention of the topics: longer than a sink is ever down
+    settled_s: float = 14 * _DAY_S  # for which an end is known; a claim of an older rollout is late
+
+
+LIFETIMES: Final = Lifetimes()
+
 # confluent-kafka hashes keys with CRC32 by default, aiokafka and Java with murmur2: the same key would have two
 # partitions. This is librdkafka's name of the partitioner that all clients use here.
 LIBRDKAFKA_PARTITIONER: Final = "murmur2_random"
@@ -39,6 +54,7 @@ class Topic:
     partitions: int
     cleanup: Literal["delete", "compact"]
     key: str  # description of its records' keys
+    kept_s: float = LIFETIMES.record_s  # retention of a topic that is not compacted
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +76,10 @@ class Topics:
     @property
     def triplets(self) -> str:
         return f"{self.prefix}.triplets"
+
+    @property
+    def settled(self) -> str:
+        return f"{self.prefix}.settled"
 
     @property
     def control(self) -> str:
@@ -86,7 +106,13 @@ class Topics:
             *(Topic(self.tasks(p), n, "delete", "none: the publisher goes round-robin") for p in PRIORITIES),
             Topic(self.events, n, "delete", "rollout_id"),
             Topic(self.triplets, n, "delete", "rollout_id"),
+            Topic(self.settled, n, "delete", "none: on the partition of the events", LIFETIMES.settled_s),
             Topic(self.control, 1, "compact", "kind/name"),
             Topic(self.workers, 1, "compact", "worker_id"),
             Topic(self.dead, self.dead_partitions, "delete", "the original key"),
         )
+
+    @property
+    def stored(self) -> tuple[Topic, ...]:
+        """The topics that a sink reads: all but the adapter's own."""
+        return tuple(topic for topic in self.all if topic.name != self.settled)

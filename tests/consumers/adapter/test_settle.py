@@ -7,10 +7,13 @@ import pytest
 from factories import call, event, reward, span, task
 
 from millstream.consumers.adapter.settle import FoldPolicy, PartitionFold
+from millstream.consumers.adapter.settled import marks_of, packed
 from millstream.consumers.adapter.triplets import to_triplets
 from millstream.schemas.errors import CodecError, UnknownSchema
+from millstream.schemas.ids import id_time_ms
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.records import Settled
 
 EVENTS = Partition("millstream.events", 0)
 TASK = task()
@@ -35,13 +38,20 @@ class Feeder:
             self.fold.apply(record, now)
         return self
 
+    def successor(self, *decisions):
+        """A feeder that knows that these have been written."""
+        successor = Feeder()
+        for decision in decisions:
+            successor.fold.load(Settled(marks=packed(marks_of(decision))), 0, 0)
+        return successor
+
     def end(self):
         return self.fold.decided[RID].end
 
     def retry(self):
         """Writes the retry that has been decided, as the adapter does; the next attempt's task."""
         retry = self.fold.decided[RID].retry
-        self.fold.written(RID, self.offset)
+        self.fold.written(RID)
         self(retry.mark)
         return retry.task
 
@@ -162,11 +172,9 @@ def test_after_the_mark_everything_is_late(feed):
     assert feed.late == {"late_event": 2, "late_span": 1, "zombie_result": 1}
 
 
-def test_marks_of_the_first_pass_prevent_a_second_decision(feed):
+def test_what_a_predecessor_has_settled_is_not_decided_again(feed):
     feed(event(TASK, "a", "preparing"), event(TASK, "a", "failed"))
-    mark = LogRecord(EVENTS, 9, 0, RID, codec.encode(feed.end()))
-    successor = Feeder()
-    successor.fold.scan(mark)
+    successor = feed.successor(feed.fold.decided[RID])
     successor(event(TASK, "a", "preparing"), event(TASK, "a", "failed"))
     assert successor.fold.decided == {}
 
@@ -297,36 +305,31 @@ def test_a_lost_attempts_late_success_is_ignored_and_counted(feed):
 
 def test_reading_the_deciding_success_again_counts_no_zombie(feed):
     feed(event(TASK, "a", "preparing"), event(TASK, "a", "succeeded"))
-    successor = Feeder()
-    successor.fold.scan(LogRecord(EVENTS, 9, 0, RID, codec.encode(feed.end())))
+    successor = feed.successor(feed.fold.decided[RID])
     successor(event(TASK, "a", "preparing"), event(TASK, "a", "succeeded"))
     assert successor.late == {"late_event": 2}
 
 
-def test_a_retry_mark_of_the_first_pass_prevents_a_second_retry(feed):
+def test_a_predecessors_retry_is_not_decided_again(feed):
     of = replace(TASK, max_attempts=3)
     first = (event(of, "a", "preparing"), event(of, "a", "failed"))
     feed(*first)
     retry = feed.fold.decided[RID].retry
-    successor = Feeder()
-    successor.fold.scan(LogRecord(EVENTS, 2, 0, RID, codec.encode(retry.mark), {"kind": b"retry"}))
+    successor = feed.successor(feed.fold.decided[RID])
     successor(*first, retry.mark, event(of, "again", "preparing"))  # the first task was delivered twice
     assert (successor.fold.decided, successor.fold.open) == ({}, {})
     successor(event(retry.task, "b", "preparing"))
     assert successor.fold.oldest_open(set()) == 4
 
 
-def test_of_two_retry_marks_the_first_pass_keeps_the_last(feed):
+def test_a_predecessors_retries_are_all_known_whatever_is_read_again(feed):
     of = replace(TASK, max_attempts=5)
     feed(event(of, "a", "preparing"), event(of, "a", "failed"))
-    marks = [feed.fold.decided[RID].retry.mark]
+    first = feed.fold.decided[RID]
     second = feed.retry()
     feed(event(second, "b", "preparing"), event(second, "b", "failed"))
-    marks.append(feed.fold.decided[RID].retry.mark)
-    successor = Feeder()
-    for offset, mark in zip((2, 5), marks, strict=True):
-        successor.fold.scan(LogRecord(EVENTS, offset, 0, RID, codec.encode(mark), {"kind": b"retry"}))
-    successor(event(of, "a", "preparing"), event(of, "a", "failed"), marks[0])
+    successor = feed.successor(first, feed.fold.decided[RID])
+    successor(event(of, "a", "preparing"), event(of, "a", "failed"), first.retry.mark)
     successor(
         event(second, "b", "preparing"), event(second, "b", "failed")
     )  # the last mark has not been read again yet
@@ -391,3 +394,48 @@ def test_a_hook_decides_whether_a_failure_is_retried(feed):
     of = task(rollout_id=RID, max_attempts=3)
     feed(event(of, "a", "preparing"), event(of, "a", "failed", metadata={"retry": "no"}))
     assert feed.fold.decided[RID].retry is None
+
+
+# --- what comes back
+
+
+DAY_MS = 24 * 3600 * 1000
+
+
+@pytest.mark.parametrize("days", [0, 0.005, 1, 6, 13])
+@pytest.mark.parametrize("restarted", [False, True])
+@pytest.mark.parametrize("outcome", ["succeeded", "failed", "cancelled"])
+def test_a_claim_that_comes_back_after_any_time_ends_no_rollout_twice(feed, days, restarted, outcome):
+    """Entry C1: a late commit, a frozen runner, a rebalance, or a publisher that repeats an id."""
+    of = task()
+    feed(event(of, "a", "preparing"), event(of, "a", outcome))
+    decision = feed.fold.decided[of.rollout_id]
+    feed.fold.written(of.rollout_id)
+    if restarted:
+        feed = feed.successor(decision)
+    late_ms = int(id_time_ms(of.rollout_id) + days * DAY_MS)
+    for value in (event(of, "b", "preparing"), event(of, "b", "running"), event(of, "b", "succeeded")):
+        feed.fold.apply(LogRecord(EVENTS, 10, late_ms, of.rollout_id, codec.encode(value)), days * 86_400)
+    feed.fold.expire(days * 86_400 + 1e6, 0.0, 1)
+    assert (feed.fold.open, feed.fold.decided) == ({}, {})
+
+
+def test_a_claim_of_a_rollout_older_than_what_is_known_is_late(feed):
+    """Entry C1: its end may have been forgotten; its task was ended long before."""
+    of = task()
+    for days, is_open in ((13, True), (15, False)):
+        feed = Feeder()
+        claim = codec.encode(event(of, "a", "preparing"))
+        feed.fold.apply(LogRecord(EVENTS, 0, id_time_ms(of.rollout_id) + days * DAY_MS, RID, claim), 0.0)
+        assert (of.rollout_id in feed.fold.open) is is_open
+
+
+def test_an_attempt_that_was_retried_does_not_come_back_while_its_successor_waits(feed):
+    """Entry C1: attempt 2 waits in tasks for hours; the task of attempt 1 is delivered again."""
+    of = replace(TASK, max_attempts=3)
+    feed(event(of, "a", "preparing"), event(of, "a", "failed"))
+    second = feed.retry()
+    feed(event(of, "late", "preparing"), event(of, "late", "succeeded"), now=1e5)
+    assert (feed.fold.open, feed.fold.decided) == ({}, {})
+    feed(event(second, "b", "preparing"), event(second, "b", "succeeded"), now=1e5)
+    assert feed.end().attempt_id == "b"

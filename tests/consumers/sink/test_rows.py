@@ -105,7 +105,6 @@ def test_a_dead_letter_keeps_its_own_place_and_that_of_what_was_refused():
     (row,) = dicts(rows)["dead_letters_raw"]
     assert (row["source_topic"], row["source_partition"], row["source_offset"]) == ("t", 7, 99)
     assert (row["topic"], row["partition"], row["offset"]) == ("millstream.dead", 3, 10)
-    assert to_rows(place([letter], True), EVENTS) == ([], [])  # the adapter's mark, without the body
 
 
 def test_one_broken_record_among_good_ones():

@@ -343,6 +343,7 @@ REQUIRED = {
     "RolloutEnd": {"rollout_id", "group_id", "group_size", "status", "attempts", "created_at", "ended_at"},
     "Control": {"kind", "name", "body", "created_at"},
     "Worker": {"worker_id", "role", "host", "version", "started", "last_seen"},
+    "Settled": {"marks"},
     "DeadLetter": {"topic", "partition", "offset", "timestamp", "role", "reason", "error", "time"},
 }
 

@@ -38,6 +38,7 @@ def test_every_topic_has_the_prefix_and_its_partitions() -> None:
         "mine.tasks.low": (8, "delete"),
         "mine.events": (8, "delete"),
         "mine.triplets": (8, "delete"),
+        "mine.settled": (8, "delete"),
         "mine.control": (1, "compact"),
         "mine.workers": (1, "compact"),
         "mine.dead": (2, "delete"),
