@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-Json = dict[str, Any]
+from millstream.pipeline.protocols.pieces import Json as Json
+from millstream.pipeline.protocols.pieces import ToolCalls, add, said
+
 ABORTED: Final = "abort"  # vLLM's finish reason of an answer that a weight update ended
 UPSTREAM_ENDED: Final = "the stream ended before the answer did"
 RECENT: Final = 32  # pieces of a stream whose tokens' texts are kept
@@ -24,6 +26,7 @@ class Answer:
     model: str = ""
     created: int = 0  # s since the epoch, in OpenAI's protocols
     message: Json | None = None  # OpenAI's form
+    messages: list[Json] | None = None  # of all choices, if there are several
     finish_reasons: list[str | None] = field(default_factory=list)
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
@@ -31,19 +34,33 @@ class Answer:
     token_ids: list[int] | None = None
     logprobs: list[float] | None = None
     error: str = ""  # what the server reported instead, or what broke the stream
+    flaw: str = ""  # why it can't be trained on, although it is an answer
 
     @property
     def aborted(self) -> bool:
         return ABORTED in self.finish_reasons
 
     @property
-    def mismatch(self) -> str | None:
-        """Why the token ids can't be those of the answer; None if they can."""
+    def untrainable(self) -> str | None:
+        """Why it can't be trained on, as far as the answer itself shows it."""
+        if self.flaw:
+            return self.flaw
         if self.token_ids is None or self.completion_tokens is None:
             return None
         if len(self.token_ids) != self.completion_tokens:
             return f"{len(self.token_ids)} token ids, but the server counted {self.completion_tokens} tokens"
         return None
+
+    def blemish(self, flaw: str) -> None:
+        """The first flaw counts."""
+        self.flaw = self.flaw or flaw
+
+    def count(self, prompt: Any, completion: Any) -> None:
+        """Takes over what a server says of the numbers of tokens, unless it is not a number."""
+        if isinstance(prompt, int | float):
+            self.prompt_tokens = int(prompt)
+        if isinstance(completion, int | float):
+            self.completion_tokens = int(completion)
 
 
 class Reader(Protocol):
@@ -66,13 +83,15 @@ class Reader(Protocol):
 
 
 class ChatReader:
-    """``/v1/chat/completions``; with ``text`` the older ``/v1/completions``."""
+    """``/v1/chat/completions``; with ``text`` the older ``/v1/completions``. ``echo``: the answer repeats its
+    prompt."""
 
-    def __init__(self, choices: int = 1, *, text: bool = False) -> None:
+    def __init__(self, choices: int = 1, *, text: bool = False, echo: bool = False) -> None:
         self.answer = Answer()
         self.begun = False
         self._expected = choices
         self._text = text
+        self._echo = echo
         self._choices: dict[int, _Choice] = {}
 
     @property
@@ -93,12 +112,11 @@ class ChatReader:
             answer.id, answer.model = str(data.get("id") or ""), str(data.get("model") or "")
             answer.created = data.get("created") or 0
         if usage := data.get("usage"):
-            answer.prompt_tokens = usage.get("prompt_tokens")
-            answer.completion_tokens = usage.get("completion_tokens")
+            answer.count(usage.get("prompt_tokens"), usage.get("completion_tokens"))
         if data.get("prompt_token_ids") is not None:
             answer.prompt_token_ids = data["prompt_token_ids"]
         for given in data.get("choices") or ():
-            choice = self._choices.setdefault(given.get("index", 0), _Choice())
+            choice = self._choices.setdefault(given.get("index") or 0, _Choice())
             if given.get("prompt_token_ids") is not None:  # of completions
                 answer.prompt_token_ids = given["prompt_token_ids"]
             choice.add(given)
@@ -131,11 +149,20 @@ class ChatReader:
 
     def _settle(self) -> None:
         answer = self.answer
+        if len(self._choices) == self._expected == 1:
+            (one,) = self._choices.values()
+            answer.finish_reasons = [one.finish_reason]
+            answer.message, answer.token_ids, answer.logprobs = one.message, one.token_ids, one.logprobs
+            if self._echo:
+                answer.blemish("the answer repeats its prompt (echo)")
+                if one.logprobs and one.token_ids is not None:  # the prompt's come first
+                    answer.logprobs = one.logprobs[len(one.logprobs) - len(one.token_ids) :]
+            return
         choices = [choice for _, choice in sorted(self._choices.items())]
         answer.finish_reasons = [choice.finish_reason for choice in choices]
-        if len(choices) == 1 and self._expected == 1:
-            (one,) = choices
-            answer.message, answer.token_ids, answer.logprobs = one.message, one.token_ids, one.logprobs
+        answer.message = answer.token_ids = answer.logprobs = None
+        answer.messages = [choice.message for choice in choices]
+        answer.blemish(f"the call has {max(self._expected, len(choices))} choices; calls with one can be trained on")
 
 
 class _Choice:
@@ -145,50 +172,56 @@ class _Choice:
         self.token_ids: list[int] | None = None
         self.logprobs: list[float] | None = None
         self.recent: deque[tuple[Json, Json]] = deque(maxlen=RECENT)  # pieces of a stream, and their log-probabilities
+        self._calls = ToolCalls()
 
     @property
     def begun(self) -> bool:
-        m = self.message
-        said = m["content"] or m.get("tool_calls") or m.get("refusal") or m.get("reasoning")
-        return bool(said) or self.finish_reason not in (None, ABORTED)
+        message = self.message
+        if message["content"] or self.finish_reason not in (None, ABORTED):
+            return True
+        return any(value for name, value in message.items() if name != "role")
 
     def add(self, given: Json) -> None:
-        if "message" in given:
-            self.message = given["message"]
+        if isinstance(given.get("message"), dict):
+            self.message = {"content": None, **given["message"]}
         elif "text" in given:
-            self.message["content"] = (self.message["content"] or "") + given["text"]
+            add(self.message, "content", given["text"])
         else:
             self._delta(given.get("delta") or {})
         self.finish_reason = given.get("finish_reason") or self.finish_reason
-        if given.get("token_ids") is not None:
-            self.token_ids = (self.token_ids or []) + given["token_ids"]
+        if (ids := given.get("token_ids")) is not None:
+            self.token_ids = [] if self.token_ids is None else self.token_ids
+            self.token_ids += ids
         if logprobs := given.get("logprobs"):
             self.recent.append((given, logprobs))
             new = logprobs.get("token_logprobs")
             if new is None:
                 new = [token["logprob"] for token in logprobs.get("content") or ()]
-            self.logprobs = (self.logprobs or []) + new
+            self.logprobs = [] if self.logprobs is None else self.logprobs
+            self.logprobs += new
 
     def _delta(self, delta: Json) -> None:
         message = self.message
         for name, value in delta.items():
             if name == "tool_calls":
                 for call in value or ():
-                    self._tool_call(call)
-            elif isinstance(value, str) and name != "role":
-                message[name] = (message.get(name) or "") + value
-            elif value is not None:
-                message[name] = value
+                    self._calls.add(call)
+                if value:
+                    message["tool_calls"] = self._calls.all
+            elif name == "content" and isinstance(value, list):
+                self._parts(value)
+            else:
+                add(message, name, value)
 
-    def _tool_call(self, delta: Json) -> None:
-        calls = self.message.setdefault("tool_calls", [])
-        at = delta.get("index", max(len(calls) - 1, 0))
-        while len(calls) <= at:
-            calls.append({"id": "", "type": "function", "function": {"name": "", "arguments": ""}})
-        call, function = calls[at], delta.get("function") or {}
-        call["id"] = delta.get("id") or call["id"]
-        call["function"]["name"] = function.get("name") or call["function"]["name"]
-        call["function"]["arguments"] += function.get("arguments") or ""
+    def _parts(self, parts: list[Any]) -> None:
+        reasoning, text = said({"content": parts})
+        if reasoning:
+            add(self.message, "reasoning", reasoning)
+        if text:
+            add(self.message, "content", text)
+        others = [part for part in parts if isinstance(part, dict) and said({"content": [part]}) == ("", "")]
+        if others:
+            add(self.message, "parts", others)
 
 
 class AnthropicReader:
@@ -197,7 +230,7 @@ class AnthropicReader:
     def __init__(self) -> None:
         self.answer = Answer()
         self.begun = False
-        self._blocks: list[Json] = []
+        self._blocks: dict[int, Json] = {}  # by index
 
     @property
     def finished(self) -> bool:
@@ -208,9 +241,8 @@ class AnthropicReader:
             self.answer.error = error_text(body.get("error"))
             return self.answer
         self._head(body)
-        self._blocks = list(body.get("content") or ())
-        self.answer.finish_reasons = [body.get("stop_reason")]
-        self.answer.message = blocks_to_message(self._blocks)
+        self._blocks = dict(enumerate(body.get("content") or ()))
+        self._end(body.get("stop_reason"))
         return self.answer
 
     def event(self, data: Json) -> None:
@@ -221,31 +253,35 @@ class AnthropicReader:
             self._head(data["message"])
         elif kind == "content_block_start":
             self.begun = True
-            self._blocks.append(dict(data["content_block"]))
+            self._blocks[data["index"]] = dict(data["content_block"])
         elif kind == "content_block_delta":
-            self._delta(self._blocks[data["index"]], data["delta"])
+            self._delta(self._blocks.setdefault(data["index"], {}), data["delta"])
         elif kind == "message_delta":
             self._usage(data.get("usage") or {})
             if reason := (data.get("delta") or {}).get("stop_reason"):
-                self.answer.finish_reasons = [reason]
-                self.answer.message = blocks_to_message(self._blocks)
+                self._end(reason)
+        elif kind == "message_stop" and not self.answer.finish_reasons:
+            self._end(None)
 
     def _head(self, message: Json) -> None:
         self.answer.id, self.answer.model = str(message.get("id") or ""), str(message.get("model") or "")
         self._usage(message.get("usage") or {})
 
     def _usage(self, usage: Json) -> None:
-        self.answer.prompt_tokens = usage.get("input_tokens", self.answer.prompt_tokens)
-        self.answer.completion_tokens = usage.get("output_tokens", self.answer.completion_tokens)
+        self.answer.count(usage.get("input_tokens"), usage.get("output_tokens"))
+
+    def _end(self, reason: str | None) -> None:
+        self.answer.finish_reasons = [reason]
+        self.answer.message = blocks_to_message([block for _, block in sorted(self._blocks.items())])
 
     @staticmethod
     def _delta(block: Json, delta: Json) -> None:
         if delta.get("type") == "input_json_delta":
-            block["partial_json"] = block.get("partial_json", "") + delta.get("partial_json", "")
+            block.setdefault("partial_json", "")
+            add(block, "partial_json", delta.get("partial_json"))
             return
         for name in ("text", "thinking", "signature"):
-            if name in delta:
-                block[name] = block.get(name, "") + delta[name]
+            add(block, name, delta.get(name))
 
 
 class ResponsesReader:
@@ -265,7 +301,7 @@ class ResponsesReader:
             answer.error = error_text(body["error"])
         answer.id, answer.model = str(body.get("id") or ""), str(body.get("model") or "")
         usage = body.get("usage") or {}
-        answer.prompt_tokens, answer.completion_tokens = usage.get("input_tokens"), usage.get("output_tokens")
+        answer.count(usage.get("input_tokens"), usage.get("output_tokens"))
         answer.finish_reasons = [body.get("status")]
         answer.message = items_to_message(body.get("output") or ())
         return answer
@@ -276,6 +312,8 @@ class ResponsesReader:
             self.whole(data["response"])
         elif kind == "error" or data.get("error"):
             self.answer.error = error_text(data.get("error") or data.get("message"))
+        elif kind == "response.created":
+            self.answer.id = str(data["response"].get("id") or "")
         elif kind.endswith((".delta", ".added")):
             self.begun = True
 
@@ -290,7 +328,7 @@ class UsageReader:
 
     def whole(self, body: Json) -> Answer:
         self.answer.model = str(body.get("model") or "")
-        self.answer.prompt_tokens = (body.get("usage") or {}).get("prompt_tokens")
+        self.answer.count((body.get("usage") or {}).get("prompt_tokens"), None)
         return self.answer
 
     def event(self, data: Json) -> None: ...
@@ -338,6 +376,6 @@ def items_to_message(items: Any) -> Json:
 def _tool_call(block: Json) -> Json:
     """Anthropic's ``tool_use``, whole or from a stream, as OpenAI's tool call."""
     text = block.get("partial_json")
-    if text is None:
+    if not text:
         text = json.dumps(block.get("input") or {}, ensure_ascii=False)
     return {"id": block.get("id"), "type": "function", "function": {"name": block.get("name"), "arguments": text}}

@@ -10,6 +10,7 @@ from typing import Any, Final
 from millstream.pipeline.protocols import sse
 from millstream.pipeline.protocols.answers import Answer, ChatReader, Json, blocks_to_message
 from millstream.pipeline.protocols.openai import BadRequest
+from millstream.pipeline.protocols.pieces import Block, Blocks, said
 
 # Fields that mean the same under another name. Unknown fields are passed on, for the server to judge.
 _RENAMED: Final = {"stop_sequences": "stop"}
@@ -19,6 +20,11 @@ _STOP_REASON: Final = {
     "length": "max_tokens",
     "tool_calls": "tool_use",
     "content_filter": "refusal",
+}
+_DELTA: Final = {
+    "thinking": ("thinking_delta", "thinking"),
+    "text": ("text_delta", "text"),
+    "tool_use": ("input_json_delta", "partial_json"),
 }
 _ERROR_KIND: Final = {
     400: "invalid_request_error",
@@ -66,26 +72,37 @@ def to_messages(asked: Json) -> list[Json]:
 
 
 def _user(blocks: Sequence[Json], where: str) -> list[Json]:
-    """Tool results become messages of their own, and come first because they answer the turn before."""
+    """Tool results become messages of their own, and come first because they answer the turn before. Their images come
+    in the user's message behind them: chat templates render tool results as text."""
     found: list[Json] = []
+    images: list[Json] = []
     parts: list[Json] = []
     for block in blocks:
-        kind = block.get("type")
-        if kind == "tool_result":
-            content = block.get("content")
-            text = content if isinstance(content, str) else _joined(content or [])
+        if block.get("type") == "tool_result":
+            content = block.get("content") or []
+            inner = [_text(content)] if isinstance(content, str) else [_part(each, where) for each in content]
+            text = "\n".join(part["text"] for part in inner if part["type"] == "text")
+            shown = [part for part in inner if part["type"] == "image_url"]
+            if shown:
+                images += [_text(f"The images of tool result {block.get('tool_use_id')}:"), *shown]
             found.append({"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": text})
-        elif kind == "text":
-            parts.append({"type": "text", "text": block.get("text", "")})
-        elif kind == "image":
-            parts.append({"type": "image_url", "image_url": {"url": _image(block, where)}})
         else:
-            raise BadRequest(f"{where}: blocks of type {kind!r} can't be given to this model")
+            parts.append(_part(block, where))
+    parts = images + parts
     if parts:
         plain = all(part["type"] == "text" for part in parts)
         content = "\n".join(part["text"] for part in parts) if plain else parts
         found.append({"role": "user", "content": content})
     return found
+
+
+def _part(block: Json, where: str) -> Json:
+    kind = block.get("type")
+    if kind == "text":
+        return _text(block.get("text", ""))
+    if kind == "image":
+        return {"type": "image_url", "image_url": {"url": _image(block, where)}}
+    raise BadRequest(f"{where}: blocks of type {kind!r} can't be given to this model")
 
 
 def _assistant(blocks: Sequence[Json], where: str) -> list[Json]:
@@ -100,7 +117,7 @@ def _joined(content: Any) -> str:
         return content
     texts = [block["text"] for block in content if isinstance(block, dict) and isinstance(block.get("text"), str)]
     if len(texts) != len(content):
-        raise BadRequest("for this model system prompts and tool results must be text")
+        raise BadRequest("for this model system prompts must be text")
     return "\n".join(texts)
 
 
@@ -132,13 +149,16 @@ def _tool_choice(choice: Json) -> Any:
 class AnthropicWriter:
     """Chat completions as answers to ``/v1/messages``."""
 
+    strict: bool = True
+
     def __init__(self, asked: Json) -> None:
         self._model = asked.get("model")
         self._stops = asked.get("stop_sequences") or []
         self._started = False
-        self._block: tuple[str, int] | None = None  # kind of the open block; which tool call it is
+        self._blocks = Blocks()
+        self._open: Block | None = None
         self._index = -1
-        self._stop: Json = {"stop_reason": "end_turn", "stop_sequence": None}
+        self._last: Json = {}  # the choice with the finish reason
         self._seen = ChatReader()
 
     def client_id(self, answer_id: str) -> str:
@@ -148,11 +168,13 @@ class AnthropicWriter:
         choice = (body.get("choices") or [{}])[0]
         message, usage = choice.get("message") or {}, body.get("usage") or {}
         content: list[Json] = []
-        if reasoning := message.get("reasoning"):
+        reasoning, text = said(message)
+        if reasoning:
             content.append({"type": "thinking", "thinking": reasoning, "signature": ""})
-        if text := message.get("content"):
-            content.append({"type": "text", "text": text})
-        for call in message.get("tool_calls") or ():
+        if text:
+            content.append(_text(text))
+        calls = message.get("tool_calls") or ()
+        for call in calls:
             function = call["function"]
             content.append(
                 {"type": "tool_use", "id": call["id"], "name": function["name"], "input": _arguments(function)}
@@ -160,7 +182,7 @@ class AnthropicWriter:
         return {
             **self._message(str(body.get("id") or ""), body.get("model")),
             "content": content,
-            **self._stopped(choice),
+            **self._stopped(choice, called=bool(calls)),
             "usage": {
                 "input_tokens": usage.get("prompt_tokens") or 0,
                 "output_tokens": usage.get("completion_tokens") or 0,
@@ -171,29 +193,23 @@ class AnthropicWriter:
         self._seen.event(data)
         out = b"" if self._started else self._start()
         for choice in data.get("choices") or ():
-            delta = choice.get("delta") or {}
-            if delta.get("reasoning"):
-                out += self._piece(("thinking", 0), {"type": "thinking_delta", "thinking": delta["reasoning"]})
-            if delta.get("content"):
-                out += self._piece(("text", 0), {"type": "text_delta", "text": delta["content"]})
-            for call in delta.get("tool_calls") or ():
-                function = call.get("function") or {}
-                at = ("tool_use", call.get("index", 0))
-                opening = {"id": call.get("id"), "name": function.get("name"), "input": {}}
-                piece = {"type": "input_json_delta", "partial_json": function.get("arguments") or ""}
-                out += self._piece(at, piece, opening)
+            for block, piece in self._blocks.add(choice.get("delta") or {}):
+                out += self._piece(block, piece)
             if choice.get("finish_reason"):
-                self._stop = self._stopped(choice)
+                self._last = choice
         return out
 
     def end(self) -> bytes:
         answer = self._seen.answer
         out = b"" if self._started else self._start()
+        for block, piece in self._blocks.rest():
+            out += self._piece(block, piece)
         usage = {"input_tokens": _prompt_tokens(answer), "output_tokens": answer.completion_tokens or 0}
+        stopped = self._stopped(self._last, called=bool(self._blocks.calls))
         return (
             out
             + self._close()
-            + sse.event({"type": "message_delta", "delta": self._stop, "usage": usage}, "message_delta")
+            + sse.event({"type": "message_delta", "delta": stopped, "usage": usage}, "message_delta")
             + sse.event({"type": "message_stop"}, "message_stop")
         )
 
@@ -213,33 +229,44 @@ class AnthropicWriter:
         head = {"id": self.client_id(answer_id), "type": "message", "role": "assistant"}
         return head | {"model": model or self._model}
 
-    def _stopped(self, choice: Json) -> Json:
+    def _stopped(self, choice: Json, *, called: bool) -> Json:
+        """``called``: the answer has tool calls, which some servers end with "stop"."""
         reason = _STOP_REASON.get(choice.get("finish_reason") or "stop", "end_turn")
+        if called and reason == "end_turn":
+            reason = "tool_use"
         sequence = choice.get("stop_reason")  # vLLM's: the text that has ended it
         if reason == "end_turn" and sequence in self._stops:
             return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
         return {"stop_reason": reason, "stop_sequence": None}
 
-    def _piece(self, block: tuple[str, int], delta: Json, opening: Json | None = None) -> bytes:
+    def _piece(self, block: Block, piece: str) -> bytes:
         out = b""
-        if block != self._block:
+        if block is not self._open:
             out = self._close()
-            self._block, self._index = block, self._index + 1
-            empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}}.get(block[0], {})
-            begun = {"type": block[0], **empty, **(opening or {})}
-            start = {"type": "content_block_start", "index": self._index, "content_block": begun}
+            self._open, self._index = block, self._index + 1
+            start = {"type": "content_block_start", "index": self._index, "content_block": _opening(block)}
             out += sse.event(start, "content_block_start")
-        if delta.get("partial_json") == "":
+        if not piece:
             return out
-        return out + sse.event(
-            {"type": "content_block_delta", "index": self._index, "delta": delta}, "content_block_delta"
-        )
+        kind, name = _DELTA[block.kind]
+        delta = {"type": "content_block_delta", "index": self._index, "delta": {"type": kind, name: piece}}
+        return out + sse.event(delta, "content_block_delta")
 
     def _close(self) -> bytes:
-        if self._block is None:
+        if self._open is None:
             return b""
-        self._block = None
+        self._open = None
         return sse.event({"type": "content_block_stop", "index": self._index}, "content_block_stop")
+
+
+def _opening(block: Block) -> Json:
+    if block.call is not None:
+        return {"type": "tool_use", "id": block.call["id"], "name": block.call["function"]["name"], "input": {}}
+    return {"type": "thinking", "thinking": "", "signature": ""} if block.kind == "thinking" else _text("")
+
+
+def _text(text: str) -> Json:
+    return {"type": "text", "text": text}
 
 
 def _prompt_tokens(answer: Answer) -> int:
@@ -248,11 +275,14 @@ def _prompt_tokens(answer: Answer) -> int:
 
 def _arguments(function: Json) -> Any:
     """A tool call's arguments. If the model did not write a JSON object, its text becomes one."""
+    text = function.get("arguments") or "{}"
+    if isinstance(text, dict):
+        return text
     try:
-        found = json.loads(function.get("arguments") or "{}")
-    except ValueError:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
         found = None
-    return found if isinstance(found, dict) else {"arguments": function.get("arguments")}
+    return found if isinstance(found, dict) else {"arguments": text}
 
 
 def error_body(message: str, http_status: int) -> Json:

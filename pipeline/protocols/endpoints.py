@@ -25,7 +25,9 @@ MALFORMED: Final = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 
 class Writer(Protocol):
-    """Translates an answer for the client."""
+    """Translates an answer for the client. ``strict``: it can't pass on what it does not understand."""
+
+    strict: bool
 
     def client_id(self, answer_id: str) -> str: ...
 
@@ -63,7 +65,7 @@ COMPLETIONS: Final = Endpoint(
     path="/v1/completions",
     operation="text_completion",
     native=frozenset({"vllm", "openai"}),
-    reader=lambda asked: ChatReader(choices_asked(asked), text=True),
+    reader=lambda asked: ChatReader(choices_asked(asked), text=True, echo=bool(asked.get("echo"))),
     messages=openai.prompt_messages,
 )
 RESPONSES: Final = Endpoint(

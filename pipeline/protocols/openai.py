@@ -46,6 +46,8 @@ def prompt_messages(asked: Json) -> list[Any]:
 class Stripped:
     """Removes from a policy's answer what the client did not ask for."""
 
+    strict: bool = False
+
     def __init__(self, asked: Json) -> None:
         self._ids = bool(asked.get("return_token_ids"))
         self._logprobs = asked.get("logprobs") not in (None, False)
@@ -55,6 +57,8 @@ class Stripped:
         return answer_id
 
     def whole(self, body: Json) -> Json:
+        if "choices" not in body:  # an error
+            return body
         if not self._ids:
             body = {key: value for key, value in body.items() if key != "prompt_token_ids"}
         return {**body, "choices": [self._choice(choice) for choice in body.get("choices") or ()]}
@@ -78,9 +82,7 @@ class Stripped:
     def _choice(self, choice: Json) -> Json:
         if not self._ids:
             choice = {key: value for key, value in choice.items() if key not in _TOKENS}
-        if not self._logprobs:
-            choice["logprobs"] = None
-        return choice
+        return choice if self._logprobs else {**choice, "logprobs": None}
 
 
 def chunks_of(body: Json) -> Iterator[Json]:

@@ -9,6 +9,7 @@ from typing import Any, Final
 from millstream.pipeline.protocols import sse
 from millstream.pipeline.protocols.answers import ChatReader, Json
 from millstream.pipeline.protocols.openai import BadRequest, error_body
+from millstream.pipeline.protocols.pieces import Block, Blocks, add, said
 
 _RENAMED: Final = {"max_output_tokens": "max_completion_tokens"}
 _OURS: Final = {"input", "instructions", "tools", "tool_choice", "text", "reasoning"}
@@ -106,13 +107,16 @@ def _tool_choice(choice: Any) -> Any:
 class ResponsesWriter:
     """Chat completions as answers to ``/v1/responses``."""
 
+    strict: bool = True
+
     def __init__(self, asked: Json) -> None:
         self._asked = asked
         self._seen = ChatReader()
         self._number = -1
         self._started = False
         self._items: list[Json] = []  # output so far; the last may be open
-        self._open: tuple[str, int] | None = None
+        self._blocks = Blocks()
+        self._open: Block | None = None
         self._created = int(time.time())
 
     def client_id(self, answer_id: str) -> str:
@@ -122,10 +126,11 @@ class ResponsesWriter:
         choice = (body.get("choices") or [{}])[0]
         message, tail = choice.get("message") or {}, str(body.get("id") or "").removeprefix("chatcmpl-")
         items: list[Json] = []
-        if message.get("reasoning"):
-            items.append(_reasoning(f"rs_{tail}", message["reasoning"]))
-        if message.get("content"):
-            items.append(_message(f"msg_{tail}", message["content"], "completed"))
+        reasoning, text = said(message)
+        if reasoning:
+            items.append(_reasoning(f"rs_{tail}", reasoning))
+        if text:
+            items.append(_message(f"msg_{tail}", text, "completed"))
         for number, call in enumerate(message.get("tool_calls") or ()):
             items.append(_function_call(f"fc_{tail}_{number}", call["id"], call["function"], "completed"))
         return self._response(
@@ -140,17 +145,14 @@ class ResponsesWriter:
         self._seen.event(data)
         out = b"" if self._started else self._start()
         for choice in data.get("choices") or ():
-            delta = choice.get("delta") or {}
-            if delta.get("reasoning"):
-                out += self._reason(delta["reasoning"])
-            if delta.get("content"):
-                out += self._text(delta["content"])
-            for call in delta.get("tool_calls") or ():
-                out += self._call(call)
+            for block, piece in self._blocks.add(choice.get("delta") or {}):
+                out += self._piece(block, piece)
         return out
 
     def end(self) -> bytes:
         out = b"" if self._started else self._start()
+        for block, piece in self._blocks.rest():
+            out += self._piece(block, piece)
         out += self._close()
         answer = self._seen.answer
         usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
@@ -171,54 +173,49 @@ class ResponsesWriter:
             "response.in_progress", response=response
         )
 
-    def _reason(self, piece: str) -> bytes:
-        out = b""
-        if self._open != ("reasoning", 0):
-            out = self._begin(("reasoning", 0), _reasoning(f"rs_{self._tail}", ""))
+    def _piece(self, block: Block, piece: str) -> bytes:
+        out = b"" if block is self._open else self._begin(block)
         item = self._items[-1]
-        item["content"][0]["text"] += piece
-        return out + self._event(
-            "response.reasoning_text.delta", item_id=item["id"], output_index=self._at, content_index=0, delta=piece
-        )
-
-    def _text(self, piece: str) -> bytes:
-        out = b""
-        if self._open != ("message", 0):
-            out = self._begin(("message", 0), _message(f"msg_{self._tail}", "", "in_progress"), content=[])
-            out += self._part("response.content_part.added", part=_output_text(""))
-        self._items[-1]["content"][0]["text"] += piece
-        return out + self._part("response.output_text.delta", delta=piece, logprobs=[])
-
-    def _call(self, call: Json) -> bytes:
-        number, function = call.get("index", 0), call.get("function") or {}
-        out = b""
-        if self._open != ("function_call", number):
-            name = {"name": function.get("name"), "arguments": ""}
-            item = _function_call(f"fc_{self._tail}_{number}", call.get("id"), name, "in_progress")
-            out = self._begin(("function_call", number), item)
-        item, piece = self._items[-1], function.get("arguments") or ""
-        item["arguments"] += piece
+        if block.kind == "tool_use":
+            add(item, "arguments", piece)
+        else:
+            add(item["content"][0], "text", piece)
         if not piece:
             return out
-        return out + self._event(
-            "response.function_call_arguments.delta", item_id=item["id"], output_index=self._at, delta=piece
-        )
+        if block.kind == "text":
+            return out + self._part("response.output_text.delta", delta=piece, logprobs=[])
+        at = {"item_id": item["id"], "output_index": self._at, "delta": piece}
+        if block.kind == "thinking":
+            return out + self._event("response.reasoning_text.delta", content_index=0, **at)
+        return out + self._event("response.function_call_arguments.delta", **at)
 
-    def _begin(self, what: tuple[str, int], item: Json, **shown: Any) -> bytes:
+    def _begin(self, block: Block) -> bytes:
         out = self._close()
-        self._open = what
+        number = len(self._items)
+        if block.call is not None:
+            name = {"name": block.call["function"]["name"], "arguments": ""}
+            item = _function_call(f"fc_{self._tail}_{number}", block.call["id"], name, "in_progress")
+        elif block.kind == "thinking":
+            item = _reasoning(f"rs_{self._tail}_{number}", "")
+        else:
+            item = _message(f"msg_{self._tail}_{number}", "", "in_progress")
+        self._open = block
         self._items.append(item)
-        return out + self._event("response.output_item.added", output_index=self._at, item={**item, **shown})
+        shown = {**item, "content": []} if block.kind == "text" else item
+        out += self._event("response.output_item.added", output_index=self._at, item=shown)
+        if block.kind == "text":
+            out += self._part("response.content_part.added", part=_output_text(""))
+        return out
 
     def _close(self) -> bytes:
         if self._open is None:
             return b""
         item, out = self._items[-1], b""
-        if self._open[0] == "message":
+        if self._open.kind == "text":
             part = item["content"][0]
             out = self._part("response.output_text.done", text=part["text"], logprobs=[])
             out += self._part("response.content_part.done", part=part)
-        elif self._open[0] == "function_call":
+        elif self._open.kind == "tool_use":
             done = {"arguments": item["arguments"], "name": item["name"]}
             out = self._event(
                 "response.function_call_arguments.done", item_id=item["id"], output_index=self._at, **done

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Final
 
-import orjson
 from aiohttp import web
 
 from millstream.consumers.control import ControlFollower
@@ -22,6 +21,7 @@ from millstream.pipeline.addresses import is_loopback
 from millstream.pipeline.protocols import anthropic, openai
 from millstream.pipeline.protocols.answers import Json
 from millstream.pipeline.protocols.endpoints import COUNT_TOKENS, ENDPOINTS, MALFORMED
+from millstream.pipeline.protocols.json_text import loads
 from millstream.pipeline.protocols.openai import BadRequest
 from millstream.pipeline.proxy.attempts import AttemptPolicy, Attempts, ProxiedAttempt
 from millstream.pipeline.proxy.cache import AnswerCache
@@ -115,11 +115,13 @@ class Proxy:
             attempt = self._authorised(request)
             if request.method == "POST" and endpoint is not None:
                 self._refuse_closed(attempt)
-                return await self._calls.make(request, attempt, endpoint, await self._body(request))
+                text, asked = await self._body(request)
+                self._refuse_closed(attempt)  # it may have ended while the body came; its calls have been counted
+                return await self._calls.make(request, attempt, endpoint, text, asked)
             if request.method == "POST" and rest == "/close":
                 return await self._close(attempt)
             if request.method == "POST" and rest == COUNT_TOKENS:
-                return await self._count_tokens(request, attempt, await self._body(request))
+                return await self._count_tokens(request, attempt, (await self._body(request))[1])
             if request.method == "GET" and rest.startswith("/v1/models"):
                 return await self._models(rest.removeprefix("/v1/models").strip("/"))
             raise CallError(404, f"unknown endpoint {request.method} {rest}; there are POST {', '.join(ENDPOINTS)}")
@@ -137,7 +139,8 @@ class Proxy:
         except BadKey as error:
             raise CallError(401, str(error)) from error
 
-    async def _body(self, request: web.Request) -> Json:
+    async def _body(self, request: web.Request) -> tuple[bytes, Json]:
+        """As it came, and parsed."""
         try:
             if request.content.is_eof():  # it came with its head, as nearly all do
                 text = await request.read()
@@ -149,12 +152,12 @@ class Proxy:
         except web.HTTPRequestEntityTooLarge as error:
             raise CallError(413, f"the request is larger than max_record_bytes: {error.text}") from error
         try:
-            found = orjson.loads(text)
-        except orjson.JSONDecodeError as error:
+            found = loads(text)
+        except ValueError as error:
             raise CallError(400, f"the body is not JSON: {error}") from error
         if not isinstance(found, dict):
             raise CallError(400, "the body is not a JSON object")
-        return found
+        return text, found
 
     @staticmethod
     def _refuse_closed(attempt: ProxiedAttempt) -> None:

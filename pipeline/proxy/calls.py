@@ -9,26 +9,27 @@ import asyncio
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from secrets import token_hex
 from typing import Final
 
-import orjson
 from aiohttp import web
 
 from millstream.pipeline.protocols import model_version
 from millstream.pipeline.protocols.answers import Answer, Json
 from millstream.pipeline.protocols.endpoints import COMPLETIONS, Endpoint, Plan, plan
+from millstream.pipeline.protocols.json_text import dumps, loads, loads_object
 from millstream.pipeline.protocols.openai import BadRequest
 from millstream.pipeline.proxy.attempts import ProxiedAttempt
 from millstream.pipeline.proxy.cache import AnswerCache, cache_key
 from millstream.pipeline.proxy.errors import CallError, refusal
 from millstream.pipeline.proxy.limits import Busy, all_of
 from millstream.pipeline.proxy.recorder import NotRecorded, Recorder
-from millstream.pipeline.proxy.relay import Relay, json_object
+from millstream.pipeline.proxy.relay import Relay
 from millstream.pipeline.proxy.spans import CallFacts
-from millstream.pipeline.proxy.upstreams.http_client import Exchange
-from millstream.pipeline.proxy.upstreams.replicas import Failed, Replicas
+from millstream.pipeline.proxy.upstreams.http_client import COMPRESSED, Exchange
+from millstream.pipeline.proxy.upstreams.replicas import Failed, Replicas, retry_after_s
 from millstream.pipeline.proxy.upstreams.retries import Tries
 from millstream.pipeline.proxy.upstreams.targets import Target, Targets
 
@@ -44,7 +45,9 @@ _ANSWER_HEADERS: Final = (
     "anthropic-",
     "x-ratelimit-",
     model_version.HEADER,
+    "content-encoding",
 )
+_REFUSAL_HEADERS: Final = (*_ANSWER_HEADERS[:-1], "retry-after", "x-should-retry")
 
 
 class _ClientGone(Exception):
@@ -56,6 +59,7 @@ class _Call:
     """One call under way."""
 
     request: web.Request
+    body: bytes  # of the request, as it came
     attempt: ProxiedAttempt
     target: Target
     plan: Plan
@@ -72,7 +76,7 @@ class _Call:
 
     def restart(self) -> None:
         """Nothing of the last try counts."""
-        self.relay = _relay(self.plan, self.target)
+        self.relay.restart()
         self.facts.first_token = None
 
     def to_record(self) -> tuple[ProxiedAttempt, CallFacts, Answer, str]:
@@ -91,10 +95,11 @@ class Calls:
         self._cache = cache
 
     async def make(
-        self, request: web.Request, attempt: ProxiedAttempt, endpoint: Endpoint, asked: Json
+        self, request: web.Request, attempt: ProxiedAttempt, endpoint: Endpoint, body: bytes, asked: Json
     ) -> web.StreamResponse:
-        """Answers the client. Raises `CallError` if nothing has been sent and there is no answer."""
-        call = self._chosen(request, attempt, endpoint, asked)
+        """Answers the client. ``asked`` is the request's body, parsed. Raises `CallError` if nothing has been sent and
+        there is no answer."""
+        call = self._chosen(request, attempt, endpoint, body, asked)
         attempt.enter()
         try:
             return await self._within_limits(call)
@@ -129,24 +134,26 @@ class Calls:
         tries = Tries(replicas, "", deadline)
         while (replica := await tries.next()) is not None:
             try:
-                async with replicas.post(replica, path, orjson.dumps(asked), headers, deadline) as upstream:
+                async with replicas.post(replica, path, dumps(asked), headers, deadline) as upstream:
                     body = await upstream.read()
             except Failed as error:
                 tries.failed(error)
                 continue
             tries.succeeded()
-            if (found := json_object(body)) is None:
+            if (found := loads_object(body)) is None:
                 raise CallError(502, f"{replicas.name} answered {path} with something that is not a JSON object")
             return upstream.status, found
         raise CallError(tries.last.status, str(tries.last))
 
     # --- Choose an upstream
 
-    def _chosen(self, request: web.Request, attempt: ProxiedAttempt, endpoint: Endpoint, asked: Json) -> _Call:
+    def _chosen(
+        self, request: web.Request, attempt: ProxiedAttempt, endpoint: Endpoint, body: bytes, asked: Json
+    ) -> _Call:
         start = time.time_ns()
         try:
             target = self._targets.of(str(asked.get("model") or ""), attempt.rollout_id, attempt.resources_id)
-            upstream = target.replicas.upstream
+            upstream, given = target.replicas.upstream, asked
             if target.sampling and upstream.trainable:
                 asked = {**target.sampling, **asked}
             made = plan(endpoint, asked, upstream.kind)
@@ -155,6 +162,8 @@ class Calls:
             raise CallError(400, str(error)) from error
         if made.request.get("model") != target.served_as:
             made.request = {**made.request, "model": target.served_as}
+        if made.request is not given:
+            body = dumps(made.request)
         facts = CallFacts(
             operation=endpoint.operation,
             asked=made.asked,
@@ -165,7 +174,7 @@ class Calls:
             resources_id=attempt.resources_id,
             stream=bool(asked.get("stream")),
         )
-        return _Call(request, attempt, target, made, time.monotonic() + upstream.timeout_s, facts, relay, {})
+        return _Call(request, body, attempt, target, made, time.monotonic() + upstream.timeout_s, facts, relay, {})
 
     async def _within_limits(self, call: _Call) -> web.StreamResponse:
         attempt, limiters = call.attempt, list(call.target.limiters)
@@ -184,7 +193,7 @@ class Calls:
     # --- Ask it
 
     async def _ask(self, call: _Call) -> web.StreamResponse:
-        replicas, body = call.target.replicas, orjson.dumps(call.plan.request)
+        replicas, body = call.target.replicas, call.body
         key = self._cache_key(call, body)
         if key is not None and (cached := self._cache.get(key)) is not None:
             return await self._answer_again(call, cached)
@@ -198,13 +207,13 @@ class Calls:
                     response = await self._relayed(call, upstream, key)
             except Failed as error:
                 tries.failed(error)
-                if call.response is not None:
+                if call.relay.committed:
                     return await self._migrate(call, tries, headers)
             else:
                 tries.succeeded()
                 return response
         last = tries.last
-        return await self._refuse(call, last.status, last.body, str(last), last.retry_after_s)
+        return await self._refuse(call, last.status, last.body, str(last), last.headers)
 
     async def _migrate(self, call: _Call, tries: Tries, headers: dict[str, str]) -> web.StreamResponse:
         """Has another replica go on with a stream that has broken, as often as there are tries."""
@@ -221,7 +230,7 @@ class Calls:
                     model = call.target.served_as
                     context = await replicas.context_length(replica, model, headers, call.deadline)
                     request = remainder.fitting(context)
-                body = orjson.dumps(request)
+                body = dumps(request)
                 async with replicas.post(replica, COMPLETIONS.path, body, headers, call.deadline) as upstream:
                     if upstream.status != 200:
                         raise Failed(f"the model server answered {upstream.status}", broken=False)
@@ -241,11 +250,16 @@ class Calls:
         call.relay.start(upstream.headers.get(model_version.HEADER))
         if upstream.status != 200:
             body = await upstream.read()
-            return await self._refuse(call, upstream.status, body, f"the model server answered {upstream.status}")
+            message = f"the model server answered {upstream.status}"
+            return await self._refuse(call, upstream.status, body, message, upstream.headers)
         call.headers = {n: v for n, v in upstream.headers.items() if n.startswith(_ANSWER_HEADERS)}
+        if call.headers.get("content-encoding", "").strip().lower() in COMPRESSED:
+            del call.headers["content-encoding"]
         if upstream.content_type == "text/event-stream":
             return await self._stream(call, upstream)
         body = await upstream.read()
+        if call.response is not None:  # a try before this one had begun to stream
+            raise Failed(f"{call.target.replicas.name} did not answer with a stream", broken=False)
         as_stream = call.facts.stream and call.relay.translates
         answer = call.relay.whole(body, as_stream=as_stream)
         _check(call.relay)
@@ -254,7 +268,7 @@ class Calls:
             await self._send(call, answer)
             return await self._end(call)
         response = await self._answer(call, answer)
-        if key is not None:
+        if key is not None and not (call.answer.flaw or call.answer.error):
             self._cache.put(key, body)
         return response
 
@@ -276,11 +290,11 @@ class Calls:
 
     async def _answer_again(self, call: _Call, body: bytes) -> web.StreamResponse:
         """An answer from the cache, as a new one with an id of its own."""
-        data = orjson.loads(body)
-        if "id" in data:
+        data = loads(body)
+        if isinstance(data, dict) and "id" in data:
             data["id"] = f"{str(data['id']).partition('-')[0]}-{token_hex(16)}"
         call.facts.cached = True
-        return await self._answer(call, call.relay.whole(orjson.dumps(data), as_stream=False))
+        return await self._answer(call, call.relay.whole(dumps(data), as_stream=False))
 
     def _cache_key(self, call: _Call, body: bytes) -> bytes | None:
         upstream = call.target.replicas.upstream
@@ -305,7 +319,7 @@ class Calls:
 
     async def _answer(self, call: _Call, body: bytes) -> web.StreamResponse:
         await self._record(call)
-        return web.Response(body=body, content_type="application/json", headers=call.headers)
+        return web.Response(body=body, headers={"Content-Type": "application/json", **call.headers})
 
     async def _finish(self, call: _Call) -> web.StreamResponse:
         """A stream is complete: its end is sent when the call is recorded."""
@@ -317,13 +331,17 @@ class Calls:
         return await self._end(call)
 
     async def _refuse(
-        self, call: _Call, status: int, body: bytes, message: str, retry_after_s: float = 0.0
+        self, call: _Call, status: int, body: bytes, message: str, server_headers: Mapping[str, str]
     ) -> web.StreamResponse:
         """The server has refused, or not answered at all."""
         key = call.target.replicas.key.get_secret_value()
         call.answer.error, text = refusal(call.plan, status, body, message, key)
+        if call.response is not None:
+            return await self._break_off(call, call.answer.error)
         await self._record(call)
-        headers = {"Retry-After": str(math.ceil(retry_after_s))} if retry_after_s else {}
+        headers = {name: value for name, value in server_headers.items() if name.startswith(_REFUSAL_HEADERS)}
+        if not retry_after_s(headers.get("retry-after", "")):  # "inf" and the like
+            headers.pop("retry-after", None)
         return web.Response(body=text, status=status, content_type="application/json", headers=headers)
 
     async def _break_off(self, call: _Call, message: str) -> web.StreamResponse:

@@ -4,7 +4,7 @@ import orjson
 
 from millstream.pipeline.protocols.answers import error_text
 from millstream.pipeline.protocols.endpoints import Plan
-from millstream.pipeline.proxy.relay import json_object
+from millstream.pipeline.protocols.json_text import loads_object
 
 
 class CallError(Exception):
@@ -20,7 +20,7 @@ def refusal(plan: Plan, status: int, body: bytes, message: str, key: str) -> tup
     """The message and the body of an error for the client, from what a server answered. The body goes through as it is
     if the client speaks the server's protocol. ``message`` is used if the server gives none; ``key``, the server's,
     is in neither."""
-    data = json_object(body)
+    data = loads_object(body)
     if data is not None and (error := data.get("error") or data.get("message") or data.get("detail")):
         message = error_text(error)
     message = _without(key, message)

@@ -1,17 +1,17 @@
 """An answer on its way from a model server to the client, whole or as a stream. Pure: bytes in, bytes out.
 
-A stream is passed on as it comes, except its beginning (before the first token, so that the call can still be retried
-unnoticed) and its end (which waits until the call is recorded).
+A stream is passed on as it comes, except its end, which waits until the call is recorded. What the proxy reads, it
+reads from a copy: an answer that it does not understand is passed on all the same, and its record says why it can't be
+trained on. Only a translation needs to understand what it translates.
 """
 
 from dataclasses import dataclass
 from typing import Final
 
-import orjson
-
 from millstream.pipeline.protocols import model_version, sse
 from millstream.pipeline.protocols.answers import UPSTREAM_ENDED, Answer, ChatReader, Json
 from millstream.pipeline.protocols.endpoints import MALFORMED, Plan
+from millstream.pipeline.protocols.json_text import dumps, loads_object
 from millstream.pipeline.protocols.openai import chunks_of
 from millstream.pipeline.proxy.migration import Remainder, can_migrate, remainder_of
 
@@ -29,8 +29,8 @@ class Failure:
 class Relay:
     """One answer. What `feed` and `flush` return counts as sent.
 
-    ``failure`` is set as soon as the server's answer can't be used. Then the call can be retried with a new relay if
-    nothing has been `sent`, else another server may be able to go on (`migrate`).
+    ``failure`` is set as soon as the server's answer can't be used. Then the call can be retried (`restart`) as long as
+    the client has not got a part of the answer itself, else another server may be able to go on (`migrate`).
     """
 
     def __init__(self, plan: Plan, server: str, *, trainable: bool) -> None:
@@ -38,17 +38,31 @@ class Relay:
         self._plan = plan
         self._server = server
         self._trainable = trainable
-        self._reader = plan.reader()
         self._writer = plan.writer()
+        self._reader = plan.reader()
         self._events = sse.Events()
-        self._early = b""  # what came before the first token
+        self._unread = False  # the rest of the stream is passed on without being read
+        self._done = False  # the server has said that the stream is over
         self._held: list[bytes] = []  # the end
         self._start_version: str | None = None
         self._end_version: str | None = None
         self._version_before: str | None = None  # of the servers before this one
         self._remainder: Remainder | None = None  # what the present server was asked for, if others came before it
+        self._head_read = False  # something other than pings and comments
+        self._head_sent = False
+        self._head_id: str | None = None  # of the answer whose head was sent, although its server failed behind it
         self.sent = False
         self.failure: Failure | None = None
+
+    def restart(self) -> None:
+        """Another server answers from the beginning. A head that has been sent is not sent again."""
+        if not self._head_sent:
+            self._writer = self._plan.writer()
+        elif self._head_id is None:
+            self._head_id = self.answer.id
+        self._reader, self._events, self._held = self._plan.reader(), sse.Events(), []
+        self._start_version = self._end_version = self.failure = None
+        self._unread = self._done = self._head_read = False
 
     @property
     def answer(self) -> Answer:
@@ -59,6 +73,11 @@ class Relay:
     def begun(self) -> bool:
         """The first token has come."""
         return self._reader.begun
+
+    @property
+    def committed(self) -> bool:
+        """The client has a part of the answer itself, so that another answer can't replace it."""
+        return self.sent and self._reader.begun
 
     @property
     def version(self) -> str | None:
@@ -85,79 +104,102 @@ class Relay:
 
     def whole(self, body: bytes, *, as_stream: bool) -> bytes:
         """What the client gets once the call is recorded; sets `failure` if the answer can't be used."""
-        data = json_object(body)
+        writer, data = self._writer, loads_object(body)
         if data is None:
-            self._fail(f"{self._server} answered with something that is not a JSON object: {body[:200]!r}")
+            what = f"something that is not a JSON object: {body[:200]!r}"
+            if writer is None:
+                self.answer.blemish(f"the server answered with {what}")
+                return body
+            self._fail(f"{self._server} answered with {what}")
             return b""
         try:
             self._reader.whole(data)
         except MALFORMED as error:
-            self._malformed(error)
-            return b""
+            self._flaw(error)
         if self.answer.aborted:
             self._fail(WEIGHT_UPDATE, broken=False)
             return b""
-        writer = self._writer
         if writer is None:
             return body
-        if as_stream:
-            return b"".join([writer.event(chunk) for chunk in chunks_of(data)]) + writer.end()
-        return orjson.dumps(writer.whole(data))
+        if writer.strict and self.answer.error:
+            self._fail(self.answer.error, broken=False)
+            return b""
+        try:
+            if as_stream:
+                return b"".join([writer.event(chunk) for chunk in chunks_of(data)]) + writer.end()
+            return dumps(writer.whole(data))
+        except MALFORMED as error:
+            if not writer.strict and not as_stream:
+                return body
+            self._malformed(error)
+            return b""
 
     # --- Streams
 
     def feed(self, piece: bytes) -> bytes:
         """What the client gets now of what a piece of the stream brought; may set `failure`."""
+        if self._unread:
+            return piece
         out, reader = b"", self._reader
         try:
-            for event in self._events.feed(piece):
-                passed = self._event(event)
-                if reader.finished:
-                    self._held.append(passed)
-                else:
-                    out += passed
-                if self.failure is not None:
-                    return out if self.sent else b""  # the reader has it: the next server goes on behind it
+            events = self._events.feed(piece)
         except sse.EventTooLarge as error:
-            self._fail(str(error))
+            if self._writer is not None:
+                self._fail(str(error))
+                return b""
+            self.answer.blemish(str(error))
+            self._unread = self.sent = True
+            return self._events.rest()
+        for event in events:
+            passed = self._event(event)
+            if reader.finished or self._done:
+                self._held.append(passed)
+            else:
+                out += passed
+            if self.failure is not None:
+                break
+        unsure = self.failure is not None and not self.sent
+        if not out or unsure or (self.answer.aborted and not (self.sent and reader.begun)):
             return b""
-        if not reader.begun:
-            self._early += out
-            return b""
-        if not out or (not self.sent and self.answer.aborted):
-            return b""
-        out, self._early, self.sent = self._early + out, b"", True
+        self.sent, self._head_sent = True, self._head_sent or self._head_read
         return out
 
     def end(self) -> None:
         """The server's stream is over. Sets `failure` unless the answer is complete; an external server's error
         (``answer.error``) completes it, too."""
         answer = self.answer
-        if self.failure is not None:
+        if self.failure is None and (rest := self._events.rest()):
+            self._held.append(self._event(rest))
+        if self.failure is not None or self._unread:
             return
-        if not self._reader.finished:
+        finished = self._reader.finished
+        if not finished and not (self._done and (self.begun or not self._trainable)):
             self._fail(UPSTREAM_ENDED)
-        elif answer.aborted and (not self.sent or self._can_migrate):
+        elif answer.aborted and (not self.committed or self._can_migrate):
             self._fail(WEIGHT_UPDATE, broken=False)
         elif answer.error and self._trainable:  # the engine may have died
             self._fail(answer.error)
+        elif not finished:
+            answer.blemish("the server gave no finish reason")
 
     def rest(self) -> bytes:
         """What is still to be sent of a complete answer, once the call is recorded."""
-        return self._early + b"".join(self._held) + (b"" if self._writer is None else self._writer.end())
+        return b"".join(self._held) + (b"" if self._writer is None else self._writer.end())
 
     def error(self, message: str) -> bytes:
-        """What is sent instead of the rest."""
+        """What is sent instead of the rest. The server's own report of its error is passed on as it is."""
         if self._writer is not None:
-            return self._early + self._writer.error(message)
-        return self._early + sse.event(self._plan.endpoint.error_body(message, 502), "error")
+            return self._writer.error(message)
+        if self._held and self.failure is None and message == self._reader.answer.error:
+            return b"".join(self._held)
+        return sse.event(self._plan.endpoint.error_body(message, 502), "error")
 
     # --- A stream that has broken
 
     def migrate(self) -> Remainder | None:
         """Prepares for another server to go on behind what has come; None if no server can. With ``request`` None
         nothing is missing except `rest`; else send `flush` first."""
-        remainder = remainder_of(self._plan, self._reader) if self._trainable else None
+        remainder = remainder_of(self._plan, self._reader) if self._trainable and not self.answer.flaw else None
         if remainder is None:
             return None
         assert isinstance(self._reader, ChatReader)
@@ -166,6 +208,7 @@ class Relay:
         self._start_version = self._end_version = None
         self._reader.go_on(remainder.dropped, ended=remainder.request is None)
         self._remainder, self._events, self.failure = remainder, sse.Events(), None
+        self._done = False
         for chunk in remainder.chunks:
             self._reader.event(chunk)
             self._held.append(self._translated(chunk))
@@ -183,25 +226,59 @@ class Relay:
     # --- One event
 
     def _event(self, event: bytes) -> bytes:
-        if event.startswith(b":"):
-            for comment in sse.comments_of(event):
-                if (version := model_version.in_comment(comment)) is not None:
-                    self._end_version = version
+        writer, comments = self._writer, b""
+        if not event.startswith(b"data: "):  # nearly all do
+            comments = self._comments(event)
         payload = sse.data_of(event)
         if not payload or payload == b"[DONE]":
-            return event if self._writer is None else b""
-        data = json_object(payload)
+            self._done = self._done or bool(payload)
+            return event if writer is None else comments
+        data = loads_object(payload)
         if data is None:
-            self._fail(f"{self._server} streamed something that is not JSON: {payload[:200]!r}")
-            return b""
+            what = f"{self._server} streamed something that is not JSON: {payload[:200]!r}"
+            if writer is not None:
+                self._fail(what)
+                return b""
+            self.answer.blemish(what)
+            return event
         try:
             if self._remainder is not None:
                 data = self._remainder.chunk(data)
-            self._reader.event(data)
         except MALFORMED as error:
             self._malformed(error)
             return b""
-        return event if self._writer is None else self._translated(data)
+        ping = data.get("type") == "ping"
+        self._head_read = self._head_read or not ping
+        try:
+            self._reader.event(data)
+        except MALFORMED as error:
+            self._flaw(error)
+        if self._head_id is not None:
+            if not (ping or self._reader.begun or self.answer.error):
+                return b""
+            self.answer.id = self._head_id
+            if writer is not None and "id" in data:
+                data = {**data, "id": self._head_id}
+        if writer is None:
+            return event
+        try:
+            return comments + self._translated(data)
+        except MALFORMED as error:
+            if not writer.strict:
+                return event
+            self._malformed(error)
+            return b""
+
+    def _comments(self, event: bytes) -> bytes:
+        """Those for the client, as an event of their own: servers send comments to keep a connection alive."""
+        passed = []
+        for comment in sse.comments_of(event):
+            version = model_version.in_comment(comment)
+            if version is None:
+                passed.append(b":" + (b" " + comment if comment else b"") + b"\n")
+            else:
+                self._end_version = version
+        return b"".join(passed) + b"\n" if passed else b""
 
     def _translated(self, data: Json) -> bytes:
         assert self._writer is not None
@@ -219,11 +296,5 @@ class Relay:
     def _malformed(self, error: Exception) -> None:
         self._fail(f"{self._server} answered in a form that {self._plan.path} does not have: {error!r}")
 
-
-def json_object(text: bytes) -> Json | None:
-    """None if it is anything else."""
-    try:
-        found = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        return None
-    return found if isinstance(found, dict) else None
+    def _flaw(self, error: Exception) -> None:
+        self.answer.blemish(f"the answer has a form that {self._plan.path} does not have: {error!r}")

@@ -1,5 +1,6 @@
 """A model call as the proxy saw it, as a span. Pure."""
 
+import math
 import struct
 import time
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import orjson
 
 from millstream.pipeline.protocols.answers import Answer, Json
 from millstream.schemas.spans import semconv
+from millstream.schemas.spans.text import as_text, utf8
 from millstream.schemas.wire.records import Span
 
 # Request fields that affect sampling, under OpenTelemetry's names or our own.
@@ -56,32 +58,42 @@ def call_span(
 ) -> Span:
     """``response_id`` is the one that the client sees."""
     asked = facts.asked
-    model = str(asked.get("model") or "")
-    first_token_s = None if facts.first_token is None else f"{(facts.first_token - facts.start) / 1e9:.6f}"
-    found = {attribute: asked[name] for name, attribute in _SAMPLING.items() if asked.get(name) is not None} | {
+    model = utf8(str(asked.get("model") or ""))
+    found: dict[str, Any] = {
         semconv.OPERATION: facts.operation,
         semconv.REQUEST_MODEL: model,
         semconv.UPSTREAM: facts.upstream,
         semconv.REQUEST_MESSAGES: facts.messages,
-        semconv.TOOL_DEFINITIONS: asked.get("tools") or None,
-        "gen_ai.request.stream": facts.stream or None,
-        semconv.CACHED: facts.cached or None,
-        semconv.CONTINUED: facts.continued or None,
-        semconv.RESOURCES_ID: facts.resources_id or None,
-        "gen_ai.response.time_to_first_chunk": first_token_s,
-        semconv.RESPONSE_ID: response_id or None,
-        semconv.RESPONSE_MODEL: answer.model or None,
-        semconv.RESPONSE_MESSAGE: answer.message,
-        semconv.FINISH_REASONS: answer.finish_reasons or None,
+        semconv.RESPONSE_MESSAGE: answer.message or answer.messages,
         semconv.INPUT_TOKENS: answer.prompt_tokens,
         semconv.OUTPUT_TOKENS: answer.completion_tokens,
-        semconv.ERROR_TYPE: "upstream" if answer.error else None,
-        semconv.UNTRAINABLE: answer.mismatch,
+        semconv.UNTRAINABLE: answer.untrainable,
     }
-    attributes = {
-        name: value if isinstance(value, str) else _json(value) for name, value in found.items() if value is not None
-    }
-    one = answer.message is not None
+    for name, value in asked.items():
+        if (attribute := _SAMPLING.get(name)) is not None:
+            found[attribute] = value
+    if tools := asked.get("tools"):
+        found[semconv.TOOL_DEFINITIONS] = tools
+    if facts.stream:
+        found["gen_ai.request.stream"] = True
+    if facts.cached:
+        found[semconv.CACHED] = True
+    if facts.continued:
+        found[semconv.CONTINUED] = facts.continued
+    if facts.resources_id:
+        found[semconv.RESOURCES_ID] = facts.resources_id
+    if facts.first_token is not None:
+        found["gen_ai.response.time_to_first_chunk"] = f"{(facts.first_token - facts.start) / 1e9:.6f}"
+    if response_id:
+        found[semconv.RESPONSE_ID] = response_id
+    if answer.model:
+        found[semconv.RESPONSE_MODEL] = answer.model
+    if answer.finish_reasons:
+        found[semconv.FINISH_REASONS] = answer.finish_reasons
+    if answer.error:
+        found[semconv.ERROR_TYPE] = "upstream"
+    prompt, response, logprobs = _tokens(answer, found)
+    attributes = {name: _text(value) for name, value in found.items() if value is not None}
     trace_id, parent_id = _trace_context(facts.traceparent, attempt_id)
     return Span(
         trace_id=trace_id,
@@ -93,7 +105,7 @@ def call_span(
         start=facts.start,
         end=time.time_ns(),
         status="Error" if answer.error else "Ok",
-        status_message=answer.error,
+        status_message=utf8(answer.error),
         attributes=attributes,
         resource={"service.name": "millstream-proxy"},
         scope_name="millstream.proxy",
@@ -101,9 +113,9 @@ def call_span(
         attempt_id=attempt_id,
         source=semconv.SOURCE_PROXY,
         sequence=sequence,
-        prompt_token_ids=_int32(answer.prompt_token_ids) if one else None,
-        response_token_ids=_int32(answer.token_ids),
-        response_logprobs=_float32(answer.logprobs),
+        prompt_token_ids=prompt,
+        response_token_ids=response,
+        response_logprobs=logprobs,
         model_version=facts.model_version,
     )
 
@@ -116,13 +128,38 @@ def _trace_context(traceparent: str, attempt_id: str) -> tuple[str, str]:
     return attempt_id.replace("-", ""), ""
 
 
-def _int32(ids: list[int] | None) -> bytes | None:
-    return None if ids is None else struct.pack(f"<{len(ids)}i", *ids)
+def _tokens(answer: Answer, found: dict[str, Any]) -> tuple[bytes | None, bytes | None, bytes | None]:
+    """The prompt's ids, the answer's, and its log-probabilities, as records hold them. What can't be one is left out,
+    and ``found`` gets the reason."""
+    if answer.message is None:  # several choices, or an answer without text
+        return None, None, None
+    prompt, ids, logprobs = answer.prompt_token_ids, answer.token_ids, answer.logprobs
+    try:
+        packed = _packed("i", prompt), _packed("i", ids), _packed("f", logprobs)
+        if logprobs is None or math.isfinite(sum(logprobs)):
+            return packed
+    except (struct.error, OverflowError, TypeError):
+        pass
+    if not found[semconv.UNTRAINABLE]:
+        found[semconv.UNTRAINABLE] = "token ids or log-probabilities are not finite numbers"
+    return _valid("i", prompt), _valid("i", ids), None
 
 
-def _float32(values: list[float] | None) -> bytes | None:
-    return None if values is None else struct.pack(f"<{len(values)}f", *values)
+def _packed(kind: str, values: list[Any] | None) -> bytes | None:
+    return None if values is None else struct.pack(f"<{len(values)}{kind}", *values)
 
 
-def _json(value: Any) -> str:
-    return orjson.dumps(value).decode()
+def _valid(kind: str, values: list[Any] | None) -> bytes | None:
+    try:
+        return _packed(kind, values)
+    except (struct.error, OverflowError, TypeError):
+        return None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return utf8(value)
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:  # half characters, integers beyond 64 bits
+        return as_text(value)

@@ -1,13 +1,15 @@
 """HTTP/1.1 to a model server, over connections that are kept open.
 
 A general client took a third of the proxy's CPU; this one takes a fifth of that. The parser is llhttp (of Node.js), by
-httptools. Protocol: RFC 9112, without redirects, cookies or compression.
+httptools. Protocol: RFC 9112, without redirects and cookies. Compression is not asked for; answers that come with gzip
+or deflate in spite of that are decompressed.
 """
 
 import asyncio
 import socket
 import ssl
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -17,6 +19,7 @@ from urllib.parse import urlsplit
 import httptools
 from aiohappyeyeballs import start_connection
 
+COMPRESSED: Final = ("gzip", "x-gzip", "deflate")
 # A machine that has vanished says nothing: its connections end after a minute, answers that take hours do not.
 PROBES: Final = {"TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000}  # s, ms
 
@@ -28,6 +31,8 @@ class ConnectionPolicy:
     connect_s: float = 5.0  # a machine that is up answers within milliseconds; a lost SYN is repeated after 1 s and 3 s
     idle_s: float = 60.0  # unused for longer, it is not used again: the server may just be closing it
     unread: int = 256 << 10  # bytes of an answer that are held for a slow reader; then the server has to wait
+    head: int = 256 << 10  # bytes of an answer's headers; a tenth of that is plenty
+    body: int = 128 << 20  # bytes of an answer, decompressed: 1,000 embeddings of 4,000 numbers, twice
 
 
 class HttpError(Exception):
@@ -44,7 +49,7 @@ class Server:
     loop."""
 
     def __init__(self, url: str, max_connections: int = 512, policy: ConnectionPolicy = ConnectionPolicy()) -> None:
-        self._policy = policy
+        self.policy = policy
         parts = urlsplit(url)
         self._host = parts.hostname or ""
         self._tls = ssl.create_default_context() if parts.scheme == "https" else None
@@ -71,7 +76,7 @@ class Server:
         """For one exchange, which ends with `done`. Raises `HttpError`."""
         await self._places.acquire()
         try:
-            horizon = time.monotonic() - self._policy.idle_s
+            horizon = time.monotonic() - self.policy.idle_s
             while self._idle:
                 connection = self._idle.pop()
                 if not new and connection.used > horizon and not connection.transport.is_closing():
@@ -85,7 +90,7 @@ class Server:
     async def _connect(self) -> "_Connection":
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self._policy.connect_s):
+            async with asyncio.timeout(self.policy.connect_s):
                 found = await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
                 sock = await start_connection(found, happy_eyeballs_delay=0.25)  # RFC 8305; uvloop does not have it
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -93,13 +98,13 @@ class Server:
                     if hasattr(socket, name):  # Linux has them all
                         sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
                 _, connection = await loop.create_connection(
-                    lambda: _Connection(self._gone, self._policy.unread),
+                    lambda: _Connection(self._gone, self.policy),
                     sock=sock,
                     ssl=self._tls,
                     server_hostname=self._host if self._tls else None,
                 )
         except TimeoutError as error:
-            raise HttpError(f"no connection within {self._policy.connect_s:.0f} s") from error
+            raise HttpError(f"no connection within {self.policy.connect_s:.0f} s") from error
         except OSError as error:  # ssl.SSLError, too
             raise HttpError(error.strerror or str(error)) from error
         self._all.add(connection)
@@ -168,15 +173,60 @@ class Exchange:
 
     async def read(self) -> bytes:
         """What is left of the body. Raises `HttpError`."""
-        pieces = []
-        while piece := await self._connected.next():
-            pieces.append(piece)
-        return b"".join(pieces)
+        return b"".join([piece async for piece in self.pieces()])
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes. Raises `HttpError`."""
-        while piece := await self._connected.next():
+        connection, most, size = self._connected, self._server.policy.body, 0
+        inflate = _Inflate(most) if self.headers.get("content-encoding", "").strip().lower() in COMPRESSED else None
+        while piece := await connection.next():
+            if inflate is not None and not (piece := inflate.feed(piece)):
+                continue
+            size += len(piece)
+            if size > most:
+                raise HttpError(f"the answer has more than {most:,} bytes")
             yield piece
+        if inflate is not None:
+            inflate.end()
+
+
+class _Inflate:
+    """A body in gzip (RFC 1952, of several members, too) or deflate, which some servers send with the head of RFC 1950
+    and some without. ``most``: bytes that a piece may become."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._stream = zlib.decompressobj(zlib.MAX_WBITS | 32)  # finds out which head it has, from two bytes
+        self._early = b""
+        self._begun = False
+
+    def feed(self, piece: bytes) -> bytes:
+        """Raises `HttpError`."""
+        out = b""
+        if not self._begun:
+            piece, self._early = self._early + piece, piece
+            if len(piece) < 2:
+                return b""
+        try:
+            while piece:
+                out += self._stream.decompress(piece, self._most + 1 - len(out))
+                self._begun = True
+                if len(out) > self._most or not self._stream.eof:
+                    break
+                piece = self._stream.unused_data
+                if piece:
+                    self._stream = zlib.decompressobj(zlib.MAX_WBITS | 32)
+        except zlib.error as error:
+            if self._begun:
+                raise HttpError(f"the answer can't be decompressed: {error}") from error
+            self._stream, self._begun = zlib.decompressobj(-zlib.MAX_WBITS), True
+            return self.feed(piece)
+        return out
+
+    def end(self) -> None:
+        """Raises `HttpError` if something is missing."""
+        if self._begun and not self._stream.eof:
+            raise HttpError("the compressed answer is incomplete")
 
 
 class _Connection(asyncio.Protocol):
@@ -184,9 +234,11 @@ class _Connection(asyncio.Protocol):
 
     transport: asyncio.Transport
 
-    def __init__(self, gone: "Callable[[_Connection], None]", max_unread: int) -> None:
+    def __init__(self, gone: "Callable[[_Connection], None]", policy: ConnectionPolicy) -> None:
         self._gone = gone
-        self._max_unread = max_unread
+        self._max_unread = policy.unread
+        self._max_head = policy.head
+        self._idle_bytes = 0  # that have come in a row and are neither of a body nor the end of a head
         self._parser = httptools.HttpResponseParser(self)
         self._loop = asyncio.get_running_loop()
         self.used = 0.0  # last, monotonic
@@ -247,10 +299,13 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._begun = True
+        self._idle_bytes += len(data)
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._fail(f"it does not speak HTTP: {error}")
+        if self._idle_bytes > self._max_head:
+            self._fail(f"the head of its answer has more than {self._max_head:,} bytes")
         self._wake()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -271,13 +326,18 @@ class _Connection(asyncio.Protocol):
             raise ValueError("the server answered without being asked")
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._head_complete:  # a trailer
+            return
         self.headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:
         self.status = self._parser.get_status_code()
         self._head_complete = self.status >= 200
+        if self._head_complete:
+            self._idle_bytes = 0
 
     def on_body(self, body: bytes) -> None:
+        self._idle_bytes = 0
         self._pieces.append(body)
         self._unread += len(body)
         if self._unread > self._max_unread:
@@ -287,6 +347,6 @@ class _Connection(asyncio.Protocol):
         if not self._head_complete:  # an interim answer, as 100 Continue
             self.headers = {}
             return
-        self._open = False
+        self._open, self._idle_bytes = False, 0
         self._served += 1
         self.reusable = self._parser.should_keep_alive()

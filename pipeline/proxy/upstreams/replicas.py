@@ -8,7 +8,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from email.utils import parsedate_to_datetime
 from types import TracebackType
@@ -47,12 +47,19 @@ class Failed(Exception):
     """A try that failed and may succeed when repeated; ``status`` and ``body`` are the server's, if it answered."""
 
     def __init__(
-        self, message: str, *, status: int = 502, body: bytes = b"", retry_after_s: float = 0.0, broken: bool = True
+        self,
+        message: str,
+        *,
+        status: int = 502,
+        body: bytes = b"",
+        headers: Mapping[str, str] | None = None,
+        broken: bool = True,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.body = body
-        self.retry_after_s = retry_after_s
+        self.headers = headers or {}
+        self.retry_after_s = retry_after_s(self.headers.get("retry-after", ""))
         self.broken = broken  # this speaks against the replica
 
 
@@ -215,7 +222,7 @@ class Post:
                     f"{self._name} answered {answer.status}",
                     status=answer.status,
                     body=(await answer.read())[:MAX_ERROR_BODY],
-                    retry_after_s=retry_after_s(answer.headers.get("retry-after", "")),
+                    headers=answer.headers,
                     broken=answer.status >= 500,
                 )
         except BaseException as error:
@@ -240,11 +247,13 @@ class Post:
 def retry_after_s(header: str) -> float:
     """Seconds that a ``Retry-After`` asks for, given as a number or a date (RFC 9110, section 10.2.3); 0 if it is
     neither."""
-    try:
-        return max(0.0, float(header))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except (TypeError, ValueError):
+    if not header:
         return 0.0
+    try:
+        seconds = float(header)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(header).timestamp() - time.time()
+        except (TypeError, ValueError, IndexError, OverflowError):
+            return 0.0
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0

@@ -1,5 +1,7 @@
 """Server-sent events, cut out of a stream wherever its pieces begin and end."""
 
+import time
+
 import pytest
 
 from millstream.pipeline.protocols import model_version, sse
@@ -10,13 +12,36 @@ EVENTS = [b": ping\n\n", b"event: a\ndata: {}\n\n", b"data: 1\ndata: 2\n\n", b"d
 
 @pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
 def test_events_are_the_same_wherever_the_stream_is_cut(end):
-    stream = STREAM.replace(b"\n", end)
-    for cut in range(len(stream) + 1):
+    """With the stream's own bytes."""
+    stream, expected = STREAM.replace(b"\n", end), [event.replace(b"\n", end) for event in EVENTS]
+    one_by_one = [stream[at : at + 1] for at in range(len(stream))]
+    for pieces in [one_by_one, *([stream[:cut], stream[cut:]] for cut in range(len(stream) + 1))]:
         events = sse.Events()
-        assert events.feed(stream[:cut]) + events.feed(stream[cut:]) + events.feed(b"\n") == EVENTS, cut
-    one_by_one = sse.Events()
-    found = [event for at in range(len(stream)) for event in one_by_one.feed(stream[at : at + 1])]
-    assert found + one_by_one.feed(b"\n") == EVENTS
+        found = [event for piece in pieces for event in events.feed(piece)]
+        assert b"".join(found) + events.rest() == stream
+        assert list(map(sse.data_of, found)) == list(map(sse.data_of, expected)), pieces
+        assert list(map(sse.comments_of, found)) == list(map(sse.comments_of, expected))
+
+
+def test_a_mark_before_a_stream_and_an_end_without_an_empty_line_are_no_part_of_its_events():
+    events = sse.Events()
+    (first,) = events.feed(b"\xef\xbb\xbfdata: {}\n\ndata: [DONE]\n")
+    assert sse.data_of(first) == b"{}"
+    assert sse.data_of(events.rest()) == b"[DONE]"
+    assert events.rest() == b""
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_a_large_event_in_small_pieces_takes_linear_time(end):
+    """Quadratic parsing would copy 8 GB."""
+    events, piece = sse.Events(), b"x" * 1024
+    started = time.process_time()
+    assert events.feed(b"data: x" + end) == []
+    for _ in range(4096):
+        assert events.feed(piece) == []
+    (event,) = events.feed(end + end)
+    assert len(event) == len(b"data: x") + 3 * len(end) + 4096 * 1024
+    assert time.process_time() - started < 2.0
 
 
 def test_the_parts_of_an_event():

@@ -147,14 +147,54 @@ def test_what_a_client_of_the_servers_protocol_gets_are_the_servers_bytes():
         assert read(found, data) + found.rest() == data
 
 
-def test_nothing_is_sent_before_the_first_token():
-    found = relay("/v1/chat/completions", "openai")
-    events = CHAT.split(b"\n\n")
-    for event in events[:2]:
-        assert found.feed(event + b"\n\n") == b""
-        assert (found.begun, found.sent) == (False, False)
-    assert found.feed(events[2] + b"\n\n") == b"\n\n".join(events[:3]) + b"\n\n"
-    assert (found.begun, found.sent) == (True, True)
+@pytest.mark.parametrize("name", ["chat of OpenAI", "messages of Anthropic", "responses of OpenAI"])
+def test_everything_before_the_end_is_passed_on_at_once(name):
+    path, kind, data, end = STREAMS[name]
+    found = relay(path, kind)
+    for event in data.split(b"\n\n"):
+        if end in event:
+            break
+        assert found.feed(event + b"\n\n") == event + b"\n\n"
+    assert found.committed
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
+def test_pings_and_reasoning_of_a_policy_are_passed_on_before_the_first_token(path):
+    found = relay(path)
+    assert found.feed(b": ping\n\n") == b": ping\n\n"
+    assert (found.begun, found.committed) == (False, False)
+    for name in ("reasoning", "reasoning_content"):
+        piece = HEAD | {"choices": [{"index": 0, "delta": {name: "hm"}, "finish_reason": None}]}
+        assert b"hm" in found.feed(stream(piece, done=""))
+    assert found.committed
+
+
+@pytest.mark.parametrize("name", [name for name in STREAMS if name != "completions"])  # they have no head
+def test_a_head_that_has_been_sent_is_not_sent_again(name):
+    """A stream that breaks between its head and its first token is retried, and its client gets one answer."""
+    path, kind, data, _ = STREAMS[name]
+    events = [event + b"\n\n" for event in data.split(b"\n\n")[:-1]]
+    whole = relay(path, kind)
+    expected = read(whole, data) + whole.rest()
+    found = relay(path, kind)
+    sent = found.feed(events[0])
+    found.restart()
+    sent += read(found, data.replace(b"chatcmpl-1", b"chatcmpl-2").replace(b"msg_1", b"msg_2")) + found.rest()
+    assert found.failure is None
+    lines = [line for line in steady(sent).split(b"\n\n") if b"resp" not in line]
+    if whole.translates or "Anthropic" in name or "responses" in name:
+        assert lines == [line for line in steady(expected).split(b"\n\n") if b"resp" not in line]
+    assert found.client_id() == whole.client_id()
+    assert found.answer.message == whole.answer.message
+    assert sent.count(b"message_start") == expected.count(b"message_start")
+    assert sent.count(b"response.created") == expected.count(b"response.created")
+
+
+def test_a_ping_before_a_broken_stream_is_not_its_head():
+    found = relay("/v1/messages", "anthropic")
+    found.feed(b": ping\n\n")
+    found.restart()
+    assert read(found, CLAUDE) + found.rest() == CLAUDE
 
 
 def test_token_ids_and_versions_are_read_and_not_passed_on():
@@ -169,29 +209,54 @@ def test_token_ids_and_versions_are_read_and_not_passed_on():
 
 
 def test_a_stream_that_does_not_end_has_failed():
-    for count, sent in ((1, False), (3, True)):
+    for count, committed in ((1, False), (3, True)):
         found = relay()
         read(found, b"\n\n".join(CHAT.split(b"\n\n")[:count]) + b"\n\n")
         assert found.failure == Failure("the stream ended before the answer did")
-        assert found.sent is sent
+        assert found.committed is committed
 
 
-@pytest.mark.parametrize(
-    ("event", "message"),
-    [
-        ("data: {broken\n\n", "the server streamed something that is not JSON"),
-        ("data: []\n\n", "the server streamed something that is not JSON"),
-        ('data: {"choices": 3}\n\n', "the server answered in a form that /v1/chat/completions does not have"),
-    ],
-)
-def test_what_came_before_a_malformed_event_counts_if_something_was_sent(event, message):
-    first, second = stream(chat_piece("a"), done=""), stream(chat_piece(" b"), event, chat_piece(" c"), done="")
+MALFORMED = [
+    ("data: {broken\n\n", "the server streamed something that is not JSON"),
+    ("data: []\n\n", "the server streamed something that is not JSON"),
+    ('data: {"choices": 3}\n\n', "the answer has a form that /v1/chat/completions does not have"),
+    ('data: {"choices": [null]}\n\n', "the answer has a form that /v1/chat/completions does not have"),
+    ('data: {"choices": [{"delta": {"tool_calls": 5}}]}\n\n', "the answer has a form that"),
+    ('data: {"choices": [{"delta": {}, "logprobs": {"content": [{}]}}]}\n\n', "the answer has a form that"),
+    ('data: {"usage": [1], "choices": []}\n\n', "the answer has a form that"),
+    ("data: " + "[" * 100_000 + "\n\n", "the server streamed something that is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("event", "flaw"), MALFORMED)
+def test_what_the_proxy_does_not_understand_passes_and_is_not_trained_on(event, flaw):
+    """A fault of the parser never reaches the client of a server that speaks its protocol."""
+    data = stream(chat_piece("a"), event, chat_piece(" b", "stop"))
     found = relay(kind="openai")
-    assert found.feed(first + second) == b""  # nothing has been sent: the call can be retried
+    assert read(found, data) + found.rest() == data
+    assert found.failure is None
+    assert found.answer.untrainable.startswith(flaw)
+    assert found.answer.message["content"] == "a b"
+
+
+@pytest.mark.parametrize(("event", "flaw"), [each for each in MALFORMED if 'choices": [{' in each[0]])
+def test_a_policys_event_of_another_form_passes_and_is_not_trained_on(event, flaw):
+    found = relay()
+    sent = read(found, stream(chat_piece("a", token=10), event, chat_piece(" b", "stop", token=11)))
+    assert found.failure is None
+    assert json.loads(event[6:]).keys() <= json.loads(sse.data_of(sse.Events().feed(sent)[1])).keys()
+    assert found.answer.untrainable.startswith(flaw)
+
+
+def test_what_came_before_a_malformed_event_of_a_policy_counts_if_something_was_sent():
+    message = "the server streamed something that is not JSON"
+    first, second = chat_piece("a"), [chat_piece(" b"), "data: {broken\n\n", chat_piece(" c")]
+    found = relay()
+    assert found.feed(stream(first, *second, done="")) == b""  # nothing has been sent: the call can be retried
     assert found.failure.message.startswith(message)
-    found = relay(kind="openai")
-    assert found.feed(first) == first
-    assert found.feed(second) == stream(chat_piece(" b"), done="")
+    found = relay()
+    assert sse_text(found.feed(stream(first, done=""))) == "a"
+    assert sse_text(found.feed(stream(*second, done=""))) == " b"
     assert found.failure.message.startswith(message)
     assert found.failure.broken
     found.end()
@@ -200,8 +265,14 @@ def test_what_came_before_a_malformed_event_counts_if_something_was_sent(event, 
 
 def test_an_event_without_an_end_fails():
     found = relay()
-    assert found.feed(b"data: " + b"x" * sse.MAX_EVENT) == b""
+    data = b"data: " + b"x" * sse.MAX_EVENT
+    assert found.feed(data) == b""
     assert "more than" in found.failure.message
+    external = relay(kind="openai")
+    sent = external.feed(data) + external.feed(b"x\n\n")
+    external.end()
+    assert sent + external.rest() == data + b"x\n\n"
+    assert (external.failure, "more than" in external.answer.untrainable) == (None, True)
 
 
 ERROR = 'data: {"error": {"message": "out of memory"}}\n\n'
@@ -213,21 +284,23 @@ def test_an_error_of_a_policy_is_a_failure_and_that_of_another_server_the_end():
     assert b"out of memory" not in read(policy, stream(*events))
     assert policy.failure == Failure("out of memory")
     external = relay(kind="openai")
-    assert read(external, stream(*events)) == stream(events[0], done="")
+    sent = read(external, stream(*events))
+    assert sent == stream(events[0], done="")
     assert (external.failure, external.answer.error) == (None, "out of memory")
-    (error,) = sse.Events().feed(external.error("out of memory"))
+    assert sent + external.error("out of memory") == stream(*events)  # the server's own report
+    (error,) = sse.Events().feed(external.error("the call could not be recorded"))
     assert error.startswith(b"event: error\n")
-    assert json.loads(sse.data_of(error))["error"]["message"] == "out of memory"
+    assert json.loads(sse.data_of(error))["error"]["message"] == "the call could not be recorded"
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/v1/responses"])
-def test_an_error_is_told_in_the_clients_protocol_behind_what_came_early(path):
+def test_an_error_is_told_in_the_clients_protocol(path):
     found = relay(path)
     found.feed(stream(chat_piece("", prompt_token_ids=[1]), done=""))
-    early, error = found.rest(), found.error("gone")
-    assert b"gone" in error
-    assert len(error) > len(b"gone")
-    assert early[:20] == error[:20]
+    (error,) = sse.Events().feed(found.error("gone"))
+    told = json.loads(sse.data_of(error))
+    assert told["error"]["message"] == "gone"
+    assert told.get("type") == (None if path == "/v1/chat/completions" else "error")
 
 
 @pytest.mark.parametrize(
@@ -272,7 +345,7 @@ def test_another_server_goes_on_behind_what_was_sent():
 
 
 def sse_text(data):
-    chunks = [json.loads(sse.data_of(event)) for event in sse.Events().feed(data)]
+    chunks = [json.loads(found) for event in sse.Events().feed(data) if (found := sse.data_of(event))]
     return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
 
 
@@ -299,7 +372,6 @@ def test_whole_answers():
     ("body", "message"),
     [
         (b"<html>", "the server answered with something that is not a JSON object: b'<html>'"),
-        (b'{"choices": 3}', "the server answered in a form that /v1/chat/completions does not have"),
         (b'{"choices": [{"message": {"content": "a"}, "finish_reason": "abort"}]}', "a weight update ended the call"),
     ],
 )
@@ -307,3 +379,30 @@ def test_whole_answers_that_cant_be_used(body, message):
     found = relay(stream=False)
     found.whole(body, as_stream=False)
     assert found.failure.message.startswith(message)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>",
+        b"",
+        b"[]",
+        b'{"choices": 3}',
+        b'{"choices": [null]}',
+        b'{"choices": [{"message": {"content": "x"}, "logprobs": {"content": [{}]}}]}',
+        b'{"usage": [1], "choices": []}',
+        b"[" * 300_000,
+    ],
+)
+def test_whole_answers_that_the_proxy_does_not_understand_pass(body):
+    found = relay(kind="openai", stream=False)
+    assert found.whole(body, as_stream=False) == body
+    assert found.failure is None
+    assert found.answer.untrainable
+    if body.startswith(b"{"):
+        policy = relay(stream=False)
+        assert json.loads(policy.whole(body, as_stream=False)).keys() == json.loads(body).keys()
+        assert policy.answer.untrainable
+        claude = relay("/v1/messages", stream=False)
+        claude.whole(body, as_stream=False)
+        assert claude.failure is None or "in a form" in claude.failure.message
