@@ -14,12 +14,7 @@ class ConfigError(MillstreamError):
 
 
 class CodecError(MillstreamError):
-    """A record can't be encoded or decoded. Names the record type and, if known, the field."""
-
-    def __init__(self, message: str, *, record: str | None = None, field: str | None = None) -> None:
-        super().__init__(message)
-        self.record = record
-        self.field = field
+    """A record can't be encoded or decoded. The message names its type and, if known, the field: ``Span.name: …``."""
 
 
 class TruncatedRecord(CodecError):

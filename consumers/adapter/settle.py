@@ -122,7 +122,7 @@ class PartitionFold:
         elif kind is RolloutEnd:
             self._ended(codec.decode_as(RolloutEnd, record.value))
         else:
-            raise CodecError(f"{record.place}: {kind.__name__} does not belong among events", record=kind.__name__)
+            raise CodecError(f"{record.place}: {kind.__name__} does not belong among events")
 
     def expire(self, now: float, not_before: float, time_ns: int) -> None:
         """Gives up attempts without a heartbeat for longer than their lease, or ``claim_leases`` of it if they have
@@ -231,13 +231,13 @@ class PartitionFold:
 
     def _claim(self, event: AttemptEvent, rollout: OpenRollout | None, record: LogRecord, now: float) -> None:
         if event.task is None:
-            raise CodecError("AttemptEvent.task: missing in a preparing event", record="AttemptEvent", field="task")
+            raise CodecError("AttemptEvent.task: missing in a preparing event")
         if rollout is not None and event.attempt_id in rollout.attempts:
             rollout.attempts[event.attempt_id].last_seen = now
             return
         task = codec.decode_as(RolloutTask, event.task)
         if task.rollout_id != event.rollout_id:
-            raise CodecError("AttemptEvent.task: that of another rollout", record="AttemptEvent", field="task")
+            raise CodecError("AttemptEvent.task: that of another rollout")
         decision = self.decided.get(event.rollout_id)
         if rollout is None:
             late = self._settled_before(task, record.timestamp)

@@ -103,9 +103,7 @@ def _messages(triplet: Triplet, field: Literal["prompt", "response"]) -> list[di
     except (ValueError, KeyError, TypeError) as error:
         raise CodecError(
             f"rollout {triplet.rollout_id}, turn {triplet.turn}: its {field} is not in a known form of messages "
-            f"({type(error).__name__}: {error})",
-            record="Triplet",
-            field=field,
+            f"({type(error).__name__}: {error})"
         ) from error
 
 

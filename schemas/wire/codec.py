@@ -106,7 +106,7 @@ class RecordCodec:
         except Exception as error:
             raise self._unreadable(data, error) from error
         if source.tell() != len(data):
-            raise WrongType(f"{self.name}: {len(data) - source.tell()} bytes follow the record", record=self.name)
+            raise WrongType(f"{self.name}: {len(data) - source.tell()} bytes follow the record")
         for name, (fits, what) in self._checks:
             if not fits(datum[name]):
                 raise self._unfit(name, datum[name], what)
@@ -119,7 +119,7 @@ class RecordCodec:
         return self.record_type(**datum)
 
     def _unfit(self, name: str, value: Any, what: str) -> WrongType:
-        return WrongType(f"{self.name}.{name}: {safe_repr(value)[:100]} is not {what}", record=self.name, field=name)
+        return WrongType(f"{self.name}.{name}: {safe_repr(value)[:100]} is not {what}")
 
     def _wrong_type(self, datum: Mapping[str, Any], error: Exception) -> WrongType:
         for part in self.schema["fields"]:
@@ -129,12 +129,8 @@ class RecordCodec:
                 schemaless_writer(BytesIO(), part["type"], datum[name])
             except Exception:
                 shown = safe_repr(datum[name])[:100]
-                return WrongType(
-                    f"{self.name}.{name}: {shown} does not fit {json.dumps(part['type'])[:100]}",
-                    record=self.name,
-                    field=name,
-                )
-        return WrongType(f"{self.name}: {error}", record=self.name)
+                return WrongType(f"{self.name}.{name}: {shown} does not fit {json.dumps(part['type'])[:100]}")
+        return WrongType(f"{self.name}: {error}")
 
     def _unreadable(self, data: bytes, error: Exception) -> CodecError:
         """Reads field by field to name the one at which the body breaks."""
@@ -147,17 +143,9 @@ class RecordCodec:
                 # Within a number fastavro raises IndexError; the last byte then says that more should follow.
                 within_number = isinstance(cause, IndexError) and source.tell() == len(data) and data[-1] & 0x80
                 if isinstance(cause, EOFError) or within_number:
-                    return TruncatedRecord(
-                        f"{self.name}.{part['name']}: the body ends here, after {len(data)} bytes",
-                        record=self.name,
-                        field=part["name"],
-                    )
-                return WrongType(
-                    f"{self.name}.{part['name']}: {type(cause).__name__}: {cause}",
-                    record=self.name,
-                    field=part["name"],
-                )
-        return CodecError(f"{self.name}: {type(error).__name__}: {error}", record=self.name)
+                    return TruncatedRecord(f"{self.name}.{part['name']}: the body ends here, after {len(data)} bytes")
+                return WrongType(f"{self.name}.{part['name']}: {type(cause).__name__}: {cause}")
+        return CodecError(f"{self.name}: {type(error).__name__}: {error}")
 
 
 Conversion = tuple[Callable[[Any], Any], Callable[[Any], Any]]
@@ -265,5 +253,5 @@ def decode_as(record_type: type[R], value: bytes | Record) -> R:
     """Decodes a record of a given type. Raises `WrongType` if it has another type."""
     record = decode(value)
     if not isinstance(record, record_type):
-        raise WrongType(f"expected {record_type.__name__}, found {type(record).__name__}", record=type(record).__name__)
+        raise WrongType(f"expected {record_type.__name__}, found {type(record).__name__}")
     return record

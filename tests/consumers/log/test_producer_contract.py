@@ -130,9 +130,8 @@ async def test_what_is_too_large_is_refused_and_the_next_goes_on(log: LogUnderTe
 async def test_what_does_not_fit_its_schema_is_refused_by_name(log: LogUnderTest) -> None:
     if log.kind == "memory":
         pytest.skip("nothing is encoded")
-    with pytest.raises(WrongType, match=r"Control\.created_at") as caught:
+    with pytest.raises(WrongType, match=r"^Control\.created_at:"):
         log.producer().send(log.topics.events, Control(kind="k", name="n", body="", created_at="soon"))
-    assert (caught.value.record, caught.value.field) == ("Control", "created_at")
 
 
 async def test_close_stores_what_was_handed_over(log: LogUnderTest) -> None:

@@ -179,9 +179,8 @@ def test_a_body_that_ends_too_early_is_named_wherever_it_ends(record_type: type[
         with pytest.raises(CodecError) as caught:
             decode(encoded[:length])
         assert isinstance(caught.value, TruncatedRecord), f"cut at {length}: {caught.value!r}"
-        assert caught.value.record == record_type.__name__
-        assert f"{record_type.__name__}.{caught.value.field}" in str(caught.value)
-        broken.append(str(caught.value.field))
+        place, _, _ = str(caught.value).partition(":")
+        broken.append(place.removeprefix(f"{record_type.__name__}."))
     assert list(dict.fromkeys(broken)) == names  # each field in turn
 
 
@@ -204,9 +203,8 @@ def test_an_unknown_fingerprint_is_shown() -> None:
 
 @by_type
 def test_bytes_behind_the_record_are_refused(record_type: type[Record]) -> None:
-    with pytest.raises(WrongType, match="3 bytes follow the record") as caught:
+    with pytest.raises(WrongType, match=f"^{record_type.__name__}: 3 bytes follow the record"):
         decode(encode(example(record_type)) + b"abc")
-    assert caught.value.record == record_type.__name__
 
 
 def test_text_that_is_not_utf8_names_its_field() -> None:
@@ -227,9 +225,8 @@ def test_a_value_of_the_wrong_type_names_its_field(record_type: type[Record]) ->
     good = example(record_type)
     for f in fields(record_type):
         broken = record_type(**{g.name: getattr(good, g.name) for g in fields(record_type)} | {f.name: object()})
-        with pytest.raises(WrongType, match=rf"{record_type.__name__}\.{f.name}") as caught:
+        with pytest.raises(WrongType, match=rf"^{record_type.__name__}\.{f.name}:"):
             encode(broken)
-        assert (caught.value.record, caught.value.field) == (record_type.__name__, f.name)
 
 
 @pytest.mark.parametrize(
@@ -259,9 +256,8 @@ def test_a_value_of_the_wrong_type_names_its_field(record_type: type[Record]) ->
 )
 def test_what_nearly_fits_is_refused_too(field: str, value: object) -> None:
     good = {f.name: getattr(example(RolloutTask), f.name) for f in fields(RolloutTask)}
-    with pytest.raises(WrongType) as caught:
+    with pytest.raises(WrongType, match=rf"^RolloutTask\.{field}:"):
         encode(RolloutTask(**good | {field: value}))
-    assert caught.value.field == field
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0, 1e300])
@@ -270,9 +266,8 @@ def test_seconds_of_another_publisher_that_never_end_are_refused(name: str, numb
     """A6: a lease that never expires would hold its partition's offset for ever."""
     good = encode(replace(cast("RolloutTask", example(RolloutTask)), **{name: 0.123}))
     broken = good.replace(struct.pack("<d", 0.123), struct.pack("<d", number))
-    with pytest.raises(WrongType, match=rf"RolloutTask\.{name}: .* is not a number of seconds above 0") as caught:
+    with pytest.raises(WrongType, match=rf"^RolloutTask\.{name}: .* is not a number of seconds above 0"):
         decode(broken)
-    assert caught.value.field == name
 
 
 @by_type
@@ -304,7 +299,7 @@ def test_garbage_behind_a_good_header_is_always_a_codec_error(record_type: type[
         record = decode(CODECS[record_type].prefix + body)
     except CodecError as caught:
         error = caught
-    assert encode(record) if error is None else error.record == record_type.__name__
+    assert encode(record) if error is None else str(error).startswith(record_type.__name__)
 
 
 @pytest.mark.parametrize("value", [0, 1, None, "False"])
