@@ -94,7 +94,7 @@ def to_rows(records: Iterable[LogRecord], marks_topic: str) -> tuple[list[Rows |
                 spans.append((record, span_body(value)))
                 continue
             if kind not in TABLES:
-                raise CodecError(f"{record.place}: {kind.__name__} is stored in no table", record=kind.__name__)
+                raise CodecError(f"{record.place}: {kind.__name__} is stored in no table")
             row = _values(kind, value)
             if kind is RolloutEnd and place[0] != marks_topic:
                 continue
