@@ -11,6 +11,7 @@ from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import LogRecord
 from millstream.schemas.wire.prefixes import share
 from millstream.schemas.wire.records import AttemptEvent, RolloutEnd, RolloutTask, Span, Triplet
+from millstream.schemas.wire.settled import end_mark, retry_mark, win_mark
 
 Dead = tuple[LogRecord, str, str]  # for the dead-letter topic: record, reason, error
 
@@ -33,6 +34,15 @@ class Decision:
     triplets: tuple[Triplet, ...] = ()
     dead: tuple[Dead, ...] = ()
     retry: Retry | None = None
+
+    @property
+    def marks(self) -> tuple[int, ...]:
+        """What is settled once it is written."""
+        if self.retry is not None:
+            return (retry_mark(self.end.rollout_id, self.retry.mark.attempt),)
+        if self.end.status == status.SUCCEEDED:
+            return end_mark(self.end.rollout_id), win_mark(self.end.attempt_id or "")
+        return (end_mark(self.end.rollout_id),)
 
 
 def success(

@@ -20,13 +20,13 @@ from typing import Final
 
 from millstream.consumers.adapter.decision import Dead, Decision, Retry, decode_spans, end_of, success, without_triplets
 from millstream.consumers.adapter.retry import BACKOFF_S, backoff_s, next_task, refusal
-from millstream.consumers.adapter.settled import SettledMarks, end_mark, marks_of, retry_mark, unpacked, win_mark
 from millstream.consumers.adapter.triplets import ToTriplets
 from millstream.schemas.errors import CodecError
 from millstream.schemas.ids import id_time_ms
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import LogRecord
 from millstream.schemas.wire.records import AttemptEvent, ErrorInfo, RolloutEnd, RolloutTask, Settled, Span
+from millstream.schemas.wire.settled import SettledMarks, end_mark, retry_mark, unpacked, win_mark
 from millstream.schemas.wire.topics import LIFETIMES
 
 ROLE: Final = "adapter"
@@ -171,7 +171,7 @@ class PartitionFold:
 
     def _ended(self, end: RolloutEnd) -> None:
         self._forget(end.rollout_id)
-        self._settle(*marks_of(Decision(end.status, end)))
+        self._settle(*Decision(end.status, end).marks)
 
     def _retried(self, mark: AttemptEvent) -> None:
         rollout = self.open.get(mark.rollout_id)

@@ -10,13 +10,13 @@ from typing import TypeVar
 
 from millstream.consumers.adapter.decision import Decision
 from millstream.consumers.adapter.settle import ROLE
-from millstream.consumers.adapter.settled import marks_of, packed
 from millstream.consumers.dead_letters import dead_letter, send_dead_letter
 from millstream.producers.log.port import TransactionalProducer
 from millstream.schemas.errors import LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.wire import status
 from millstream.schemas.wire.log import KIND_HEADER, Partition
 from millstream.schemas.wire.records import DeadLetter, Record, Settled
+from millstream.schemas.wire.settled import packed
 from millstream.schemas.wire.topics import Topics
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ class Transaction:
         marks: dict[Partition, list[int]] = {}
         refused: dict[Partition, list[int]] = {}
         for partition, _, decision in self.decisions:
-            marks.setdefault(partition, []).extend(marks_of(decision))
+            marks.setdefault(partition, []).extend(decision.marks)
             if decision.retry is None:
                 refused.setdefault(partition, []).extend(record.offset for record, _, _ in decision.dead)
         for partition, offset, _ in self.dead:

@@ -12,6 +12,7 @@ from millstream.schemas.wire.records import (
     DeadLetter,
     RolloutEnd,
     RolloutTask,
+    Settled,
     Span,
     Triplet,
     Worker,
@@ -28,6 +29,7 @@ def topics_page(topics: Topics, path: str) -> AsgiFastStream:
         topics.triplets: Triplet | RolloutEnd,
         topics.control: Control,
         topics.workers: Worker,
+        topics.settled: Settled,
         topics.dead: DeadLetter,
     }
     for topic in topics.all:

@@ -7,13 +7,13 @@ import pytest
 from factories import call, event, reward, span, task
 
 from millstream.consumers.adapter.settle import FoldPolicy, PartitionFold
-from millstream.consumers.adapter.settled import marks_of, packed
 from millstream.consumers.adapter.triplets import to_triplets
 from millstream.schemas.errors import CodecError, UnknownSchema
 from millstream.schemas.ids import id_time_ms
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.records import Settled
+from millstream.schemas.wire.settled import packed
 
 EVENTS = Partition("millstream.events", 0)
 TASK = task()
@@ -42,7 +42,7 @@ class Feeder:
         """A feeder that knows that these have been written."""
         successor = Feeder()
         for decision in decisions:
-            successor.fold.load(Settled(marks=packed(marks_of(decision))), 0, 0)
+            successor.fold.load(Settled(marks=packed(decision.marks)), 0, 0)
         return successor
 
     def end(self):

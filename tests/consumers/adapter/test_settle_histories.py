@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millstream.consumers.adapter.settle import PartitionFold
-from millstream.consumers.adapter.settled import marks_of, packed
 from millstream.consumers.adapter.triplets import to_triplets
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.records import RolloutEnd, Settled
+from millstream.schemas.wire.settled import packed
 
 ROLLOUTS = 3
 
@@ -80,7 +80,7 @@ class World:
             if decision.retry:
                 self.queue.append(decision.retry.task)
                 self.published.append(decision.retry.task)
-            self.settled.append(Settled(marks=packed(marks_of(decision))))
+            self.settled.append(Settled(marks=packed(decision.marks)))
         oldest = self.fold.oldest_open({rollout_id for rollout_id, _ in box})
         self.committed = self.position if oldest is None else min(self.position, oldest)
         for rollout_id, _ in box:

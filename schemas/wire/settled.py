@@ -13,9 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from millstream.consumers.adapter.decision import Decision
 from millstream.schemas.ids import rank
-from millstream.schemas.wire import status
 from millstream.schemas.wire.topics import LIFETIMES
 
 FROZEN: Final = 1 << 14  # marks of one sorted array; a set of as many takes 1 MiB, the array 128 KiB
@@ -31,16 +29,6 @@ def retry_mark(rollout_id: str, attempt: int) -> int:
 
 def win_mark(attempt_id: str) -> int:
     return rank("won", attempt_id)
-
-
-def marks_of(decision: Decision) -> tuple[int, ...]:
-    """The marks of a decision that has been written."""
-    if decision.retry is not None:
-        return (retry_mark(decision.retry.mark.rollout_id, decision.retry.mark.attempt),)
-    end = decision.end
-    if end.status == status.SUCCEEDED:
-        return end_mark(end.rollout_id), win_mark(end.attempt_id or "")
-    return (end_mark(end.rollout_id),)
 
 
 def packed(marks: Iterable[int]) -> bytes:

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from millstream.consumers.adapter.settle import PartitionFold
-from millstream.consumers.adapter.settled import FROZEN, SettledMarks, end_mark, packed, retry_mark, unpacked, win_mark
 from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.settled import FROZEN, SettledMarks, end_mark, packed, retry_mark, unpacked, win_mark
 
 MARKS = st.integers(0, 2**64 - 1)
 
