@@ -2,9 +2,9 @@
 
 import asyncio
 import threading
-from typing import Unpack
 
-from millstream.producers.log.port import Place, Sender
+from millstream.producers.log.port import Sender
+from millstream.schemas.wire.log import Headers
 from millstream.schemas.wire.records import Record
 
 
@@ -22,12 +22,20 @@ class Acks:
         self.sent = 0
         self.error: Exception | None = None  # the first refusal
 
-    def send(self, topic: str, value: Record | bytes, **place: Unpack[Place]) -> None:
+    def send(
+        self,
+        topic: str,
+        value: Record | bytes,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Headers | None = None,
+    ) -> None:
         """Like `Producer.send`, and raises what it raises; a record for which it raises is not counted."""
         with self._lock:
             self.sent += 1
         try:
-            self._producer.send(topic, value, on_ack=self._on_ack, **place)
+            self._producer.send(topic, value, key=key, partition=partition, headers=headers, on_ack=self._on_ack)
         except BaseException:
             with self._lock:
                 self.sent -= 1
@@ -71,10 +79,18 @@ class Acks:
                 loop.call_soon_threadsafe(_wake, waiter)
 
 
-async def send_acknowledged(producer: Sender, topic: str, value: Record | bytes, **place: Unpack[Place]) -> int:
+async def send_acknowledged(
+    producer: Sender,
+    topic: str,
+    value: Record | bytes,
+    *,
+    key: str | None = None,
+    partition: int | None = None,
+    headers: Headers | None = None,
+) -> int:
     """Sends a record and waits until it is stored; returns its offset. Raises what ``send`` raises, and `LogError`."""
     acks = Acks(producer)
-    acks.send(topic, value, **place)
+    acks.send(topic, value, key=key, partition=partition, headers=headers)
     return await acks.wait()
 
 

@@ -11,9 +11,9 @@ import itertools
 import threading
 from dataclasses import dataclass
 from functools import partial as bind
-from typing import Unpack
 
-from millstream.producers.log.port import OnAck, Place, Producer
+from millstream.producers.log.port import OnAck, Producer
+from millstream.schemas.wire.log import Headers
 from millstream.schemas.wire.records import Record
 
 
@@ -39,7 +39,7 @@ class PacedProducer:
         self._producer = producer
         self._policy = policy
         self._loop = asyncio.get_running_loop()
-        self._held: list[tuple[int, str, Record | bytes, Place]] = []
+        self._held: list[tuple[int, str, Record | bytes, str | None, int | None, Headers | None]] = []
         self._in_flight = 0
         self._due = 0.0  # when the next batch may go, by the loop's clock, unless one is in flight
         self._next: asyncio.TimerHandle | None = None
@@ -49,13 +49,22 @@ class PacedProducer:
         self._lock = threading.Lock()
         self._settled: list[tuple[int, Exception | None, int]] = []  # guarded by the lock
 
-    def send(self, topic: str, value: Record | bytes, *, on_ack: OnAck | None = None, **place: Unpack[Place]) -> None:
+    def send(
+        self,
+        topic: str,
+        value: Record | bytes,
+        *,
+        key: str | None = None,
+        partition: int | None = None,
+        headers: Headers | None = None,
+        on_ack: OnAck | None = None,
+    ) -> None:
         """Never raises: ``on_ack`` gets what `Producer.send` raises, or `TimeoutError`."""
         number, deadline = next(self._numbers), self._loop.time() + self._policy.timeout_s
         self._waiting[number] = deadline, on_ack
         if self._expiry is None:
             self._expiry = self._loop.call_at(deadline, self._expire)
-        self._held.append((number, topic, value, place))
+        self._held.append((number, topic, value, key, partition, headers))
         if self._next is None:
             self._hand_over()
 
@@ -73,11 +82,11 @@ class PacedProducer:
             return
         held, self._held = self._held, []
         self._due = now + (self._policy.pause_s if len(held) > 1 else 0.0)
-        for number, topic, value, place in held:
+        for number, topic, value, key, partition, headers in held:
             self._in_flight += 1
             settle = bind(self._on_ack, number)
             try:
-                self._producer.send(topic, value, on_ack=settle, **place)
+                self._producer.send(topic, value, key=key, partition=partition, headers=headers, on_ack=settle)
             except Exception as error:
                 settle(error, -1)
 

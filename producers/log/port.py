@@ -7,7 +7,7 @@ Implemented by `kafka.KafkaProducer` and `consumers/log/memory_producer.py`. The
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Final, Protocol, TypedDict
+from typing import Any, Final, Protocol
 
 from millstream.schemas.wire.log import Headers, Partition
 from millstream.schemas.wire.records import Record
@@ -16,14 +16,6 @@ LINGER_MS: Final = 2.0  # for throughput; a sender that awaits each acknowledgem
 
 # Called once per record, from any thread, with (None, offset) or (error, -1). Must not block and must not raise.
 OnAck = Callable[[Exception | None, int], None]
-
-
-class Place(TypedDict, total=False):
-    """Where a record goes, as the arguments of `Sender.send`; for those that pass them on."""
-
-    key: str | None
-    partition: int | None
-    headers: Headers | None
 
 
 class Sender(Protocol):
