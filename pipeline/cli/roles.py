@@ -215,7 +215,7 @@ def gateway(
     host: Annotated[str, typer.Option(help="Address to listen at. Unless loopback, set gateway_token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, help="Port to listen at; 0: any free one.")] = 8600,
 ) -> None:
-    """Serve HTTP: publish, cancel, pause, status of rollouts, OTLP spans, a page that describes the topics."""
+    """Serve HTTP: publish, cancel, pause, status of rollouts, OTLP spans, a description of the topics."""
     from millstream.pipeline.services.gateway import Gateway, check_open
     from millstream.pipeline.services.serve_asgi import listen, uvicorn_server
 

@@ -4,7 +4,7 @@
     POST /cancel {"rollout" | "group" | "experiment": id}
     POST /pause, /resume {"experiment": id}
     POST /v1/traces                                       spans by OTLP, from agents' own processes
-    GET  /rollouts/{id}, /metrics, /asyncapi, /livez, /readyz
+    GET  /rollouts/{id}, /metrics, /asyncapi.json, /livez, /readyz
 
 It keeps no state: several gateways may serve one deployment.
 """
@@ -26,12 +26,12 @@ from starlette.routing import Route
 
 from millstream.consumers.log.port import Log
 from millstream.pipeline.addresses import is_loopback
+from millstream.pipeline.services.asyncapi import asyncapi_document
 from millstream.pipeline.services.health import Health
 from millstream.pipeline.services.otlp_receiver import PATH as TRACES
 from millstream.pipeline.services.otlp_receiver import OtlpPolicy, OtlpReceiver
 from millstream.pipeline.services.rollout_status import read_rollout_status
 from millstream.pipeline.services.serve_asgi import for_this_machine, limited
-from millstream.pipeline.services.topics_page import topics_page
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
@@ -93,7 +93,7 @@ class Gateway:
         self._tasks = TaskPublisher(producer, self._topics)
         self._policy = policy
         self._status_reads = asyncio.Semaphore(policy.status_reads)
-        page = topics_page(self._topics, "/asyncapi")
+        topics = Response(asyncapi_document(self._topics), media_type="application/json")
         token = settings.gateway_token.get_secret_value()
         self.app = Starlette(
             routes=[
@@ -105,7 +105,7 @@ class Gateway:
                 Route("/rollouts/{rollout_id}", self._rollout),
                 *(Route(path, health.respond) for path in ("/livez", "/metrics")),
                 Route("/readyz", self._is_ready),
-                *(Route(path, page) for path in ("/asyncapi", "/asyncapi.json")),
+                Route("/asyncapi.json", topics),
             ],
             middleware=[Middleware(BaseHTTPMiddleware, dispatch=_gate(token))],
             exception_handlers={Refused: _refused, MillstreamError: _failed},

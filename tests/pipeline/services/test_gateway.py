@@ -154,7 +154,7 @@ async def test_probes_and_metrics(client: Client) -> None:
 
 
 @kafka
-async def test_the_page_shows_every_topic_with_its_records(client: Client) -> None:
+async def test_the_document_names_every_topic_with_its_records(client: Client) -> None:
     _, page = await client.get("/asyncapi.json")
     text = str(page["channels"])
     for topic in client.settings.topics.all:
@@ -164,8 +164,6 @@ async def test_the_page_shows_every_topic_with_its_records(client: Client) -> No
         page["components"]["schemas"]
     )
     assert "lease_s" in page["components"]["schemas"]["RolloutTask"]["properties"]
-    answered, html = await client.get("/asyncapi")
-    assert (answered, "<html" in html.lower()) == (200, True)
 
 
 @kafka

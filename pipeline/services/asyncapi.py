@@ -1,8 +1,7 @@
-"""A page that describes the topics of a deployment, as AsyncAPI."""
+"""The topics of a deployment and their records, as an AsyncAPI document."""
 
 from typing import Any
 
-from faststream.asgi import AsgiFastStream, AsyncAPIRoute
 from faststream.kafka import KafkaBroker
 from faststream.specification import AsyncAPI
 
@@ -20,8 +19,8 @@ from millstream.schemas.wire.records import (
 from millstream.schemas.wire.topics import PRIORITIES, Topics
 
 
-def topics_page(topics: Topics, path: str) -> AsgiFastStream:
-    """An ASGI application with HTML at ``path`` and JSON at ``path.json``. It never connects to Kafka."""
+def asyncapi_document(topics: Topics) -> str:
+    """JSON. FastStream's page for it would load scripts from elsewhere into an origin that may publish and cancel."""
     broker = KafkaBroker()
     holds: dict[str, Any] = {
         **dict.fromkeys(map(topics.tasks, PRIORITIES), RolloutTask),
@@ -35,5 +34,6 @@ def topics_page(topics: Topics, path: str) -> AsgiFastStream:
     for topic in topics.all:
         about = f"Key: {topic.key}. Partitions: {topic.partitions}, {topic.cleanup}. Avro single-object encoding."
         broker.publisher(topic.name, title=topic.name, description=about, schema=holds[topic.name])
-    page = AsyncAPIRoute(path, try_it_out_path=None)
-    return AsgiFastStream(broker, asyncapi_path=page, specification=AsyncAPI(title="Millstream"))
+    described = AsyncAPI(title="Millstream")
+    described.add_broker(broker)
+    return described.to_specification().to_json()
