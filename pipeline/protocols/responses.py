@@ -143,6 +143,8 @@ class ResponsesWriter:
 
     def event(self, data: Json) -> bytes:
         self._seen.event(data)
+        if not (self._started or self._seen.answer.id or data.get("choices")):  # Azure's first chunk has neither
+            return b""
         out = b"" if self._started else self._start()
         for choice in data.get("choices") or ():
             for block, piece in self._blocks.add(choice.get("delta") or {}):
