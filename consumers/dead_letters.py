@@ -8,14 +8,15 @@ from dataclasses import replace
 
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
-from millstream.producers.log.acks import send_acknowledged
+from millstream.producers.log.acks import Acks, send_acknowledged
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskPublisher
 from millstream.schemas.errors import CodecError, ConfigError, TooLarge
 from millstream.schemas.ids import new_id
+from millstream.schemas.spans.text import cut
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
-from millstream.schemas.wire.records import DeadLetter, RolloutTask
+from millstream.schemas.wire.records import DeadLetter, Record, RolloutTask
 from millstream.schemas.wire.topics import Topics
 
 logger = logging.getLogger(__name__)
@@ -28,14 +29,22 @@ def dead_letter(record: LogRecord, role: str, reason: str, error: str) -> DeadLe
         partition=record.partition.number,
         offset=record.offset,
         key=None if record.key is None else record.key.encode("utf-8", "surrogateescape"),
-        value=record.value if isinstance(record.value, bytes) else codec.encode(record.value),
+        value=_encoded(record.value),
         headers=record.headers,
         timestamp=record.timestamp,
         role=role,
         reason=reason,
-        error=error,
+        error=cut(error),
         time=time.time_ns(),
     )
+
+
+def _encoded(value: bytes | Record) -> bytes:
+    """Empty if it is a record in memory that can't be encoded: its error says why."""
+    try:
+        return value if isinstance(value, bytes) else codec.encode(value)
+    except CodecError:
+        return b""
 
 
 def send_dead_letter(send: Callable[..., None], topics: Topics, letter: DeadLetter) -> None:
@@ -45,7 +54,24 @@ def send_dead_letter(send: Callable[..., None], topics: Topics, letter: DeadLett
     try:
         send(topics.dead, letter, key=letter_key(letter), headers=headers)
     except TooLarge:
-        send(topics.dead, replace(letter, value=None, headers={}), key=letter_key(letter), headers=headers)
+        send(topics.dead, without_body(letter), key=letter_key(letter), headers=headers)
+
+
+async def write_dead_letter(producer: Producer, topics: Topics, letter: DeadLetter) -> None:
+    """Returns when the letter is stored, without its body if the brokers find that too large. Raises `LogError`."""
+    for each in (letter, without_body(letter)):
+        sending = Acks(producer)
+        send_dead_letter(sending.send, topics, each)
+        try:
+            await sending.wait()
+            return
+        except TooLarge:
+            if each.value is None:
+                raise
+
+
+def without_body(letter: DeadLetter) -> DeadLetter:
+    return replace(letter, value=None, headers={})
 
 
 def letter_key(letter: DeadLetter) -> str | None:

@@ -12,15 +12,22 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import takewhile
 
 from prometheus_client import CollectorRegistry
 
 from millstream.consumers.adapter.metrics import AdapterMetrics
 from millstream.consumers.adapter.settle import ROLE, FoldPolicy, PartitionFold
-from millstream.consumers.adapter.transaction import Oversized, Transaction, TransactionWriter
+from millstream.consumers.adapter.transaction import (
+    Budget,
+    BudgetPolicy,
+    RefusedTogether,
+    Transaction,
+    TransactionWriter,
+    Unwritable,
+)
 from millstream.consumers.adapter.triplets import ToTriplets, to_triplets
-from millstream.consumers.dead_letters import dead_letter
+from millstream.consumers.dead_letters import dead_letter, without_body
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
 from millstream.schemas.errors import CodecError, LogUnavailable, TransactionAborted
@@ -37,7 +44,7 @@ class AdapterPolicy:
     poll_records: int = 1000
     poll_s: float = 0.05
     transaction_s: float = 0.05  # between transactions: decisions are written together
-    transaction_rollouts: int = 500  # in one transaction; keeps it far below transaction.timeout.ms
+    budget: BudgetPolicy = field(default_factory=BudgetPolicy)
     offsets_s: float = 2.0  # between transactions that only move offsets
     call_s: float = 5.0  # one try of a call to the log; it is repeated
     probe_s: float = 0.5  # between watermark probes; while none succeeds, no lease expires
@@ -87,6 +94,7 @@ class Adapter:
         self._clock = clock
         self._consumer = log.transactional_consumer(f"{topics.prefix}.adapter")
         self._writer = TransactionWriter(log.transactional_producer(transactional_id), topics, policy.call_s)
+        self._budget = Budget(policy.budget)
         self._metrics = AdapterMetrics(registry or CollectorRegistry())
         self._parts: dict[Partition, _Part] = {}
         self._group: object = None
@@ -127,14 +135,17 @@ class Adapter:
         )
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Runs until ``stop``, then writes what has been decided. Raises `Fenced` if another adapter has taken this
-        one's transactional id: the process should exit and be restarted by its supervisor."""
+        """Runs until ``stop``, then writes what has been decided, while the log takes it. Raises `Fenced` if another
+        adapter has taken this one's transactional id: the process should exit and be restarted by its supervisor."""
+        self._writer.stopping = stop.is_set
         try:
             await self._writer.open()
             await self._consumer.subscribe([self._topics.events], self)
             await self._loop(stop)
             while await self._write(self._clock()):
                 pass
+        except LogUnavailable as error:  # only once it is to stop
+            logger.warning("stopped before all decisions were written; the next adapter makes them again: %s", error)
         finally:
             await self._consumer.close()
             await self._writer.close()
@@ -142,7 +153,9 @@ class Adapter:
     async def _loop(self, stop: asyncio.Event) -> None:
         last = written = probed = self._clock()
         while not stop.is_set():
-            await self._read()
+            behind = self._budget.full and self._decided(self._clock())  # first write what one transaction can't hold
+            if not behind:
+                await self._read()
             now = self._clock()
             if now - last > self.policy.stall_s:
                 self._not_before = now
@@ -154,7 +167,7 @@ class Adapter:
                 else:
                     self._not_before = self._clock()
             since = now - written
-            if since >= self.policy.offsets_s or (since >= self.policy.transaction_s and self._decided(now)):
+            if behind or since >= self.policy.offsets_s or (since >= self.policy.transaction_s and self._decided(now)):
                 written = now
                 await self._write(now)
 
@@ -257,8 +270,10 @@ class Adapter:
                 part.fold.expire(now, max(self._not_before, part.caught_up_since), time.time_ns())
 
     async def _write(self, now: float) -> bool:
-        """One transaction: decisions, dead letters and offsets. False if there was nothing to write."""
+        """One transaction: decisions, dead letters and offsets. False if there was nothing to write, or it was
+        aborted."""
         work = Transaction()
+        self._budget.begin()
         for partition, part in self._parts.items():
             if part.position is None:
                 continue
@@ -266,33 +281,54 @@ class Adapter:
                 if record.offset not in part.fold.refused:
                     part.dead[record.offset] = dead_letter(record, ROLE, reason, error)
             part.fold.unreadable.clear()
-            chosen = list(islice(part.fold.ready(now), self.policy.transaction_rollouts - len(work.decisions)))
+            chosen = list(takewhile(lambda item: self._budget.takes(item[1].size), part.fold.ready(now)))
+            dead = list(takewhile(lambda item: self._budget.takes(len(item[1].value or b"")), part.dead.items()))
             work.decisions.extend((partition, rollout_id, decision) for rollout_id, decision in chosen)
-            work.dead.extend((partition, offset, letter) for offset, letter in part.dead.items())
+            work.dead.extend((partition, offset, letter) for offset, letter in dead)
             # From here a successor has to read, to know what this adapter knows.
             oldest = part.fold.oldest_open({rollout_id for rollout_id, _ in chosen})
-            offset = part.position if oldest is None else min(part.position, oldest)
+            left = min(part.dead.keys() - {offset for offset, _ in dead}, default=part.position)
+            offset = min(part.position, left) if oldest is None else min(part.position, left, oldest)
             # Written also if it has not moved: the offset fences this member if the partition has been reassigned, and
             # makes the new owner wait for the end of this transaction.
-            if offset > part.committed or chosen or part.dead:
+            if offset > part.committed or chosen or dead:
                 work.offsets[partition] = offset
         if not work.decisions and not work.dead and not work.offsets:
             return False
+        began = self._clock()
         try:
             await self._writer.write(work, self._group)
-        except Oversized as error:
+        except Unwritable as error:
             await self._writer.abort()
-            self._parts[error.partition].fold.oversized(error.rollout_id, str(error))
+            self._reduce(error)
         except TransactionAborted as error:
             # Nothing is rewound: the decisions stay, and are sent again unless their partition is lost meanwhile.
             self._metrics.aborted()
             logger.warning("transaction aborted, its decisions are sent again: %s", error)
+            if isinstance(error, RefusedTogether):
+                self._budget.one()
+            else:
+                self._budget.halve()
             await self._writer.abort()
             await self._read()  # runs the rebalance callbacks: lost partitions go before the metadata are taken again
             self._group = self._consumer.group_metadata()
+            return False
         else:
+            self._budget.committed(self._clock() - began)
             self._written(work)
         return True
+
+    def _reduce(self, error: Unwritable) -> None:
+        """Drops what can't be written, and keeps the outcome."""
+        part = self._parts[error.partition]
+        if error.rollout_id is not None:
+            if not part.fold.unwritable(error.rollout_id, str(error)):
+                logger.error("the end of rollout %s can't be written: %s", error.rollout_id, error)
+        elif (letter := part.dead[error.offset]).value is not None:
+            part.dead[error.offset] = without_body(letter)
+        else:
+            logger.error("the dead letter of %s@%d can't be written: %s", error.partition, error.offset, error)
+            del part.dead[error.offset]
 
     def _written(self, work: Transaction) -> None:
         self._metrics.committed(work)

@@ -3,15 +3,21 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 from millstream.consumers.adapter.triplets import ToTriplets, Trace, total_reward, trained_version
 from millstream.schemas.errors import CodecError
+from millstream.schemas.import_path import error_message
 from millstream.schemas.spans import semconv
+from millstream.schemas.spans.text import LONGEST, cut
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import LogRecord
 from millstream.schemas.wire.prefixes import share
-from millstream.schemas.wire.records import AttemptEvent, RolloutEnd, RolloutTask, Span, Triplet
+from millstream.schemas.wire.records import AttemptEvent, Record, RolloutEnd, RolloutTask, Span, Triplet
 from millstream.schemas.wire.settled import end_mark, retry_mark, win_mark
+from millstream.schemas.wire.trainable import bad_reward, bad_tokens
+
+RECORD_BYTES: Final = 1000  # of a record beside its long fields
 
 Dead = tuple[LogRecord, str, str]  # for the dead-letter topic: record, reason, error
 
@@ -27,13 +33,27 @@ class Retry:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """With ``retry`` that alone is written; the rest only if the retry can't be."""
+    """With ``retry`` that alone is written; the rest only if the retry can't be.
+
+    Triplets are encoded where the decision is made: one that can't be encoded decides what becomes of its rollout."""
 
     how: str  # status of the attempt that decided
     end: RolloutEnd
     triplets: tuple[Triplet, ...] = ()
+    encoded: tuple[bytes, ...] = ()  # the triplets
     dead: tuple[Dead, ...] = ()
     retry: Retry | None = None
+    reduced: bool = False  # to what is always small: its dead letters go without their bodies
+
+    @property
+    def size(self) -> int:
+        """Bytes of its records, estimated."""
+        tasks = [record.value for record, _, _ in self.dead] if self.retry is None else [self.retry.task]
+        return RECORD_BYTES + sum(map(len, self.encoded)) + sum(map(_size, tasks))
+
+    def reduce(self, reason: str) -> "Decision":
+        """The same outcome without the records that are too large, for this ``reason``."""
+        return replace(self, end=without_triplets(self.end, reason), triplets=(), encoded=(), retry=None, reduced=True)
 
     @property
     def marks(self) -> tuple[int, ...]:
@@ -54,14 +74,19 @@ def success(
     spans, unreadable = decode_spans(records, event.attempt_id)
     counts = Counter(span.source for span in spans if span.source in semconv.COUNTED_SOURCES)
     expected = Counter({source: n for source, n in event.span_counts.items() if n})
-    try:
-        triplets = tuple(share(to_triplets(Trace(task, event.attempt_id, spans))))
-    except Exception as error:  # the user's own code; the rollout ends all the same
-        reason = f"the adapter's function failed: {type(error).__name__}: {error}"
-        return Decision(status.SUCCEEDED, replace(end, trainable=False, reason=reason), (), unreadable)
+    missing = None
     if counts != expected:
-        reason = f"spans are missing: the attempt wrote {dict(expected)}, the log holds {dict(counts)}"
-        triplets = tuple(replace(t, trainable=False, reason=reason) for t in triplets)
+        missing = f"spans are missing: the attempt wrote {dict(expected)}, the log holds {dict(counts)}"
+    try:
+        made = to_triplets(Trace(task, event.attempt_id, spans))
+        triplets = tuple(share([_checked(triplet, end, missing) for triplet in made]))
+        encoded = tuple(map(codec.encode, triplets))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # the user's own code, even sys.exit(); the rollout ends all the same
+        reason = f"the adapter's function failed: {type(error).__name__}: {error_message(error)}"
+        end = replace(end, spans=len(spans), trainable=False, reason=cut(reason))
+        return Decision(status.SUCCEEDED, end, dead=unreadable)
     trainable = any(t.trainable for t in triplets)
     return Decision(
         status.SUCCEEDED,
@@ -75,13 +100,38 @@ def success(
             reason=None if trainable or not triplets else triplets[0].reason,
         ),
         triplets,
+        encoded,
         unreadable,
     )
 
 
 def without_triplets(end: RolloutEnd, reason: str) -> RolloutEnd:
     """The end of a rollout whose triplets can't be written."""
-    return replace(end, turns=0, trainable=False, reason=reason, model_version=None)
+    return replace(end, turns=0, trainable=False, reason=cut(reason), model_version=None)
+
+
+def _checked(triplet: Triplet, end: RolloutEnd, missing: str | None) -> Triplet:
+    """The triplet, not trainable if spans are ``missing`` or its numbers can't be trained on. Raises TypeError and
+    ValueError if it is not a triplet of the attempt."""
+    if type(triplet) is not Triplet:
+        raise TypeError(f"it made a {type(triplet).__name__}, not a Triplet")
+    if (triplet.rollout_id, triplet.attempt_id) != (end.rollout_id, end.attempt_id):
+        raise ValueError(f"it made a triplet of attempt {triplet.attempt_id} of rollout {triplet.rollout_id}")
+    reason = missing
+    if triplet.reward is not None and bad_reward(triplet.reward):
+        reason = reason or f"its reward is {triplet.reward:g}"
+        triplet = replace(triplet, reward=None)
+    if triplet.trainable and reason is None:
+        reason = bad_tokens(triplet.prompt_token_ids, triplet.response_token_ids, triplet.response_logprobs)
+    if triplet.reason is not None and len(triplet.reason) > LONGEST:
+        triplet = replace(triplet, reason=cut(triplet.reason))
+    return triplet if reason is None else replace(triplet, trainable=False, reason=reason)
+
+
+def _size(value: bytes | Record) -> int:
+    if isinstance(value, RolloutTask):
+        return RECORD_BYTES + len(value.input) + len(value.state or b"") + sum(map(len, value.metadata.values()))
+    return RECORD_BYTES + (len(value) if isinstance(value, bytes) else 0)
 
 
 def decode_spans(records: Sequence[LogRecord], attempt_id: str) -> tuple[list[Span], tuple[Dead, ...]]:

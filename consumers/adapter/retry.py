@@ -24,6 +24,8 @@ BACKOFF_S: Final = {
     status.UNRESPONSIVE: (2.0, 60.0),
 }
 
+LAST_ATTEMPT: Final = (1 << 31) - 1  # its successor's number would not fit a record
+
 
 def backoff_s(base_and_cap: tuple[float, float], times: int, random: Callable[[], float]) -> float:
     """Seconds until the next attempt, after ``times`` of that kind. Exponential with full jitter: attempts that failed
@@ -36,6 +38,8 @@ def refusal(task: RolloutTask, how: str, retry_override: str | None = None) -> s
     """Why ``task``, whose attempt ended as ``how``, is not retried; None if it is.
 
     ``retry_override`` is a hook's decision, "yes" or "no", instead of ``retry_on``; the budgets still hold."""
+    if task.attempt >= LAST_ATTEMPT:
+        return "attempts_exhausted"
     if how == status.LOST:
         return None if task.lost_attempts < task.max_lost_attempts else "lost_attempts_exhausted"
     wanted = how in (task.retry_on or status.RETRIED) if retry_override is None else retry_override == "yes"

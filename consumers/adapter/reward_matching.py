@@ -1,6 +1,5 @@
 """Which call each reward belongs to: strategies, tried in turn. None of them uses a clock."""
 
-import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from millstream.consumers.adapter.calls import Call, SpanTree
 from millstream.schemas.config.triplet_rules import TripletRules
 from millstream.schemas.spans import dialects, semconv
 from millstream.schemas.wire.records import Span
+from millstream.schemas.wire.trainable import bad_reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +137,8 @@ def match(reward: Reward, calls: Candidates, strategies: Sequence[Strategy]) -> 
 
 def anomaly(reward: Reward, rules: TripletRules) -> str | None:
     """Why the reward's value is unusable, or None."""
-    if not math.isfinite(reward.value):
-        return f"reward {reward.name!r} is {reward.value}"
+    if bad_reward(reward.value):
+        return f"reward {reward.name!r} is {reward.value:g}"
     if rules.reward_range is not None:
         low, high = rules.reward_range
         if not low <= reward.value <= high:

@@ -18,11 +18,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from millstream.consumers.adapter.decision import Dead, Decision, Retry, decode_spans, end_of, success, without_triplets
+from millstream.consumers.adapter.decision import Dead, Decision, Retry, decode_spans, end_of, success
 from millstream.consumers.adapter.retry import BACKOFF_S, backoff_s, next_task, refusal
 from millstream.consumers.adapter.triplets import ToTriplets
 from millstream.schemas.errors import CodecError
 from millstream.schemas.ids import id_time_ms
+from millstream.schemas.spans.text import cut
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import LogRecord
 from millstream.schemas.wire.records import AttemptEvent, ErrorInfo, RolloutEnd, RolloutTask, Settled, Span
@@ -159,11 +160,15 @@ class PartitionFold:
         else:
             self._ended(decision.end)
 
-    def oversized(self, rollout_id: str, reason: str) -> None:
-        """The decision's task or triplets are too large: the rollout ends without them, for this ``reason``."""
+    def unwritable(self, rollout_id: str, reason: str) -> bool:
+        """The decision's task or triplets can't be written: the rollout ends without them, for this ``reason``. False
+        if that has been tried: then the end is only noted here, and not written."""
         decision = self.decided[rollout_id]
-        end = without_triplets(decision.end, reason)
-        self.decided[rollout_id] = replace(decision, end=end, triplets=(), retry=None)
+        if decision.reduced:
+            self._ended(decision.end)
+            return False
+        self.decided[rollout_id] = decision.reduce(reason)
+        return True
 
     def oldest_open(self, without: set[str]) -> int | None:
         """First offset of the oldest open rollout, those in ``without`` excepted."""
@@ -298,7 +303,7 @@ class PartitionFold:
         self.unreadable += decode_spans(rollout.spans, attempt.attempt_id)[1]
         task = attempt.task
         outcome = status.CANCELLED if how == status.CANCELLED else status.FAILED
-        reason = f"{how}: {error.message}" if error.type == LEASE else f"{how}: {error.type}: {error.message}"
+        reason = cut(f"{how}: {error.message}" if error.type == LEASE else f"{how}: {error.type}: {error.message}")
         end = replace(
             end_of(task, attempt.attempt_id, attempt.claimed, outcome, ended),
             lost_attempts=task.lost_attempts + (how == status.LOST),

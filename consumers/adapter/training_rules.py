@@ -11,11 +11,11 @@ from millstream.schemas.config.triplet_rules import TripletRules
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.blobs import is_reference
 from millstream.schemas.spans.text import parsed
+from millstream.schemas.wire.trainable import TOKEN_BYTES, bad_tokens
 
 Rule = Callable[[Call], str | None]
 """Why not to train on a call, or None. Pure."""
 
-TOKEN_BYTES: Final = 4
 ABORTED: Final = ("abort", "aborted", "cancelled", "error", "content_filter")  # finish reasons of half an answer
 
 
@@ -37,7 +37,12 @@ def selection(rules: TripletRules) -> list[Rule]:
 def validation(rules: TripletRules, own: Sequence[Rule]) -> list[Rule]:
     """Whether a call can be trained on; applied in this order. ``own``: the user's rules."""
     found: list[Rule] = [failed, aborted, marked_untrainable]
-    found += [token_ids, empty, counts] if rules.require_tokens else [empty_text]
+    if rules.require_tokens:
+        found += [token_ids, numbers, empty, counts]
+        if not rules.trust_agents:
+            found.append(source)
+    else:
+        found.append(empty_text)
     if rules.max_tokens is not None:
         found.append(too_long(rules.max_tokens))
     return [*found, *own]
@@ -77,6 +82,18 @@ def token_ids(call: Call) -> str | None:
     if span.prompt_token_ids is None or span.response_token_ids is None or span.response_logprobs is None:
         return "no token ids or no logprobs"
     return None if span.prompt_token_ids else "empty prompt"
+
+
+def numbers(call: Call) -> str | None:
+    span = call.span
+    return bad_tokens(span.prompt_token_ids, span.response_token_ids, span.response_logprobs)
+
+
+def source(call: Call) -> str | None:
+    """An agent's own span may hold any token ids; the proxy's are the model server's."""
+    if call.span.source == semconv.SOURCE_PROXY:
+        return None
+    return "its token ids come from the agent, not from the proxy; [triplets] trust_agents = true takes them"
 
 
 def empty(call: Call) -> str | None:

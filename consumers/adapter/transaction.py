@@ -10,9 +10,9 @@ from typing import TypeVar
 
 from millstream.consumers.adapter.decision import Decision
 from millstream.consumers.adapter.settle import ROLE
-from millstream.consumers.dead_letters import dead_letter, send_dead_letter
+from millstream.consumers.dead_letters import dead_letter, send_dead_letter, without_body
 from millstream.producers.log.port import TransactionalProducer
-from millstream.schemas.errors import LogUnavailable, TooLarge, TransactionAborted
+from millstream.schemas.errors import CodecError, LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.wire import status
 from millstream.schemas.wire.log import KIND_HEADER, Partition
 from millstream.schemas.wire.records import DeadLetter, Record, Settled
@@ -47,24 +47,82 @@ class Transaction:
         }
 
 
-class Oversized(Exception):
-    """A decision holds a record larger than the topics take."""
+@dataclass(frozen=True, slots=True)
+class BudgetPolicy:
+    """How much one transaction holds. The brokers end one after 10 s (`ProducerPolicy.transaction_ms`), and fence its
+    producer."""
 
-    def __init__(self, partition: Partition, rollout_id: str, error: TooLarge) -> None:
-        super().__init__(f"too_large: {error}")
+    rollouts: int = 500
+    first_bytes: int = 1 << 20  # takes a second on a link of 1 MB/s
+    most_bytes: int = 32 << 20
+    fast_s: float = 1.0  # a commit within this doubles the bytes of the next transaction
+    slow_s: float = 3.0  # one that takes longer halves them, and so does an abort
+
+
+class Budget:
+    """Bounds transactions in bytes, by how long the last ones took; at least one decision fits each."""
+
+    def __init__(self, policy: BudgetPolicy) -> None:
+        self._policy = policy
+        self.bytes = policy.first_bytes
+        self._left = 0
+        self._rollouts = 0
+        self._empty = True
+        self.full = False  # something did not fit into the last transaction
+
+    def begin(self) -> None:
+        self._left, self._rollouts, self._empty, self.full = self.bytes, self._policy.rollouts, True, False
+
+    def takes(self, size: int) -> bool:
+        """Whether ``size`` bytes more may go into the transaction; if so, they count."""
+        if not self._empty and (size > self._left or not self._rollouts):
+            self.full = True
+            return False
+        self._left, self._rollouts, self._empty = self._left - size, self._rollouts - 1, False
+        return True
+
+    def committed(self, took_s: float) -> None:
+        if took_s > self._policy.slow_s:
+            self.halve()
+        elif took_s < self._policy.fast_s:
+            self.bytes = min(2 * self.bytes, self._policy.most_bytes)
+
+    def halve(self) -> None:
+        self.bytes = max(self.bytes // 2, 1)
+
+    def one(self) -> None:
+        """The next transaction holds one decision."""
+        self.bytes = 1
+
+
+class Unwritable(Exception):
+    """A record of a decision, or a dead letter (``rollout_id`` is None), can't be written. The message is a reason for
+    the rollout's end."""
+
+    def __init__(self, partition: Partition, rollout_id: str | None, offset: int, error: Exception) -> None:
+        super().__init__(f"{'too_large' if isinstance(error, TooLarge) else 'not_encodable'}: {error}")
         self.partition = partition
         self.rollout_id = rollout_id
+        self.offset = offset  # of the dead letter's record
+
+
+class RefusedTogether(TransactionAborted):
+    """The brokers found records too large. Which decision they belong to is certain only if it is alone."""
+
+
+Owner = tuple[Partition, str | None, int]  # as the fields of `Unwritable`
 
 
 class TransactionWriter:
     """``call_s``: the time limit of one call to the log. A call is repeated while its outcome is unknown: after a
-    commit that timed out nothing else may follow."""
+    commit that timed out nothing else may follow. ``stopping``: once it is true, a call is not repeated."""
 
     def __init__(self, producer: TransactionalProducer, topics: Topics, call_s: float) -> None:
         self._producer = producer
         self._topics = topics
         self._call_s = call_s
         self._called: float | None = None
+        self.stopping: Callable[[], bool] = lambda: False
 
     @property
     def call_age_s(self) -> float:
@@ -77,7 +135,8 @@ class TransactionWriter:
         await self._call(lambda: self._producer.init_transactions(self._call_s))
 
     async def write(self, work: Transaction, group: object) -> None:
-        """Commits ``work``. Raises `TransactionAborted` and `Oversized`: call `abort` then."""
+        """Commits ``work``. Raises `TransactionAborted` and `Unwritable`: call `abort` then. `LogUnavailable`: the
+        process is to stop, and the outcome is unknown."""
         await asyncio.to_thread(self._commit, work, group)
 
     async def abort(self) -> None:
@@ -88,33 +147,49 @@ class TransactionWriter:
 
     def _commit(self, work: Transaction, group: object) -> None:
         """Runs in a thread, and polls nothing meanwhile."""
-        failed: list[Exception] = []
+        failed: list[tuple[Owner | None, Exception]] = []
 
-        def on_ack(error: Exception | None, _offset: int) -> None:
-            if error is not None:
-                failed.append(error)
+        def sender(owner: Owner | None) -> Send:
+            def on_ack(error: Exception | None, _offset: int) -> None:
+                if error is not None:
+                    failed.append((owner, error))
 
-        send = partial(self._producer.send, on_ack=on_ack)
+            return partial(self._producer.send, on_ack=on_ack)
+
         self._repeat(self._producer.begin_transaction)
         for partition, rollout_id, decision in work.decisions:
             try:
-                self._send_decision(send, partition.number, rollout_id, decision)
-            except TooLarge as error:
-                raise Oversized(partition, rollout_id, error) from error
-        for _, _, letter in work.dead:
-            send_dead_letter(send, self._topics, letter)
+                self._send_decision(sender((partition, rollout_id, -1)), partition.number, rollout_id, decision)
+            except (TooLarge, CodecError) as error:
+                raise Unwritable(partition, rollout_id, -1, error) from error
+        for partition, offset, letter in work.dead:
+            try:
+                send_dead_letter(sender((partition, None, offset)), self._topics, letter)
+            except (TooLarge, CodecError) as error:
+                raise Unwritable(partition, None, offset, error) from error
         for partition, settled in work.settled().items():
-            send(self._topics.settled, settled, partition=partition.number, headers={KIND_HEADER: b"settled"})
+            headers = {KIND_HEADER: b"settled"}
+            sender(None)(self._topics.settled, settled, partition=partition.number, headers=headers)
         # Flushed before the offsets: else outputs could land behind the watermark that a successor reads up to.
         self._repeat(lambda: self._producer.flush(self._call_s))
-        if failed:
-            raise TransactionAborted(f"{len(failed)} of its records were refused, the first: {failed[0]}")
+        self._check(work, failed)
         if work.offsets:
             self._repeat(lambda: self._producer.send_offsets(work.offsets, group, self._call_s))
         self._repeat(lambda: self._producer.commit_transaction(self._call_s))
 
+    def _check(self, work: Transaction, failed: list[tuple[Owner | None, Exception]]) -> None:
+        if not failed:
+            return
+        owner, error = next(((o, e) for o, e in failed if o and isinstance(e, TooLarge)), failed[0])
+        message = f"{len(failed)} of its records were refused, the first: {error}"
+        if owner is None or not isinstance(error, TooLarge):
+            raise TransactionAborted(message)
+        if len(work.decisions) + len(work.dead) > 1:  # a batch is refused as a whole, with what is beside the record
+            raise RefusedTogether(message)
+        raise Unwritable(*owner, error)
+
     def _send_decision(self, send: Send, number: int, rollout_id: str, decision: Decision) -> None:
-        def place(topic: str, value: Record, kind: str) -> None:
+        def place(topic: str, value: Record | bytes, kind: str) -> None:
             """On the partition of the events, named explicitly: triplets lie beside what they were made from."""
             send(topic, value, key=rollout_id, partition=number, headers={KIND_HEADER: kind.encode()})
 
@@ -122,12 +197,13 @@ class TransactionWriter:
             send(self._topics.tasks(retry.task.priority), retry.task, headers={KIND_HEADER: b"task"})
             place(self._topics.events, retry.mark, status.RETRY)
             return
-        for triplet in decision.triplets:
+        for triplet in decision.encoded:
             place(self._topics.triplets, triplet, "triplet")
         place(self._topics.triplets, decision.end, "end")
         place(self._topics.events, decision.end, "end")
         for record, reason, error in decision.dead:
-            send_dead_letter(send, self._topics, dead_letter(record, ROLE, reason, error))
+            letter = dead_letter(record, ROLE, reason, error)
+            send_dead_letter(send, self._topics, without_body(letter) if decision.reduced else letter)
 
     def _repeat(self, call: Callable[[], T]) -> T:
         while True:
@@ -135,6 +211,8 @@ class TransactionWriter:
             try:
                 return call()
             except LogUnavailable as error:
+                if self.stopping():
+                    raise
                 logger.warning("the log doesn't answer, trying again: %s", error)
             finally:
                 self._called = None

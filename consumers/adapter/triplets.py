@@ -4,7 +4,6 @@ docs/triplets.md has a picture of the steps. Each has a file: `calls` (each call
 part, which can be trained on), `reward_matching` (what they earn). This module combines them.
 """
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +27,7 @@ from millstream.schemas.import_path import load_object
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.dialects import normalised
 from millstream.schemas.wire.records import RolloutTask, Span, Triplet
+from millstream.schemas.wire.trainable import bad_reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +118,9 @@ class TripletMaker:
         left_out = self._give(rewards_of(trace.spans), Candidates([v.call for v in chosen], tree), verdicts)
         credit = credited([earned(verdict.rewards, rules) for verdict in chosen], rules)
         for verdict, reward in zip(chosen, credit, strict=True):
+            if reward is not None and bad_reward(reward):  # a sum of rewards, or a weight
+                verdict.reason = verdict.reason or f"it has earned {reward:g}"
+                continue
             verdict.reward = reward
         return Explanation(verdicts, left_out)
 
@@ -149,8 +152,8 @@ def to_triplets(trace: Trace) -> list[Triplet]:
 
 
 def total_reward(spans: Sequence[Span]) -> float | None:
-    """Sum of all finite rewards of an attempt; None without rewards."""
-    given = [span.reward for span in spans if span.reward is not None and math.isfinite(span.reward)]
+    """Sum of an attempt's rewards that can be trained on; None without any."""
+    given = [span.reward for span in spans if span.reward is not None and not bad_reward(span.reward)]
     return sum(given) if given else None
 
 

@@ -10,18 +10,17 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
-from millstream.consumers.dead_letters import dead_letter, send_dead_letter
+from millstream.consumers.dead_letters import dead_letter, write_dead_letter
 from millstream.consumers.log.port import Log
 from millstream.consumers.sink.port import Batch, Sink, Unusable
-from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
 from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.errors import CodecError, LogError, LogUnavailable, StoreError, TransactionAborted
+from millstream.schemas.errors import LogError, LogUnavailable, StoreError, TransactionAborted
 from millstream.schemas.wire.log import LogRecord, Partition
 
 logger = logging.getLogger(__name__)
@@ -285,13 +284,8 @@ class SinkRole:
             return  # the adapter reads this topic, too, and sends the dead letter
         if self._producer is None:
             self._producer = self._log.producer()
-        try:
-            letter = dead_letter(item.record, "sink", item.reason, item.error)
-        except CodecError:  # a record in memory that can't be encoded, either
-            letter = dead_letter(replace(item.record, value=b""), "sink", item.reason, item.error)
-        sending = Acks(self._producer)
-        send_dead_letter(sending.send, self._topics, letter)
-        await sending.wait()
+        letter = dead_letter(item.record, "sink", item.reason, item.error)
+        await write_dead_letter(self._producer, self._topics, letter)
         self.stats.dead_letters += 1
 
     async def _commit(self) -> None:

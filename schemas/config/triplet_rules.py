@@ -21,6 +21,9 @@ class TripletRules(BaseModel):
 
     # Validation: calls that fail are kept with the reason, but not trained on.
     require_tokens: bool = Field(default=True, description="False for algorithms that learn from text.")
+    trust_agents: bool = Field(
+        default=False, description="Train on token ids in agents' own spans, for models called without the proxy."
+    )
     max_tokens: int | None = Field(default=None, ge=1, description="Of prompt and response together.")
     max_repeats: int | None = Field(default=None, ge=1, description="How often a response may occur in an attempt.")
     rules: tuple[FunctionPath, ...] = Field(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+LONGEST: Final = 4000  # characters of a reason or an error
 _HALF_ESCAPED: Final = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps half a character
 
 
@@ -48,6 +49,12 @@ def utf8(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def cut(text: str) -> str:
+    """Valid text of at most `LONGEST` characters: an error's message may be of any length."""
+    text = utf8(text)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
 def json_text(value: Any, default: Callable[[Any], Any] | None = None) -> str:

@@ -50,6 +50,16 @@ TOKENS = ("prompt_token_ids", "response_token_ids", "response_logprobs")
 SCHEMAS = {t: codec.load_schema(t.__name__) for t in RECORD_TYPES}
 
 
+def encoded(record):
+    """As another publisher encodes it, whatever its numbers are."""
+    its = codec.CODECS[type(record)]
+    checks, its._checks = its._checks, []
+    try:
+        return codec.encode(record)
+    finally:
+        its._checks = checks
+
+
 class Fuzz:
     """Makes records: some as a role would write them, some with anything in their fields, some broken."""
 
@@ -89,7 +99,9 @@ class Fuzz:
             "attempt": 1,
             "max_attempts": choice.choice([1, 2]),
             "lost_attempts": 0,
-            "lease_s": 1e6,
+            "lease_s": 80_000.0,
+            "timeout_s": 60.0,
+            "unresponsive_s": None,
             "priority": choice.choice(["high", "normal", "low"]),
             "retry_on": (),
             "status": choice.choice([*sorted(status.TERMINAL), status.PREPARING, status.PREPARING, status.RUNNING]),
@@ -100,7 +112,7 @@ class Fuzz:
         fields |= {n: choice.randbytes(4 * choice.randrange(3) + uneven) for n in TOKENS if n in fields}
         if kind is AttemptEvent and fields["status"] == status.PREPARING and choice.random() < 0.95:
             task = self.record(RolloutTask)
-            fields |= {"rollout_id": task.rollout_id, "task": codec.encode(task)}
+            fields |= {"rollout_id": task.rollout_id, "task": encoded(task)}
         return kind(**fields)
 
     def broken(self, body):
@@ -128,7 +140,7 @@ class Fuzz:
         usual |= {topics.control: (Control,), topics.workers: (Worker,), topics.dead: (DeadLetter,)}
         kind = choice.choice(usual.get(topic, (RolloutTask,)) if choice.random() < 0.95 else RECORD_TYPES)
         record = self.record(kind)
-        body = codec.encode(record)
+        body = encoded(record)
         if choice.random() < 0.02 and self.made:
             body = choice.choice(self.made)  # once more
         self.made.append(body)

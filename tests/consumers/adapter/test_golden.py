@@ -13,8 +13,9 @@ import fastavro
 import pytest
 from factories import task
 
-from millstream.consumers.adapter.triplets import Trace, to_triplets
+from millstream.consumers.adapter.triplets import Trace, TripletMaker
 from millstream.pipeline.training.datasets import messages
+from millstream.schemas.config.triplet_rules import TripletRules
 from millstream.schemas.spans import semconv
 from millstream.schemas.wire.records import Span, SpanEvent, SpanLink
 
@@ -176,7 +177,7 @@ def test_every_recorded_trace_has_its_triplets():
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_triplets(name):
-    triplets = to_triplets(Trace(task(), "a", read(name)))
+    triplets = TripletMaker(TripletRules(trust_agents=True))(Trace(task(), "a", read(name)))
     assert [as_turn(triplet) for triplet in triplets] == GOLDEN[name]
     for turn, triplet in enumerate(triplets):
         assert triplet.turn == turn

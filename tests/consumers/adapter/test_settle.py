@@ -349,7 +349,7 @@ def test_a_task_delivered_again_during_the_backoff_is_enough(feed):
 def test_a_next_attempt_that_cannot_be_published_ends_the_rollout(feed):
     of = replace(TASK, max_attempts=3)
     feed(event(of, "a", "preparing"), event(of, "a", "failed"))
-    feed.fold.oversized(RID, "too_large: 17 MB")
+    assert feed.fold.unwritable(RID, "too_large: 17 MB")
     decision = feed.fold.decided[RID]
     assert (decision.retry, decision.end.status, decision.end.reason) == (None, "failed", "too_large: 17 MB")
     assert decision.dead[0][1] == "too_large"
