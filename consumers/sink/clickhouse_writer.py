@@ -47,7 +47,7 @@ class ClickHouseWriter:
             )
             applied = []
             if self._missing(migrations):
-                with locked(self.client, f"{self._database} in {address(self._settings)}"):
+                with locked(self.client):
                     applied = self._missing(migrations)  # another process may have been faster
                     for migration in applied:
                         self._apply(migration)

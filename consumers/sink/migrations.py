@@ -8,16 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Final, get_args
-from uuid import uuid4
 
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import DatabaseError
 
 from millstream.schemas.config.settings import RetentionTable
-from millstream.schemas.errors import StoreError
 
 LOCK: Final = "migration_lock"
-TABLE_EXISTS, NO_SUCH_TABLE = 57, 60  # ClickHouse's error codes
+TABLE_EXISTS: Final = 57  # ClickHouse's error code
 
 # The time that a table's retention counts from. Elsewhere it is the date within the rollout's id, by which the tables
 # are partitioned: whole parts are dropped then, and nothing is rewritten.
@@ -54,61 +52,42 @@ def packaged_migrations() -> list[Migration]:
 @dataclass(frozen=True, slots=True)
 class LockPolicy:
     stale_s: float = 60  # then its holder counts as dead: a migration takes milliseconds
-    wait_s: float = 120.0  # longer than that, so that a stale lock can be taken over
     poll_s: float = 0.1
 
 
 @contextmanager
-def locked(client: Client, what: str, policy: LockPolicy = LockPolicy()) -> Iterator[None]:
-    """Holds the migration lock of the client's database. Raises `StoreError` if the lock can't be had in time.
+def locked(client: Client, policy: LockPolicy = LockPolicy()) -> Iterator[None]:
+    """Lets one process at a time migrate the client's database.
 
-    The lock is a table: creating one is atomic, and a server without Keeper has no other lock. To take over a dead
-    process's lock is to rename it to a name with the dead one's id: only one of those that wait can do so, and none can
-    remove the lock that comes after.
+    The lock is a table: creating one is atomic, and a server without Keeper has no other lock. That of a dead process
+    is ignored, and dropped at the end. Several processes may do so at once: every statement may be run again.
     """
-    mine = str(uuid4())
-    waiting_until = time.monotonic() + policy.wait_s
-    stale: list[str] = []
-    while not _done(client, f"CREATE TABLE {LOCK} (held UInt8) ENGINE = Memory COMMENT '{mine}'", TABLE_EXISTS):
-        for holder, age_s in _held(client):
-            if age_s > policy.stale_s:
-                name = f"`{LOCK}_{holder}`"
-                if _done(client, f"RENAME TABLE {LOCK} TO {name}", TABLE_EXISTS, NO_SUCH_TABLE):
-                    stale.append(name)
-        if time.monotonic() > waiting_until:
-            raise StoreError(
-                f"other processes have been migrating database {what} for {policy.wait_s:g} s; if there are none, drop "
-                f"its table {LOCK}"
-            )
+    while not _taken(client) and _age_s(client) <= policy.stale_s:
         time.sleep(policy.poll_s)
     try:
         yield
     finally:
-        if mine in dict(_held(client)):  # else another process took the lock over
-            client.command(f"DROP TABLE {LOCK}")
-        for name in stale:
-            client.command(f"DROP TABLE IF EXISTS {name}")
+        client.command(f"DROP TABLE IF EXISTS {LOCK}")
 
 
-def _held(client: Client) -> list[tuple[str, int]]:
-    """Holder and age in seconds; empty if the lock is free."""
-    rows = client.query(
-        "SELECT comment, toInt64(now()) - toInt64(metadata_modification_time) FROM system.tables "
-        "WHERE database = currentDatabase() AND name = {name:String}",
-        parameters={"name": LOCK},
-    ).result_rows
-    return [(holder, age_s) for holder, age_s in rows]
-
-
-def _done(client: Client, statement: str, *lost: int) -> bool:
-    """False if another process was faster, as the error codes ``lost`` say."""
+def _taken(client: Client) -> bool:
     try:
-        client.command(statement)
+        client.command(f"CREATE TABLE {LOCK} (held UInt8) ENGINE = Memory")
     except DatabaseError as error:
-        if error.code not in lost:
+        if error.code != TABLE_EXISTS:
             raise
         return False
     return True
+
+
+def _age_s(client: Client) -> int:
+    """0 if the lock is free."""
+    rows = client.query(
+        "SELECT toInt64(now()) - toInt64(metadata_modification_time) FROM system.tables "
+        "WHERE database = currentDatabase() AND name = {name:String}",
+        parameters={"name": LOCK},
+    ).result_rows
+    return int(rows[0][0]) if rows else 0
 
 
 def apply_retention(client: Client, days: Mapping[RetentionTable, int]) -> None:
