@@ -77,6 +77,10 @@ class ControlFollower:
         found = self._latest.get(experiment_id) or self._latest.get("")
         return None if found is None else self._resources[found]
 
+    def all_latest(self) -> list[Resources]:
+        """The latest version of each experiment."""
+        return [self._resources[found] for found in self._latest.values()]
+
     def cancelled(self, task: RolloutTask) -> str | None:
         """The task's cancelled rollout, group or experiment, as text ("group g1"). None if it is not cancelled."""
         for scope, name in (

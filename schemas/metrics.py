@@ -28,6 +28,9 @@ RUNNING: Final = Metric("millstream_running", "Attempts that this runner has cla
 STARVING: Final = Metric(
     "millstream_starving_seconds", "Time for which the lag has grown although slots are free and the runner polls."
 )
+PROXY_AWAY: Final = Metric(
+    "millstream_proxy_away_seconds", "Time for which no proxy has answered this runner, which claims nothing meanwhile."
+)
 
 # Adapter: it sees the end of each rollout exactly once
 ROLLOUT_ENDS: Final = Metric("millstream_rollouts_ended", "Rollouts that have ended.", "counter", ("mode", "status"))

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from millstream.consumers.adapter.decision import Dead, Decision, Retry, decode_spans, end_of, success
-from millstream.consumers.adapter.retry import BACKOFF_S, backoff_s, next_task, refusal
+from millstream.consumers.adapter.retry import BACKOFF_S, PROXY_BACKOFF_S, backoff_s, is_outage, next_task, refusal
 from millstream.consumers.adapter.triplets import ToTriplets
 from millstream.schemas.errors import CodecError
 from millstream.schemas.ids import id_time_ms
@@ -313,11 +313,11 @@ class PartitionFold:
         if how == status.CANCELLED:
             self._decide(rollout_id, rollout, Decision(how, end))
             return
-        refused = refusal(task, how, retry_override)
+        refused = refusal(task, how, retry_override, cause=error.type)
         dead = (replace(attempt.claim, value=replace(task, state=attempt.state)), refused or TOO_LARGE, reason)
         retry = None
         if refused is None:
-            following = next_task(task, how, attempt.state)
+            following = next_task(task, how, attempt.state, cause=error.type)
             times = following.lost_attempts if how == status.LOST else task.attempt - task.lost_attempts
             mark = AttemptEvent(
                 rollout_id=rollout_id,
@@ -329,7 +329,8 @@ class PartitionFold:
                 lease_s=attempt.lease_s,
                 error=error,
             )
-            retry = Retry(following, mark, now + backoff_s(self._policy.backoff_s[how], times, self._random))
+            limits = PROXY_BACKOFF_S if is_outage(task, how, error.type) else self._policy.backoff_s[how]
+            retry = Retry(following, mark, now + backoff_s(limits, times, self._random))
         self._decide(rollout_id, rollout, Decision(how, end, dead=(dead,), retry=retry))
 
 

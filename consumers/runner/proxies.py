@@ -1,45 +1,106 @@
-"""A runner's client of the LLM proxies: chooses an attempt's proxy, creates its key, and closes it there."""
+"""A runner's client of the LLM proxies: which of them answer, an attempt's proxy, its key, and its closing there."""
 
+import asyncio
+import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import aiohttp
 
 from millstream.consumers.runner.claims import Claim
+from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.attempt_keys import attempt_key, attempt_path
-from millstream.schemas.control import LLM
+from millstream.schemas.control import LLM, Resources
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.ids import rank
+from millstream.schemas.wire import status
+
+logger = logging.getLogger(__name__)
+
+_NO_PROXY: Final = (502, 503, 504)  # of a load balancer whose proxies are away, and of a proxy that can't work
 
 
 @dataclass(frozen=True, slots=True)
 class ProxiesPolicy:
     close_s: float = 30.0  # for an attempt's last calls to end
-    avoid_s: float = 10.0  # a proxy that failed to close an attempt gets no new ones for so long
+    probe_s: float = 2.0  # an answer counts for so long; then the proxy is asked again
+    answer_s: float = 3.0  # for a proxy to answer a probe; a busy one may need one of them
 
 
 class ProxyNotClosed(MillstreamError):
-    """The proxy did not report how many calls an attempt made. The message names its address."""
+    """The proxy did not report how many calls an attempt made. The message names its address. ``cause``: the type of
+    the error that the attempt ends with."""
+
+    def __init__(self, message: str, cause: str) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class Proxies:
-    """An attempt stays with one proxy, which counts its calls."""
+    """An attempt stays with one proxy, which counts its calls. One that has not answered gets no new attempts until it
+    answers a probe."""
 
     def __init__(self, urls: Sequence[str], secret: str, policy: ProxiesPolicy = ProxiesPolicy()) -> None:
         """``urls`` are used unless an attempt's resources name others. Without any, there is no proxy."""
         self._policy = policy
         self._urls = urls
         self._secret = secret
-        self._avoided: dict[str, float] = {}  # URL → until when
+        self._answered: dict[str, float] = {}  # URL → when it answered last; none if it has not when last asked
+        self._asked: dict[str, float] = {}  # URL → when
+        self._probes: dict[str, Background] = {}
+        self._causes: dict[str, str] = {}  # URL → why it did not answer
+        self._away_since: float | None = None
+        self._known_until = 0.0  # no need to look before
         self._http: aiohttp.ClientSession | None = None
+
+    @property
+    def away_s(self) -> float:
+        """How long no proxy has answered."""
+        since = self._away_since  # read once: other threads call this
+        return 0.0 if since is None else time.monotonic() - since
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no attempt can begin; None if it can."""
+        if self._away_since is None:
+            return None
+        causes = "; ".join(f"{url}: {cause}" for url, cause in list(self._causes.items()))
+        return f"no proxy answers, so no task is claimed ({causes or 'not asked yet'}): start it, or set proxy_url"
+
+    async def available(self, resources: Iterable[Resources] = ()) -> bool:
+        """Whether new attempts may begin: some proxy answers, or there is none to ask. Returns within ``answer_s``.
+        ``resources``: the versions that new attempts may run with."""
+        now = time.monotonic()
+        if now < self._known_until and self._answered:
+            return True
+        urls = {*self._urls, *(url for each in resources for url in _endpoints(each))}
+        if not urls:
+            return True
+        for url in urls:
+            if now - max(self._answered.get(url, -math.inf), self._asked.get(url, -math.inf)) > self._policy.probe_s:
+                self._asked[url] = now
+                probe = self._probes[url] = supervisor().job(f"probe of {url}", self._probe(url))
+                probe.task.add_done_callback(lambda _, url=url: self._probes.pop(url, None))  # type: ignore[misc]
+        pending = {probe.task for probe in self._probes.values()}
+        while pending and not any(url in self._answered for url in urls):
+            _, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+        if any(url in self._answered for url in urls):
+            if self._away_since is not None:
+                logger.info("a proxy answers again after %.1f s: tasks are claimed", self.away_s)
+            self._away_since, self._known_until = None, now + self._policy.probe_s
+            return True
+        if self._away_since is None:
+            self._away_since = now
+            logger.warning("%s", self.trouble)
+        return False
 
     def choose(self, claim: Claim) -> str:
         """The attempt's proxy (rendezvous hashing over its id); empty if there is none."""
-        items = claim.resources.items.values() if claim.resources is not None else ()
-        urls = next((item.endpoints for item in items if isinstance(item, LLM) and item.endpoints), self._urls)
-        now = time.monotonic()
-        urls = [url for url in urls if self._avoided.get(url, 0.0) < now] or urls
+        urls = _endpoints(claim.resources) or self._urls
+        urls = [url for url in urls if url in self._answered] or urls
         return max(urls, key=lambda url: rank(claim.attempt_id, url), default="")
 
     def key(self, claim: Claim) -> str:
@@ -52,23 +113,59 @@ class Proxies:
 
     async def close_attempt(self, claim: Claim, url: str, key: str) -> int:
         """Ends the attempt at the proxy. Returns how many model calls it made. Idempotent. Raises `ProxyNotClosed`."""
-        if self._http is None:
-            self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._policy.close_s))
         address = url.rstrip("/") + attempt_path(claim.task.rollout_id, claim.attempt_id) + "/close"
+        headers = {"Authorization": f"Bearer {key}"}
         for last in (False, True):
+            cause = "proxy"
             try:
-                async with self._http.post(address, headers={"Authorization": f"Bearer {key}"}) as response:
+                async with self._session.post(address, headers=headers) as response:
+                    if response.status in _NO_PROXY:
+                        cause = status.PROXY_AWAY
                     if response.status != 200:
                         raise ValueError(f"{response.status} {(await response.text())[:200]}")
-                    return int((await response.json())["spans"])
+                    spans = int((await response.json())["spans"])
+                    self._answered[url] = time.monotonic()
+                    return spans
             except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-                if isinstance(error, aiohttp.ClientConnectionError) and not last:
-                    continue  # a kept-alive connection that the proxy has closed
-                self._avoided[url] = time.monotonic() + self._policy.avoid_s
-                cause = str(error) or type(error).__name__
-                raise ProxyNotClosed(f"it could not be closed at the proxy {url}: {cause}") from error
+                if isinstance(error, aiohttp.ClientConnectionError):
+                    if not last:
+                        continue  # a kept-alive connection that the proxy has closed
+                    cause = status.PROXY_AWAY
+                self._failed(url, error)
+                text = str(error) or type(error).__name__
+                raise ProxyNotClosed(f"it could not be closed at the proxy {url}: {text}", cause) from error
         raise AssertionError("unreachable")
 
     async def close(self) -> None:
+        for probe in self._probes.values():
+            probe.cancel()
         if self._http is not None:
             await self._http.close()
+
+    @property
+    def _session(self) -> aiohttp.ClientSession:
+        if self._http is None:
+            self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self._policy.close_s))
+        return self._http
+
+    async def _probe(self, url: str) -> None:
+        timeout = aiohttp.ClientTimeout(total=self._policy.answer_s)
+        try:
+            async with self._session.get(url.rstrip("/") + "/livez", timeout=timeout) as response:
+                if response.status in _NO_PROXY:
+                    raise ValueError(str(response.status))
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            self._failed(url, error)
+        else:
+            self._answered[url] = time.monotonic()
+            self._causes.pop(url, None)
+
+    def _failed(self, url: str, error: Exception) -> None:
+        self._answered.pop(url, None)
+        self._causes[url] = str(error) or type(error).__name__
+
+
+def _endpoints(resources: Resources | None) -> Sequence[str]:
+    """The proxies that a resources version names."""
+    items = resources.items.values() if resources is not None else ()
+    return next((item.endpoints for item in items if isinstance(item, LLM) and item.endpoints), ())

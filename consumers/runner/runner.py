@@ -11,6 +11,7 @@ the adapter has had them retried elsewhere.
 import asyncio
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -51,6 +52,7 @@ class RunnerPolicy:
     cancel_grace_s: float = 5.0  # between asking an agent to end and ending it
     heartbeats: int = 3  # in a lease
     report_s: float = 5.0  # between reports on the workers topic
+    alone_from: int = 2  # crashes of shared processes: a task that was in so many runs alone, and blame is certain
     claims: ClaimPolicy = field(default_factory=ClaimPolicy)
     host: HostPolicy = field(default_factory=HostPolicy)
     proxies: ProxiesPolicy = field(default_factory=ProxiesPolicy)
@@ -116,6 +118,7 @@ class Runner:
         )
         self._proxies = Proxies(settings.proxy_urls, settings.proxy_secret.get_secret_value(), policy.proxies)
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
+        self._suspects: deque[AttemptWriter] = deque()  # claimed; each waits for a process of its own
         self._changed = asyncio.Event()
         self._claims: Claims | None = None
         self._collect: Callable[[], Iterable[Metric]] = tuple
@@ -146,7 +149,7 @@ class Runner:
                     self._producer, self._topics, ROLE, self.worker_id, self.load, report_s=self._policy.report_s
                 ):
                     while not stop.is_set():
-                        await self._claim(claims)
+                        await self._claim(claims, control)
                     await self._until_idle(self._drain_s)
             finally:
                 stopping.cancel()
@@ -165,8 +168,19 @@ class Runner:
 
     @property
     def starving_s(self) -> float:
-        """How long the lag has grown although slots are free and the runner polls."""
-        return 0.0 if self._claims is None else self._claims.starvation.seconds
+        """How long the lag has grown although slots are free and the runner polls, or no agent process could be
+        started."""
+        return 0.0 if self._claims is None else max(self._claims.starvation.seconds, self._host.starving_s)
+
+    @property
+    def proxy_away_s(self) -> float:
+        """How long no proxy has answered: the runner then claims nothing."""
+        return self._proxies.away_s
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no task is claimed."""
+        return self._proxies.trouble
 
     def collect(self) -> Iterable[Metric]:
         """Prometheus' collector, from any thread: the metrics of hooks."""
@@ -195,14 +209,19 @@ class Runner:
             max_attempts=self._max_attempts,
         )
 
-    async def _claim(self, claims: Claims) -> None:
-        """Claims as many tasks as there are free slots. Waits for a task, or for a slot."""
+    async def _claim(self, claims: Claims, control: ControlFollower) -> None:
+        """Claims as many tasks as there are free slots. Waits for a task, for a slot, or for a proxy that answers."""
         if self._host.lost is not None:
             raise self._host.lost
         self._changed.clear()
         if self._running:
             await asyncio.sleep(self._policy.gather_s)
-        free = self._host.free
+        self._run_suspects()
+        free = self._host.free - len(self._suspects)
+        if free > 0 and not await self._proxies.available(control.all_latest()):
+            await claims.stay(0)
+            await asyncio.sleep(self._policy.poll_s)
+            return
         if free > 0:
             for claim in await claims.claim(free, self._policy.poll_s):
                 self._begin(claim)
@@ -220,14 +239,29 @@ class Runner:
             writer.verdict = refusal
             writer.end(refusal)
             return
-        writer.proxy_url = self._proxies.choose(claim)
-        if writer.proxy_url or self._settings.gateway_url:
-            writer.proxy_key = self._proxies.key(claim)
-        self._later(writer, "timeout", claim.task.timeout_s, self._time_out)
         self._later(writer, "beat", claim.task.lease_s / self._policy.heartbeats, self._beat)
-        if claim.task.unresponsive_s is not None:
-            self._later(writer, "silence", claim.task.unresponsive_s, self._check_silence)
-        self._host.run(writer)
+        if self._suspected(claim):
+            self._suspects.append(writer)
+            self._run_suspects()
+        else:
+            self._run(writer)
+
+    def _suspected(self, claim: Claim) -> bool:
+        return claim.task.crashes >= self._policy.alone_from
+
+    def _run_suspects(self) -> None:
+        while self._suspects and self._host.free_alone > 0:
+            self._run(self._suspects.popleft(), alone=True)
+
+    def _run(self, writer: AttemptWriter, *, alone: bool = False) -> None:
+        task = writer.claim.task
+        writer.proxy_url = self._proxies.choose(writer.claim)
+        if writer.proxy_url or self._settings.gateway_url:
+            writer.proxy_key = self._proxies.key(writer.claim)
+        self._later(writer, "timeout", task.timeout_s, self._time_out)
+        if task.unresponsive_s is not None:
+            self._later(writer, "silence", task.unresponsive_s, self._check_silence)
+        self._host.run(writer, alone=alone)
 
     def _refusal(self, claim: Claim) -> Outcome | None:
         """The outcome of a claim that can't run."""
@@ -236,7 +270,7 @@ class Runner:
         if claim.resources is None:
             message = f"resources {claim.task.resources_id} do not exist on {self._topics.control}"
             return stopped_by(status.FAILED, "resources", message)
-        if self._host.free <= 0:  # the process with the free slot has died
+        if self._host.free <= 0 and not self._suspected(claim):  # the process with the free slot has died
             return stopped_by(status.LOST, "exit", "there is no agent process left to run it")
         return None
 
@@ -279,6 +313,10 @@ class Runner:
         if writer.outcome.done() or writer.verdict is not None:
             return
         writer.verdict = verdict
+        if writer in self._suspects:
+            self._suspects.remove(writer)
+            writer.end(verdict)
+            return
         self._host.cancel(writer)
         self._later(writer, "kill", self._policy.cancel_grace_s, self._kill)
 
@@ -301,7 +339,7 @@ class Runner:
                 try:
                     proxy_spans = await self._proxies.close_attempt(writer.claim, writer.proxy_url, writer.proxy_key)
                 except ProxyNotClosed as error:
-                    outcome = stopped_by(status.LOST, "proxy", str(error))
+                    outcome = stopped_by(status.LOST, error.cause, str(error))
             final = await writer.finish(outcome, proxy_spans)
             if final.error is not None:
                 logger.warning("%s: %s, %s: %s", writer.name, final.status, final.error.type, final.error.message)
@@ -335,6 +373,8 @@ class Runner:
         for writer in self._running:
             if not writer.outcome.done() and writer.verdict is None:
                 writer.verdict = stopped_by(status.LOST, "stopped", f"runner {self.worker_id} was stopped")
+            if writer in self._suspects:
+                writer.end(Outcome(status.LOST))
         self._collect = tuple
         await self._host.close()
         await self._until_idle(self._policy.proxies.close_s)

@@ -68,7 +68,9 @@ def runner(
         health.export(metrics.SLOTS, lambda: role.load()[0])
         health.export(metrics.RUNNING, lambda: role.load()[1])
         health.export(metrics.HEARTBEAT_AGE, lambda: role.heartbeat_age_s)
+        health.export(metrics.PROXY_AWAY, lambda: role.proxy_away_s)
         health.check(metrics.STARVING, lambda: role.starving_s)
+        health.trouble = lambda: role.trouble
         health.registry.register(role)
         await role.run(stop)
 

@@ -43,6 +43,7 @@ class RolloutTask:
     max_attempts: int = 1
     lost_attempts: int = 0
     max_lost_attempts: int = 0
+    crashes: int = 0
     timeout_s: float
     lease_s: float
     unresponsive_s: float | None = None

@@ -16,6 +16,11 @@ LOST: Final = "lost"
 RETRY: Final = "retry"  # the adapter's mark: the next attempt has been published
 
 TERMINAL: Final = frozenset({SUCCEEDED, FAILED, TIMEOUT, UNRESPONSIVE, CANCELLED, LOST})
+
+# Error types of lost attempts that count in a way of their own: the proxy did not answer; the process died while it ran
+# several attempts, and which of them ended it is unknown.
+PROXY_AWAY: Final = "proxy_away"
+CRASH: Final = "crash"
 RETRIED: Final = frozenset({FAILED, TIMEOUT, UNRESPONSIVE})  # caused by the agent: `retry_on` chooses from these
 
 # None is "no event yet". A repeated status is a heartbeat.

@@ -30,6 +30,13 @@ def write_agent(folder: Path, code: str, name: str = "my_agent.py") -> Path:
     return folder
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    """Returns once the condition holds, which nothing announces."""
+    async with asyncio.timeout(WAIT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+
+
 @dataclass
 class Rig:
     """Publishes tasks and reads events."""

@@ -18,8 +18,16 @@ class AgentHost(Protocol):
         """Attempts that could begin now."""
 
     @property
+    def free_alone(self) -> int:
+        """Attempts that could begin now in a process of their own, where the host has processes."""
+
+    @property
     def lost(self) -> Exception | None:
         """Why no agent can run here any more."""
+
+    @property
+    def starving_s(self) -> float:
+        """How long no agent process has lived because none can be started."""
 
     async def start(self) -> None:
         """Raises `ConfigError` if the agent can't be imported."""
@@ -27,8 +35,8 @@ class AgentHost(Protocol):
     def collect(self) -> Iterable[Metric]:
         """Prometheus' collector, from any thread: the metrics of hooks."""
 
-    def run(self, writer: AttemptWriter) -> None:
-        """Begins an attempt; there must be a free slot."""
+    def run(self, writer: AttemptWriter, *, alone: bool = False) -> None:
+        """Begins an attempt; there must be a free slot. ``alone``: in a process of its own, where there are any."""
 
     def cancel(self, writer: AttemptWriter) -> None:
         """Asks the agent to end. Has no effect on a sync agent."""
@@ -48,6 +56,7 @@ class HostPolicy:
     pending_bytes: int = 256 << 20  # likewise, of contents not stored yet
     pending_check_s: float = 0.05  # between two looks at whether it may read again
     memory_check_s: float = 0.2  # between two looks at how much memory the processes hold
+    start_backoff_s: tuple[float, float] = (0.5, 15.0)  # first and longest wait after a process could not be started
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
 
 class AgentChild(asyncio.Protocol):
     """``place``: the name of its metrics file. ``on_death``: called once the process is dead and all it sent has been
-    read."""
+    read. ``alone``: it was started for one attempt, and takes no other."""
 
     def __init__(
         self,
@@ -43,8 +43,11 @@ class AgentChild(asyncio.Protocol):
         options: HostOptions,
         max_attempts: int | None,
         on_death: Callable[["AgentChild"], None],
+        *,
+        alone: bool = False,
     ) -> None:
         self.place = place
+        self.alone = alone
         self._config = config
         self._environment = environment
         self._options = options
@@ -65,9 +68,12 @@ class AgentChild(asyncio.Protocol):
         self._supervisor = supervisor()
 
     @property
+    def alive(self) -> bool:
+        return self._ready.done() and not self._disconnected.is_set() and not self._killed
+
+    @property
     def free(self) -> int:
-        alive = self._ready.done() and not self._disconnected.is_set() and not self._killed
-        return min(self._options.concurrency - len(self._running), self._left) if alive else 0
+        return min(self._options.concurrency - len(self._running), self._left) if self.alive else 0
 
     @property
     def retired(self) -> bool:
@@ -78,23 +84,28 @@ class AgentChild(asyncio.Protocol):
         return writer in self._running.values()
 
     async def start(self) -> None:
-        """Raises `ConfigError` if the agent can't be imported, `MillstreamError` if the process dies."""
+        """Raises `ConfigError` if the agent can't be imported, `MillstreamError` if the process dies, and `OSError` if
+        there is none: it may then be called again."""
         ours, theirs = socket.socketpair()
         with theirs:
-            # A session of its own: Ctrl-C in a terminal reaches the runner alone, and a kill reaches all processes
-            # that the agent has started. -P: our own imports must not find the user's folder.
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-P",
-                "-m",
-                "millstream.consumers.runner.hosts.process_main",
-                str(theirs.fileno()),
-                stdin=asyncio.subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=self._environment,
-                cwd=self._config.folder,
-                start_new_session=True,
-            )
+            try:
+                # A session of its own: Ctrl-C in a terminal reaches the runner alone, and a kill reaches all processes
+                # that the agent has started. -P: our own imports must not find the user's folder.
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    "-P",
+                    "-m",
+                    "millstream.consumers.runner.hosts.process_main",
+                    str(theirs.fileno()),
+                    stdin=asyncio.subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    env=self._environment,
+                    cwd=self._config.folder,
+                    start_new_session=True,
+                )
+            except OSError:
+                ours.close()
+                raise
         await asyncio.get_running_loop().create_connection(lambda: self, sock=ours)
         self._send(pack(Kind.CONFIG, head=self.place.encode(), body=json.dumps(asdict(self._config)).encode()))
         self._dead = self._supervisor.job(f"agent process {self._process.pid}", self._watch(self._process))
@@ -243,6 +254,9 @@ class AgentChild(asyncio.Protocol):
             cause = "signal" if code < 0 else "exit"
             outcome = stopped_by(status.FAILED, cause, f"the agent process {how}")
         running, self._running = self._running, {}
+        if len(running) > 1 and outcome.status == status.FAILED and outcome.error is not None:
+            message = f"{outcome.error.message}, with {len(running)} attempts in it: one of them ended it"
+            outcome = stopped_by(status.LOST, status.CRASH, message)
         for writer in running.values():
             writer.end(outcome)
         self._on_death(self)

@@ -1,11 +1,14 @@
 """Runs agents in child processes of the runner."""
 
 import asyncio
+import errno
+import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from itertools import count
 from tempfile import TemporaryDirectory
-from typing import Final
+from typing import Any, Final
 
 from prometheus_client import Metric
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -14,8 +17,15 @@ from millstream.consumers.runner.agent import AgentConfig
 from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.hosts.port import HostOptions
 from millstream.consumers.runner.hosts.process_handle import AgentChild
+from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.errors import ConfigError, MillstreamError
+from millstream.schemas.wire import status
+
+logger = logging.getLogger(__name__)
+
+# Why a process can't be started now, although it could be before: too many processes, files, or too little memory.
+TEMPORARY: Final = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 
 # The environment of every agent process; nothing else unless it is named: no settings of ours, no secrets.
 ENVIRONMENT: Final = ("PATH", "HOME", "USER", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "SSL_CERT_FILE")
@@ -39,7 +49,7 @@ def agent_environment(names: Sequence[str], environment: Mapping[str, str] | Non
 
 
 class ProcessHost:
-    """A process that dies ends its own attempts only, and is replaced.
+    """A process that dies ends its own attempts only, and is replaced. While none can be started, it is tried again.
 
     ``memory_limit``: MiB that a process may hold (its resident memory, without the processes that it starts).
     ``max_attempts``: how many attempts a process takes; it ends once they have ended.
@@ -70,18 +80,30 @@ class ProcessHost:
         self._children: list[AgentChild] = []
         self._starting: set[Background] = set()
         self._supervisor = supervisor()
+        self._alone: dict[AttemptWriter, AgentChild] = {}  # those whose process is being started
+        self._failing_since: float | None = None  # no process could be started since
         self._closing = False
 
     @property
     def free(self) -> int:
-        return sum(child.free for child in self._children)
+        alone = sum(child.alone for child in self._children)
+        return max(sum(child.free for child in self._children if not child.alone) - alone, 0)
+
+    @property
+    def free_alone(self) -> int:
+        return self._processes - sum(child.alone for child in self._children)
+
+    @property
+    def starving_s(self) -> float:
+        since = self._failing_since  # read once: other threads call this
+        return 0.0 if since is None or any(child.alive for child in tuple(self._children)) else time.monotonic() - since
 
     async def start(self) -> None:
         for _ in range(self._processes):
             self._children.append(self._child())
         if self._memory_limit is not None:
             self._memory = self._supervisor.loop("memory limit", self._watch_memory(self._memory_limit))
-        results = await asyncio.gather(*(child.start() for child in self._children), return_exceptions=True)
+        results = await asyncio.gather(*map(self._started, self._children), return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 await self.close()
@@ -93,8 +115,13 @@ class ProcessHost:
             return ()
         return MultiProcessCollector(None, self._metrics.name).collect()  # type: ignore[no-any-return, no-untyped-call]
 
-    def run(self, writer: AttemptWriter) -> None:
-        child = max(self._children, key=lambda child: child.free)
+    def run(self, writer: AttemptWriter, *, alone: bool = False) -> None:
+        if alone:
+            self._alone[writer] = child = self._child(alone=True)
+            self._children.append(child)
+            self._begin(self._start_alone(child, writer))
+            return
+        child = max((child for child in self._children if not child.alone), key=lambda child: child.free)
         child.run(writer)
         if child.retired:
             self._start_another()
@@ -107,6 +134,8 @@ class ProcessHost:
         for child in self._children:
             if child.has(writer):
                 child.kill()
+        if writer in self._alone:
+            writer.end(Outcome(status.LOST))
 
     async def close(self) -> None:
         self._closing = True
@@ -114,20 +143,23 @@ class ProcessHost:
             self._memory.cancel()
         for task in self._starting:
             task.cancel()
+        for writer in self._alone:
+            writer.end(Outcome(status.LOST))
         await asyncio.gather(*(child.close() for child in self._children))
         if self._metrics is not None:
             self._metrics.cleanup()
 
-    def _child(self) -> AgentChild:
+    def _child(self, *, alone: bool = False) -> AgentChild:
         # A metrics file that no living process uses; its successor continues counting there.
         place = next(p for p in map(str, count()) if all(p != child.place for child in self._children))
-        return AgentChild(place, self._config, self._environment, self._options, self._max_attempts, self._replace)
+        most = 1 if alone else self._max_attempts
+        return AgentChild(place, self._config, self._environment, self._options, most, self._replace, alone=alone)
 
     def _replace(self, dead: AgentChild) -> None:
         if self._closing or dead not in self._children:
             return
         self._children.remove(dead)
-        if not dead.retired:
+        if not dead.retired and not dead.alone:
             self._start_another()
 
     async def _watch_memory(self, limit: int) -> None:
@@ -139,15 +171,53 @@ class ProcessHost:
     def _start_another(self) -> None:
         child = self._child()
         self._children.append(child)
-        starting = self._supervisor.job("start of an agent process", self._start(child))
+        self._begin(self._start(child))
+
+    def _begin(self, start: Coroutine[Any, Any, None]) -> None:
+        starting = self._supervisor.job("start of an agent process", start)
         self._starting.add(starting)
         starting.task.add_done_callback(lambda _: self._starting.discard(starting))
 
     async def _start(self, child: AgentChild) -> None:
         try:
-            await child.start()
+            await self._started(child)
         except MillstreamError as error:
             if child in self._children:
                 self._children.remove(child)
             self.lost = error
         self._options.on_free()
+
+    async def _start_alone(self, child: AgentChild, writer: AttemptWriter) -> None:
+        try:
+            await self._started(child)
+            if writer.outcome.done():  # ended meanwhile
+                await child.close()
+            else:
+                child.run(writer)
+        except MillstreamError as error:  # it was killed, or the agent no longer starts, which its neighbours report
+            if child in self._children:
+                self._children.remove(child)
+            writer.end(stopped_by(status.LOST, "exit", str(error)))
+            self._options.on_free()
+        finally:
+            del self._alone[writer]
+
+    async def _started(self, child: AgentChild) -> None:
+        """Starts a process, with a backoff while the machine has no room for it. Raises what `AgentChild.start` does,
+        and `MillstreamError` instead of `OSError`."""
+        wait_s, longest_s = self._options.policy.start_backoff_s
+        while True:
+            try:
+                await child.start()
+            except OSError as error:
+                reason = f"no process can be started for agent {self._config.name}: {error}"
+                if error.errno not in TEMPORARY:
+                    raise MillstreamError(reason) from error
+                if self._failing_since is None:
+                    self._failing_since = time.monotonic()
+                logger.warning("%s; next try in %.1f s", reason, wait_s)
+                await asyncio.sleep(wait_s)
+                wait_s = min(2 * wait_s, longest_s)
+            else:
+                self._failing_since = None
+                return

@@ -23,6 +23,7 @@ class ThreadHost:
     heartbeats; sync agents run in a thread each. Spans are not encoded here."""
 
     lost: Exception | None = None
+    starving_s = 0.0
 
     def __init__(self, config: AgentConfig, options: HostOptions) -> None:
         self._config = config
@@ -38,6 +39,10 @@ class ThreadHost:
     def free(self) -> int:
         return self._options.concurrency - len(self._running)
 
+    @property
+    def free_alone(self) -> int:
+        return self.free
+
     async def start(self) -> None:
         self._attempts = open_agent(self._config, self._loop)
         self._thread = supervisor().thread("millstream-agents", self._run_loop)
@@ -45,7 +50,7 @@ class ThreadHost:
     def collect(self) -> Iterable[Metric]:
         return REGISTRY.collect()
 
-    def run(self, writer: AttemptWriter) -> None:
+    def run(self, writer: AttemptWriter, *, alone: bool = False) -> None:
         assert self._attempts is not None, "start() first"
         claim = writer.claim
         attempt = AttemptContext(

@@ -5,7 +5,7 @@ from factories import task
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.consumers.adapter.retry import BACKOFF_S, backoff_s, next_task, refusal
+from millstream.consumers.adapter.retry import BACKOFF_S, OUTAGES, backoff_s, next_task, refusal
 from millstream.schemas.wire import status
 
 
@@ -44,6 +44,26 @@ def test_the_budgets_are_kept_apart(ends, max_attempts, max_lost_attempts):
         assert (why, lost_attempts) == ("lost_attempts_exhausted", max_lost_attempts + 1)
     else:
         assert (why, failures) == ("attempts_exhausted", max_attempts)
+
+
+def test_an_attempt_lost_with_its_proxy_costs_no_budget_up_to_a_bound():
+    of = task(max_attempts=1, max_lost_attempts=2)
+    for _ in range(OUTAGES):
+        assert refusal(of, status.LOST, cause=status.PROXY_AWAY) is None
+        of = next_task(of, status.LOST, None, cause=status.PROXY_AWAY)
+    assert (of.lost_attempts, of.max_lost_attempts, of.attempt) == (OUTAGES, OUTAGES + 2, OUTAGES + 1)
+    for _ in range(2):  # the others have their own budget, which is whole; so has a proxy that never answers again
+        assert refusal(of, status.LOST, cause=status.PROXY_AWAY) is None
+        of = next_task(of, status.LOST, None, cause=status.PROXY_AWAY)
+    assert refusal(of, status.LOST, cause=status.PROXY_AWAY) == "lost_attempts_exhausted"
+    assert refusal(of, status.FAILED, cause="ValueError") == "attempts_exhausted"
+
+
+def test_crashes_of_shared_processes_are_counted():
+    of = next_task(task(max_lost_attempts=9), status.LOST, None, cause=status.CRASH)
+    of = next_task(of, status.LOST, None, cause="lease")
+    of = next_task(of, status.FAILED, None, cause=status.CRASH)
+    assert (of.crashes, of.lost_attempts) == (1, 2)
 
 
 @pytest.mark.parametrize(("priority", "to"), [("low", "low"), ("urgent", "normal")])
