@@ -123,6 +123,8 @@ def _bind(method: str, origin: _Origin, path: bytes, body: Callable[[], bytes]) 
         bound = path.startswith(base + b"/rollout/")  # by `clients`, or by an earlier send
         if bound and (attempt is None or not path.startswith(base + attempt.path.encode() + b"/")):
             return None  # its client is bound to another attempt
+        if path == base + b"/livez":  # a probe, of a runner whose agents run in its threads
+            return None
         call = b"" if bound else path[len(base) :]
     if attempt is None:
         raise OutsideRollout(
