@@ -31,7 +31,7 @@ from millstream.pipeline.addresses import free_port
 from millstream.schemas.attempt_keys import attempt_key, attempt_path
 from millstream.schemas.ids import new_id
 
-SECRET = "benchmark"
+SECRET = "benchmark" * 4
 TOKENS = 16
 AT_ONCE = (8, 32, 128)  # clients
 USUAL = 32  # of them, for the figures without a number

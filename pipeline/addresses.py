@@ -4,6 +4,7 @@ import ipaddress
 import random
 import socket
 from typing import Final
+from urllib.parse import urlsplit
 
 from millstream.schemas.errors import ConfigError
 
@@ -16,6 +17,15 @@ def is_loopback(host: str) -> bool:
     """Whether only this machine reaches that host."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def names_this_machine(host_header: str) -> bool:
+    """Whether a request's ``Host`` is a name of this machine's own: a web page may make another name resolve to
+    loopback (DNS rebinding)."""
+    try:
+        return is_loopback(urlsplit("//" + host_header).hostname or "")
     except ValueError:
         return False
 

@@ -5,6 +5,7 @@ import hmac
 import time
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import quote, unquote
 
 from millstream.schemas.errors import MillstreamError
 
@@ -35,10 +36,11 @@ def attempt_path(rollout_id: str, attempt_id: str) -> str:
 def attempt_key(
     secret: str, rollout_id: str, attempt_id: str, *, valid_s: float, resources_id: str = "", now: float | None = None
 ) -> str:
-    """The API key of an attempt: ``ms1.ISSUED.EXPIRES.RESOURCES.MAC``, where the MAC is HMAC-SHA-256 of the path and of
-    everything before it, under the deployment's proxy secret. It is valid for ``valid_s`` plus `KEY_GRACE_S`."""
+    """The API key of an attempt: ``ms1.ISSUED.EXPIRES.RESOURCES.MAC``, where RESOURCES is percent-encoded and the MAC
+    is HMAC-SHA-256 of the path and of everything before it, under the deployment's proxy secret. It is valid for
+    ``valid_s`` plus `KEY_GRACE_S`."""
     issued = time.time() if now is None else now
-    claims = f"{_MARK}.{issued:.0f}.{issued + valid_s + KEY_GRACE_S:.0f}.{resources_id}"
+    claims = f"{_MARK}.{issued:.0f}.{issued + valid_s + KEY_GRACE_S:.0f}.{quote(resources_id, safe='')}"
     return f"{claims}.{_mac(secret, rollout_id, attempt_id, claims)}"
 
 
@@ -47,10 +49,14 @@ def claims_of(secret: str, rollout_id: str, attempt_id: str, key: str, *, now: f
     claims, _, mac = key.rpartition(".")
     if not hmac.compare_digest(mac.encode(), _mac(secret, rollout_id, attempt_id, claims).encode()):
         raise BadKey(f"the API key does not belong to attempt {attempt_id}")
-    _, issued, expires, resources_id = claims.split(".")
-    if float(expires) < (time.time() if now is None else now):
+    try:
+        _, issued, expires, resources_id = claims.split(".", 3)  # an id may hold dots
+        found = Claims(int(issued), int(expires), unquote(resources_id))
+    except ValueError as error:
+        raise BadKey(f"the API key of attempt {attempt_id} is malformed") from error
+    if found.expires < (time.time() if now is None else now):
         raise BadKey(f"the API key of attempt {attempt_id} has expired")
-    return Claims(float(issued), float(expires), resources_id)
+    return found
 
 
 def _mac(secret: str, rollout_id: str, attempt_id: str, claims: str) -> str:

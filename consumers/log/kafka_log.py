@@ -22,7 +22,7 @@ from millstream.consumers.log.kafka_offsets import Watermarks
 from millstream.consumers.log.kafka_transactional import KafkaTransactionalConsumer
 from millstream.consumers.log.poll_times import OpenConsumers, PollTimes
 from millstream.consumers.log.port import Consumer, TransactionalConsumer
-from millstream.producers.log.kafka import KafkaProducer, KafkaTransactionalProducer
+from millstream.producers.log.kafka import KafkaProducer, KafkaTransactionalProducer, ProducerPolicy
 from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, raised
 from millstream.producers.log.port import LINGER_MS, Producer, TransactionalProducer
 from millstream.schemas.config.settings import Settings
@@ -48,8 +48,9 @@ class KafkaLog:
         self._watermarks = Watermarks(settings)
         self._open = OpenConsumers()
 
-    def producer(self, *, linger_ms: float = LINGER_MS) -> Producer:
-        return KafkaProducer(self._settings, linger_ms=linger_ms)
+    def producer(self, *, linger_ms: float = LINGER_MS, room_s: float | None = None) -> Producer:
+        policy = ProducerPolicy() if room_s is None else ProducerPolicy(buffer_wait_s=room_s)
+        return KafkaProducer(self._settings, linger_ms=linger_ms, policy=policy)
 
     def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
         return KafkaTransactionalProducer(self._settings, transactional_id)

@@ -24,7 +24,7 @@ class MemoryLog(MemoryStorage):
     def __init__(self, topics: Topics, *, encode: bool = False, max_record_bytes: int = 16 << 20) -> None:
         super().__init__(topics.all, encode=encode, max_record_bytes=max_record_bytes)
 
-    def producer(self, *, linger_ms: float = LINGER_MS) -> Producer:
+    def producer(self, *, linger_ms: float = LINGER_MS, room_s: float | None = None) -> Producer:
         return MemoryProducer(self)
 
     def transactional_producer(self, transactional_id: str) -> TransactionalProducer:

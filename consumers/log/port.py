@@ -85,8 +85,9 @@ class TransactionalConsumer(GroupMember, Protocol):
 class Log(Protocol):
     """A log: creates its producers and consumers."""
 
-    def producer(self, *, linger_ms: float = LINGER_MS) -> Producer:
-        """``linger_ms``: how long a record may wait for others to share its request."""
+    def producer(self, *, linger_ms: float = LINGER_MS, room_s: float | None = None) -> Producer:
+        """``linger_ms``: how long a record may wait for others to share its request. ``room_s``: how long a sender
+        waits while the buffer is full; 0 for one that sends from an event loop, a minute by default."""
 
     def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
         """``transactional_id`` is stable per replica: a restarted process fences its own predecessor."""

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.port import Log
-from millstream.pipeline.addresses import is_loopback
+from millstream.pipeline.addresses import is_loopback, names_this_machine
 from millstream.pipeline.protocols import anthropic, openai
 from millstream.pipeline.protocols.answers import Json
 from millstream.pipeline.protocols.endpoints import COUNT_TOKENS, ENDPOINTS, MALFORMED
@@ -39,6 +40,7 @@ from millstream.schemas.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
+NOT_THIS_MACHINE: Final = "without a secret the proxy answers requests to localhost only"
 ATTEMPT: Final = "/rollout/{rollout_id:[0-9A-Za-z_.-]{1,100}}/attempt/{attempt_id:[0-9A-Za-z_.-]{1,100}}"
 
 
@@ -73,7 +75,8 @@ class Proxy:
         self._recorder: Recorder
         self._calls: Calls
         self._producer: Producer
-        self.app = web.Application(client_max_size=settings.max_record_bytes)
+        gates = () if settings.proxy_secret.get_secret_value() else (_this_machine,)
+        self.app = web.Application(client_max_size=settings.max_record_bytes, middlewares=gates)
         self.app.cleanup_ctx.append(self._lifespan)
         self.app.add_routes(
             [
@@ -94,7 +97,7 @@ class Proxy:
         return self._recorder.unrecorded
 
     async def _lifespan(self, _app: web.Application) -> AsyncIterator[None]:
-        self._producer = self._log.producer(linger_ms=PacePolicy().linger_ms)
+        self._producer = self._log.producer(linger_ms=PacePolicy().linger_ms, room_s=0.0)  # never waits on the loop
         blobs = Blobs(self._settings.blob_url)
         self._recorder = Recorder(self._producer, self._settings.topics, blobs, self._policy.record_s)
         cache = AnswerCache(self._settings.cache_ttl_s, self._policy.cache_bytes)
@@ -222,6 +225,14 @@ def check_open(settings: Settings, host: str) -> None:
 def _model(name: str) -> Json:
     shared = {"id": name, "object": "model", "created": 0, "owned_by": "millstream"}
     return {**shared, "type": "model", "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
+
+
+@web.middleware
+async def _this_machine(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Without a secret anybody can make a key: only programs of this machine may ask, and no web page may."""
+    if not names_this_machine(request.headers.get("Host", "")):
+        return web.json_response(openai.error_body(NOT_THIS_MACHINE, 403), status=403)
+    return await handler(request)
 
 
 async def _alive(_request: web.Request) -> web.Response:

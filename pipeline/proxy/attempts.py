@@ -2,6 +2,7 @@
 
 import asyncio
 import hmac
+import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,42 +17,56 @@ from millstream.schemas.config.upstreams import Limits
 class AttemptPolicy:
     """How long attempts are remembered, and how exact clocks are."""
 
-    kept_s: float = 3600.0  # after its last call; longer than a call of it can be under way
+    kept_s: float = 3600.0  # after its last call, even if its key has expired: it may be closed late
     skew_s: float = 5.0  # by which a runner's clock may be behind this one's
 
 
 @dataclass(slots=True)
+class Load:
+    """Calls under way. An object of its own, so that any thread may read it."""
+
+    calls: int = 0
+
+
+@dataclass(slots=True)
 class ProxiedAttempt:
-    """One attempt, as this proxy knows it."""
+    """One attempt, as this proxy knows it. Times are monotonic, in seconds."""
 
     rollout_id: str
     attempt_id: str
     key: bytes  # the last one that was accepted
-    expires: float  # s since the epoch
+    expires: float
     issued: float
+    load: Load
     resources_id: str = ""
     limiter: Limiter | None = None
     spans: int = 0
     in_flight: int = 0
     closed: bool = False
-    touched: float = 0.0  # monotonic, s
+    touched: float = 0.0
     drained: asyncio.Event = field(default_factory=asyncio.Event)
 
     def enter(self) -> None:
         """A call begins."""
         self.in_flight += 1
+        self.load.calls += 1
         self.drained.clear()
 
     def leave(self) -> None:
         """A call has ended and is recorded."""
         self.in_flight -= 1
+        self.load.calls -= 1
         self.touched = time.monotonic()
         if not self.in_flight:
             self.drained.set()
 
 
 class Attempts:
-    """Those that called within the last hour. ``shared_key`` is accepted for every attempt, unless it is empty."""
+    """Those whose key is valid, or that called within the last hour. ``shared_key`` is accepted for every attempt,
+    unless it is empty.
+
+    Keys hold times of a runner's clock (``clock``, s since the epoch). They are converted when a key is first seen;
+    from then on ``monotonic`` counts, so that a clock which is put forward or back changes nothing."""
 
     def __init__(
         self,
@@ -61,52 +76,66 @@ class Attempts:
         limits: Limits | None = None,
         policy: AttemptPolicy = AttemptPolicy(),
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._secret = secret
         self._shared_key = shared_key.encode()
         self._limits = limits or Limits()
         self._policy = policy
         self._clock = clock
-        self._started = clock()
-        self._known: OrderedDict[str, ProxiedAttempt] = OrderedDict()  # least recently used first
+        self._monotonic = monotonic
+        self._started = monotonic()
+        self._known: OrderedDict[str, ProxiedAttempt] = OrderedDict()
+        self._load = Load()
 
     @property
     def in_flight(self) -> int:
-        return sum(attempt.in_flight for attempt in self._known.values())
+        """Any thread may ask."""
+        return self._load.calls
+
+    def __len__(self) -> int:
+        return len(self._known)
 
     def authorised(self, rollout_id: str, attempt_id: str, key: str) -> ProxiedAttempt:
         """Raises `BadKey`."""
+        now = self._monotonic()
         attempt = self._known.get(attempt_id)
         if attempt is None or attempt.rollout_id != rollout_id:
-            attempt = self._new(rollout_id, attempt_id, key)
+            attempt = self._new(rollout_id, attempt_id, key, now)
             self._known[attempt_id] = attempt
-        elif not hmac.compare_digest(key.encode(), attempt.key) or attempt.expires < self._clock():
-            other = self._new(rollout_id, attempt_id, key)
+        elif not hmac.compare_digest(key.encode(), attempt.key) or attempt.expires < now:
+            other = self._new(rollout_id, attempt_id, key, now)
             attempt.key, attempt.expires = other.key, other.expires
-        attempt.touched = time.monotonic()
-        self._known.move_to_end(attempt_id)
-        self._forget_old()
+        attempt.touched = now
+        self._forget_old(now)
         return attempt
 
     def may_have_lost_calls(self, attempt: ProxiedAttempt) -> bool:
         """Whether it began before this proxy did, so that another process may have counted calls of it."""
         return attempt.issued < self._started - self._policy.skew_s
 
-    def _new(self, rollout_id: str, attempt_id: str, key: str) -> ProxiedAttempt:
+    def _new(self, rollout_id: str, attempt_id: str, key: str, now: float) -> ProxiedAttempt:
         limiter = Limiter(f"attempt {attempt_id}", self._limits) if limited(self._limits) else None
         if self._shared_key and hmac.compare_digest(key.encode(), self._shared_key):
-            return ProxiedAttempt(rollout_id, attempt_id, key.encode(), float("inf"), self._clock(), limiter=limiter)
+            return ProxiedAttempt(rollout_id, attempt_id, key.encode(), math.inf, now, self._load, limiter=limiter)
         if not key:
             raise BadKey(f"no API key was given; that of attempt {attempt_id} is needed")
-        claims = claims_of(self._secret, rollout_id, attempt_id, key, now=self._clock())
+        clock = self._clock()
+        claims = claims_of(self._secret, rollout_id, attempt_id, key, now=clock)
+        expires, issued = now + claims.expires - clock, now + claims.issued - clock
         return ProxiedAttempt(
-            rollout_id, attempt_id, key.encode(), claims.expires, claims.issued, claims.resources_id, limiter
+            rollout_id, attempt_id, key.encode(), expires, issued, self._load, claims.resources_id, limiter
         )
 
-    def _forget_old(self) -> None:
-        horizon = time.monotonic() - self._policy.kept_s
-        while self._known:
-            oldest = next(iter(self._known.values()))
-            if oldest.in_flight or oldest.touched > horizon:
+    def _forget_old(self, now: float) -> None:
+        """Looks at two attempts in turn, which keeps pace with those that come. As long as a key is valid, its attempt
+        stays closed, counted and limited."""
+        for _ in range(2):
+            attempt_id, attempt = next(iter(self._known.items()))
+            valid = attempt.expires > now and attempt.expires < math.inf
+            if attempt.in_flight or valid or attempt.touched > now - self._policy.kept_s:
+                self._known.move_to_end(attempt_id)
+            else:
+                del self._known[attempt_id]
+            if not self._known:
                 return
-            del self._known[oldest.attempt_id]

@@ -35,6 +35,7 @@ from millstream.pipeline.proxy.upstreams.targets import Target, Targets
 
 logger = logging.getLogger(__name__)
 
+RETRY_S: Final = 5  # a broker that restarts is back within some seconds
 ANTHROPIC_VERSION: Final = "2023-06-01"
 # What is passed on of a client's headers, and of a server's.
 _REQUEST_HEADERS: Final = ("anthropic-version", "anthropic-beta", "openai-beta")
@@ -99,6 +100,8 @@ class Calls:
     ) -> web.StreamResponse:
         """Answers the client. ``asked`` is the request's body, parsed. Raises `CallError` if nothing has been sent and
         there is no answer."""
+        if self._recorder.full:
+            raise _busy("the call could not be recorded: the log has taken no records for a while")
         call = self._chosen(request, attempt, endpoint, body, asked)
         attempt.enter()
         try:
@@ -313,7 +316,7 @@ class Calls:
         except NotRecorded as error:
             if error.too_large:
                 raise CallError(413, f"too_large: {error}") from error
-            raise CallError(503, f"the call could not be recorded: {error}") from error
+            raise _busy(f"the call could not be recorded: {error}") from error
 
     # --- End the answer
 
@@ -372,6 +375,10 @@ class Calls:
         except ConnectionError as error:
             logger.debug("a client left before the end of its stream: %s", error)
         return call.response
+
+
+def _busy(message: str) -> CallError:
+    return CallError(503, message, {"Retry-After": str(RETRY_S)})
 
 
 def _relay(made: Plan, target: Target) -> Relay:

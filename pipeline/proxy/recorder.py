@@ -38,6 +38,11 @@ class Recorder:
         self._supervisor = supervisor()
         self.unrecorded = 0
 
+    @property
+    def full(self) -> bool:
+        """No further call can be recorded at present: the log has taken nothing for so long that its buffer is full."""
+        return self._producer.full
+
     async def record(self, attempt: ProxiedAttempt, facts: CallFacts, answer: Answer, response_id: str) -> None:
         """Returns when the log has the call. Raises `NotRecorded`."""
         attempt.spans += 1

@@ -4,13 +4,12 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.requests import Request
 from starlette.types import Message
 
-from millstream.pipeline.addresses import is_loopback
+from millstream.pipeline.addresses import names_this_machine
 from millstream.producers.supervisor import supervisor
 from millstream.schemas.errors import ConfigError
 
@@ -19,8 +18,8 @@ KEEP_ALIVE_S: Final = 30  # of an idle connection, as ClickHouse: clients that a
 
 
 def for_this_machine(request: Request) -> bool:
-    """Whether it was sent to a name of this machine's own: a web page may make another name resolve to loopback."""
-    return is_loopback(urlsplit("//" + request.headers.get("host", "")).hostname or "")
+    """Whether it was sent to a name of this machine's own."""
+    return names_this_machine(request.headers.get("host", ""))
 
 
 def limited(request: Request, limit: int, refusal: Exception) -> Request:

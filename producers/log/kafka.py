@@ -118,7 +118,7 @@ class KafkaProducer:
                 self._client.produce(topic, body, key, partition, headers=fields, on_delivery=on_delivery)
                 return
             except BufferError:
-                if time.monotonic() > deadline:
+                if time.monotonic() >= deadline:
                     raise BufferFull(
                         f"{topic}: the buffer ({self._policy.buffer_records:,} records) has been full for "
                         f"{self._policy.buffer_wait_s:.0f} s; "

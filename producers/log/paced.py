@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial as bind
 
 from millstream.producers.log.port import OnAck, Producer
+from millstream.schemas.errors import BufferFull
 from millstream.schemas.wire.log import Headers
 from millstream.schemas.wire.records import Record
 
@@ -48,6 +49,7 @@ class PacedProducer:
         self._expiry: asyncio.TimerHandle | None = None  # one timer for all: a timer per record costs more
         self._lock = threading.Lock()
         self._settled: list[tuple[int, Exception | None, int]] = []  # guarded by the lock
+        self.full = False  # the producer has refused a record for want of room, and none has left it since
 
     def send(
         self,
@@ -103,6 +105,7 @@ class PacedProducer:
             settled, self._settled = self._settled, []
         self._in_flight -= len(settled)
         for number, error, offset in settled:
+            self.full = isinstance(error, BufferFull)
             self._report(number, error, offset)
         if not self._in_flight:
             self._hand_over()

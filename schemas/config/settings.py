@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -23,6 +23,7 @@ from millstream.schemas.spans.blobs import DEFAULT_URL
 from millstream.schemas.wire.records import LONGEST_ATTEMPT_S, LONGEST_LEASE_S
 from millstream.schemas.wire.topics import Topics
 
+SECRET_BYTES = 32  # of proxy_secret: with it the key of any attempt can be made
 ENV_PREFIX = "MILLSTREAM_"
 CONFIG_VARIABLE = "MILLSTREAM_CONFIG"  # path of the TOML file; not a setting itself
 DEFAULT_CONFIG = "millstream.toml"
@@ -113,6 +114,13 @@ class Settings(BaseSettings):
     # The gateway
     gateway_token: SecretStr = Field(SecretStr(""), description="Bearer token that the gateway asks for.")
     gateway_url: str = Field("", description="Where agents' own processes send spans by OTLP; empty: nowhere.")
+
+    @field_validator("proxy_secret")
+    @classmethod
+    def _strong(cls, secret: SecretStr) -> SecretStr:
+        if 0 < len(secret.get_secret_value().encode()) < SECRET_BYTES:
+            raise ValueError(f"give it {SECRET_BYTES} bytes or more, for example from `openssl rand -hex 32`")
+        return secret
 
     @property
     def proxy_urls(self) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from millstream.schemas.config.settings import load_settings
 from millstream.schemas.ids import new_id
 
 ROOT = Path(__file__).parents[2]
-SECRET = "storm"
+SECRET = "storm" * 7
 HUNG_S = 60.0  # a call that takes longer hangs
 TEXTLESS = range(37, 41)  # versions whose tokens would have no text
 console = Console()

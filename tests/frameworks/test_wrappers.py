@@ -37,7 +37,7 @@ def agent(task: Any) -> None:
 @asynccontextmanager
 async def traced() -> AsyncIterator[tuple[ms.Tracer, str]]:
     """A tracer, and the address of the proxy that its calls go through."""
-    settings = settings_for_tests(proxy_secret="secret")
+    settings = settings_for_tests(proxy_secret="secret" * 6)
     log = MemoryLog(settings.topics)
     async with AsyncExitStack() as stack:
         model_url = await stack.enter_async_context(serve(model_server.app(), ANYWHERE))

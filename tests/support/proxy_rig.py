@@ -21,7 +21,7 @@ from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import Span
 
-SECRET = "s3cret"
+SECRET = "s3cret" * 6
 DEFAULT_POLICY = ProxyPolicy()
 ANYWHERE = "http://127.0.0.1:0"
 

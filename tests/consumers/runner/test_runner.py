@@ -454,7 +454,7 @@ async def test_an_attempt_is_closed_at_its_proxy_and_both_counts_are_written() -
         return web.json_response({"spans": 5})
 
     async with proxy(answer) as url:
-        settings = settings_for_tests(proxy_url=url, proxy_secret=SecretStr("s"))
+        settings = settings_for_tests(proxy_url=url, proxy_secret=SecretStr("s" * 32))
         async with running(lambda question: None, settings=settings) as rig:
             await rig.publish([1])
             (one,) = (await rig.ends(1)).values()

@@ -20,7 +20,7 @@ from millstream.schemas.spans import semconv
 from millstream.schemas.wire.topics import Topics
 
 ASKED = {"model": "policy", "messages": [{"role": "user", "content": "say one two three"}]}
-SECRET = "s3cret"
+SECRET = "s3cret" * 6
 
 
 async def test_a_call_is_answered_and_recorded_token_by_token(rig):

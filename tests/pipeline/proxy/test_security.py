@@ -5,6 +5,7 @@ import gzip
 import json
 import logging
 import socket
+import threading
 
 import aiohttp
 import openai
@@ -13,12 +14,15 @@ from policy_server import Fault
 from proxy_rig import ANYWHERE, SECRET, Rig, rig_of
 
 from millstream.pipeline.proxy.app import ProxyPolicy, check_open
+from millstream.pipeline.proxy.attempts import Attempts
 from millstream.pipeline.proxy.upstreams.replicas import ReplicaPolicy
 from millstream.pipeline.services.serve_aiohttp import serve
-from millstream.schemas.attempt_keys import KEY_GRACE_S, attempt_key, attempt_path
+from millstream.schemas.attempt_keys import KEY_GRACE_S, BadKey, attempt_key, attempt_path, claims_of
 from millstream.schemas.config.settings import load_settings
+from millstream.schemas.config.upstreams import Limits
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
+from millstream.schemas.spans import semconv
 from millstream.schemas.wire import codec
 
 ASKED = {"model": "policy", "messages": [{"role": "user", "content": "say one two three"}]}
@@ -177,6 +181,7 @@ async def test_only_the_attempts_own_key_is_accepted(rig):
 async def test_an_accepted_key_expires(rig):
     now = expires = float(rig.key.split(".")[1]) + 60.0 + KEY_GRACE_S
     rig.proxy._attempts._clock = lambda: now
+    rig.proxy._attempts._monotonic = lambda: now
     now = expires - 1  # an attempt that ends late can still call
     await rig.client.chat.completions.create(**ASKED)
     now = expires + 1
@@ -197,9 +202,154 @@ async def test_a_shared_key_is_accepted_for_every_attempt():
         await rig.client.chat.completions.create(**ASKED)  # an attempt's own goes on to fit
 
 
+async def test_without_a_secret_only_names_of_this_machine_are_answered():
+    """Entry F4: a web page can make its own name resolve to loopback, but not send another name."""
+    async with rig_of(proxy_secret="") as rig:
+        rig.key = attempt_key("", rig.rollout, rig.attempt, valid_s=60.0)  # anybody can make it
+        target = rig.base.removeprefix(rig.url)
+        for host, expected in {
+            "127.0.0.1:8400": 200,
+            "localhost": 200,
+            "LOCALHOST:1": 200,
+            "[::1]:8400": 200,
+            "evil.example": 403,
+            "evil.example:8400": 403,
+            "127.0.0.1.evil.example": 403,
+            "localhost@evil.example": 403,
+            "[::1": 403,
+            "": 403,
+        }.items():
+            for request in (post(rig, target + CHAT), head(rig, target + "/v1/models", method="GET")):
+                status, answer = await raw(rig, request.replace(b"Host: x", f"Host: {host}".encode()))
+                assert status == expected or (status == 400 and expected == 403), (host, answer)
+    async with rig_of() as rig:  # with a secret any name will do: the key decides
+        assert (await raw(rig, post(rig, rig.base.removeprefix(rig.url) + CHAT)))[0] == 200
+
+
+@pytest.mark.parametrize("resources_id", ["v1.2", "a.b.c.d", "ü", "a b/c%2e", "x" * 200])
+async def test_any_id_of_resources_fits_into_a_key(rig, resources_id):
+    """Entry F8: with a dot in it every call failed with 500."""
+    key = attempt_key(SECRET, rig.rollout, rig.attempt, valid_s=60.0, resources_id=resources_id)
+    assert claims_of(SECRET, rig.rollout, rig.attempt, key).resources_id == resources_id
+    await rig.client.with_options(api_key=key).chat.completions.create(**ASKED)
+    assert (await rig.span()).attributes[semconv.RESOURCES_ID] == resources_id
+
+
+async def test_a_body_under_way_when_its_attempt_is_closed_is_not_asked(rig, monkeypatch):
+    """Entry F5: its span would come behind the count."""
+    reading, body = asyncio.Event(), rig.proxy._body
+
+    async def reads(request):
+        reading.set()
+        return await body(request)
+
+    monkeypatch.setattr(rig.proxy, "_body", reads)
+    reader, writer = await asyncio.open_connection(*rig.url.removeprefix("http://").split(":"))
+    request = post(rig, rig.base.removeprefix(rig.url) + CHAT)
+    writer.write(request[:-10])
+    await reading.wait()
+    assert await rig.close_attempt() == (200, {"spans": 0})
+    writer.write(request[-10:])
+    async with asyncio.timeout(5):
+        assert b" 410 " in await reader.readline()
+    writer.close()
+    assert rig.model.requests == []
+    assert await rig.spans() == []
+
+
+async def test_a_wrong_key_is_refused_before_the_body_is_read(rig):
+    reader, writer = await asyncio.open_connection(*rig.url.removeprefix("http://").split(":"))
+    request = post(rig, rig.base.removeprefix(rig.url) + CHAT).replace(rig.key.encode(), b"wrong")
+    writer.write(request[: -len(BODY)])  # and none of its body
+    async with asyncio.timeout(5):
+        assert b" 401 " in await reader.readline()
+    writer.close()
+
+
+class Clocks:
+    """A wall clock and a monotonic one, which a test moves."""
+
+    def __init__(self):
+        self.wall, self.monotonic = 1_000_000.0, 50.0
+
+    def passes(self, seconds):
+        self.wall += seconds
+        self.monotonic += seconds
+
+    def attempts(self, **options):
+        return Attempts(SECRET, clock=lambda: self.wall, monotonic=lambda: self.monotonic, **options)
+
+    def key(self, valid_s=600.0):
+        return attempt_key(SECRET, "r", "a", valid_s=valid_s, now=self.wall)
+
+
+@pytest.mark.parametrize("change", [-3600.0, -86_400.0, 3600.0])
+async def test_a_wall_clock_that_jumps_changes_nothing(change):
+    """Entry B5: after an hour back, no attempt of the next hour could be closed, and each was lost."""
+    clocks = Clocks()
+    attempts = clocks.attempts()
+    clocks.passes(100)
+    before = clocks.key()
+    assert not attempts.may_have_lost_calls(attempts.authorised("r", "a", before))
+    clocks.passes(10)
+    clocks.wall += change
+    attempt = attempts.authorised("r", "a", before)  # its key does not expire early
+    assert not attempts.may_have_lost_calls(attempt)
+    clocks.passes(10)
+    attempts = clocks.attempts()  # a new process, from now on
+    clocks.passes(1)
+    assert not attempts.may_have_lost_calls(attempts.authorised("r", "a", clocks.key()))
+    late = clocks.key()
+    clocks.passes(600)
+    attempts = clocks.attempts()
+    assert attempts.may_have_lost_calls(attempts.authorised("r", "a", late))  # older than the process
+
+
+async def test_closed_holds_as_long_as_the_key():
+    """Entry F5: it held for an hour."""
+    clocks = Clocks()
+    attempts = clocks.attempts(limits=Limits(requests_per_minute=1))
+    key = clocks.key(valid_s=6 * 3600)
+    closed = attempts.authorised("r", "a", key)
+    closed.closed, closed.spans = True, 7
+    for _ in range(5):
+        clocks.passes(3700)
+        for n in range(10):
+            attempts.authorised("r", f"b{n}", attempt_key(SECRET, "r", f"b{n}", valid_s=60, now=clocks.wall))
+        assert attempts.authorised("r", "a", key) is closed
+        assert len(attempts) <= 21  # and those that are over are forgotten
+    clocks.passes(2 * 3600 + 4000)
+    for n in range(30):
+        attempts.authorised("r", f"c{n}", attempt_key(SECRET, "r", f"c{n}", valid_s=60, now=clocks.wall))
+    with pytest.raises(BadKey, match="expired"):
+        attempts.authorised("r", "a", key)
+
+
+def test_the_number_of_calls_can_be_read_from_any_thread_under_load():
+    """Entry F8: /metrics failed, because a dictionary changed while it was summed up."""
+    attempts, over, errors = Clocks().attempts(), threading.Event(), []
+
+    def scrape():
+        while not over.is_set():
+            try:
+                assert attempts.in_flight >= 0
+            except Exception as error:
+                errors.append(error)
+                return
+
+    scraping = threading.Thread(target=scrape)
+    scraping.start()
+    for n in range(20_000):
+        attempts.authorised("r", f"a{n}", attempt_key(SECRET, "r", f"a{n}", valid_s=60, now=1_000_000.0)).enter()
+    over.set()
+    scraping.join()
+    assert errors == []
+    assert attempts.in_flight == 20_000
+
+
 def test_a_proxy_without_a_secret_serves_this_machine_only():
     check_open(load_settings(), "127.0.0.1")
-    check_open(load_settings(proxy_secret="s"), "0.0.0.0")
+    check_open(load_settings(proxy_secret="s" * 32), "0.0.0.0")
     with pytest.raises(ConfigError, match="MILLSTREAM_PROXY_SECRET"):
         check_open(load_settings(), "0.0.0.0")
 

@@ -103,7 +103,7 @@ async def test_what_an_agents_own_process_exports_becomes_triplets_with_its_rewa
     served = web.Application()
     served.add_routes([web.post("/v1/chat/completions", model)])
     async with AsyncExitStack() as stack:
-        client = await stack.enter_async_context(serving(kafka_settings(proxy_secret="secret", gateway_token="t")))
+        client = await stack.enter_async_context(serving(kafka_settings(proxy_secret="secret" * 6, gateway_token="t")))
         model_url = await stack.enter_async_context(serve(served, ANYWHERE))
         proxy = Proxy(client.log, client.settings.model_copy(update={"model_url": model_url}))
         urls = {"gateway_url": client.url, "proxy_url": await stack.enter_async_context(serve(proxy.app, ANYWHERE))}
@@ -152,7 +152,7 @@ def bearer(of: Span) -> str:
 
 
 async def test_spans_need_the_key_of_their_attempt_or_the_token(kafka_settings: MakeSettings) -> None:
-    async with serving(kafka_settings(proxy_secret="secret", gateway_token="t")) as client:
+    async with serving(kafka_settings(proxy_secret="secret" * 6, gateway_token="t")) as client:
         one, request = a_request()
         body = request.SerializeToString()
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": bearer(a_request()[0])}):

@@ -219,7 +219,7 @@ async def test_through_the_proxy_its_calls_become_triplets(
 ) -> None:
     for name in ("OPENAI_BASE_URL", "OPENAI_API_KEY", "ANTHROPIC_BASE_URL", "ANTHROPIC_API_KEY"):
         monkeypatch.setenv(name, "")  # the tracer sets them
-    configured = settings(proxy_secret="s")
+    configured = settings(proxy_secret="s" * 32)
 
     async def ask(question: str) -> str | None:
         async with openai.AsyncOpenAI() as client:

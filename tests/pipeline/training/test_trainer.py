@@ -55,7 +55,7 @@ def test_an_agent_that_cannot_be_imported_ends_the_run_with_its_name(tmp_path):
 async def test_runners_without_a_proxy_use_those_that_the_trainer_announces(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_BASE_URL", "")  # what the runner sets is undone after the test
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    monkeypatch.setenv("MILLSTREAM_PROXY_SECRET", "secret")
+    monkeypatch.setenv("MILLSTREAM_PROXY_SECRET", "secret" * 6)
     settings, model = load_settings(), PolicyServer()
     log = MemoryLog(settings.topics)
 

@@ -132,13 +132,23 @@ SECRETS = ("kafka_security_password", "clickhouse_password", "proxy_secret")
 
 def test_secrets_show_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in SECRETS:
-        monkeypatch.setenv(f"MILLSTREAM_{name.upper()}", "hunter2")
+        monkeypatch.setenv(f"MILLSTREAM_{name.upper()}", "hunter2" * 5)
     settings = load_settings()
-    assert settings.proxy_secret.get_secret_value() == "hunter2"
+    assert settings.proxy_secret.get_secret_value() == "hunter2" * 5
     assert "hunter2" not in repr(settings) + str(settings.model_dump()) + settings.model_dump_json()
     with pytest.raises(ConfigError) as caught:
         load_settings(proxy_secret=["hunter2"])
     assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("secret", ["x", "s" * 31, "ü" * 15])
+def test_a_proxy_secret_that_can_be_guessed_is_refused(secret: str) -> None:
+    """Entry F4: with the secret the key of any attempt can be made."""
+    with pytest.raises(ConfigError, match=r"proxy_secret .*32 bytes or more.*openssl rand") as refused:
+        load_settings(proxy_secret=secret)
+    assert f"'{secret}'" not in str(refused.value)
+    for good in ("s" * 32, "ü" * 16, ""):
+        assert load_settings(proxy_secret=good).proxy_secret.get_secret_value() == good
 
 
 def test_the_names_that_users_tune() -> None:

@@ -82,7 +82,7 @@ def run(
 async def _run(
     agent: str, tasks: Sequence[Any], proxy: bool, env: Mapping[str, str], options: dict[str, Any]
 ) -> list[Trace]:
-    settings = settings_for_tests(proxy_secret="secret", timeout_s=60)
+    settings = settings_for_tests(proxy_secret="secret" * 6, timeout_s=60)
     log = MemoryLog(settings.topics)
     async with serve(model_server.app(), ANYWHERE) as model_url:
         variables = dict(env)

@@ -125,7 +125,7 @@ async def test_an_agent_process_holds_no_secrets(tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("MY_TOKEN", "secret")
     monkeypatch.setenv("LEDGER", "file")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    settings = settings_for_tests(kafka_security_password="secret", proxy_secret="secret")
+    settings = settings_for_tests(kafka_security_password="secret", proxy_secret="secret" * 6)
     monkeypatch.setenv("MILLSTREAM_KAFKA_SECURITY_PASSWORD", "secret")
     code = """
         import os
