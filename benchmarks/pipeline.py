@@ -120,7 +120,7 @@ async def waiting_memory(log: Any, settings: Any) -> dict[str, float]:
 
     try:
         idle = await until_running(0)
-        await TaskPublisher(producer, topics).publish(tasks(WAITING, settings))
+        await TaskPublisher(producer, settings).publish(tasks(WAITING, settings))
         busy = await until_running(WAITING)
     finally:
         runner.terminate()
@@ -145,7 +145,7 @@ async def pipeline(
         roles = [asyncio.create_task(role.run(stop)) for role in (adapter, runner)]
         stack.push_async_callback(asyncio.wait, roles)
         stack.callback(stop.set)
-        yield collector, TaskPublisher(producer, topics)
+        yield collector, TaskPublisher(producer, settings)
     for role in roles:
         role.result()
     await collector.close()

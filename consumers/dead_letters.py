@@ -11,11 +11,12 @@ from millstream.consumers.log.read_to_end import read_to_end
 from millstream.producers.log.acks import Acks, send_acknowledged
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskPublisher
+from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import CodecError, ConfigError, TooLarge
 from millstream.schemas.ids import new_id
 from millstream.schemas.spans.text import cut
 from millstream.schemas.wire import codec
-from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
+from millstream.schemas.wire.log import KIND_HEADER, ROLLOUT_HEADER, LogRecord, Partition
 from millstream.schemas.wire.records import DeadLetter, Record, RolloutTask
 from millstream.schemas.wire.topics import Topics
 
@@ -114,11 +115,12 @@ def letter_place(record: LogRecord) -> str:
     return f"{record.partition.number}:{record.offset}"
 
 
-async def replay(producer: Producer, topics: Topics, letter: DeadLetter) -> str:
+async def replay(producer: Producer, settings: Settings, letter: DeadLetter) -> str:
     """Sends the record of a dead letter again; returns a description of what was done.
 
     The task of a failed rollout becomes a new rollout, with fresh budgets and without saved state, because the end of
-    the old one is final; its metadata name it (``replay_of``). Any other record goes to its topic unchanged.
+    the old one is final; its metadata name it (``replay_of``). So does a task that a runner has refused, and ended: its
+    header names the rollout. Any other record goes to its topic unchanged.
     Raises `ConfigError` if the letter can't be replayed.
     """
     if letter.value is None:
@@ -128,8 +130,12 @@ async def replay(producer: Producer, topics: Topics, letter: DeadLetter) -> str:
             f"the sink alone refused this record; the other roles have read it at {letter.topic}[{letter.partition}]"
             f"@{letter.offset}, and would take it for another one"
         )
-    if letter.role == "adapter" and letter.reason != "undecodable":
-        ended = codec.decode_as(RolloutTask, letter.value)
+    refused = letter.role == "runner" and ROLLOUT_HEADER in letter.headers
+    if refused or (letter.role == "adapter" and letter.reason != "undecodable"):
+        try:
+            ended = codec.decode_as(RolloutTask, letter.value)
+        except CodecError as error:
+            raise ConfigError(f"the task still can't be read: {error}") from error
         task = replace(
             ended,
             rollout_id=new_id(),
@@ -139,7 +145,7 @@ async def replay(producer: Producer, topics: Topics, letter: DeadLetter) -> str:
             metadata={**ended.metadata, "replay_of": ended.rollout_id},
             created_at=time.time_ns(),
         )
-        await TaskPublisher(producer, topics).publish([task])
+        await TaskPublisher(producer, settings).publish([task])
         return f"rollout {ended.rollout_id} is run again as {task.rollout_id}"
     key = None if letter.key is None else letter.key.decode("utf-8", "surrogateescape")
     offset = await send_acknowledged(producer, letter.topic, letter.value, key=key, headers=letter.headers)

@@ -3,19 +3,20 @@
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
-from millstream.schemas.config.settings import Settings, problems_of
-from millstream.schemas.errors import ConfigError
-from millstream.schemas.ids import new_id
-from millstream.schemas.spans.text import json_text
-from millstream.schemas.wire import status
+from millstream.producers.task_input import task_input
+from millstream.schemas.config.settings import MAX_ATTEMPTS, Settings, problems_of
+from millstream.schemas.errors import CodecError, ConfigError, TooLarge
+from millstream.schemas.ids import id_time_ms, new_id
+from millstream.schemas.wire import codec, status
+from millstream.schemas.wire.log import KIND_HEADER, ROLLOUT_HEADER, Headers
 from millstream.schemas.wire.records import LONGEST_ATTEMPT_S, LONGEST_LEASE_S, RolloutTask
-from millstream.schemas.wire.topics import PRIORITIES, Topics
+from millstream.schemas.wire.topics import LIFETIMES, PRIORITIES
 
 MAX_PROBLEMS = 20  # listed in one error message
 
@@ -39,8 +40,8 @@ class TaskLine(BaseModel):
     mode: Annotated[str, _one_of("train", "val", "test")] = "train"
     priority: Annotated[str, _one_of(*PRIORITIES)] | None = None
     resources_id: str | None = None
-    max_attempts: int | None = Field(None, ge=1)
-    max_lost_attempts: int | None = Field(None, ge=0)
+    max_attempts: int | None = Field(None, ge=1, le=MAX_ATTEMPTS)
+    max_lost_attempts: int | None = Field(None, ge=0, le=MAX_ATTEMPTS)
     retry_on: list[Annotated[str, _one_of(*sorted(status.RETRIED))]] = []
     timeout_s: float | None = Field(None, gt=0, le=LONGEST_ATTEMPT_S)
     lease_s: float | None = Field(None, gt=0, le=LONGEST_LEASE_S)
@@ -52,15 +53,16 @@ class TaskLine(BaseModel):
 def group_of(
     line: TaskLine, settings: Settings, *, size: int = 1, priority: str = "normal", experiment_id: str = ""
 ) -> list[RolloutTask]:
-    """Creates the group of ``size`` rollouts for one prompt."""
+    """Creates the group of ``size`` rollouts for one prompt. Raises `ConfigError` naming what in it is not JSON."""
     group_id = line.group_id or new_id()
     now = time.time_ns()
+    given = task_input(line.input)
     return [
         RolloutTask(
             rollout_id=new_id(),
             group_id=group_id,
             group_size=size,
-            input=json_text(line.input),
+            input=given,
             mode=line.mode,
             priority=line.priority or priority,
             resources_id=line.resources_id,
@@ -108,7 +110,10 @@ def read_tasks(
         except ValidationError as error:
             bad.append(f"{path}:{number}: {problems_of(error)}")
             continue
-        tasks += group_of(line, settings, size=group_size, priority=priority, experiment_id=experiment_id)
+        try:
+            tasks += group_of(line, settings, size=group_size, priority=priority, experiment_id=experiment_id)
+        except ConfigError as error:
+            bad.append(f"{path}:{number}: {error}")
     if bad and not skip_bad:
         more = f"\n… and {len(bad) - MAX_PROBLEMS} more" if len(bad) > MAX_PROBLEMS else ""
         shown = "\n".join(bad[:MAX_PROBLEMS])
@@ -116,16 +121,60 @@ def read_tasks(
     return tasks, bad
 
 
+def task_headers(task: RolloutTask) -> Headers:
+    return {KIND_HEADER: b"task", ROLLOUT_HEADER: task.rollout_id.encode()}
+
+
+def expired(rollout_id: str, time_ms: int, after_s: float = LIFETIMES.task_s) -> bool:
+    """Whether the rollout, by the time in its id, is too old to be run at ``time_ms``. False for an id without a
+    time."""
+    try:
+        return time_ms - id_time_ms(rollout_id) > after_s * 1000
+    except ValueError:
+        return False
+
+
 class TaskPublisher:
     """Sends tasks without a key, which spreads them over the partitions."""
 
-    def __init__(self, producer: Producer, topics: Topics) -> None:
+    # A task travels within the records of its attempts, which hold ids, a status and an error besides.
+    RESERVED_BYTES: Final = 4096
+
+    def __init__(self, producer: Producer, settings: Settings) -> None:
         self._producer = producer
-        self._topics = topics
+        self._topics = settings.topics
+        self._limit = settings.max_record_bytes
 
     async def publish(self, tasks: Iterable[RolloutTask]) -> None:
-        """Returns when all tasks are acknowledged. Raises what `Producer.send` raises, and `LogError`."""
+        """Returns when all tasks are acknowledged. Sends none if one of them can't be published: raises `ConfigError`,
+        `CodecError` or `TooLarge`, which name it. Raises `LogError` if the log refuses some."""
+        now_ms = time.time_ns() // 1_000_000
+        checked = [self._checked(number, task, now_ms) for number, task in enumerate(tasks, 1)]
         acks = Acks(self._producer)
-        for task in tasks:
-            acks.send(self._topics.tasks(task.priority), task)
+        for topic, body, headers in checked:
+            acks.send(topic, body, headers=headers)
         await acks.wait()
+
+    def encoded(self, task: RolloutTask) -> bytes:
+        """Raises `CodecError`, and `TooLarge` if its attempts could not be recorded."""
+        body = codec.encode(task)
+        if len(body) > self._limit - self.RESERVED_BYTES:
+            raise TooLarge(
+                f"the task has {len(body):,} bytes; max_record_bytes is {self._limit:,}, of which its attempts need "
+                f"{self.RESERVED_BYTES:,}. Keep long inputs in a file or object store, and publish their names"
+            )
+        return body
+
+    def _checked(self, number: int, task: RolloutTask, now_ms: int) -> tuple[str, bytes, Headers]:
+        name = f"task {number} (rollout {task.rollout_id}), nothing was published"
+        if task.priority not in PRIORITIES:
+            raise ConfigError(f"{name}: priority {task.priority!r} is none of {', '.join(PRIORITIES)}")
+        if expired(task.rollout_id, now_ms):
+            days = LIFETIMES.task_s / 86_400
+            raise ConfigError(f"{name}: its id is more than {days:g} days old, so it would end unrun; create a new id")
+        try:
+            return self._topics.tasks(task.priority), self.encoded(task), task_headers(task)
+        except TooLarge as error:
+            raise TooLarge(f"{name}: {error}") from error
+        except CodecError as error:
+            raise CodecError(f"{name}: {error}") from error

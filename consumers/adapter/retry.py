@@ -50,13 +50,13 @@ def is_outage(task: RolloutTask, how: str, cause: str) -> bool:
 def refusal(task: RolloutTask, how: str, retry_override: str | None = None, *, cause: str = "") -> str | None:
     """Why ``task``, whose attempt ended as ``how``, with an error of type ``cause``, is not retried; None if it is.
 
-    ``retry_override`` is a hook's decision, "yes" or "no", instead of ``retry_on``; the budgets still hold."""
+    ``retry_override`` (`status.RETRY_YES` …) replaces ``retry_on``; the budgets still hold."""
     if task.attempt >= LAST_ATTEMPT:
         return "attempts_exhausted"
     if how == status.LOST:
         left = task.lost_attempts < task.max_lost_attempts or is_outage(task, how, cause)
         return None if left else "lost_attempts_exhausted"
-    wanted = how in (task.retry_on or status.RETRIED) if retry_override is None else retry_override == "yes"
+    wanted = how in (task.retry_on or status.RETRIED) if retry_override is None else retry_override == status.RETRY_YES
     if how not in status.RETRIED or not wanted:
         return "not_retried"
     return None if task.attempt - task.lost_attempts < task.max_attempts else "attempts_exhausted"

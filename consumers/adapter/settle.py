@@ -21,6 +21,7 @@ from typing import Final
 from millstream.consumers.adapter.decision import Dead, Decision, Retry, decode_spans, end_of, success
 from millstream.consumers.adapter.retry import BACKOFF_S, PROXY_BACKOFF_S, backoff_s, is_outage, next_task, refusal
 from millstream.consumers.adapter.triplets import ToTriplets
+from millstream.producers.tasks import expired
 from millstream.schemas.errors import CodecError
 from millstream.schemas.ids import id_time_ms
 from millstream.schemas.spans.text import cut
@@ -96,6 +97,7 @@ class PartitionFold:
         self.unreadable: list[Dead] = []  # spans of failed attempts; the fold's owner removes them
         self._on_late = on_late
         self.size = 0  # bytes of all open rollouts, estimated
+        self._time_ms = 0  # of the record folded last
 
     def load(self, settled: Settled, time_ms: int, start: int) -> None:
         """Takes over what has been settled before. Call it for all of it before the first `apply`. ``start``: the
@@ -106,6 +108,7 @@ class PartitionFold:
     def apply(self, record: LogRecord, now: float) -> None:
         """Folds one record. Raises `CodecError` if it can't be decoded; the state is then unchanged."""
         kind = codec.type_of(record.value)
+        self._time_ms = record.timestamp
         if kind is AttemptEvent:
             self._attempt_event(codec.decode_as(AttemptEvent, record.value), record, now)
         elif kind is Span:
@@ -314,6 +317,8 @@ class PartitionFold:
             self._decide(rollout_id, rollout, Decision(how, end))
             return
         refused = refusal(task, how, retry_override, cause=error.type)
+        if refused is None and expired(rollout_id, self._time_ms):
+            refused = "expired"  # a runner would end it unrun
         dead = (replace(attempt.claim, value=replace(task, state=attempt.state)), refused or TOO_LARGE, reason)
         retry = None
         if refused is None:
@@ -331,7 +336,8 @@ class PartitionFold:
             )
             limits = PROXY_BACKOFF_S if is_outage(task, how, error.type) else self._policy.backoff_s[how]
             retry = Retry(following, mark, now + backoff_s(limits, times, self._random))
-        self._decide(rollout_id, rollout, Decision(how, end, dead=(dead,), retry=retry))
+        letters = () if retry_override == status.RETRY_REFUSED else (dead,)
+        self._decide(rollout_id, rollout, Decision(how, end, dead=letters, retry=retry))
 
 
 def _size(record: LogRecord) -> int:

@@ -12,6 +12,7 @@ from millstream.consumers.adapter.decision import Decision
 from millstream.consumers.adapter.settle import ROLE
 from millstream.consumers.dead_letters import dead_letter, send_dead_letter, without_body
 from millstream.producers.log.port import TransactionalProducer
+from millstream.producers.tasks import task_headers
 from millstream.schemas.errors import CodecError, LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.wire import status
 from millstream.schemas.wire.log import KIND_HEADER, Partition
@@ -194,7 +195,7 @@ class TransactionWriter:
             send(topic, value, key=rollout_id, partition=number, headers={KIND_HEADER: kind.encode()})
 
         if (retry := decision.retry) is not None:
-            send(self._topics.tasks(retry.task.priority), retry.task, headers={KIND_HEADER: b"task"})
+            send(self._topics.tasks(retry.task.priority), retry.task, headers=task_headers(retry.task))
             place(self._topics.events, retry.mark, status.RETRY)
             return
         for triplet in decision.encoded:

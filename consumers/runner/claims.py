@@ -1,12 +1,17 @@
 """Claiming tasks: poll, write ``preparing``, wait for its acknowledgement, commit, and only then run.
 
 Once claimed, an attempt lives in the log and does not depend on Kafka's redelivery: a rebalance re-runs nothing. If the
-commit fails, the tasks belong to another runner, or the outcome is unknown: none of them is run, and the lease written
-with ``preparing`` tells the adapter when to stop waiting.
+commit fails, or its outcome is unknown, none of the tasks is run: those of partitions that are still assigned are read
+and claimed again, the others by their new owner. Tasks that were polled longer ago than the group's session are not
+claimed either: another runner may have them. Whatever is claimed twice all the same ends once (ARCHITECTURE.md,
+"Exactly once").
 
 A partition is read in order and has one committed offset, so a task of a paused experiment can't be skipped: it blocks
 its partition, with all that follows, until the experiment is resumed. After a rebalance the new owner reads it again.
 An experiment that must not wait for another needs its own topic_prefix.
+
+A task that can't be run is claimed and ended as failed: one that is too old (the log would drop it unread), one whose
+claim would be too large, and one that can't be decoded, if its header names the rollout.
 """
 
 import asyncio
@@ -18,18 +23,21 @@ from typing import Final
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.dead_letters import dead_letter, send_dead_letter
+from millstream.consumers.log.kafka_policy import ConsumerPolicy
 from millstream.consumers.log.port import Consumer, Log
 from millstream.consumers.runner.fairness import WeightedTurns
+from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.consumers.runner.starvation import Starvation
 from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
+from millstream.producers.tasks import expired
 from millstream.schemas.control import Resources
 from millstream.schemas.errors import CodecError, LogError, LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.ids import new_id
 from millstream.schemas.wire import codec, status
-from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
+from millstream.schemas.wire.log import KIND_HEADER, ROLLOUT_HEADER, LogRecord, Partition
 from millstream.schemas.wire.records import AttemptEvent, RolloutTask
-from millstream.schemas.wire.topics import PRIORITIES, Topics
+from millstream.schemas.wire.topics import LIFETIMES, PRIORITIES, Topics
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +48,10 @@ ROLE: Final = "runner"
 class ClaimPolicy:
     retry_s: float = 1.0  # before the next claim after the log refused one
     lag_check_s: float = 10.0  # between two looks at the lag, while slots are free and no tasks arrive
+    session_s: float = (
+        ConsumerPolicy().session_ms / 1000
+    )  # after which the group gives our partitions to another runner
+    task_s: float = LIFETIMES.task_s  # age of a task, or of a rollout by its id, from which it is ended unrun
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +62,7 @@ class Claim:
     attempt_id: str
     resources: Resources | None
     cancelled: str | None = None  # its cancelled rollout or experiment: it is ended, not run
+    refused: Outcome | None = None  # why it can't be run: it is ended so
 
 
 def preparing(task: RolloutTask, attempt_id: str, worker_id: str) -> AttemptEvent:
@@ -63,6 +76,18 @@ def preparing(task: RolloutTask, attempt_id: str, worker_id: str) -> AttemptEven
         time=time.time_ns(),
         lease_s=task.lease_s,
         task=codec.encode(task),
+    )
+
+
+def _refused(reason: str, message: str) -> Outcome:
+    """The outcome of a task for which the runner has written a dead letter."""
+    return replace(stopped_by(status.FAILED, reason, message), metadata={"retry": status.RETRY_REFUSED})
+
+
+def _unreadable(rollout_id: str, time_ms: int) -> RolloutTask:
+    """Stands for a task of which only the id is known."""
+    return RolloutTask(
+        rollout_id=rollout_id, group_id=rollout_id, input="", timeout_s=60.0, lease_s=60.0, created_at=time_ms * 10**6
     )
 
 
@@ -84,7 +109,7 @@ class Claims:
         self._worker_id = worker_id
         self._policy = policy
         self._turns = WeightedTurns()
-        self._held: dict[Partition, RolloutTask] = {}  # partitions blocked by a paused experiment's task
+        self._held: dict[Partition, tuple[LogRecord, RolloutTask]] = {}  # blocked by a paused experiment's task
         self._lag_checked = time.monotonic()
         self._assigned: frozenset[Partition] = frozenset()
         self.starvation = Starvation()
@@ -99,18 +124,19 @@ class Claims:
     async def claim(self, slots: int, timeout_s: float) -> list[Claim]:
         """Claims up to ``slots`` (at least 1) tasks. Returns once there are any, or none after ``timeout_s``."""
         try:
-            released = [partition for partition, task in self._held.items() if not self._control.waits(task)]
+            released = [partition for partition, held in self._held.items() if not self._waits(*held)]
             self._consumer.resume(released)
             for partition in released:
                 del self._held[partition]
             records = await self._poll(slots, timeout_s)
+            polled = time.monotonic()
             if records or released:
                 self.starvation.reset()
             elif time.monotonic() - self._lag_checked > self._policy.lag_check_s:
                 await self._check_lag()
             if self._control.pauses:
                 records = await self._hold_back(records)
-            return await self._claim(records) if records else []
+            return await self._claim(records, polled) if records else []
         except LogUnavailable as error:
             logger.warning("no tasks can be claimed: %s", error)
             self.starvation.reset()
@@ -173,9 +199,9 @@ class Claims:
             except CodecError:  # `_claim` reports it
                 free.append(record)
                 continue
-            if self._control.waits(task):
+            if self._waits(record, task):
                 held[record.partition] = record.offset
-                self._held[record.partition] = task
+                self._held[record.partition] = record, task
             else:
                 free.append(record)
         for partition, offset in held.items():
@@ -184,42 +210,85 @@ class Claims:
                 self._consumer.pause([partition])
         return free
 
-    async def _claim(self, records: Sequence[LogRecord]) -> list[Claim]:
+    def _waits(self, record: LogRecord, task: RolloutTask) -> bool:
+        return self._control.waits(task) and not self._too_old(record, task)
+
+    def _too_old(self, record: LogRecord, task: RolloutTask) -> bool:
+        """Whether the log may soon drop the task, or the rollout has been retried for that long."""
+        now_ms, limit_s = time.time_ns() // 1_000_000, self._policy.task_s
+        return 0 < record.timestamp < now_ms - limit_s * 1000 or expired(task.rollout_id, now_ms, limit_s)
+
+    async def _claim(self, records: Sequence[LogRecord], polled: float) -> list[Claim]:
         claims: list[Claim] = []
         first: dict[Partition, int] = {}
         following: dict[Partition, int] = {}
+        for record in records:
+            first.setdefault(record.partition, record.offset)
+            following[record.partition] = record.offset + 1
+        if (age_s := time.monotonic() - polled) > self._policy.session_s:
+            logger.warning("%d tasks were polled %.1f s ago, another runner may have them", len(records), age_s)
+            await self._read_again(first)
+            return []
         sending = Acks(self._producer)
         try:
             for record in records:
-                first.setdefault(record.partition, record.offset)
-                following[record.partition] = record.offset + 1
-                try:
-                    task = codec.decode_as(RolloutTask, record.value)
-                    claim = await self._prepare(task, sending)
-                except (CodecError, TooLarge) as error:
-                    reason = "too_large" if isinstance(error, TooLarge) else "undecodable"
-                    logger.error("%s is not a task, it goes to %s: %s", record.place, self._topics.dead, error)
-                    send_dead_letter(sending.send, self._topics, dead_letter(record, ROLE, reason, str(error)))
-                else:
+                if (claim := await self._claim_one(record, sending)) is not None:
                     claims.append(claim)
             await sending.wait()
         except LogError as error:
             # Not committed, so still ours: read again. A task whose `preparing` was written gets another attempt.
             logger.warning("%d tasks could not be claimed, they are read again: %s", len(records), error)
-            for partition, offset in first.items():
-                if partition in self._consumer.assignment():
-                    await self._consumer.seek(partition, offset)
-                    self._consumer.resume([partition])  # a task that blocks it is read again
+            await self._read_again(first)
             await asyncio.sleep(self._policy.retry_s)
             return []
         try:
             await self._consumer.commit(following)
         except (TransactionAborted, LogUnavailable) as error:
+            # Without another commit the old offset could stay for days, and the tasks come back then.
             logger.warning("%d claims are abandoned, their commit failed: %s", len(claims), error)
+            await self._read_again(first)
             return []
         return claims
 
-    async def _prepare(self, task: RolloutTask, sending: Acks) -> Claim:
+    async def _read_again(self, first: dict[Partition, int]) -> None:
+        """Seeks back on the partitions that are still assigned."""
+        for partition, offset in first.items():
+            if partition in self._consumer.assignment():
+                await self._consumer.seek(partition, offset)
+                self._consumer.resume([partition])  # a task that blocks it is read again
+
+    async def _claim_one(self, record: LogRecord, sending: Acks) -> Claim | None:
+        """None if the record names no rollout: a dead letter is all that becomes of it."""
+        refused: Outcome | None = None
+        try:
+            task = codec.decode_as(RolloutTask, record.value)
+        except CodecError as error:
+            rollout_id = record.headers.get(ROLLOUT_HEADER, b"").decode(errors="replace")
+            self._dead_letter(record, "undecodable", error, sending)
+            if not rollout_id:
+                return None
+            task, refused = _unreadable(rollout_id, record.timestamp), _refused("undecodable", str(error))
+        else:
+            if self._too_old(record, task):
+                days = self._policy.task_s / 86_400
+                refused = stopped_by(status.FAILED, "expired", f"it has waited or been retried for {days:g} days")
+                refused = replace(refused, metadata={"retry": status.RETRY_NO})
+        try:
+            return await self._prepare(task, sending, refused)
+        except (CodecError, TooLarge) as error:
+            reason = "too_large" if isinstance(error, TooLarge) else "undecodable"
+            self._dead_letter(record, reason, error, sending)
+            refused = _refused(reason, str(error))
+        try:
+            return await self._prepare(replace(task, input="", state=None, metadata={}), sending, refused)
+        except (CodecError, TooLarge):  # its ids alone are too large
+            return None
+
+    def _dead_letter(self, record: LogRecord, reason: str, error: Exception, sending: Acks) -> None:
+        logger.error("%s can't be run, it goes to %s: %s", record.place, self._topics.dead, error)
+        send_dead_letter(sending.send, self._topics, dead_letter(record, ROLE, reason, str(error)))
+
+    async def _prepare(self, task: RolloutTask, sending: Acks, refused: Outcome | None) -> Claim:
         if task.resources_id is None:
             resources = self._control.latest(task.experiment_id)
             if resources is None:
@@ -236,4 +305,4 @@ class Claims:
         event = preparing(task, attempt_id, self._worker_id)
         headers = {KIND_HEADER: status.PREPARING.encode()}
         sending.send(self._topics.events, event, key=task.rollout_id, headers=headers)
-        return Claim(task, attempt_id, resources, self._control.cancelled(task))
+        return Claim(task, attempt_id, resources, self._control.cancelled(task), refused)

@@ -265,6 +265,8 @@ class Runner:
 
     def _refusal(self, claim: Claim) -> Outcome | None:
         """The outcome of a claim that can't run."""
+        if claim.refused is not None:
+            return claim.refused
         if claim.cancelled is not None:
             return _cancelled(claim.cancelled)
         if claim.resources is None:

@@ -39,7 +39,7 @@ def publish(
 
     async def work(log: Log) -> None:
         async with closing(log.producer()) as producer:
-            await TaskPublisher(producer, settings.topics).publish(tasks)
+            await TaskPublisher(producer, settings).publish(tasks)
 
     with_log(settings, work)
     print_rows(["rollout_id", "group_id"], [[t.rollout_id, t.group_id] for t in tasks], as_json, limit=20)

@@ -11,7 +11,7 @@ from millstream.pipeline.cli.open import with_log
 from millstream.pipeline.cli.output import Json, print_rows
 from millstream.producers.log.port import closing
 from millstream.schemas.config.settings import load_settings
-from millstream.schemas.errors import CodecError
+from millstream.schemas.errors import CodecError, ConfigError, TooLarge
 from millstream.schemas.wire import codec
 
 app = typer.Typer(no_args_is_help=True, help="Records that could not be used, and rollouts that failed.")
@@ -48,20 +48,50 @@ def dead_show(place: Place, as_json: Json = False) -> None:
         print_rows(["field", "value"], list(fields.items()), False)
 
 
-@app.command("replay", epilog="Example: millstream dead replay 0:17 0:18")
+@app.command("replay", epilog="Example: millstream dead replay --all --reason lost_attempts_exhausted")
 def dead_replay(
-    places: Annotated[list[str], typer.Argument(help="partition:offset of each, as `millstream dead list` prints it.")],
+    places: Annotated[
+        list[str] | None, typer.Argument(help="partition:offset of each, as `millstream dead list` prints it.")
+    ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Instead of places: all, or all of --reason, --role.")
+    ] = False,
+    reason: Annotated[str | None, typer.Option(help="With --all: only these.")] = None,
+    role: Annotated[str | None, typer.Option(help="With --all: only what this role refused.")] = None,
 ) -> None:
-    """Send records again; the task of a failed rollout becomes a new rollout with fresh budgets."""
+    """Send records again; the task of a failed rollout becomes a new rollout with fresh budgets.
+
+    Each letter is replayed as often as it is named. With --all, those that can't be replayed are listed and left, and
+    the command ends with 1."""
     settings = load_settings()
+    if bool(places) == everything or ((reason or role) and not everything):
+        raise ConfigError("name places, or all of them by --all, with --reason or --role if you like")
 
-    async def work(log: Log) -> None:
-        letters = await find_dead_letters(log, settings.topics, places)
+    async def work(log: Log) -> int:
+        if everything:
+            found = [
+                (letter_place(record), letter)
+                for record, letter in await list_dead_letters(log, settings.topics, reason, role)
+            ]
+        else:
+            named = places or []
+            found = list(zip(named, await find_dead_letters(log, settings.topics, named), strict=True))
+        failed = 0
         async with closing(log.producer()) as producer:
-            for place, letter in zip(places, letters, strict=True):
-                typer.echo(f"{place}: {await replay(producer, settings.topics, letter)}")
+            for place, letter in found:
+                try:
+                    typer.echo(f"{place}: {await replay(producer, settings, letter)}")
+                except (ConfigError, CodecError, TooLarge) as error:
+                    if not everything:
+                        raise
+                    failed += 1
+                    typer.echo(f"{place}: not replayed: {error}", err=True)
+        if everything:
+            typer.echo(f"{len(found) - failed} of {len(found)} replayed")
+        return failed
 
-    with_log(settings, work)
+    if with_log(settings, work):
+        raise typer.Exit(1)
 
 
 def _readable(body: bytes | None) -> Any:

@@ -36,8 +36,7 @@ from millstream.producers.control import cancel_record, pause_record, publish_co
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.errors import CodecError, ConfigError, MillstreamError
-from millstream.schemas.wire import codec
+from millstream.schemas.errors import CodecError, ConfigError, MillstreamError, TooLarge
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import RolloutTask
 
@@ -48,6 +47,8 @@ OPEN_PATHS: Final = ("/livez", "/readyz", TRACES)  # probes have no token, attem
 @dataclass(frozen=True)
 class GatewayPolicy:
     max_body_bytes: int = 64 << 20  # of a request
+    max_rollouts: int = 10_000  # of a request: its tasks times group_size
+    max_published_bytes: int = 256 << 20  # of a request's rollouts; they are all encoded before the first is sent
     ready_s: float = 2.0  # for Kafka to answer a readiness probe; probes wait a few seconds
     status_s: float = 10.0  # for reading a rollout's status; the older the rollout, the more of the log is read
     status_reads: int = 4  # at a time; each holds a connection to Kafka
@@ -90,7 +91,7 @@ class Gateway:
         self._producer = producer
         self._settings = settings
         self._topics = settings.topics
-        self._tasks = TaskPublisher(producer, self._topics)
+        self._tasks = TaskPublisher(producer, settings)
         self._policy = policy
         self._status_reads = asyncio.Semaphore(policy.status_reads)
         topics = Response(asyncapi_document(self._topics), media_type="application/json")
@@ -115,19 +116,27 @@ class Gateway:
         options = _checked(OPTIONS, dict(request.query_params))
         body = await self._json(request)
         lines: list[TaskLine] = _checked(LINES, body if isinstance(body, list) else [body])
+        count, limit = len(lines) * options.group_size, self._policy.max_rollouts
+        if count > limit:
+            message = f"{len(lines):,} tasks × group_size {options.group_size:,} are {count:,} rollouts, of at most "
+            raise Refused(422, {"field": "group_size", "message": f"{message}{limit:,}; publish in several requests"})
         tasks: list[RolloutTask] = []
+        total, limit = 0, self._policy.max_published_bytes
         for index, line in enumerate(lines):
-            tasks += group_of(
-                line,
-                self._settings,
-                size=options.group_size,
-                priority=options.priority,
-                experiment_id=options.experiment,
-            )
-            size, limit = len(codec.encode(tasks[-1])), self._settings.max_record_bytes
-            if size > limit:
-                message = f"the task has {size:,} bytes, max_record_bytes is {limit:,}"
-                raise Refused(422, {"index": index, "field": "input", "message": message})
+            try:
+                group = group_of(
+                    line,
+                    self._settings,
+                    size=options.group_size,
+                    priority=options.priority,
+                    experiment_id=options.experiment,
+                )
+                total += len(group) * len(self._tasks.encoded(group[0]))
+            except (ConfigError, CodecError, TooLarge) as error:
+                raise Refused(422, {"index": index, "field": "input", "message": str(error)}) from None
+            if total > limit:
+                raise Refused(413, f"the rollouts have more than {limit:,} bytes in all; publish in several requests")
+            tasks += group
         await self._tasks.publish(tasks)
         ids = [{"rollout_id": task.rollout_id, "group_id": task.group_id} for task in tasks]
         return JSONResponse({"published": ids}, 202)

@@ -24,13 +24,13 @@ from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskPublisher
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.control import LLM, Resources
-from millstream.schemas.ids import derived_id, new_id
+from millstream.schemas.ids import derived_id, id_time_ms, new_id
 from millstream.schemas.spans.text import json_text
 from millstream.schemas.wire.records import Control, RolloutTask
 
 logger = logging.getLogger(__name__)
 
-Task = Any  # the agent's argument; JSON
+Task = Any  # the agent's argument; see `task_input`
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ class Run:
         self._endpoints = endpoints
         self._update_policy = update
         self._producer: Producer = log.producer()
-        self._publisher = TaskPublisher(self._producer, self._topics)
+        self._publisher = TaskPublisher(self._producer, settings)
         self._collector = Collector(log, self._topics, self._producer)
         self._started_ns = time.time_ns()
         self._started = time.monotonic()
@@ -120,8 +120,9 @@ class Run:
         await self._collector.close()
         await asyncio.to_thread(self._producer.close)
 
-    async def learn(self, tasks: Sequence[Task], val_tasks: Sequence[Task], stop: StopRule) -> None:
+    async def learn(self, tasks: Sequence[str], val_tasks: Sequence[str], stop: StopRule) -> None:
         """Trains until ``stop``; then the summary has the validation of the policy, if there are ``val_tasks``.
+        Tasks are JSON texts.
 
         A validation that falls short of ``stop.reward`` starts the count of good steps again.
         """
@@ -138,14 +139,14 @@ class Run:
         if val_tasks:
             await self._validate(val_tasks)
 
-    async def evaluate(self, tasks: Sequence[Task], mode: str) -> list[FinishedRollout]:
+    async def evaluate(self, tasks: Sequence[str], mode: str) -> list[FinishedRollout]:
         """Runs each task once with the current policy, and learns nothing."""
         groups = await self._rollouts(tasks, 1, mode, f"{mode}/{next(self._evaluations)}")
         finished = [member for group in groups for member in group.members]
         self._count(finished)
         return finished
 
-    async def _step(self, step: int, tasks: Sequence[Task]) -> float:
+    async def _step(self, step: int, tasks: Sequence[str]) -> float:
         """One step of training; returns its mean reward."""
         assert self._algorithm is not None
         began = time.monotonic()
@@ -157,17 +158,18 @@ class Run:
         await self._publish_policy(step + 1)
         return reward
 
-    async def _validate(self, tasks: Sequence[Task]) -> float:
+    async def _validate(self, tasks: Sequence[str]) -> float:
         finished = await self.evaluate(tasks, "val")
         self.summary.validation_reward = mean_reward(finished)
         self.summary.validation_failed = failures(finished)
         return self.summary.validation_reward
 
-    async def _rollouts(self, tasks: Sequence[Task], members: int, mode: str, purpose: str) -> list[Group]:
-        """Publishes ``members`` rollouts of each task and waits until all have ended. Ids are derived from the run, the
-        purpose and the position, so a task that is published twice has the same id."""
+    async def _rollouts(self, tasks: Sequence[str], members: int, mode: str, purpose: str) -> list[Group]:
+        """Publishes ``members`` rollouts of each task and waits until all have ended. Ids are derived from the run, its
+        current policy, the purpose and the position, so a task that is published twice has the same id."""
+        announced_ns = id_time_ms(self._resources_id) * 1_000_000
         ids = [
-            [derived_id(self._started_ns, self.summary.experiment_id, purpose, i, k) for k in range(members)]
+            [derived_id(announced_ns, self.summary.experiment_id, purpose, i, k) for k in range(members)]
             for i in range(len(tasks))
         ]
         flat = [rollout_id for group in ids for rollout_id in group]
@@ -182,12 +184,12 @@ class Run:
         finished = iter(await self._collector.collect(flat))
         return [Group(group[0], tuple(next(finished) for _ in group)) for group in ids]
 
-    def _task(self, task: Task, rollout_id: str, group_id: str, members: int, mode: str) -> RolloutTask:
+    def _task(self, task: str, rollout_id: str, group_id: str, members: int, mode: str) -> RolloutTask:
         return RolloutTask(
             rollout_id=rollout_id,
             group_id=group_id,
             group_size=members,
-            input=json_text(task),
+            input=task,
             mode=mode,
             resources_id=self._resources_id,
             max_attempts=self._settings.retry_max_attempts,
@@ -269,7 +271,7 @@ class Run:
         return f"{self._name}.0.{step}"  # run.epoch.step; every run has one epoch
 
 
-def _shuffled(tasks: Sequence[Task], seed: int) -> Iterator[Task]:
+def _shuffled(tasks: Sequence[str], seed: int) -> Iterator[str]:
     """All tasks in random order, repeatedly; the same seed gives the same order."""
     rng = random.Random(seed)  # noqa: S311 - an order, not a secret
     while True:

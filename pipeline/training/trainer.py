@@ -14,6 +14,7 @@ from millstream.pipeline.training.deployment import strategy_of
 from millstream.pipeline.training.report import StepReport, Summary
 from millstream.pipeline.training.run import Run, StopRule, Task
 from millstream.pipeline.training.strategy import Setup, Strategy
+from millstream.producers.task_input import task_input
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError
 
@@ -86,13 +87,15 @@ class Trainer:
             raise ConfigError("training needs an algorithm: Trainer(algorithm=…); `dev` runs an agent without one")
         if not tasks:
             raise ConfigError("training needs tasks: none were given")
+        inputs, val_inputs = _inputs(tasks, "task"), _inputs(val_tasks, "val_task")
         async with self._started() as run:
-            await run.learn(tasks, val_tasks, self._stop)
+            await run.learn(inputs, val_inputs, self._stop)
         return run.summary
 
     async def _dev(self, tasks: Sequence[Task]) -> list[FinishedRollout]:
+        inputs = _inputs(tasks, "task")
         async with self._started() as run:
-            return await run.evaluate(tasks, "test")
+            return await run.evaluate(inputs, "test")
 
     @asynccontextmanager
     async def _started(self) -> AsyncIterator[Run]:
@@ -125,3 +128,8 @@ class Trainer:
                 yield run
             finally:
                 await run.close()
+
+
+def _inputs(tasks: Sequence[Task], name: str) -> list[str]:
+    """The tasks as JSON texts, checked before any role starts."""
+    return [task_input(task, f"{name} {number}") for number, task in enumerate(tasks)]

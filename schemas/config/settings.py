@@ -27,6 +27,7 @@ SECRET_BYTES = 32  # of proxy_secret: with it the key of any attempt can be made
 ENV_PREFIX = "MILLSTREAM_"
 CONFIG_VARIABLE = "MILLSTREAM_CONFIG"  # path of the TOML file; not a setting itself
 DEFAULT_CONFIG = "millstream.toml"
+MAX_ATTEMPTS = 1000  # of a task: one that always fails has to end
 ACCEPTED_NAMES = {
     "timeout_seconds": "timeout_s",
     "cache_ttl": "cache_ttl_s",
@@ -78,9 +79,13 @@ class Settings(BaseSettings):
     # Rollouts
     runner_concurrency: int = Field(8, ge=1, description="Attempts at a time in one agent process.")
     runner_processes: int = Field(1, ge=0, description="Agent processes of a runner; 0: threads of the runner itself.")
-    retry_max_attempts: int = Field(1, ge=1, description="Attempts that a task gets unless it says otherwise.")
+    retry_max_attempts: int = Field(
+        1, ge=1, le=MAX_ATTEMPTS, description="Attempts that a task gets unless it says otherwise."
+    )
     # Generous: losing a machine is not the task's fault. Finite: a task that kills its runners has to end.
-    retry_max_lost_attempts: int = Field(10, ge=0, description="Lost attempts of a task that are forgiven.")
+    retry_max_lost_attempts: int = Field(
+        10, ge=0, le=MAX_ATTEMPTS, description="Lost attempts of a task that are forgiven."
+    )
     timeout_s: float = Field(
         600.0, gt=0, le=LONGEST_ATTEMPT_S, description="Seconds an attempt may run, unless its task says."
     )

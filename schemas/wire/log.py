@@ -7,6 +7,7 @@ from typing import NamedTuple
 from millstream.schemas.wire.records import Record
 
 KIND_HEADER = "kind"  # the kind of record, so that a reader may skip its body
+ROLLOUT_HEADER = "rollout"  # of a task: the rollout's id, so that it can be ended if its body can't be read
 Headers = Mapping[str, bytes]
 
 

@@ -15,6 +15,12 @@ CANCELLED: Final = "cancelled"
 LOST: Final = "lost"
 RETRY: Final = "retry"  # the adapter's mark: the next attempt has been published
 
+# Values of ``retry`` in a terminal event's metadata, before the task's ``retry_on``: a hook's decisions, and an attempt
+# that its runner refused to run, with a dead letter of its own.
+RETRY_YES: Final = "yes"
+RETRY_NO: Final = "no"
+RETRY_REFUSED: Final = "refused"
+
 TERMINAL: Final = frozenset({SUCCEEDED, FAILED, TIMEOUT, UNRESPONSIVE, CANCELLED, LOST})
 
 # Error types of lost attempts that count in a way of their own: the proxy did not answer; the process died while it ran

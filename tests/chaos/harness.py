@@ -151,7 +151,7 @@ class Chaos:
         log = KafkaLog(self.settings)
         topics = self.settings.topics
         producer, consumer = log.producer(), log.consumer()
-        publisher = TaskPublisher(producer, topics)
+        publisher = TaskPublisher(producer, self.settings)
         await consumer.assign([Partition(topics.triplets, n) for n in range(topics.partitions)])
         deadline = None
         while True:

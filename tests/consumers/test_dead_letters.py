@@ -20,6 +20,7 @@ from millstream.consumers.dead_letters import (
 )
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.producers.log.acks import send_acknowledged
+from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition
@@ -27,6 +28,7 @@ from millstream.schemas.wire.records import AttemptEvent, RolloutTask
 from millstream.schemas.wire.topics import Topics
 
 TOPICS = Topics("t", partitions=2, dead_partitions=2)
+SETTINGS = load_settings(topic_prefix="t")
 
 
 @pytest.fixture
@@ -59,7 +61,7 @@ async def test_listing_by_reason_and_role(log):
 
 
 async def test_a_refused_record_is_sent_again_as_it_was(log):
-    said = await replay(log.producer(), TOPICS, letter())
+    said = await replay(log.producer(), SETTINGS, letter())
     (record,) = records(log, TOPICS.tasks("low"))
     assert (record.key, record.value, record.headers) == ("k\udcff", b"garbage", {"h": b"\xfe"})
     assert said == "sent to t.tasks.low as it was, at offset 0 of its partition"
@@ -67,7 +69,7 @@ async def test_a_refused_record_is_sent_again_as_it_was(log):
 
 async def test_a_failed_rollouts_task_becomes_a_new_rollout_with_fresh_budgets(log):
     ended = task(attempt=4, lost_attempts=2, state=b"s", max_attempts=2, priority="high", metadata={"a": "b"}, seed=3)
-    await replay(log.producer(), TOPICS, letter(ended, "adapter", "attempts_exhausted", TOPICS.events))
+    await replay(log.producer(), SETTINGS, letter(ended, "adapter", "attempts_exhausted", TOPICS.events))
     (record,) = records(log, TOPICS.tasks("high"))
     again = codec.decode_as(RolloutTask, record.value)
     assert again.rollout_id != ended.rollout_id
@@ -132,7 +134,7 @@ async def test_what_a_newer_version_wrote_is_replayed_after_an_upgrade(log, newe
     assert codec.fingerprint_of(schema).hex() in listed.error
 
     upgrade()
-    said = await replay(producer, TOPICS, (await find_dead_letters(log, TOPICS, [letter_place(record)]))[0])
+    said = await replay(producer, SETTINGS, (await find_dead_letters(log, TOPICS, [letter_place(record)]))[0])
     assert said.startswith(f"sent to {TOPICS.events} as it was")
     refused, again = [r for r in records(log, TOPICS.events) if r.value == value]
     assert (refused.partition, refused.key, refused.headers) == (again.partition, again.key, again.headers)
@@ -151,7 +153,7 @@ async def test_what_an_adapter_gives_up_can_be_replayed(log):
     ((_, listed),) = await list_dead_letters(log, TOPICS)
     assert (listed.role, listed.reason, listed.error) == ("adapter", "attempts_exhausted", "failed: ValueError: no")
     assert listed.key == of.rollout_id.encode()
-    said = await replay(log.producer(), TOPICS, listed)
+    said = await replay(log.producer(), SETTINGS, listed)
     (record,) = records(log, TOPICS.tasks("normal"))
     assert said == f"rollout {of.rollout_id} is run again as {codec.decode_as(RolloutTask, record.value).rollout_id}"
 
@@ -162,5 +164,19 @@ async def test_what_an_adapter_gives_up_can_be_replayed(log):
 )
 async def test_what_must_not_be_sent_again_is_refused(log, refused, why):
     with pytest.raises(ConfigError, match=why):
-        await replay(log.producer(), TOPICS, refused)
+        await replay(log.producer(), SETTINGS, refused)
     assert records(log, TOPICS.tasks("low")) == []
+
+
+@pytest.mark.parametrize("reason", ["undecodable", "too_large"])
+async def test_a_task_that_a_runner_refused_and_ended_becomes_a_new_rollout(log, reason):
+    """Entry C1: under its old id it would be late, and never run."""
+    of = task(attempt=2, state=b"s")
+    refused = replace(letter(codec.encode(of), reason=reason), headers={"rollout": of.rollout_id.encode()})
+    for _ in range(2):
+        await replay(log.producer(), SETTINGS, refused)
+    again = [codec.decode_as(RolloutTask, record.value) for record in records(log, TOPICS.tasks("normal"))]
+    assert {(x.attempt, x.state, x.metadata["replay_of"]) for x in again} == {(1, None, of.rollout_id)}
+    assert len({of.rollout_id, *(x.rollout_id for x in again)}) == 3
+    with pytest.raises(ConfigError, match="the task still can't be read"):
+        await replay(log.producer(), SETTINGS, replace(refused, value=b"garbage"))

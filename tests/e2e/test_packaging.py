@@ -82,7 +82,7 @@ async def ends_of(settings, python, project):
         tasks, _ = read_tasks(project / "tasks.jsonl", settings)
         ids = [task.rollout_id for task in tasks]
         collector.expect(ids)
-        await TaskPublisher(producer, settings.topics).publish(tasks)
+        await TaskPublisher(producer, settings).publish(tasks)
         finished = await collector.collect(ids)
     await collector.close()
     producer.close()

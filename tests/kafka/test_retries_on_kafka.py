@@ -15,7 +15,8 @@ from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
-from millstream.schemas.wire.records import RolloutEnd, RolloutTask
+from millstream.schemas.wire.records import RolloutEnd, RolloutTask, Settled
+from millstream.schemas.wire.settled import end_mark, packed, win_mark
 from millstream.schemas.wire.topics import partition_of
 
 pytestmark = pytest.mark.kafka
@@ -83,7 +84,7 @@ async def test_attempts_are_retried_across_a_restart_and_dead_letters_are_replay
     ((_, letter),) = await list_dead_letters(log, topics)
     assert (letter.role, letter.reason) == ("adapter", "attempts_exhausted")
     assert letter.key == second[0].rollout_id.encode()
-    await replay(producer, topics, letter)
+    await replay(producer, settings, letter)
     again = [of for of in await read(log, waiting, 7) if of.attempt == 1]
     assert [of.metadata for of in again if isinstance(of, RolloutTask)] == [{"replay_of": second[0].rollout_id}]
     await asyncio.to_thread(producer.close)
@@ -115,6 +116,8 @@ async def test_a_successor_waits_for_what_its_frozen_predecessor_may_still_commi
     )
     for topic in (topics.triplets, topics.events):
         frozen.send(topic, end, key=ours.rollout_id, partition=0, headers={KIND_HEADER: b"end"})
+    settled = Settled(marks=packed([end_mark(ours.rollout_id), win_mark("a")]))
+    frozen.send(topics.settled, settled, partition=0)
     await asyncio.to_thread(frozen.flush, 10)
 
     async def ended_on(partition):

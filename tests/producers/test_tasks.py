@@ -2,18 +2,23 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from factories import event, task
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.producers.tasks import TaskPublisher, read_tasks
 from millstream.schemas.config.settings import load_settings
-from millstream.schemas.errors import ConfigError
+from millstream.schemas.errors import CodecError, ConfigError, TooLarge
+from millstream.schemas.ids import derived_id, new_id
+from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import RolloutTask
 
-SETTINGS = load_settings(timeout_s=77, lease_s=7, retry_max_attempts=2)
+SETTINGS = load_settings(timeout_s=77, lease_s=7, retry_max_attempts=2, max_record_bytes=1 << 20)
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -75,7 +80,7 @@ async def test_tasks_are_spread_evenly_over_the_partitions_of_their_priority(tmp
     file = write(tmp_path / "t.jsonl", '{"input": 1}', '{"input": 2, "priority": "low"}')
     tasks, _ = read_tasks(file, SETTINGS, group_size=16)
     log = MemoryLog(SETTINGS.topics)
-    publisher = TaskPublisher(log.producer(), SETTINGS.topics)
+    publisher = TaskPublisher(log.producer(), SETTINGS)
     await publisher.publish(tasks)
     await publisher.publish(tasks[:8])
 
@@ -87,4 +92,47 @@ async def test_tasks_are_spread_evenly_over_the_partitions_of_their_priority(tmp
         **{Partition(topics.tasks("normal"), n): 3 for n in range(8)},
         **{Partition(topics.tasks("low"), n): 2 for n in range(8)},
     }
-    assert all(isinstance(r.value, RolloutTask) and r.key is None for r in records)
+    assert all(r.key is None for r in records)
+    assert all(r.headers["rollout"].decode() == codec.decode_as(RolloutTask, r.value).rollout_id for r in records)
+
+
+def with_one_wrong(**fields: Any) -> list[RolloutTask]:
+    return [task(**fields) if n == 50 else task() for n in range(101)]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "error", "says"),
+    [
+        (with_one_wrong(seed=2**70), CodecError, "seed"),
+        (with_one_wrong(max_attempts=2**40), CodecError, "max_attempts"),
+        (with_one_wrong(input=5), CodecError, "input"),
+        (with_one_wrong(metadata={"a": None}), CodecError, "metadata"),
+        (with_one_wrong(priority="urgent"), ConfigError, "priority 'urgent' is none of high, normal, low"),
+        (with_one_wrong(input="x" * (SETTINGS.max_record_bytes - 2000)), TooLarge, "max_record_bytes"),
+        (with_one_wrong(input="x" * SETTINGS.max_record_bytes), TooLarge, "max_record_bytes"),
+        (with_one_wrong(rollout_id=derived_id(10**18, "old")), ConfigError, "more than 6 days old"),
+    ],
+    ids=range(8),
+)
+async def test_all_tasks_are_published_or_none(tasks: list[RolloutTask], error: type[Exception], says: str) -> None:
+    """Entries C6 and C2: 50 of 101 were published when the 51st did not encode."""
+    log = MemoryLog(SETTINGS.topics, max_record_bytes=SETTINGS.max_record_bytes)
+    with pytest.raises(error, match=r"task 51 \(rollout .*\), nothing was published") as raised:
+        await TaskPublisher(log.producer(), SETTINGS).publish(tasks)
+    assert says in str(raised.value)
+    assert [r for parts in log.partitions.values() for part in parts for r in part.records] == []
+
+
+async def test_a_task_that_is_accepted_can_be_claimed_and_retried() -> None:
+    """Entry C2: `preparing` holds the task and some bytes more."""
+    limit = SETTINGS.max_record_bytes
+    large = task(input="")
+    room = limit - TaskPublisher.RESERVED_BYTES - len(codec.encode(large)) - 8
+    large = replace(large, input="x" * room, resources_id=new_id())
+    log = MemoryLog(SETTINGS.topics, encode=True, max_record_bytes=limit)
+    publisher = TaskPublisher(log.producer(), SETTINGS)
+    with pytest.raises(TooLarge):
+        await publisher.publish([large])
+    large = replace(large, input="x" * (room - 40))
+    await publisher.publish([large])
+    assert len(codec.encode(event(large, new_id(), "preparing", worker_id="w" * 200))) < limit

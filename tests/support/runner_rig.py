@@ -53,7 +53,7 @@ class Rig:
         return tasks
 
     async def publish_tasks(self, tasks: Iterable[RolloutTask]) -> None:
-        await TaskPublisher(self.log.producer(), self.settings.topics).publish(tasks)
+        await TaskPublisher(self.log.producer(), self.settings).publish(tasks)
 
     async def read_until(self, done: Callable[[list[Any]], bool]) -> list[Any]:
         """All events so far (decoded), as soon as ``done`` says so of them."""

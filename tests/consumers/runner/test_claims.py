@@ -1,6 +1,7 @@
 """Claims: which tasks get the free slots, and what is written in which order."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from runner_rig import Rig, settings_for_tests
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.consumers.runner.claims import ClaimPolicy, Claims
+from millstream.consumers.runner.claims import Claim, ClaimPolicy, Claims
 from millstream.producers.control import pause_record, publish_control, publish_resources
 from millstream.producers.log.port import Producer
 from millstream.schemas.control import Resources
@@ -163,12 +164,92 @@ async def test_preparing_with_the_task_is_on_the_log_before_the_commit() -> None
 
 
 @pytest.mark.parametrize("failure", [TransactionAborted("the partition is lost"), LogUnavailable("no answer")])
-async def test_a_claim_whose_commit_fails_is_abandoned(failure: Exception) -> None:
+async def test_tasks_whose_commit_failed_or_has_an_unknown_outcome_are_read_and_committed_again(
+    failure: Exception,
+) -> None:
+    """Entry C1: else the old offset could stay for days, and the task would come back then."""
     log = SpyLog(MemoryLog(TOPICS), failure)
-    await Rig(log.inner, SETTINGS).publish_tasks([task(), task()])
+    await Rig(log.inner, SETTINGS).publish_tasks(tasks := [task(), task()])
     async with claiming(log) as claims:
         assert await claims.claim(8, 1.0) == []
-    assert [e.status for e in await all_events(log.inner, TOPICS.events)] == ["preparing"] * 2
+        log.failure = None
+        got = await claims.claim(8, 1.0)
+    assert {c.task.rollout_id for c in got} == {t.rollout_id for t in tasks}
+    assert log.committed[1][0] == log.committed[0][0]
+    assert [e.status for e in await all_events(log.inner, TOPICS.events)] == ["preparing"] * 4
+
+
+async def test_a_runner_that_was_frozen_after_its_poll_claims_nothing_of_it() -> None:
+    """Entry C1: the group may have given the tasks to another runner meanwhile."""
+    log = SpyLog(MemoryLog(TOPICS))
+    await Rig(log.inner, SETTINGS).publish_tasks([task()])
+    async with claiming(log, session_s=-1.0) as claims:
+        assert await claims.claim(8, 1.0) == []
+    assert (log.committed, await all_events(log.inner, TOPICS.events)) == ([], [])
+    async with claiming(log) as claims:
+        assert len(await claims.claim(8, 1.0)) == 1
+
+
+async def refused_by(log: Any, **policy: float) -> Claim:
+    async with claiming(log, **policy) as claims:
+        (claim,) = await claims.claim(8, 1.0)
+    assert claim.refused is not None
+    assert claim.refused.error is not None
+    return claim
+
+
+async def test_a_task_too_large_to_be_claimed_is_ended_with_the_reason() -> None:
+    """Entry C2: `preparing` holds the task and some bytes more."""
+    log = MemoryLog(TOPICS, encode=True, max_record_bytes=SETTINGS.max_record_bytes)
+    large = task(input="x" * (SETTINGS.max_record_bytes - 250))
+    log.producer().send(TOPICS.tasks("normal"), large)
+    claim = await refused_by(log)
+    assert (claim.task.rollout_id, claim.task.input) == (large.rollout_id, "")
+    assert (claim.refused.status, claim.refused.error.type) == ("failed", "too_large")
+    assert claim.refused.metadata == {"retry": "refused"}
+    (letter,) = await all_events(log, TOPICS.dead)
+    assert (letter.reason, letter.topic) == ("too_large", TOPICS.tasks("normal"))
+
+
+@pytest.mark.parametrize("body", [b"\xc3\x01" + b"newer..." + b"body", b"", b"garbage", codec.encode(task())[:-5]])
+async def test_a_task_that_cannot_be_read_is_ended_if_its_header_names_the_rollout(body: bytes) -> None:
+    """Entry C2: for example a newer schema, while a deployment is upgraded."""
+    log = MemoryLog(TOPICS)
+    log.producer().send(TOPICS.tasks("normal"), body, headers={"rollout": b"0190-x"})
+    claim = await refused_by(log)
+    assert (claim.task.rollout_id, claim.refused.error.type) == ("0190-x", "undecodable")
+    (letter,) = await all_events(log, TOPICS.dead)
+    assert (letter.reason, letter.value) == ("undecodable", body)
+    assert {e.rollout_id for e in await all_events(log, TOPICS.events)} == {"0190-x"}
+
+
+@pytest.mark.parametrize("paused", [False, True])
+async def test_a_task_that_waited_too_long_is_ended_before_the_log_drops_it(paused: bool) -> None:
+    """Entry C2: a pause, or no runner, for longer than the topic's retention."""
+    log = MemoryLog(TOPICS)
+    if paused:
+        await publish_control(log.producer(), TOPICS, pause_record("held", True))
+    of = task(experiment_id="held", rollout_id="without-a-time")
+    await Rig(log, SETTINGS).publish_tasks([of])
+    async with claiming(log, task_s=0.3) as claims:
+        if paused:
+            assert await claims.claim(8, 0.0) == []
+        got: list[Claim] = []
+        async with asyncio.timeout(10):
+            await asyncio.sleep(0.3)
+            while not got:
+                got = await claims.claim(8, 0.1)
+    (claim,) = got
+    assert claim.refused is not None
+    assert claim.refused.error is not None
+    assert (claim.task, claim.refused.error.type, claim.refused.metadata) == (of, "expired", {"retry": "no"})
+
+
+async def test_a_rollout_that_is_too_old_by_its_id_is_ended() -> None:
+    """Entry C2: retried for days, or published again."""
+    log = MemoryLog(TOPICS)
+    log.producer().send(TOPICS.tasks("normal"), task(rollout_id=derived_id(time.time_ns() - 7 * 86_400 * 10**9)))
+    assert (await refused_by(log)).refused.error.type == "expired"
 
 
 async def test_an_undecodable_task_goes_to_dead_and_the_others_run() -> None:

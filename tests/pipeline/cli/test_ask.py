@@ -63,7 +63,7 @@ def dsn(tmp_path_factory):
             collector = Collector(log, settings.topics, producer)
             await collector.start()
             collector.expect([RIGHT, WRONG, FAILED])
-            await TaskPublisher(producer, settings.topics).publish(list(TASKS.values()))
+            await TaskPublisher(producer, settings).publish(list(TASKS.values()))
             await collector.collect([RIGHT, WRONG, FAILED])
             await collector.close()
             producer.close()

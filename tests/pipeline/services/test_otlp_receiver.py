@@ -112,7 +112,7 @@ async def test_what_an_agents_own_process_exports_becomes_triplets_with_its_rewa
         runner = Runner(client.log, settings, "my_agent:agent", folder=tmp_path, drain_s=0)
         adapter = Adapter(client.log, topics, transactional_id=f"{topics.prefix}.adapter.0")
         roles = [asyncio.create_task(role.run(stop)) for role in (runner, adapter)]
-        await TaskPublisher(client.producer, topics).publish(group_of(TaskLine(input={}), settings))
+        await TaskPublisher(client.producer, settings).publish(group_of(TaskLine(input={}), settings))
         try:
             async with asyncio.timeout(60):
                 while not (ends := await records(client, topics.triplets, RolloutEnd)):

@@ -30,6 +30,22 @@ def agent(task, rollout, resources):
     return f"{rollout.mode} {sorted(resources)}"
 
 
+@pytest.mark.parametrize(
+    ("tasks", "val_tasks", "says"),
+    [
+        ([{"q": 1}, {"q": object()}], [], "task 1.q is a builtins.object"),
+        ([1], [{"a": [print]}], "val_task 0.a[0] is a"),
+    ],
+)
+def test_tasks_that_are_not_json_are_refused_before_anything_starts(tmp_path, tasks, val_tasks, says):
+    """Entry D3: the error came after all had started, and named neither task nor field."""
+    trainer = Trainer(algorithm=object(), agent=agent, run_dir=tmp_path / "run", strategy=None)
+    with pytest.raises(ConfigError) as raised:
+        trainer.fit(tasks, val_tasks)
+    assert says in str(raised.value)
+    assert not (tmp_path / "run").exists()
+
+
 def test_dev_runs_the_agent_through_everything(tmp_path):
     finished = Trainer(agent=agent, run_dir=tmp_path).dev(TASKS)
     assert [f.end.reward for f in finished] == [None if n == 3 else n / 10 for n in range(10)]
