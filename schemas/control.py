@@ -35,7 +35,7 @@ class ControlBody:
         """Raises `ConfigError` naming the record if it can't be read."""
         try:
             return cls._parse(record, json.loads(record.body))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{record.kind} {record.name}: {type(error).__name__}: {error}") from error
 
     def _body(self) -> Any:

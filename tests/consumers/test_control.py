@@ -60,6 +60,8 @@ async def test_the_last_record_of_a_key_holds_and_a_broken_one_is_left_out(
         producer, TOPICS, Control(kind="resources", name="x", experiment_id="e", body="?", created_at=1)
     )
     producer.send(TOPICS.control, b"garbage", key="pause/e")
+    deep = Control(kind="routing", name="~", body="[" * 100_000, created_at=1)  # no role may end of it
+    await publish_control(producer, TOPICS, deep)
     await follower.wait_until_current()
     found = follower.get("pause", "e")
     assert found is not None
@@ -67,3 +69,4 @@ async def test_the_last_record_of_a_key_holds_and_a_broken_one_is_left_out(
     assert follower.latest("e") == version(1)
     assert "ignoring t.control[0]@3: resources x" in caplog.text
     assert "ignoring t.control[0]@4" in caplog.text
+    assert "ignoring t.control[0]@5: routing ~: RecursionError" in caplog.text
