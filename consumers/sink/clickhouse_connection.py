@@ -1,5 +1,7 @@
 """Connections to ClickHouse: embedded in this process (``chdb://``) or a server (``clickhouse://``)."""
 
+import fcntl
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,8 @@ from urllib3.exceptions import HTTPError
 
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError, StoreError
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED: Final = "chdb://"
 SERVER: Final = "clickhouse://"
@@ -72,20 +76,46 @@ def first_line(error: Exception) -> str:
 
 
 def _open_embedded(path: str) -> Client:
+    held = False
     try:
         if path != IN_MEMORY:
             Path(path).mkdir(parents=True, exist_ok=True)
+            held = _is_held(Path(path))
+            if not held:
+                _remove_unfinished(Path(path))
         return clickhouse_connect.get_client(interface="chdb", path=path)
     except OSError as error:
         raise StoreError(f"the embedded store's folder {path} can't be created: {error.strerror}") from error
     except ClickHouseError as error:
         if "Error initializing EmbeddedServer" not in str(error):
             raise
+        if not held:
+            raise StoreError(f"the embedded store in {path} can't be opened: the engine wrote why to stderr") from error
         raise StoreError(
             f"the embedded store in {path} is held by another process{_holder(Path(path))}, and only one at a time can "
             "hold it. Try again when that process has ended; or, if it is a sink, start it with --query-port 8123 and "
             "read from there (MILLSTREAM_CLICKHOUSE_DSN=clickhouse://127.0.0.1:8123)"
         ) from error
+
+
+def _is_held(folder: Path) -> bool:
+    """Whether a process has the store open: the engine locks a file."""
+    if not (status := folder / "status").is_file():
+        return False
+    with status.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Removes definitions that a full disk has left empty: the engine would never open the store again."""
+    for definition in (folder / "metadata").rglob("*.sql"):
+        if definition.stat().st_size == 0:
+            logger.warning("%s is empty, probably since the disk was full: it is removed", definition)
+            definition.unlink()
 
 
 def _holder(folder: Path) -> str:

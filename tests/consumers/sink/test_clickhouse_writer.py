@@ -81,6 +81,35 @@ def test_a_folder_that_another_process_holds(writer, settings):
     assert "--query-port 8123" in other.stdout
 
 
+def test_a_store_whose_creation_a_full_disk_has_cut_off_is_created_again(tmp_path):
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "millstream.sql").touch()  # the engine creates the file, and can't write it
+    code = (
+        "from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter\n"
+        "from millstream.schemas.config.settings import load_settings\n"
+        f"writer = ClickHouseWriter(load_settings(clickhouse_dsn='chdb://{tmp_path}'))\n"
+        "print(writer.migrate())"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "0001_tables" in other.stdout, other.stderr
+    assert "metadata/millstream.sql is empty" in other.stderr
+
+
+def test_a_store_that_does_not_open_is_not_said_to_be_held(tmp_path):
+    (tmp_path / "metadata").mkdir()
+    (tmp_path / "metadata" / "millstream.sql").write_text("NONSENSE")
+    code = (
+        "from millstream.consumers.sink.clickhouse_connection import connect\n"
+        "from millstream.schemas.config.settings import load_settings\n"
+        "from millstream.schemas.errors import StoreError\n"
+        f"try: connect(load_settings(clickhouse_dsn='chdb://{tmp_path}'))\n"
+        "except StoreError as error: print(error)"
+    )
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "can't be opened: the engine wrote why to stderr" in other.stdout
+    assert "NONSENSE" in other.stderr
+
+
 def test_a_relative_folder_lies_below_the_current_one(writer, settings, folder, monkeypatch):
     monkeypatch.chdir(folder.parent.parent)
     same = ClickHouseWriter(settings.model_copy(update={"clickhouse_dsn": "chdb://a b/store"}))
