@@ -67,7 +67,7 @@ types: setup
 bench: setup
 	$(BIN)/python benchmarks/pipeline.py
 
-# Kills, freezes and restarts everything, and has the log checked: 200 kills take about 15 minutes.
+# Kills, freezes, refuses and poisons everything, and has the log checked: 200 faults take about 15 minutes.
 chaos: setup
 	$(BIN)/python tests/chaos/harness.py --kills $(or $(KILLS),200) --seed $(or $(SEED),1) --run-dir $(or $(RUN_DIR),runs/chaos)
 
