@@ -30,6 +30,7 @@ from millstream.consumers.adapter.triplets import ToTriplets, to_triplets
 from millstream.consumers.dead_letters import dead_letter, without_body
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
+from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.errors import CodecError, LogUnavailable, TransactionAborted
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import EndOfPartition, LogRecord, Partition
@@ -64,7 +65,10 @@ class AdapterPolicy:
 class _Part:
     fold: PartitionFold
     high_watermark: int = 0
-    position: int | None = None  # None until what predecessors have settled is loaded
+    start: int = 0  # the offset of the first record
+    load: Background | None = None  # of what predecessors have settled; begins with that record
+    loaded: bool = False
+    position: int | None = None  # None until the load has ended
     caught_up_since: float | None = None
     committed: int = -1
     dead: dict[int, DeadLetter] = field(default_factory=dict)  # by offset, not yet written
@@ -98,6 +102,7 @@ class Adapter:
         self._metrics = AdapterMetrics(registry or CollectorRegistry())
         self._parts: dict[Partition, _Part] = {}
         self._group: object = None
+        self._loads = asyncio.Semaphore(8)  # each needs a connection
         self._not_before = clock()
         self._ready = asyncio.Event()
 
@@ -105,7 +110,7 @@ class Adapter:
 
     def on_assign(self, partitions: Sequence[Partition]) -> None:
         for partition in partitions:
-            self._parts[partition] = _Part(self._new_fold())
+            self._parts[partition] = _Part(PartitionFold(self._to_triplets, self.policy.fold))
         # Only here: metadata taken just before a transaction would let a zombie commit another member's partitions.
         self._group = self._consumer.group_metadata()
         self._ready.set()
@@ -147,6 +152,9 @@ class Adapter:
         except LogUnavailable as error:  # only once it is to stop
             logger.warning("stopped before all decisions were written; the next adapter makes them again: %s", error)
         finally:
+            for part in self._parts.values():
+                if part.load is not None:
+                    await part.load.close()
             await self._consumer.close()
             await self._writer.close()
 
@@ -176,14 +184,16 @@ class Adapter:
 
     async def _read(self) -> None:
         try:
+            await self._begin()
             batch = await self._consumer.poll(self.policy.poll_records, self.policy.poll_s)
         except LogUnavailable as error:
             logger.warning("events can't be read, trying again: %s", error)
             await asyncio.sleep(self.policy.poll_s)
             return
-        new = {item.partition: item.offset for item in reversed(batch) if self._is_new(item.partition)}
-        if new and not await self._load(new):
-            return
+        for item in batch:
+            if (part := self._parts.get(item.partition)) is not None and part.load is None:
+                part.start = item.offset
+                part.load = supervisor().job(f"settled {item.partition}", self._load(item.partition, part))
         now = self._clock()
         for item in batch:
             part = self._parts.get(item.partition)
@@ -195,10 +205,6 @@ class Adapter:
                 self._apply(part, item, now)
         self._bound_memory(now)
 
-    def _is_new(self, partition: Partition) -> bool:
-        part = self._parts.get(partition)
-        return part is not None and part.position is None
-
     def _bound_memory(self, now: float) -> None:
         folds, limit = [part.fold for part in self._parts.values()], self.policy.process_bytes
         while sum(fold.size for fold in folds) > limit:
@@ -207,36 +213,35 @@ class Adapter:
             message = f"{size:,} bytes, the most of all open rollouts; the adapter keeps {limit:,} in all"
             fold.too_large(rollout_id, message, time.time_ns(), now)
 
-    async def _load(self, starts: dict[Partition, int]) -> bool:
-        """Loads what predecessors have settled on partitions whose first records are at these offsets. The topic is
-        read to its end, open transactions included: a predecessor's last decisions must be known. False if the log is
-        away; the records are then read again."""
-        settled = {Partition(self._topics.settled, p.number): p for p in starts}
-        try:
-            ends = await self._consumer.end_offsets(starts)
-            async with aclosing(read_to_end(self._log, list(settled))) as records:
-                async for record in records:
-                    partition = settled[record.partition]
-                    self._load_record(self._parts[partition].fold, record, starts[partition])
-        except LogUnavailable as error:
-            logger.warning("what has been settled can't be read, trying again: %s", error)
-            for partition, offset in starts.items():
-                self._parts[partition].fold = self._new_fold()
-                await self._consumer.seek(partition, offset)
-            return False
-        for partition, offset in starts.items():
-            part = self._parts[partition]
-            part.position, part.high_watermark = offset, ends[partition]
-        return True
+    async def _load(self, partition: Partition, part: _Part) -> None:
+        """Loads what predecessors have settled. The topic is read to its end, open transactions included: a
+        predecessor's last decisions must be known. Meanwhile the records of the partition are skipped, and other
+        partitions are folded."""
+        settled = [Partition(self._topics.settled, partition.number)]
+        while not part.loaded:
+            part.fold = PartitionFold(self._to_triplets, self.policy.fold, on_late=self._metrics.late)
+            try:
+                async with self._loads, aclosing(read_to_end(self._log, settled)) as records:
+                    async for record in records:
+                        self._load_record(part.fold, record, part.start)
+                part.loaded = True
+            except LogUnavailable as error:
+                logger.warning("what has been settled can't be read, trying again: %s", error)
+                await asyncio.sleep(self.policy.probe_s)
+
+    async def _begin(self) -> None:
+        """Begins to fold the partitions whose load has ended. Not while a poll runs, which may revoke them."""
+        for partition, part in self._parts.items():
+            if part.position is None and part.loaded:
+                part.high_watermark = (await self._consumer.end_offsets([partition]))[partition]
+                await self._consumer.seek(partition, part.start)
+                part.position = part.start
 
     def _load_record(self, fold: PartitionFold, record: LogRecord, start: int) -> None:
         try:
             fold.load(codec.decode_as(Settled, record.value), record.timestamp, start)
         except (CodecError, ValueError) as error:
             logger.error("%s was not written by an adapter, it is ignored: %s", record.place, error)
-
-    def _new_fold(self) -> PartitionFold:
-        return PartitionFold(self._to_triplets, self.policy.fold, on_late=self._metrics.late)
 
     def _apply(self, part: _Part, record: LogRecord, now: float) -> None:
         try:
