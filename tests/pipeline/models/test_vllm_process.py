@@ -42,9 +42,7 @@ async def test_a_process_that_ends_at_once_reports_why(tmp_path):
 async def replica(tmp_path):
     """One of a stand-in, with short time-outs."""
     python = tmp_path / "python"
-    python.write_text(
-        f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parents[2] / "support" / "vllm_standin.py"} "$@"\n'
-    )
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parents[2] / "vllm" / "standin.py"} "$@"\n')
     python.chmod(0o755)
     replica = Replica(
         process(tmp_path, python, VllmPolicy(probe_s=0.2, call_s=2.0)), VllmOptions(), version(tmp_path, 0)

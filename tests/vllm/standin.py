@@ -1,4 +1,4 @@
-"""What the supervisor asks of vLLM, without a model: ``python vllm_standin.py --port N``."""
+"""What the supervisor asks of vLLM, without a model: ``python standin.py --port N``."""
 
 import argparse
 import json
