@@ -141,9 +141,11 @@ class ControlFollower:
                 self._latest[control.experiment_id] = max(known, resources.resources_id)
             elif control.kind == RoutingTable.kind and control.name > self.routing.table_id:
                 self.routing = RoutingTable.from_control(control)
+            elif control.kind == "pause" and control.body not in ("true", "false"):
+                raise ConfigError(f"pause {control.name}: {control.body[:100]!r} is neither true nor false")
             self._on_control(control)
         except (CodecError, ConfigError) as error:
-            logger.warning("ignoring %s: %s", record.place, error)
+            logger.error("ignoring %s: %s", record.place, error)
             return
         self._records[control.kind, control.name] = control
         if control.kind == "cancel":

@@ -1,22 +1,43 @@
 """The bodies of the control topic's records: resources, routing tables, and commands to model servers. Pure."""
 
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Final, Literal, Self
+from functools import cache
+from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from millstream.schemas.config.settings import problems_of
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id, rank
+from millstream.schemas.spans.text import json_text, parsed
 from millstream.schemas.wire.records import Control
 
 KEPT: Final = 20  # of a model in a routing table; the oldest unused ones are dropped first
+
+HEAVIEST: Final = 1e9  # weight of an arm
+STRICT: Final = ConfigDict(extra="forbid", strict=True)
+
+T = TypeVar("T")
+
+
+def typed(form: type[T], value: Any) -> T:
+    """The JSON value as ``form``, whose every field has its type: "1" is not a number. Raises ValueError if it is not
+    one."""
+    return _adapter(form).validate_json(json_text(value), strict=True)
+
+
+@cache
+def _adapter(form: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(form)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlBody:
     """What a control record says. The field ``name_field`` is the record's name."""
 
+    __pydantic_config__: ClassVar = STRICT
     kind: ClassVar[str]
     name_field: ClassVar[str]
 
@@ -26,7 +47,7 @@ class ControlBody:
             kind=self.kind,
             name=getattr(self, self.name_field),
             experiment_id=getattr(self, "experiment_id", ""),
-            body=json.dumps(self._body()),
+            body=json_text(self._body()),
             created_at=time.time_ns() if created_at is None else created_at,
         )
 
@@ -34,8 +55,10 @@ class ControlBody:
     def from_control(cls, record: Control) -> Self:
         """Raises `ConfigError` naming the record if it can't be read."""
         try:
-            return cls._parse(record, json.loads(record.body))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            return cls._parse(record, parsed(record.body))
+        except ValidationError as error:
+            raise ConfigError(f"{record.kind} {record.name}: {problems_of(error)}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{record.kind} {record.name}: {type(error).__name__}: {error}") from error
 
     def _body(self) -> Any:
@@ -43,12 +66,14 @@ class ControlBody:
 
     @classmethod
     def _parse(cls, record: Control, body: Any) -> Self:
-        return cls(**body)
+        return typed(cls, body)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LLM:
     """A model that agents reach through the proxy."""
+
+    __pydantic_config__: ClassVar = STRICT
 
     model: str  # the name that agents ask for
     model_version: str  # run.epoch.step of its weights
@@ -59,6 +84,8 @@ class LLM:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTemplate:
     """A prompt with ``{named}`` placeholders."""
+
+    __pydantic_config__: ClassVar = STRICT
 
     template: str
 
@@ -94,9 +121,7 @@ class Resources(ControlBody):
         items: dict[str, Resource] = {}
         for name, value in body.items():
             kind = value.pop("type")
-            if kind == "llm":
-                value["endpoints"] = tuple(value.get("endpoints", ()))
-            items[name] = value["value"] if kind == "object" else _TYPES[kind](**value)
+            items[name] = value["value"] if kind == "object" else typed(_TYPES[kind], value)
         return cls(resources_id=record.name, experiment_id=record.experiment_id, items=items)
 
 
@@ -104,11 +129,17 @@ class Resources(ControlBody):
 class Arm:
     """One version of a model, and the upstream that serves it."""
 
+    __pydantic_config__: ClassVar = STRICT
+
     version: str  # run.epoch.step
     upstream: str  # its name in the proxies' settings
     served_as: str  # the model's name at that server; each LoRA adapter has its own
     weights: str = ""  # folder with the safetensors, for a rollback
     weight: float = 0.0  # share of the rollouts; 0: kept but unused
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weight < HEAVIEST:
+            raise ValueError(f"the weight {self.weight} is not a number from 0 to {HEAVIEST:g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +190,8 @@ class RoutingTable(ControlBody):
 
     def split(self, model: str, shares: Mapping[str, float]) -> "RoutingTable":
         """Shares the rollouts among kept versions. Raises `ConfigError` naming a version that is not kept."""
-        if not any(share > 0 for share in shares.values()) or any(not 0 <= share < 1e9 for share in shares.values()):
+        given = shares.values()
+        if not any(share > 0 for share in given) or any(not 0 <= share < HEAVIEST for share in given):
             raise ConfigError(f"model {model}: shares must be numbers from 0 on, at least one above 0: {shares}")
         for version in shares:
             self._arm(model, version)
@@ -169,8 +201,7 @@ class RoutingTable(ControlBody):
 
     @classmethod
     def _parse(cls, record: Control, body: Any) -> Self:
-        models = {name: tuple(Arm(**arm) for arm in arms) for name, arms in body["models"].items()}
-        return cls(table_id=record.name, models=models, reason=body.get("reason", ""))
+        return typed(cls, {**body, "table_id": record.name})
 
     def _arms(self, model: str) -> tuple[Arm, ...]:
         if model not in self.models:

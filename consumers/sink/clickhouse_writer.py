@@ -11,6 +11,7 @@ from millstream.consumers.sink.migrations import Migration, apply_retention, loc
 from millstream.consumers.sink.rows import RowsRefused
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import StoreError
+from millstream.schemas.spans.text import valid
 
 CANNOT_READ_ALL_DATA: Final = 33  # ClickHouse's error code; for a complete Avro file: one of its rows is truncated
 
@@ -66,7 +67,8 @@ class ClickHouseWriter:
             if types is None:  # else the client asks before each insert
                 described = self.client.query(f"DESCRIBE TABLE {table}").result_rows
                 types = self._types[table] = {row[0]: row[1] for row in described}
-            try:
+
+            def insert(columns: Sequence[Sequence[Any]]) -> None:
                 self.client.insert(
                     table,
                     columns,
@@ -75,6 +77,12 @@ class ClickHouseWriter:
                     column_oriented=True,
                     settings=_insert_settings(token),
                 )
+
+            try:
+                try:
+                    insert(columns)
+                except UnicodeEncodeError:  # records of a log in memory that were never encoded
+                    insert(valid(columns))
             except (DataError, ValueError, TypeError, AttributeError) as error:  # raised by the client's serialisers
                 raise RowsRefused(f"{table} can't hold a value: {first_line(error)}") from error
             except DatabaseError as error:

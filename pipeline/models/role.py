@@ -88,7 +88,7 @@ class ModelRole:
             if not self._follower.routing.reason.endswith(mark):
                 await self._publish(await self._do(command), mark)
             answer = ModelAnswer(command_id=record.name, table_id=self._follower.routing.table_id)
-        except (ConfigError, UpdateFailed) as error:
+        except (ConfigError, UpdateFailed, OSError, ValueError) as error:  # of a folder's name, for example
             answer = ModelAnswer(command_id=record.name, error=str(error))
         await self._report_state()
         await publish_control(self._producer, self._topics, answer.to_control())

@@ -23,7 +23,7 @@ from millstream.producers.agent.shared_threads import note_call
 from millstream.producers.agent.span_processor import to_record
 from millstream.schemas.errors import MillstreamError
 from millstream.schemas.spans import semconv
-from millstream.schemas.spans.text import as_text, texts
+from millstream.schemas.spans.text import as_text, safe_repr, texts
 
 logger = logging.getLogger(__name__)
 _warned = threading.Event()
@@ -60,7 +60,9 @@ def emit_reward(value: float | Mapping[str, float], name: str | None = None, *, 
     if not isinstance(value, Mapping):
         rewards = {name or "reward": value}
     elif name is not None or not value:
-        raise RewardError(f"rewards {dict(value)!r}, name={name!r}: pass a dict of at least one reward, without a name")
+        raise RewardError(
+            f"rewards {safe_repr(dict(value))}, name={name!r}: pass a dict of at least one reward, without a name"
+        )
     else:
         rewards = dict(value)
     numbers = {each: _finite(each, number) for each, number in rewards.items()}
@@ -159,7 +161,7 @@ def checked(name: str, attributes: Mapping[str, Any] | None) -> dict[str, str]:
     total = len(name)
     for key, value in (attributes or {}).items():
         if not isinstance(key, str):
-            raise EmitError(f"span {name!r}: attribute name {key!r} is not a string")
+            raise EmitError(f"span {name!r}: attribute name {safe_repr(key)} is not a string")
         try:
             given[key] = text = as_text(value)
         except (TypeError, ValueError, RecursionError) as error:
@@ -185,7 +187,7 @@ def _finite(name: str, value: Any) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise RewardError(f"reward {name!r} is {value!r}; it must be a finite number")
+        raise RewardError(f"reward {name!r} is {safe_repr(value)[:100]}; it must be a finite number")
     return number
 
 

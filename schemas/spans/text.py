@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, Final
 
 LONGEST: Final = 4000  # characters of a reason or an error
@@ -49,6 +50,19 @@ def utf8(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+def valid(value: Any) -> Any:
+    """The value, or the record, with valid text in all of it."""
+    if isinstance(value, str):
+        return utf8(value)
+    if isinstance(value, Mapping):
+        return {valid(key): valid(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple([valid(inner) for inner in value])
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{f.name: valid(getattr(value, f.name)) for f in fields(value)})
+    return value
 
 
 def cut(text: str) -> str:

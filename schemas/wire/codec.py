@@ -6,7 +6,7 @@ kinds of record, without a schema registry. Specification: Apache Avro 1.11, "Si
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields
 from functools import partial
 from importlib.resources import files
 from io import BytesIO
@@ -18,7 +18,7 @@ from fastavro.schema import fingerprint, to_parsing_canonical_form
 from fastavro.validation import validate
 
 from millstream.schemas.errors import CodecError, TruncatedRecord, UnknownSchema, WrongType
-from millstream.schemas.spans.text import safe_repr, utf8
+from millstream.schemas.spans.text import safe_repr, valid
 from millstream.schemas.wire import records
 from millstream.schemas.wire.records import LONGEST_ATTEMPT_S, LONGEST_LEASE_S, RECORD_TYPES, Record, Span
 from millstream.schemas.wire.span_codec import UNFIT, span_bytes
@@ -78,7 +78,7 @@ class RecordCodec:
         try:
             return self._encode(record)
         except UnicodeEncodeError:
-            return self._encode(_valid(record))
+            return self._encode(valid(record))
 
     def _encode(self, record: Record) -> bytes:
         datum = dict(zip(self.field_names, self._values(record), strict=True))
@@ -179,19 +179,6 @@ def _all_plain(values: Any) -> Any:
 
 def _all(cls: type, values: Any) -> Any:
     return tuple([cls(**value) for value in values])
-
-
-def _valid(value: Any) -> Any:
-    """The value with valid text."""
-    if isinstance(value, str):
-        return utf8(value)
-    if isinstance(value, Mapping):
-        return {_valid(key): _valid(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple([_valid(inner) for inner in value])
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _valid(getattr(value, f.name)) for f in fields(value)})
-    return value
 
 
 def _plain(value: Any) -> dict[str, Any]:

@@ -1,13 +1,15 @@
 """Following the control topic."""
 
+import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.producers.control import publish_control, publish_resources
-from millstream.schemas.control import LLM, PromptTemplate, Resources
+from millstream.schemas.control import LLM, Arm, PromptTemplate, Resources, RoutingTable
 from millstream.schemas.ids import derived_id
 from millstream.schemas.wire.records import Control
 from millstream.schemas.wire.topics import Topics
@@ -54,7 +56,7 @@ async def test_the_last_record_of_a_key_holds_and_a_broken_one_is_left_out(
     log: MemoryLog, follower: ControlFollower, caplog: pytest.LogCaptureFixture
 ) -> None:
     producer = log.producer()
-    for body in ("1", "2"):
+    for body in ("true", "false"):
         await publish_control(producer, TOPICS, Control(kind="pause", name="e", body=body, created_at=1))
     await publish_control(
         producer, TOPICS, Control(kind="resources", name="x", experiment_id="e", body="?", created_at=1)
@@ -65,8 +67,51 @@ async def test_the_last_record_of_a_key_holds_and_a_broken_one_is_left_out(
     await follower.wait_until_current()
     found = follower.get("pause", "e")
     assert found is not None
-    assert found.body == "2"
+    assert found.body == "false"
     assert follower.latest("e") == version(1)
     assert "ignoring t.control[0]@3: resources x" in caplog.text
     assert "ignoring t.control[0]@4" in caplog.text
-    assert "ignoring t.control[0]@5: routing ~: RecursionError" in caplog.text
+    assert "ignoring t.control[0]@5: routing ~: ValueError" in caplog.text
+
+
+def routing(**arm: Any) -> str:
+    return json.dumps({"models": {"m": [{"version": "1", "upstream": "u", "served_as": "s"} | arm]}})
+
+
+WRONG = {
+    "weight as text": ("routing", routing(weight="1")),
+    "no weight": ("routing", routing(weight=None)),
+    "weight NaN": ("routing", routing(weight=float("nan"))),
+    "weight below 0": ("routing", routing(weight=-1)),
+    "no version": ("routing", routing(version=None)),
+    "version as a number": ("routing", routing(version=1)),
+    "an unknown field": ("routing", routing(share=1)),
+    "no models": ("routing", "null"),
+    "deep": ("routing", "[" * 300_000),
+    "a model without a name": ("resources", '{"p": {"type": "llm", "model": null, "model_version": "1"}}'),
+    "endpoints as text": ("resources", '{"p": {"type": "llm", "model": "m", "model_version": "1", "endpoints": "x"}}'),
+    "a resource as a number": ("resources", '{"p": 5}'),
+    "a type as a list": ("resources", '{"p": {"type": []}}'),
+    "pause as text": ("pause", '"true"'),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+async def test_a_record_of_wrong_types_is_ignored_and_named(
+    log: MemoryLog, follower: ControlFollower, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    """A6: it ends no call and no role, now or at the next start."""
+    kind, body = WRONG[what]
+    arm = Arm(version="1", upstream="u", served_as="s", weight=1.0)
+    good = RoutingTable(table_id="0", models={"m": (arm,)})
+    await publish_control(log.producer(), TOPICS, good.to_control())
+    await publish_control(log.producer(), TOPICS, Control(kind=kind, name="9", body=body, created_at=1))
+    await follower.wait_until_current()
+    successor = ControlFollower(log, TOPICS)
+    await successor.start()
+    for each in (follower, successor):
+        assert each.routing.choose("m", "r") == arm
+        assert each.latest("e") == version(1)
+        assert not each.pauses
+    await successor.close()
+    assert [r.levelname for r in caplog.records if "ignoring t.control[0]@2" in r.message] == ["ERROR", "ERROR"]

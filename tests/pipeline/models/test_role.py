@@ -1,16 +1,21 @@
 """The role that serves a model: what it does with commands, with a server that only notes what it loads."""
 
 import asyncio
+import json
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
+
+import pytest
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.pipeline.cli.model import _answered, _read
 from millstream.pipeline.models.role import ModelRole
 from millstream.pipeline.models.server import UpdateFailed
 from millstream.pipeline.models.weight_files import Weights
+from millstream.producers.control import publish_control
 from millstream.schemas.control import ModelCommand
 from millstream.schemas.ids import new_id
+from millstream.schemas.wire.records import Control
 from millstream.schemas.wire.topics import Topics
 
 TOPICS = Topics("t", partitions=1)
@@ -96,6 +101,31 @@ async def test_a_command_that_fails_is_answered_and_changes_nothing(tmp_path):
         answer = await ask(log, "deploy", version="run.0.0", folder=str(tmp_path / "other"))
         assert "give these weights another version" in answer.error
         assert (server.loaded, await shares(log)) == ([], {"run.0.0": 1.0})
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"action": "split", "shares": {"run.0.0": "0.5"}},
+        {"action": "split", "shares": None},
+        {"action": "rollback", "version": 3},
+        {"action": "deploy", "version": "run.0.1", "folder": "\0"},
+        {"action": "deploy", "version": "run.0.1", "lora": "no"},
+    ],
+    ids=str,
+)
+async def test_a_command_of_wrong_types_is_answered_and_ends_no_role(tmp_path, fields):
+    """A6: neither now nor at the next start."""
+    log, command_id = MemoryLog(TOPICS), new_id()
+    body = json.dumps({"command_id": command_id, "model": "policy"} | fields)
+    async with serving(log, Server(tmp_path)):
+        await publish_control(
+            log.producer(), TOPICS, Control(kind="model-command", name=command_id, body=body, created_at=1)
+        )
+        assert (await ask(log, "rollback", version="run.0.0")).error == ""  # after it
+    async with serving(log, Server(tmp_path)):
+        found = (await _read(log, TOPICS)).answers[command_id]
+        assert found.error
 
 
 async def test_a_successor_serves_what_the_role_served_and_answers_no_command_again(tmp_path):
