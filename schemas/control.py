@@ -3,7 +3,6 @@
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -25,12 +24,13 @@ T = TypeVar("T")
 def typed(form: type[T], value: Any) -> T:
     """The JSON value as ``form``, whose every field has its type: "1" is not a number. Raises ValueError if it is not
     one."""
-    return _adapter(form).validate_json(json_text(value), strict=True)
+    if form not in _adapters:
+        _adapters[form] = TypeAdapter(form)
+    found: T = _adapters[form].validate_json(json_text(value), strict=True)
+    return found
 
 
-@cache
-def _adapter(form: type[T]) -> TypeAdapter[T]:
-    return TypeAdapter(form)
+_adapters: dict[type[Any], TypeAdapter[Any]] = {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
