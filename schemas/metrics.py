@@ -19,6 +19,9 @@ LOOP_AGE: Final = Metric("millstream_event_loop_age_seconds", "Time since the ev
 BACKGROUND_AGE: Final = Metric(
     "millstream_background_age_seconds", "Time since the last success, of the background task without one longest."
 )
+RECORDS_UNREAD: Final = Metric(
+    "millstream_unread_records", "Records that retention had deleted before this process read them.", "counter"
+)
 HEARTBEAT_AGE: Final = Metric("millstream_heartbeat_age_seconds", "Age of the oldest heartbeat last acknowledged.")
 TRANSACTION_AGE: Final = Metric("millstream_transaction_call_seconds", "Duration of the current call to the log.")
 

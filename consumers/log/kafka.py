@@ -13,7 +13,13 @@ from typing import Literal
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka import TopicPartition as AioPartition
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.errors import (
+    CommitFailedError,
+    IllegalStateError,
+    KafkaError,
+    NoOffsetForPartitionError,
+    OffsetOutOfRangeError,
+)
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
 from millstream.consumers.log.kafka_offsets import Watermarks
@@ -30,6 +36,19 @@ logger = logging.getLogger(__name__)
 
 def record_key(raw: bytes | None) -> str | None:
     return None if raw is None else raw.decode("utf-8", "surrogateescape")
+
+
+def note_gap(partition: Partition, position: int, first: int, group: str | None) -> int:
+    """Logs that retention has deleted records before they were read; returns how many offsets they took."""
+    logger.error(
+        "%s: offsets %d to %d were deleted before %s read them. Rollouts with records there may be incomplete; those "
+        "whose tasks or ends were there are missing. Is the retention longer than this role may be down?",
+        partition,
+        position,
+        first - 1,
+        f"group {group}" if group else "this process",
+    )
+    return first - position
 
 
 def _aio_error(error: Exception, doing: str) -> LogError:
@@ -99,6 +118,9 @@ class AioConsumer:
             if wanted is None or chosen:
                 try:
                     got = await client.getmany(*chosen, timeout_ms=math.ceil(rest * 1000), max_records=max_records)
+                except (OffsetOutOfRangeError, NoOffsetForPartitionError) as error:
+                    await self._find_place(client, error)
+                    continue
                 except KafkaError as error:
                     raise _aio_error(error, f"reading as {self._group or 'a reader without a group'}") from error
                 records = self._hand_out(client, got)
@@ -136,6 +158,20 @@ class AioConsumer:
             )
             self._positions[partition] = batch[-1].offset + 1
         return records
+
+    async def _find_place(self, client: AIOKafkaConsumer, error: KafkaError) -> None:
+        """Continues at the beginning where the next offset has been deleted, which is named and counted, and where
+        nothing has been committed yet."""
+        if isinstance(error, OffsetOutOfRangeError):
+            wanted = {Partition(tp.topic, tp.partition): offset for tp, offset in error.args[0].items()}
+        else:
+            new = [partition for partition, position in self._positions.items() if position is None]
+            wanted = {p: -1 for p, offset in (await self.committed(new)).items() if offset is None}
+        for partition, first in (await self._watermarks.beginning(wanted)).items():
+            if 0 <= wanted[partition] < first:
+                self.polls.unread += note_gap(partition, wanted[partition], first, self._group)
+            with suppress(IllegalStateError):  # it has been lost meanwhile
+                client.seek(AioPartition(*partition), first)
 
     async def _catch_up(self, client: AIOKafkaConsumer) -> None:
         """Updates positions without records: of empty partitions, and behind transaction markers."""
@@ -242,7 +278,7 @@ class AioConsumer:
         client = AIOKafkaConsumer(
             group_id=self._group,
             enable_auto_commit=False,
-            auto_offset_reset="earliest",
+            auto_offset_reset="none",  # see `_find_place`: what is skipped is named
             isolation_level="read_committed",
             session_timeout_ms=policy.session_ms,
             heartbeat_interval_ms=policy.heartbeat_ms,

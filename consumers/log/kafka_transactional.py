@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from millstream.consumers.log.kafka import record_key
+from millstream.consumers.log.kafka import note_gap, record_key
 from millstream.consumers.log.kafka_offsets import Watermarks
 from millstream.consumers.log.kafka_policy import ConsumerPolicy
 from millstream.consumers.log.poll_times import PollTimes
@@ -52,7 +52,7 @@ class KafkaTransactionalConsumer:
             group_protocol="consumer",
             enable_auto_commit=False,
             enable_auto_offset_store=False,
-            auto_offset_reset="earliest",
+            auto_offset_reset="error",  # see `_find_place`: what is skipped is named
             isolation_level="read_committed",
             enable_partition_eof=True,
             fetch_wait_max_ms=policy.fetch_wait_ms,
@@ -131,11 +131,28 @@ class KafkaTransactionalConsumer:
             )
         if error.code() == KafkaError._PARTITION_EOF:
             return EndOfPartition(partition, offset)
+        if error.code() == KafkaError._AUTO_OFFSET_RESET:
+            self._find_place(partition)
+            return None
         failed = log_error(error, f"reading {partition}")
         if failed.retriable or error.code() == KafkaError._MAX_POLL_EXCEEDED:
             logger.warning("%s", failed)
             return None
         raise failed
+
+    def _find_place(self, partition: Partition) -> None:
+        """Continues at the beginning where the next offset has been deleted, which is named and counted, and where
+        nothing has been committed yet."""
+        place = TopicPartition(*partition)
+        (committed,) = self._client.committed([place], timeout=self._policy.call_s)
+        (current,) = self._client.position([place])
+        wanted = max(committed.offset, current.offset)  # negative: none
+        first, _ = self._client.get_watermark_offsets(place, timeout=self._policy.call_s)
+        if 0 <= wanted < first:
+            self.polls.unread += note_gap(partition, wanted, first, self._group)
+        # It can't be sought: librdkafka has stopped it.
+        self._client.incremental_unassign([place])
+        self._client.incremental_assign([TopicPartition(*partition, first)])
 
     def _on_assign(self, client: Consumer, assigned: list[TopicPartition]) -> None:
         partitions = [Partition(tp.topic, tp.partition) for tp in assigned]

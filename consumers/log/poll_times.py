@@ -11,6 +11,7 @@ class PollTimes:
     last_poll: float | None = None  # when the last poll returned or raised; None before the first
     polling_since: float | None = None  # when the current poll began; None between polls
     closed: bool = False
+    unread: int = 0  # records that retention had deleted before this consumer read them
 
     def __enter__(self) -> None:
         self.polling_since = time.monotonic()

@@ -19,7 +19,7 @@ from starlette.responses import Response
 
 from millstream.consumers.log.poll_times import PollTimes
 from millstream.producers.supervisor import Supervisor
-from millstream.schemas.metrics import BACKGROUND_AGE, POLL_AGE, Metric
+from millstream.schemas.metrics import BACKGROUND_AGE, POLL_AGE, RECORDS_UNREAD, Metric
 
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -72,6 +72,7 @@ class Health:
         self._background = background or Supervisor()
         self._checks: list[Check] = []
         self.check(POLL_AGE, self._poll_age_s)
+        self.export(RECORDS_UNREAD, lambda: sum(poll.unread for poll in self._polls()))
         self.check(BACKGROUND_AGE, lambda: self._background.age_s, policy.background_s)
 
     def export(self, metric: Metric, value: Callable[[], float]) -> None:

@@ -1,0 +1,41 @@
+"""What the collector waits for, and what it gives up."""
+
+from typing import Any
+
+import pytest
+from factories import task
+
+from millstream.consumers.log.memory_log import MemoryLog
+from millstream.pipeline.training.collector import Collector, CollectorPolicy
+from millstream.schemas.wire.topics import Topics
+
+TOPICS = Topics("t", partitions=2)
+
+
+async def collecting(log: MemoryLog, **policy: Any) -> Collector:
+    collector = Collector(log, TOPICS, log.producer(), CollectorPolicy(poll_s=0.01, **policy))
+    await collector.start()
+    return collector
+
+
+async def test_a_rollout_that_the_log_has_dropped_is_not_waited_for() -> None:
+    """Entry C2: `collect` waited for ever."""
+    collector = await collecting(MemoryLog(TOPICS), wait_s=0.05)
+    collector.expect(["a"])
+    (found,) = await collector.collect(["a"])
+    assert (found.end.status, found.end.trainable, found.triplets) == ("failed", False, ())
+    assert "the log has dropped it" in (found.end.reason or "")
+    assert collector.outstanding == frozenset()
+
+
+@pytest.mark.parametrize("body", [b"garbage", b"\xc3\x01newer...body"])
+async def test_an_end_that_cannot_be_read_ends_its_rollout(body: bytes) -> None:
+    """Entry C2: for example of a newer schema."""
+    log = MemoryLog(TOPICS)
+    collector = await collecting(log)
+    of = task()
+    collector.expect([of.rollout_id])
+    log.producer().send(TOPICS.triplets, body, key=of.rollout_id, headers={"kind": b"end"})
+    (found,) = await collector.collect([of.rollout_id])
+    assert (found.end.status, (found.end.reason or "")[:22]) == ("failed", "its end can't be read:")
+    assert len(log.partitions[TOPICS.dead][0].records) == 1
