@@ -26,6 +26,7 @@ class AgentConfig:
     gateway_url: str = ""
     hooks: Sequence[Hook | str] = ()
     instrument: Sequence[str] = tuple(FRAMEWORKS)  # their names
+    one_at_a_time: bool = False  # a process runs one attempt at a time: a sync agent gets its main thread
 
     @property
     def name(self) -> str:

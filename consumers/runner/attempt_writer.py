@@ -60,6 +60,8 @@ class AttemptWriter:
         self._blobs = blobs
         self._contents: dict[str, Future[None]] = {}  # by digest: received from the agent's side
         self._waiting: deque[_Waiting] = deque()  # spans whose contents, or whose predecessors', are not stored yet
+        self._sealed = self._ended = False
+        self._late: list[_Waiting] = []  # spans that came between the agent's end and the terminal event
         self._order = threading.RLock()  # of spans
         self._lock = threading.Lock()  # the terminal event counts the spans before it: no span in between
 
@@ -138,6 +140,13 @@ class AttemptWriter:
         log refuses it, or its contents can't be stored, the attempt fails once the agent has ended."""
         self._last_sign = time.monotonic()
         with self._order:
+            if self._sealed:
+                late = _Waiting(span, kind, [self._contents[digest] for digest in contents])
+                if self._ended:
+                    self._send_late(late)
+                else:
+                    self._late.append(late)
+                return
             if not contents and not self._waiting:
                 self._send(span, kind)
                 return
@@ -200,8 +209,25 @@ class AttemptWriter:
         """Something can't be recorded, so the attempt fails: training on an incomplete trace would be worse."""
         self._refused = stopped_by(status.FAILED, error_type, f"{what} can't be recorded: {message}")
 
+    def seal(self) -> int:
+        """The agent has ended: what comes from now on is late. It is written after the terminal event, and not counted.
+        Returns the number of spans so far."""
+        with self._order:
+            self._sealed = True
+            return self.spans
+
+    def _send_late(self, late: _Waiting) -> None:
+        """Writes a late span, at once: it is not trained on, and may precede its contents."""
+        try:
+            self._producer.send(
+                self._topics.events, late.span, key=self.claim.task.rollout_id, headers=_HEADERS[late.kind]
+            )
+        except (CodecError, LogError) as error:
+            logger.warning("%s: a late span is not recorded: %s", self.name, error)
+
     def end(self, outcome: Outcome) -> None:
         """The agent's side has ended. Only the first call counts."""
+        self.seal()
         if not self.outcome.done():
             self.outcome.set_result(outcome)
 
@@ -233,6 +259,11 @@ class AttemptWriter:
                 outcome = stopped_by(status.FAILED, "too_large", f"what the agent returned can't be recorded: {error}")
                 event = self._event(outcome.status, outcome, counts)
                 terminal.send(self._topics.events, event, key=event.rollout_id, headers=_HEADERS[outcome.status])
+        with self._order:
+            self._ended = True
+            for late in self._late:
+                self._send_late(late)
+            self._late.clear()
         await terminal.wait()
         return outcome
 

@@ -5,10 +5,11 @@ import inspect
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
-from typing import Any
+from numbers import Integral
+from typing import Any, Final
 
 from millstream.producers.agent.attempt import AttemptContext
-from millstream.producers.agent.emit import emit_reward
+from millstream.producers.agent.emit import emit_reward, number_of
 from millstream.schemas.import_path import error_message
 from millstream.schemas.spans.text import json_text, safe_repr, utf8
 from millstream.schemas.wire import status
@@ -30,24 +31,38 @@ class Outcome:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+_SIGNALS: Final = "signal only works in main thread"  # of CPython's ValueError
+SIGNALS_HINT: Final = (
+    "a sync agent runs in a thread, unless its process runs one attempt at a time: use --processes N --concurrency 1, "
+    "or a time-out without signals"
+)
+
+
 def stopped_by(how: str, cause: str, message: str) -> Outcome:
     """The outcome of an attempt that was ended from outside the agent's code."""
     return Outcome(how, ErrorInfo(type=cause, message=message, stack=""))
 
 
-def raised(error: BaseException, *, cancellable: bool) -> Outcome:
-    """``cancellable``: an async agent, for which a CancelledError means that it was asked to end."""
-    cancelled = cancellable and isinstance(error, asyncio.CancelledError)
+def raised(error: BaseException, *, asked: bool = False) -> Outcome:
+    """``asked``: the attempt was asked to end, so a CancelledError means that it did. Without that, it comes from
+    something that the agent itself cancelled and awaited: a failure like any other."""
+    cancelled = isinstance(error, asyncio.CancelledError)
     stack = utf8("".join(traceback.format_exception(error)))
-    info = ErrorInfo(type=type(error).__name__, message=error_message(error), stack=stack)
-    return Outcome(status.CANCELLED if cancelled else status.FAILED, info)
+    message = error_message(error)
+    if cancelled and not asked:
+        message = message or "the agent awaited a task that had been cancelled, not by the runner"
+    elif isinstance(error, ValueError) and _SIGNALS in message:
+        message = f"{message} ({SIGNALS_HINT})"
+    info = ErrorInfo(type=type(error).__name__, message=message, stack=stack)
+    return Outcome(status.CANCELLED if cancelled and asked else status.FAILED, info)
 
 
 def returned(attempt: AttemptContext, result: Any) -> Outcome:
-    """Called within the attempt. A number that the agent returns is its reward, unless it has emitted a reward."""
+    """Called within the attempt. A number that the agent returns (see `number_of`) is its reward, unless it has emitted
+    one; anything else is its output."""
     if inspect.isgenerator(result) or inspect.isasyncgen(result) or inspect.isawaitable(result):
         raise TypeError(f"the agent returned {result!r}, which nothing runs; return its result instead")
-    if isinstance(result, int | float) and not isinstance(result, bool) and not attempt.rewarded:
+    if not attempt.rewarded and number_of(result) is not None:
         emit_reward(result)
     return Outcome(status.SUCCEEDED, output=None if result is None else _as_json(result))
 
@@ -64,4 +79,6 @@ def _plain(value: Any) -> Any:
         return asdict(value)
     if hasattr(value, "model_dump"):  # pydantic
         return value.model_dump(mode="json")
+    if (number := number_of(value)) is not None:
+        return int(value) if isinstance(value, Integral) else number
     return str(value)

@@ -6,11 +6,12 @@ import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 import aiohttp
 
 from millstream.consumers.runner.claims import Claim
+from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.attempt_keys import attempt_key, attempt_path
 from millstream.schemas.control import LLM, Resources
@@ -37,6 +38,21 @@ class ProxyNotClosed(MillstreamError):
     def __init__(self, message: str, cause: str) -> None:
         super().__init__(message)
         self.cause = cause
+
+
+class Calls(NamedTuple):
+    """The model calls of an attempt."""
+
+    made: int
+    cancelled: int  # of these, still under way when the agent had ended
+
+    def outcome(self, outcome: Outcome) -> Outcome:
+        """The attempt's outcome. An agent that returns while it calls a model has failed: its trace ends within a call,
+        and how far that got depends on chance."""
+        if not self.cancelled or outcome.status != status.SUCCEEDED:
+            return outcome
+        message = f"the agent returned with {self.cancelled} model calls under way, which were cancelled: await them"
+        return stopped_by(status.FAILED, "unfinished_calls", message)
 
 
 class Proxies:
@@ -111,8 +127,8 @@ class Proxies:
             self._secret, task.rollout_id, claim.attempt_id, valid_s=task.timeout_s, resources_id=resources_id
         )
 
-    async def close_attempt(self, claim: Claim, url: str, key: str) -> int:
-        """Ends the attempt at the proxy. Returns how many model calls it made. Idempotent. Raises `ProxyNotClosed`."""
+    async def close_attempt(self, claim: Claim, url: str, key: str) -> Calls:
+        """Ends the attempt at the proxy, and calls that it did not wait for. Idempotent. Raises `ProxyNotClosed`."""
         address = url.rstrip("/") + attempt_path(claim.task.rollout_id, claim.attempt_id) + "/close"
         headers = {"Authorization": f"Bearer {key}"}
         for last in (False, True):
@@ -123,10 +139,11 @@ class Proxies:
                         cause = status.PROXY_AWAY
                     if response.status != 200:
                         raise ValueError(f"{response.status} {(await response.text())[:200]}")
-                    spans = int((await response.json())["spans"])
+                    answer = await response.json()
+                    calls = Calls(int(answer["spans"]), int(answer.get("cancelled", 0)))
                     self._answered[url] = time.monotonic()
-                    return spans
-            except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                    return calls
+            except (aiohttp.ClientError, TimeoutError, ValueError, LookupError, TypeError) as error:
                 if isinstance(error, aiohttp.ClientConnectionError):
                     if not last:
                         continue  # a kept-alive connection that the proxy has closed

@@ -36,7 +36,8 @@ from millstream.producers.log.port import Producer
 from millstream.producers.supervisor import supervisor
 from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.errors import ConfigError, LogError, MillstreamError
+from millstream.schemas.errors import CodecError, ConfigError, LogError, MillstreamError
+from millstream.schemas.spans import semconv
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import KIND_HEADER
 from millstream.schemas.wire.records import Span
@@ -339,7 +340,8 @@ class Runner:
         try:
             if writer.proxy_url:
                 try:
-                    proxy_spans = await self._proxies.close_attempt(writer.claim, writer.proxy_url, writer.proxy_key)
+                    calls = await self._proxies.close_attempt(writer.claim, writer.proxy_url, writer.proxy_key)
+                    proxy_spans, outcome = calls.made, calls.outcome(outcome)
                 except ProxyNotClosed as error:
                     outcome = stopped_by(status.LOST, error.cause, str(error))
             final = await writer.finish(outcome, proxy_spans)
@@ -358,6 +360,8 @@ class Runner:
         """Records a span of an attempt that has ended: it reaches the store and is not trained on."""
         try:
             span = codec.decode_as(Span, encoded)
+            if span.source != semconv.SOURCE_AGENT:
+                raise CodecError(f"its source is {span.source!r}")
             headers = {KIND_HEADER: span.kind.encode()}
             self._producer.send(self._topics.events, encoded, key=span.rollout_id, headers=headers)
         except MillstreamError as error:

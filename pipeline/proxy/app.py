@@ -2,7 +2,8 @@
 
     /rollout/{id}/attempt/{id}/v1/…     POST chat/completions, completions, responses, embeddings, messages,
                                         messages/count_tokens; GET models: bound to the attempt by path and key
-    /rollout/{id}/attempt/{id}/close    POST: no more calls; answers {"spans": how many there were}
+    /rollout/{id}/attempt/{id}/close    POST: no more calls; answers {"spans": how many there were,
+                                        "cancelled": those that it did not wait for}
 
 Nothing else is passed on: a model server's other endpoints can't be reached through the proxy.
 """
@@ -171,9 +172,14 @@ class Proxy:
         if self._attempts.may_have_lost_calls(attempt):
             raise CallError(409, f"attempt {attempt.attempt_id} is older than this proxy, which can't count its calls")
         attempt.closed = True
+        cancelled = 0
         if attempt.in_flight:
-            await attempt.drained.wait()
-        return web.json_response({"spans": attempt.spans})
+            try:
+                await asyncio.wait_for(attempt.drained.wait(), self._policy.attempts.last_calls_s)
+            except TimeoutError:
+                cancelled = attempt.cancel_calls()
+                await attempt.drained.wait()
+        return web.json_response({"spans": attempt.spans} | ({"cancelled": cancelled} if cancelled else {}))
 
     async def _count_tokens(self, request: web.Request, attempt: ProxiedAttempt, asked: Json) -> web.StreamResponse:
         target = self._targets.of(str(asked.get("model") or ""), attempt.rollout_id, attempt.resources_id)

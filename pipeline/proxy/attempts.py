@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from millstream.pipeline.proxy.limits import Limiter, limited
 from millstream.schemas.attempt_keys import BadKey, claims_of
@@ -18,6 +19,9 @@ class AttemptPolicy:
     """How long attempts are remembered, and how exact clocks are."""
 
     kept_s: float = 3600.0  # after its last call, even if its key has expired: it may be closed late
+    # After its agent has returned, for its last calls to end. An answer that the agent has read ends at once; a longer
+    # one is a call that it did not wait for.
+    last_calls_s: float = 2.0
     skew_s: float = 5.0  # by which a runner's clock may be behind this one's
 
 
@@ -44,6 +48,7 @@ class ProxiedAttempt:
     in_flight: int = 0
     closed: bool = False
     touched: float = 0.0
+    asking: set["asyncio.Task[Any]"] = field(default_factory=set)  # calls that are not recorded yet
     drained: asyncio.Event = field(default_factory=asyncio.Event)
 
     def enter(self) -> None:
@@ -51,6 +56,13 @@ class ProxiedAttempt:
         self.in_flight += 1
         self.load.calls += 1
         self.drained.clear()
+
+    def cancel_calls(self) -> int:
+        """Ends the calls that are not recorded yet; each is recorded as aborted. Returns how many there were."""
+        calls = tuple(self.asking)
+        for call in calls:
+            call.cancel()
+        return len(calls)
 
     def leave(self) -> None:
         """A call has ended and is recorded."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from secrets import token_hex
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
 
@@ -68,6 +68,7 @@ class _Call:
     facts: CallFacts
     relay: Relay
     headers: dict[str, str]  # of the client's answer
+    task: "asyncio.Task[Any]"
     recorded: bool = False
     response: web.StreamResponse | None = None  # once something has been sent
 
@@ -83,6 +84,7 @@ class _Call:
     def to_record(self) -> tuple[ProxiedAttempt, CallFacts, Answer, str]:
         """From now on it is recorded."""
         self.recorded = True
+        self.attempt.asking.discard(self.task)
         self.facts.model_version = self.relay.version or self.target.version or None
         return self.attempt, self.facts, self.answer, self.relay.client_id()
 
@@ -104,13 +106,14 @@ class Calls:
             raise _busy("the call could not be recorded: the log has taken no records for a while")
         call = self._chosen(request, attempt, endpoint, body, asked)
         attempt.enter()
+        attempt.asking.add(call.task)
         try:
             return await self._within_limits(call)
         except Busy as error:
             raise CallError(429, str(error), {"Retry-After": str(math.ceil(error.retry_after_s))}) from error
         except (asyncio.CancelledError, _ClientGone) as error:
             if not call.recorded:
-                call.answer.error = "the client has gone"
+                call.answer.error = "its attempt has ended" if attempt.closed else "the client has gone"
                 call.answer.finish_reasons = ["abort"]
                 self._recorder.record_in_background(*call.to_record())
             if isinstance(error, _ClientGone) and call.response is not None:
@@ -127,6 +130,7 @@ class Calls:
                 return await self._break_off(call, call.answer.error)
             raise CallError(500, call.answer.error) from error
         finally:
+            attempt.asking.discard(call.task)
             attempt.leave()
 
     async def ask(self, target: Target, path: str, asked: Json, request: web.Request) -> tuple[int, Json]:
@@ -177,7 +181,9 @@ class Calls:
             resources_id=attempt.resources_id,
             stream=bool(asked.get("stream")),
         )
-        return _Call(request, body, attempt, target, made, time.monotonic() + upstream.timeout_s, facts, relay, {})
+        return _Call(
+            request, body, attempt, target, made, time.monotonic() + upstream.timeout_s, facts, relay, {}, _this_task()
+        )
 
     async def _within_limits(self, call: _Call) -> web.StreamResponse:
         attempt, limiters = call.attempt, list(call.target.limiters)
@@ -379,6 +385,12 @@ class Calls:
 
 def _busy(message: str) -> CallError:
     return CallError(503, message, {"Retry-After": str(RETRY_S)})
+
+
+def _this_task() -> "asyncio.Task[Any]":
+    task = asyncio.current_task()
+    assert task is not None
+    return task
 
 
 def _relay(made: Plan, target: Target) -> Relay:

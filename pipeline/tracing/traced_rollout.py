@@ -169,7 +169,7 @@ class TracedRollout:
                 yield
                 self._outcome = returned(self._attempt, self.result)
         except BaseException as error:
-            self._outcome = raised(error, cancellable=True)
+            self._outcome = raised(error, asked=True)
             raise
 
     def _reward_is_due(self) -> bool:
@@ -185,13 +185,14 @@ class TracedRollout:
 
     async def _finish(self) -> None:
         """Writes the attempt's end after everything else, and reads its spans. Raises `LogError` if the log fails."""
-        outcome, proxy_spans = replace(self._outcome, spans=self._writer.spans), None
+        outcome, proxy_spans = replace(self._outcome, spans=self._writer.seal()), None
         if self._proxy_url:
             try:
                 key = self._attempt.proxy_key
-                proxy_spans = await self._proxies.close_attempt(self._claim, self._proxy_url, key)
+                calls = await self._proxies.close_attempt(self._claim, self._proxy_url, key)
+                proxy_spans, outcome = calls.made, calls.outcome(outcome)
             except ProxyNotClosed as error:
-                outcome = stopped_by(status.LOST, "proxy", str(error))
+                outcome = stopped_by(status.LOST, error.cause, str(error))
         try:
             final = await self._writer.finish(outcome, proxy_spans)
             logged, _ = await read_attempts(self._log, self._settings.topics, self._claim.task.rollout_id, self._start)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from decimal import Decimal
 from traceback import TracebackException
 from typing import Any
 
@@ -181,12 +182,27 @@ def _too_large(what: str, size: int, limit: int) -> EmitError:
     )
 
 
-def _finite(name: str, value: Any) -> float:
+def number_of(value: Any) -> float | None:
+    """What `emit_reward` takes as a number: int, float, bool, `Decimal`, `Fraction`, and NumPy's and PyTorch's scalars
+    (arrays of no dimension, on any device). None for anything else: text, containers, arrays, complex numbers, times.
+    """
+    if isinstance(value, str | bytes | bytearray) or getattr(value, "shape", ()) != ():
+        return None
+    if getattr(getattr(value, "dtype", None), "kind", "f") in "mMOSUV":  # NumPy's times, objects and texts
+        return None
+    if isinstance(value, Decimal) and value.is_snan():  # float() refuses it
+        return math.nan
     try:
-        number = float(value) if hasattr(value, "__float__") else math.nan  # rejects strings
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
+        return float(value) if hasattr(value, "__float__") else None
+    except (TypeError, ValueError):
+        return None
+    except OverflowError:  # an integer beyond a float's range
+        return math.inf
+
+
+def _finite(name: str, value: Any) -> float:
+    number = number_of(value)
+    if number is None or not math.isfinite(number):
         raise RewardError(f"reward {name!r} is {safe_repr(value)[:100]}; it must be a finite number")
     return number
 

@@ -6,7 +6,9 @@ Encoded records travel as they are: the runner does not decode the spans that ag
 import struct
 from collections.abc import Iterator
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Final, NamedTuple
+
+from millstream.schemas.errors import MillstreamError
 
 
 class Kind(IntEnum):
@@ -34,6 +36,14 @@ class Frame(NamedTuple):
     body: bytes
 
 
+# Of a frame's head or body. An agent's attributes, contents and state have limits below it (`emit`, `state`).
+MAX_BYTES: Final = 160 << 20
+
+
+class BadFrame(MillstreamError):
+    """The other side does not keep to the protocol."""
+
+
 _HEAD = struct.Struct("<BIII")  # kind, number, length of head, length of body
 _KINDS = {int(kind): kind for kind in Kind}
 
@@ -43,7 +53,7 @@ def pack(kind: Kind, number: int = 0, head: bytes = b"", body: bytes = b"") -> b
 
 
 class FrameReader:
-    """Splits a byte stream into frames."""
+    """Splits a byte stream into frames. Raises `BadFrame` for one that is too large, or of an unknown kind."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
@@ -55,6 +65,8 @@ class FrameReader:
         start, size = 0, len(buffer)
         while size - start >= _HEAD.size:
             kind, number, head_length, body_length = _HEAD.unpack_from(buffer, start)
+            if kind not in _KINDS or max(head_length, body_length) > MAX_BYTES:
+                raise BadFrame(f"a frame of kind {kind} with {head_length:,} + {body_length:,} bytes, of {MAX_BYTES:,}")
             middle = start + _HEAD.size + head_length
             end = middle + body_length
             if end > size:

@@ -17,18 +17,21 @@ from weakref import WeakValueDictionary
 
 from millstream.consumers.runner.agent import AgentConfig
 from millstream.consumers.runner.attempt_writer import AttemptWriter
-from millstream.consumers.runner.hosts.frames import Frame, FrameReader, Kind, pack
+from millstream.consumers.runner.hosts.frames import BadFrame, Frame, FrameReader, Kind, pack
 from millstream.consumers.runner.hosts.port import HostOptions
 from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.control import Resources
 from millstream.schemas.errors import ConfigError, MillstreamError
+from millstream.schemas.spans import semconv
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.records import ErrorInfo
+from millstream.schemas.wire.span_codec import text
 
 logger = logging.getLogger(__name__)
 
 PAGE_BYTES: Final = os.sysconf("SC_PAGE_SIZE")
+IDENTITIES: Final = 10_000  # attempts whose late spans are accepted
 
 
 class AgentChild(asyncio.Protocol):
@@ -56,6 +59,7 @@ class AgentChild(asyncio.Protocol):
         self._numbers = count(1)
         self._running: dict[int, AttemptWriter] = {}
         self._known: WeakValueDictionary[int, AttemptWriter] = WeakValueDictionary()  # also those that are finishing
+        self._identities: dict[int, bytes] = {}  # by number, also of attempts that have ended
         self._resources: tuple[Resources | None, bytes] = (None, b"")  # the last ones, encoded
         self._reader = FrameReader()
         self._transport: asyncio.Transport | None = None
@@ -116,6 +120,9 @@ class AgentChild(asyncio.Protocol):
         self._left -= 1
         number = next(self._numbers)
         self._running[number] = self._known[number] = writer
+        self._identities[number] = _identity(claim.task.rollout_id, claim.attempt_id)
+        if len(self._identities) > IDENTITIES:
+            del self._identities[next(iter(self._identities))]
         task = codec.encode(claim.task)
         head = {"attempt_id": claim.attempt_id, "task_bytes": len(task)}
         head |= {"proxy_url": writer.proxy_url, "proxy_key": writer.proxy_key}
@@ -169,8 +176,16 @@ class AgentChild(asyncio.Protocol):
         self._transport = transport
 
     def data_received(self, data: bytes) -> None:
-        for frame in self._reader.feed(data):
-            self._handle(frame)
+        if self._killed:
+            return
+        try:
+            for frame in self._reader.feed(data):
+                self._handle(frame)
+        except (BadFrame, ValueError, LookupError, TypeError) as error:  # not sent by our code in it
+            message = f"the agent process sent what can't be read: {type(error).__name__}: {error}"
+            logger.error("%s: it is killed", message)
+            self._cause = stopped_by(status.FAILED, "frame", message)
+            self.kill()
         if self._full:
             self._hold()
 
@@ -203,14 +218,20 @@ class AgentChild(asyncio.Protocol):
         elif kind is Kind.REFUSED:
             self._ready.set_exception(ConfigError(frame.head.decode()))
         elif kind is Kind.ENDED:
-            writer = self._running.pop(frame.number)
-            writer.end(_outcome(frame.head))
+            if frame.number not in self._running:
+                return
+            outcome = _outcome(frame.head)
+            self._running.pop(frame.number).end(outcome)
             if self.retired and not self._running:
                 self._supervisor.job("end of an agent process", self.close())
             self._options.on_free()
         else:
+            identity = self._identities.get(frame.number)
             found = self._known.get(frame.number)
-            if found is None:
+            if identity is None or (kind is Kind.SPAN and identity not in frame.body):
+                # An agent's own code can reach the socket, and must not write to other rollouts.
+                logger.warning("process %s: dropped a %s that is not of an attempt there", self.place, kind.name)
+            elif found is None:
                 if kind is Kind.SPAN:
                     self._options.on_late_span(frame.body)
                 elif kind is Kind.BLOB:
@@ -261,6 +282,11 @@ class AgentChild(asyncio.Protocol):
             writer.end(outcome)
         self._on_death(self)
         self._options.on_free()
+
+
+def _identity(rollout_id: str, attempt_id: str) -> bytes:
+    """What the encoded spans of an attempt hold: three fields in a row (`schemas.wire.span_codec`)."""
+    return b"".join(map(text, (rollout_id, attempt_id, semconv.SOURCE_AGENT)))
 
 
 def _outcome(head: bytes) -> Outcome:

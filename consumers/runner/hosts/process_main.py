@@ -18,18 +18,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from functools import lru_cache
+from queue import SimpleQueue
 from typing import Final
 
 from millstream.consumers.runner.agent import AgentConfig
-from millstream.consumers.runner.attempt import AttemptRunner, open_agent
-from millstream.consumers.runner.hosts.frames import Frame, FrameReader, Kind, pack
-from millstream.consumers.runner.outcome import Outcome
+from millstream.consumers.runner.attempt import AttemptRunner, open_agent, run_forever
+from millstream.consumers.runner.hosts.frames import MAX_BYTES, Frame, FrameReader, Kind, pack
+from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.supervisor import supervised, supervisor
 from millstream.schemas.control import Resources
 from millstream.schemas.errors import BackgroundFailed, CodecError, ConfigError
 from millstream.schemas.spans import blobs
-from millstream.schemas.wire import codec
+from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.records import Control, RolloutTask, Span
 
 logger = logging.getLogger(__name__)
@@ -147,8 +148,12 @@ class AttemptSender:
 
     def end(self, outcome: Outcome) -> None:
         def frame() -> bytes:
-            described = asdict(outcome) | {"spans": self._spans}
-            return pack(Kind.ENDED, self._number, json.dumps(described).encode())
+            described = json.dumps(asdict(outcome) | {"spans": self._spans}).encode()
+            if len(described) > MAX_BYTES:
+                message = f"what the agent returned or raised takes {len(described):,} bytes, of at most {MAX_BYTES:,}"
+                failed = stopped_by(status.FAILED, "too_large", message)
+                described = json.dumps(asdict(failed) | {"spans": self._spans}).encode()
+            return pack(Kind.ENDED, self._number, described)
 
         self._channel.send(frame, now=True)
 
@@ -236,6 +241,31 @@ def main() -> None:
         _run()
 
 
+def _run_loop(agent: AgentProcess, loop: asyncio.AbstractEventLoop) -> None:
+    """Runs the loop until the runner asks this process to stop."""
+    stopping = loop.create_task(agent.stopped())
+    stopping.add_done_callback(lambda _: loop.stop())
+    run_forever(loop)
+    if not stopping.done():
+        raise RuntimeError("an agent has stopped the event loop that all async agents of this process share")
+
+
+def _run_on_main_thread(agent: AgentProcess, loop: asyncio.AbstractEventLoop) -> None:
+    """Runs sync attempts here, where signals work, and the loop in a thread."""
+    works: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+    agent.attempts.run_sync = lambda work, name: works.put(work)
+
+    def run() -> None:
+        _run_loop(agent, loop)
+        works.put(None)
+
+    asyncio.set_event_loop(None)  # that of the other thread is no use to the agent
+    thread = supervisor().thread("millstream-loop", run)
+    while (work := works.get()) is not None:
+        work()
+    thread.join()
+
+
 def _run() -> None:
     connection = socket.socket(fileno=int(sys.argv[1]))
     connection.set_inheritable(False)
@@ -265,7 +295,10 @@ def _run() -> None:
         pid = os.getpid()
         os.register_at_fork(after_in_child=loop.stop)  # a fork's loop would take wake-ups from this loop
         try:
-            runner.run(agent.stopped())
+            if config.one_at_a_time and not agent.attempts.is_async:
+                _run_on_main_thread(agent, loop)
+            else:
+                _run_loop(agent, loop)
         finally:
             if os.getpid() != pid:
                 os._exit(1)

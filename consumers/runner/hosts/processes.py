@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import count
 from tempfile import TemporaryDirectory
 from typing import Any, Final
@@ -66,7 +67,7 @@ class ProcessHost:
         max_attempts: int | None = None,
     ) -> None:
         self.lost: Exception | None = None
-        self._config = config
+        self._config = replace(config, one_at_a_time=options.concurrency == 1)
         self._options = options
         self._processes = processes
         self._environment = dict(environment)

@@ -9,7 +9,7 @@ from threading import Thread
 from prometheus_client import REGISTRY, Metric
 
 from millstream.consumers.runner.agent import AgentConfig
-from millstream.consumers.runner.attempt import AttemptRunner, open_agent
+from millstream.consumers.runner.attempt import AttemptRunner, open_agent, run_forever
 from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.hosts.port import HostOptions
 from millstream.consumers.runner.outcome import Outcome
@@ -94,7 +94,7 @@ class ThreadHost:
             self._loop.close()
 
     def _run_loop(self) -> None:
-        self._loop.run_forever()
+        run_forever(self._loop)
         if not self._closing:
             raise RuntimeError("an agent has stopped the event loop that all async agents of this runner share")
 
@@ -103,8 +103,9 @@ class ThreadHost:
         writer.started()
 
         def on_end(outcome: Outcome) -> None:
+            sealed = replace(outcome, spans=writer.seal())
             with suppress(RuntimeError):  # the runner has ended, and its loop is closed
-                self._home.call_soon_threadsafe(self._end, writer, replace(outcome, spans=writer.spans))
+                self._home.call_soon_threadsafe(self._end, writer, sealed)
 
         attempts.start(attempt, on_end)
 

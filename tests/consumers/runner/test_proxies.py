@@ -10,7 +10,7 @@ from aiohttp import web
 from factories import task
 
 from millstream.consumers.runner.claims import Claim
-from millstream.consumers.runner.proxies import Proxies, ProxiesPolicy, ProxyNotClosed
+from millstream.consumers.runner.proxies import Calls, Proxies, ProxiesPolicy, ProxyNotClosed
 from millstream.schemas.control import LLM, Resources
 from millstream.schemas.ids import new_id
 from millstream.schemas.wire import status
@@ -64,7 +64,7 @@ async def test_only_proxies_that_answer_get_attempts_and_one_that_comes_back_get
                     assert await proxies.available()
                     await asyncio.sleep(0)  # other probes end
             of_second = next(claim for claim in claims if proxies.choose(claim) == second)
-            assert await proxies.close_attempt(of_second, second, proxies.key(of_second)) == 3
+            assert await proxies.close_attempt(of_second, second, proxies.key(of_second)) == Calls(3, 0)
         with pytest.raises(ProxyNotClosed):
             await proxies.close_attempt(of_second, second, proxies.key(of_second))
         assert await proxies.available()

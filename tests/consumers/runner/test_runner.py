@@ -28,7 +28,10 @@ from millstream.schemas.wire.records import AttemptEvent, DeadLetter, Span
 
 KINDS_OF_AGENT = """
     import asyncio, dataclasses, os, sys, threading, time
+    from decimal import Decimal
+    from fractions import Fraction
     from pathlib import Path
+    import numpy as np
     import millstream as ms
 
     def sync_number(input):
@@ -43,8 +46,44 @@ KINDS_OF_AGENT = """
         ms.emit_reward(0.25)
         return 7
 
-    def true_is_no_number(input):
+    def true(input):
         return True
+
+    def numpy_float(input):
+        return np.float32(0.5)
+
+    def numpy_integer(input):
+        return np.int64(7)
+
+    def numpy_array(input):
+        return np.array(0.25)
+
+    def numpy_bool(input):
+        return np.bool_(True)
+
+    def decimal(input):
+        return Decimal("0.125")
+
+    def fraction(input):
+        return Fraction(3, 4)
+
+    def numpy_vector(input):
+        return np.array([0.5])
+
+    def text(input):
+        return "1.5"
+
+    def complex_number(input):
+        return 1 + 0j
+
+    def numpy_time(input):
+        return np.timedelta64(5, "s")
+
+    def numpy_nan(input):
+        return np.float64("nan")
+
+    def huge(input):
+        return 10**400
 
     @dataclasses.dataclass
     class Answer:
@@ -101,7 +140,19 @@ MODES = pytest.mark.parametrize("processes", [0, 1], ids=["threads", "process"])
 SYNC = {
     "sync_number": ("succeeded", None, "0.5", [0.5]),
     "rewards_win": ("succeeded", None, "7", [0.25]),
-    "true_is_no_number": ("succeeded", None, "true", []),
+    "true": ("succeeded", None, "true", [1.0]),
+    "numpy_float": ("succeeded", None, "0.5", [0.5]),
+    "numpy_integer": ("succeeded", None, "7", [7.0]),
+    "numpy_array": ("succeeded", None, "0.25", [0.25]),
+    "numpy_bool": ("succeeded", None, "1.0", [1.0]),
+    "decimal": ("succeeded", None, "0.125", [0.125]),
+    "fraction": ("succeeded", None, "0.75", [0.75]),
+    "numpy_vector": ("succeeded", None, '"[0.5]"', []),
+    "text": ("succeeded", None, '"1.5"', []),
+    "complex_number": ("succeeded", None, '"(1+0j)"', []),
+    "numpy_time": ("succeeded", None, '"5 seconds"', []),
+    "numpy_nan": ("failed", "RewardError", None, []),
+    "huge": ("failed", "RewardError", None, []),
     "other": ("succeeded", None, '{"answer": {"city": "Zürich"}, "pair": [1, 2], "sync": null}', []),
     "nothing": ("succeeded", None, None, []),
     "nan": ("failed", "RewardError", None, []),

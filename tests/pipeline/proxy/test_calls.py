@@ -157,6 +157,19 @@ async def test_close_waits_for_calls_under_way_and_refuses_new_ones(rig):
     assert len(await rig.spans()) == 1
 
 
+async def test_a_call_that_its_agent_did_not_wait_for_is_cancelled_at_the_close(rig):
+    """And recorded as aborted; the answer says how many there were."""
+    rig.model.gate.clear()
+    calling = asyncio.create_task(rig.client.with_options(max_retries=0).chat.completions.create(**ASKED))
+    await rig.model.asked.wait()
+    assert await rig.close_attempt() == (200, {"spans": 1, "cancelled": 1})
+    with pytest.raises(openai.APIConnectionError):
+        await calling
+    span = await rig.span()
+    assert span.attributes["gen_ai.response.finish_reasons"] == '["abort"]'
+    assert span.status_message == "its attempt has ended"
+
+
 async def test_closing_an_attempt_without_calls_counts_none(rig):
     assert await rig.close_attempt() == (200, {"spans": 0})
 
