@@ -290,8 +290,9 @@ class Runner:
             self._host.kill(writer)
             return
         writer.heartbeat()
-        # The next one, or the end of the lease if that comes first.
-        seconds = min(lease_s / self._policy.heartbeats, max(lease_s - silent_s, 0.0) + 0.01)
+        seconds = lease_s / self._policy.heartbeats
+        if not writer.outcome.done():  # else its end is being written, however long that takes
+            seconds = min(seconds, max(lease_s - silent_s, 0.0) + 0.01)  # the end of the lease may come first
         self._later(writer, "beat", seconds, self._beat)
 
     def _time_out(self, writer: AttemptWriter) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from itertools import count
@@ -15,6 +16,7 @@ from factories import task
 from pydantic import SecretStr
 from runner_rig import Rig, assert_whole, by_input, running, settings_for_tests, write_agent
 
+import millstream as ms
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.runner.runner import RunnerPolicy
 from millstream.producers.control import publish_resources
@@ -432,6 +434,59 @@ async def test_without_acknowledged_heartbeats_a_runner_ends_its_own_attempts(tm
     assert one.last.status == "lost"
     assert one.last.error is not None
     assert "longer than its lease of 0.5 s" in one.last.error.message
+
+
+class UnansweringLog:
+    """A log that stores everything, and acknowledges nothing while it is silent. ``beats``: times of heartbeats;
+    ``beaten``: there were a dozen."""
+
+    def __init__(self, inner: MemoryLog) -> None:
+        self.inner = inner
+        self.silent = False
+        self.beats: list[float] = []
+        self.beaten = asyncio.Event()
+        self.unanswered: list[OnAck] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def producer(self) -> Any:
+        producer = self.inner.producer()
+        send = producer.send
+
+        def later(topic: str, value: Any, *, on_ack: OnAck | None = None, **options: Any) -> None:
+            if isinstance(value, AttemptEvent) and value.status == "running":
+                self.beats.append(time.monotonic())
+                if len(self.beats) == 12:
+                    self.beaten.set()
+            if self.silent and on_ack is not None:
+                self.unanswered.append(on_ack)
+                on_ack = None
+            send(topic, value, on_ack=on_ack, **options)
+
+        producer.send = later  # type: ignore[method-assign]
+        return producer
+
+
+async def test_an_end_that_the_log_does_not_take_is_waited_for_with_as_few_heartbeats_as_ever() -> None:
+    settings = settings_for_tests()
+    log = UnansweringLog(MemoryLog(settings.topics))
+
+    async def agent(_task: Any) -> float:
+        log.silent = True
+        ms.emit_message("the last span")
+        return 1.0
+
+    options: dict[str, Any] = {"log": log, "settings": settings}
+    async with running(agent, **options) as rig:
+        await rig.publish([0], lease_s=0.3)
+        await log.beaten.wait()
+        log.silent = False
+        for on_ack in log.unanswered:
+            on_ack(None, 0)
+        (one,) = (await rig.ends(1)).values()
+    assert one.last.status == "succeeded"
+    assert log.beats[11] - log.beats[1] > 0.8  # ten of them, a tenth of a second apart
 
 
 @MODES
