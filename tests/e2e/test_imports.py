@@ -21,6 +21,7 @@ UNSUPERVISED = {
     ("producers.supervisor", "thread"),
     ("producers.supervisor", "_start"),
     ("consumers.log.kafka", "close"),
+    ("consumers.runner.attempt", "_in_thread"),
     ("consumers.runner.attempt", "start"),
     ("consumers.runner.hooks", "_start"),
     ("pipeline.blocking", "noted"),

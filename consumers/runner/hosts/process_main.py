@@ -167,10 +167,7 @@ class AgentProcess:
         self._channel = channel
         self._config = config
         self._ids: dict[int, str] = {}
-        self._stop = asyncio.Event()
-
-    async def stopped(self) -> None:
-        await self._stop.wait()
+        self.stopped = False  # by the runner
 
     def handle(self, frames: list[Frame]) -> None:
         for frame in frames:
@@ -179,7 +176,8 @@ class AgentProcess:
             elif frame.kind is Kind.CANCEL:
                 self.attempts.cancel(self._ids.get(frame.number, ""))
             elif frame.kind is Kind.STOP:
-                self._stop.set()
+                self.stopped = True
+                asyncio.get_running_loop().stop()
 
     def _start(self, frame: Frame) -> None:
         head = json.loads(frame.head)
@@ -243,10 +241,8 @@ def main() -> None:
 
 def _run_loop(agent: AgentProcess, loop: asyncio.AbstractEventLoop) -> None:
     """Runs the loop until the runner asks this process to stop."""
-    stopping = loop.create_task(agent.stopped())
-    stopping.add_done_callback(lambda _: loop.stop())
     run_forever(loop)
-    if not stopping.done():
+    if not agent.stopped:
         raise RuntimeError("an agent has stopped the event loop that all async agents of this process share")
 
 

@@ -14,7 +14,7 @@ from policy_server import Fault
 from proxy_rig import ANYWHERE, SECRET, Rig, rig_of
 
 from millstream.pipeline.proxy.app import ProxyPolicy, check_open
-from millstream.pipeline.proxy.attempts import Attempts
+from millstream.pipeline.proxy.attempts import AttemptPolicy, Attempts
 from millstream.pipeline.proxy.upstreams.replicas import ReplicaPolicy
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.schemas.attempt_keys import KEY_GRACE_S, BadKey, attempt_key, attempt_path, claims_of
@@ -405,7 +405,8 @@ async def test_a_connection_whose_head_does_not_come_is_closed(rig):
 
 async def test_a_client_that_does_not_read_its_stream_blocks_no_other_and_is_cut_off():
     """What it does not read stays at the model server. At its deadline the call is cut off and recorded."""
-    async with rig_of(upstreams={"model": {"urls": ["{url}"], "timeout_s": 4.0}}) as rig:
+    policy = ProxyPolicy(attempts=AttemptPolicy(last_calls_s=30.0))
+    async with rig_of(policy=policy, upstreams={"model": {"urls": ["{url}"], "timeout_s": 4.0}}) as rig:
         loop = asyncio.get_running_loop()
         host, port = rig.url.removeprefix("http://").split(":")
         lazy = socket.socket()
