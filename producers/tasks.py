@@ -125,6 +125,13 @@ def task_headers(task: RolloutTask) -> Headers:
     return {KIND_HEADER: b"task", ROLLOUT_HEADER: task.rollout_id.encode()}
 
 
+def unreadable_task(rollout_id: str, time_ns: int) -> RolloutTask:
+    """Stands for a task of which only the id is known."""
+    return RolloutTask(
+        rollout_id=rollout_id, group_id=rollout_id, input="", timeout_s=60.0, lease_s=60.0, created_at=time_ns
+    )
+
+
 def expired(rollout_id: str, time_ms: int, after_s: float = LIFETIMES.task_s) -> bool:
     """Whether the rollout, by the time in its id, is too old to be run at ``time_ms``. False for an id without a
     time."""

@@ -21,7 +21,7 @@ from typing import Final
 from millstream.consumers.adapter.decision import Dead, Decision, Retry, decode_spans, end_of, success
 from millstream.consumers.adapter.retry import BACKOFF_S, PROXY_BACKOFF_S, backoff_s, is_outage, next_task, refusal
 from millstream.consumers.adapter.triplets import ToTriplets
-from millstream.producers.tasks import expired
+from millstream.producers.tasks import expired, unreadable_task
 from millstream.schemas.errors import CodecError
 from millstream.schemas.ids import id_time_ms
 from millstream.schemas.spans.text import cut
@@ -218,6 +218,8 @@ class PartitionFold:
             self._retried(event)
         elif event.status == status.PREPARING:
             self._claim(event, rollout, record, now)
+        elif rollout is None and not self._settled_before(event.rollout_id, event.attempt, record.timestamp):
+            self._without_claim(event, record)
         elif (
             rollout is None
             or (attempt := rollout.attempts.get(event.attempt_id)) is None
@@ -248,7 +250,7 @@ class PartitionFold:
             raise CodecError("AttemptEvent.task: that of another rollout")
         decision = self.decided.get(event.rollout_id)
         if rollout is None:
-            late = self._settled_before(task, record.timestamp)
+            late = self._settled_before(task.rollout_id, task.attempt, record.timestamp)
         else:
             late = (
                 task.attempt < rollout.number
@@ -278,14 +280,23 @@ class PartitionFold:
             task.state,
         )
 
-    def _settled_before(self, task: RolloutTask, time_ms: int) -> bool:
-        """Whether a claim, written at ``time_ms``, has come back: of an ended rollout, or of an attempt that was
+    def _settled_before(self, rollout_id: str, attempt: int, time_ms: int) -> bool:
+        """Whether what was written at ``time_ms`` has come back: of an ended rollout, or of an attempt that was
         retried. A rollout older than marks are kept has ended: its task was ended when it was half as old."""
-        if end_mark(task.rollout_id) in self.settled or retry_mark(task.rollout_id, task.attempt) in self.settled:
+        if end_mark(rollout_id) in self.settled or retry_mark(rollout_id, attempt) in self.settled:
             return True
         with suppress(ValueError):  # an id of a foreign publisher, without a time
-            return time_ms - id_time_ms(task.rollout_id) > self._policy.settled_s * 1000
+            return time_ms - id_time_ms(rollout_id) > self._policy.settled_s * 1000
         return False
+
+    def _without_claim(self, event: AttemptEvent, record: LogRecord) -> None:
+        """Ends a rollout whose claim can't be read: the task is in there, so it can be neither trained on nor retried.
+        Each attempt's claim is stored before anything else of it."""
+        task = unreadable_task(event.rollout_id, event.time)
+        end = end_of(replace(task, attempt=event.attempt), event.attempt_id, event.time, status.FAILED, event.time)
+        reason = "no_claim: the attempt's claim was deleted before the adapter read it, or is a dead letter"
+        self.open[event.rollout_id] = OpenRollout(record.offset, event.attempt)
+        self.decided[event.rollout_id] = Decision(status.FAILED, replace(end, trainable=False, reason=reason))
 
     def _finish(
         self,

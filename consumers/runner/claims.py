@@ -30,7 +30,7 @@ from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.consumers.runner.starvation import Starvation
 from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
-from millstream.producers.tasks import expired
+from millstream.producers.tasks import expired, unreadable_task
 from millstream.schemas.control import Resources
 from millstream.schemas.errors import CodecError, LogError, LogUnavailable, TooLarge, TransactionAborted
 from millstream.schemas.ids import new_id
@@ -82,13 +82,6 @@ def preparing(task: RolloutTask, attempt_id: str, worker_id: str) -> AttemptEven
 def _refused(reason: str, message: str) -> Outcome:
     """The outcome of a task for which the runner has written a dead letter."""
     return replace(stopped_by(status.FAILED, reason, message), metadata={"retry": status.RETRY_REFUSED})
-
-
-def _unreadable(rollout_id: str, time_ms: int) -> RolloutTask:
-    """Stands for a task of which only the id is known."""
-    return RolloutTask(
-        rollout_id=rollout_id, group_id=rollout_id, input="", timeout_s=60.0, lease_s=60.0, created_at=time_ms * 10**6
-    )
 
 
 class Claims:
@@ -267,7 +260,10 @@ class Claims:
             self._dead_letter(record, "undecodable", error, sending)
             if not rollout_id:
                 return None
-            task, refused = _unreadable(rollout_id, record.timestamp), _refused("undecodable", str(error))
+            task, refused = (
+                unreadable_task(rollout_id, record.timestamp * 1_000_000),
+                _refused("undecodable", str(error)),
+            )
         else:
             if self._too_old(record, task):
                 days = self._policy.task_s / 86_400

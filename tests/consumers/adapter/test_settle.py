@@ -439,3 +439,24 @@ def test_an_attempt_that_was_retried_does_not_come_back_while_its_successor_wait
     assert (feed.fold.open, feed.fold.decided) == ({}, {})
     feed(event(second, "b", "preparing"), event(second, "b", "succeeded"), now=1e5)
     assert feed.end().attempt_id == "b"
+
+
+@pytest.mark.parametrize("how", ["running", "succeeded", "failed", "lost", "cancelled", "unresponsive"])
+def test_a_rollout_whose_claim_is_missing_ends_once(feed, how):
+    """Entry C7: retention has deleted the claim, or it was undecodable (of a newer runner, for example)."""
+    of = task()
+    feed(span(of, "a"), event(of, "a", how), event(of, "a", "succeeded"))
+    decision = feed.fold.decided[of.rollout_id]
+    assert (decision.end.status, decision.end.trainable, decision.retry, decision.dead) == ("failed", False, None, ())
+    assert decision.end.reason.startswith("no_claim: ")
+    feed.fold.written(of.rollout_id)
+    feed(decision.end, event(of, "a", how), event(of, "b", "preparing"), event(of, "b", "succeeded"))
+    assert (feed.fold.open, feed.fold.decided, feed.fold.size) == ({}, {}, 0)
+
+
+def test_an_event_of_a_retried_attempt_does_not_end_the_rollout_that_waits(feed):
+    of = replace(TASK, max_attempts=3)
+    feed(event(of, "a", "preparing"), event(of, "a", "failed"))
+    feed.retry()
+    feed(event(of, "a", "running"), event(of, "other claim", "succeeded"))
+    assert (feed.fold.open, feed.fold.decided) == ({}, {})
