@@ -7,15 +7,17 @@ the mean over tokens instead of over answers, no KL penalty). The advantages are
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from millstream.pipeline.algorithms.losses import entropy, kl, policy_loss
-from millstream.pipeline.algorithms.samples import Sample, padded, samples_of
+from millstream.pipeline.algorithms.samples import Sample, padded, samples_of, usable
 from millstream.pipeline.models.policy import copy_weights, left_pad, load_model, one_thread, parameters
 from millstream.pipeline.training.algorithm import Group
+
+LARGEST_LOG_RATIO: Final = 20.0  # far beyond any clip; its exponential is finite
 
 
 class GRPO:
@@ -60,10 +62,12 @@ class GRPO:
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
         """See `Algorithm.update`. ``max_ratio_error``, |ratio − 1| before the first optimizer step, is near 0 if these
-        very weights sampled the data, token by token. Raises as `samples_of` does."""
+        very weights sampled the data, token by token. ``dropped_members``: see `usable`."""
         one_thread()
+        groups, dropped_members = usable(groups, self._model.get_input_embeddings().num_embeddings)
         samples, turns, dropped = samples_of(groups, self.merge_turns)
         metrics = {"dropped_groups": float(dropped), "turns": float(turns), "rows": float(len(samples))}
+        metrics["dropped_members"] = float(dropped_members)
         sums: dict[str, list[float]] = defaultdict(list)
         for _ in range(self.epochs):
             order = torch.randperm(len(samples), generator=self._random).tolist()
@@ -78,7 +82,7 @@ class GRPO:
     def _step(self, samples: Sequence[Sample]) -> dict[str, float]:
         logprobs, entropies = self._evaluate(samples)
         old, advantage, mask = padded(samples)
-        log_ratio = (logprobs - old)[mask]
+        log_ratio = (logprobs - old)[mask].clamp(-LARGEST_LOG_RATIO, LARGEST_LOG_RATIO)
         policy, clipped = policy_loss(log_ratio, advantage[mask], self.clip)
         mean_entropy = entropies[mask].mean()
         loss = policy - self.entropy * mean_entropy

@@ -1,7 +1,8 @@
 """What an algorithm learns from: rows of tokens, made from the triplets of groups."""
 
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from millstream.pipeline.training.algorithm import FinishedRollout, Group
 from millstream.schemas.wire import status
 from millstream.schemas.wire.prefixes import conversations
 from millstream.schemas.wire.records import Triplet
+from millstream.schemas.wire.trainable import bad_reward, bad_tokens
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,39 @@ class Sample:
     logprobs: list[float]
     advantages: list[float]
     mask: list[bool]
+
+
+def usable(groups: Sequence[Group], vocabulary: int) -> tuple[list[Group], int]:
+    """The groups, and how many of their members this model can't learn from: those are no longer trainable, and their
+    end and the log say why. ``vocabulary``: the model's number of tokens."""
+    found, dropped = [], 0
+    for group in groups:
+        members = []
+        for member in group.members:
+            reason = next((why for t in _trainable(member) if (why := _unusable(t, vocabulary))), None)
+            if reason is not None:
+                dropped += 1
+                logger.warning("rollout %s is not trained on: %s", member.end.rollout_id, reason)
+                member = replace(member, end=replace(member.end, trainable=False, reason=reason))
+            members.append(member)
+        found.append(Group(group.group_id, tuple(members)))
+    return found, dropped
+
+
+def _unusable(triplet: Triplet, vocabulary: int) -> str | None:
+    prompt, response, logprobs = triplet.prompt_token_ids, triplet.response_token_ids, triplet.response_logprobs
+    if not (prompt and response and logprobs) or len(response) != len(logprobs):
+        why: str | None = (
+            "a trainable triplet needs prompt tokens, and as many log-probabilities as response tokens; does the model "
+            "server return both?"
+        )
+    elif (why := bad_tokens(prompt, response, logprobs)) is None:
+        largest = int(np.frombuffer(prompt + response, "<i4").max())
+        if largest >= vocabulary:
+            why = f"token id {largest} is none of the model's {vocabulary} tokens; was it sampled by another model?"
+        elif triplet.reward is not None and bad_reward(triplet.reward):
+            why = f"its reward is {triplet.reward:g}"
+    return None if why is None else f"turn {triplet.turn}: {why}"
 
 
 def samples_of(groups: Sequence[Group], merge_turns: bool = False) -> tuple[list[Sample], int, int]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from millstream.pipeline.training.algorithm import FinishedRollout
 from millstream.schemas.wire import status
+from millstream.schemas.wire.trainable import bad_reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +44,10 @@ class Summary:
 
 
 def mean_reward(finished: Sequence[FinishedRollout]) -> float:
-    """The mean over the rollouts that succeeded, 0 if none did. A rollout without a reward counts as 0."""
-    rewards = [member.end.reward or 0.0 for member in finished if member.end.status == status.SUCCEEDED]
+    """The mean over the rollouts that succeeded, 0 if none did. A rollout without a reward, or with one that can't be
+    trained on, counts as 0."""
+    given = [member.end.reward for member in finished if member.end.status == status.SUCCEEDED]
+    rewards = [0.0 if reward is None or bad_reward(reward) else reward for reward in given]
     return statistics.fmean(rewards) if rewards else 0.0
 
 

@@ -29,7 +29,7 @@ from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.read_to_end import read_to_end
 from millstream.consumers.runner.runner import Runner
 from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
-from millstream.pipeline.algorithms.samples import samples_of
+from millstream.pipeline.algorithms.samples import samples_of, usable
 from millstream.pipeline.cli import output
 from millstream.pipeline.cli.main import app
 from millstream.pipeline.store.clickhouse import ClickHouseStore
@@ -300,7 +300,7 @@ async def test_any_value_passes_every_role(bed, writer_to):
 
     # A trainer can use what is trainable.
     assert math.isfinite(mean_reward(finished))
-    groups = [Group("g", tuple(finished))]
+    groups, _ = usable([Group("g", tuple(finished))], 100)
     samples, _, dropped = samples_of(groups)
     assert dropped == 0
     assert samples

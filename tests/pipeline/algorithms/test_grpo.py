@@ -129,9 +129,50 @@ def test_merged_turns_teach_the_same(folder: Path) -> None:
 
 def test_a_step_without_any_data_changes_nothing(folder: Path) -> None:
     metrics = GRPO(folder).update([Group("g", (finished("r", [tokens([2, 5], [6], [-1.0])]),))])
-    assert metrics == {"dropped_groups": 1.0, "turns": 0.0, "rows": 0.0}
+    assert metrics == {"dropped_groups": 1.0, "dropped_members": 0.0, "turns": 0.0, "rows": 0.0}
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=str(tmp_path)):
         GRPO(tmp_path)
+
+
+GOOD = tokens([2, 5], [6, 7], [-1.0, -2.0])
+POISON = {
+    "above the vocabulary": (tokens([2], [10**6], [-1.0]), "token id 1000000 is none of the model's"),
+    "in the prompt": (tokens([2**31 - 1], [3], [-1.0]), "token id 2147483647 is none of the model's"),
+    "below 0": (tokens([2], [-1], [-1.0]), "a token id of the response is below 0"),
+    "nan": (tokens([2], [3], [float("nan")]), "a logprob is not finite"),
+    "-inf": (tokens([2], [3], [float("-inf")]), "a logprob is not finite"),
+    "above 0": (tokens([2], [3], [5.0]), "a logprob is 5, above 0"),
+    "reward": (GOOD | {"reward": 1e308}, "its reward is 1e+308"),
+    "reward nan": (GOOD | {"reward": float("nan")}, "its reward is nan"),
+    "no logprobs": (GOOD | {"response_logprobs": None}, "needs prompt tokens"),
+    "half a number": (GOOD | {"prompt_token_ids": b"\1\0\0\0\1"}, "end within a number"),
+}
+
+
+@pytest.mark.parametrize("name", POISON)
+def test_a_member_that_cannot_be_learnt_from_is_dropped_with_its_reason(
+    folder: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """A4: it ends no trainer, and the others of its group are learnt from."""
+    turn, why = POISON[name]
+    algorithm = GRPO(folder, lr=1e-2)
+    before = copied(algorithm)
+    good = [GOOD | {"reward": float(i % 2)} for i in range(4)]
+    metrics = algorithm.update([group([turn, *good])])
+    assert (metrics["dropped_members"], metrics["turns"]) == (1.0, 4.0)
+    assert any(not torch.equal(before[n], weight) for n, weight in algorithm.weights().items())
+    assert all(torch.isfinite(weight).all() for weight in algorithm.weights().values())
+    assert "rollout r0 is not trained on: turn 0: " in caplog.text
+    assert why in caplog.text
+
+
+def test_a_log_probability_of_another_model_is_clipped(folder: Path) -> None:
+    """A4: a finite one, however small, makes no gradient infinite."""
+    algorithm = GRPO(folder, lr=1e-2)
+    far = [tokens([2], [3], [-3e38]) | {"reward": 0.0}, GOOD | {"reward": 1.0}]
+    metrics = algorithm.update([group(far)])
+    assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())
+    assert all(torch.isfinite(weight).all() for weight in algorithm.weights().values())
