@@ -1,11 +1,12 @@
 """The log on Apache Kafka: its producers and consumers, the creation of its topics, and checks."""
 
 import asyncio
+import logging
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
@@ -30,6 +31,11 @@ from millstream.schemas.errors import ConfigError, LogUnavailable, MillstreamErr
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.topics import Topic
 
+logger = logging.getLogger(__name__)
+
+SIZE_LIMIT: Final = "max.message.bytes"
+FRAMING: Final = 1024  # bytes of a batch around a single record
+
 
 @dataclass(frozen=True, slots=True)
 class TopicPolicy:
@@ -47,13 +53,14 @@ class KafkaLog:
         self._policy = policy
         self._watermarks = Watermarks(settings)
         self._open = OpenConsumers()
+        self._limits: dict[str, int] = {}  # bytes of a record by topic, where they are below max_record_bytes
 
     def producer(self, *, linger_ms: float = LINGER_MS, room_s: float | None = None) -> Producer:
         policy = ProducerPolicy() if room_s is None else ProducerPolicy(buffer_wait_s=room_s)
-        return KafkaProducer(self._settings, linger_ms=linger_ms, policy=policy)
+        return KafkaProducer(self._settings, linger_ms=linger_ms, policy=policy, limits=self._limits)
 
     def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
-        return KafkaTransactionalProducer(self._settings, transactional_id)
+        return KafkaTransactionalProducer(self._settings, transactional_id, limits=self._limits)
 
     def consumer(self, group: str | None = None) -> Consumer:
         return AioConsumer(self._settings, self._watermarks, self._open.add(), group)
@@ -76,6 +83,30 @@ class KafkaLog:
         if missing:
             names = ", ".join(topic.name for topic in missing)
             raise ConfigError(f"topics do not exist: {names}; create them with `millstream topics create`")
+
+        await asyncio.to_thread(self._compare_limits)
+
+    def _compare_limits(self) -> None:
+        """Notes topics with a limit below ``max_record_bytes``: producers then refuse what the brokers would."""
+        resources = [ConfigResource(ResourceType.TOPIC, topic.name) for topic in self._settings.topics.all]
+        try:
+            described = self._watermarks.client.describe_configs(resources)
+            found = {r.name: int(c.result(self._policy.check_s / 2)[SIZE_LIMIT].value) for r, c in described.items()}
+        except KafkaException as error:
+            logger.warning(
+                "the topics' limits can't be compared with max_record_bytes: %s", raised(error, "reading them")
+            )
+            return
+        for name, limit in found.items():
+            if limit < self._settings.max_record_bytes + FRAMING:
+                self._limits[name] = limit - FRAMING
+                logger.error(
+                    "topic %s takes records of %s bytes, but max_record_bytes is %s: a larger one ends its rollout as "
+                    "too_large. Run `millstream topics create` to raise the topic's limit",
+                    name,
+                    f"{limit:,}",
+                    f"{self._settings.max_record_bytes:,}",
+                )
 
     async def check_connection(self) -> None:
         """Raises `LogUnavailable` if no broker answers, and `ConfigError` if a setting is wrong."""
@@ -171,7 +202,7 @@ class KafkaLog:
 
     def _set_size_limit(self, existing: list[Topic]) -> None:
         """Updates the limit: ``max_record_bytes`` may have changed since these topics were created."""
-        name, wanted = "max.message.bytes", str(self._settings.max_record_bytes + BATCH_OVERHEAD)
+        name, wanted = SIZE_LIMIT, str(self._settings.max_record_bytes + BATCH_OVERHEAD)
         admin, resources = self._watermarks.client, [ConfigResource(ResourceType.TOPIC, t.name) for t in existing]
         described = admin.describe_configs(resources) if resources else {}
         changed = [r for r, config in described.items() if config.result(self._policy.check_s)[name].value != wanted]
@@ -183,7 +214,7 @@ class KafkaLog:
     def _topic_config(self, topic: Topic) -> dict[str, Any]:
         config = {
             "cleanup.policy": topic.cleanup,
-            "max.message.bytes": str(self._settings.max_record_bytes + BATCH_OVERHEAD),
+            SIZE_LIMIT: str(self._settings.max_record_bytes + BATCH_OVERHEAD),
         }
         return config | ({"retention.ms": str(int(topic.kept_s * 1000))} if topic.cleanup == "delete" else {})
 

@@ -202,6 +202,8 @@ class AttemptWriter:
                 self._states.send(self._topics.events, event, key=event.rollout_id, headers=headers)
         except TooLarge as error:
             self.refuse("too_large", str(error), "the agent's state")
+        except CodecError as error:
+            self.refuse("not_encodable", str(error), "the agent's state")
         except LogError as error:
             self._refused = stopped_by(status.LOST, type(error).__name__, f"a state was not written: {error}")
 
@@ -244,28 +246,33 @@ class AttemptWriter:
         try:
             await self._spans.wait()
             await self._states.wait()
+        except TooLarge as error:  # for the topic's own limit
+            outcome = stopped_by(status.FAILED, "too_large", f"a span or state can't be recorded: {error}")
+            self._dead_letter(str(error))
         except LogError as error:
             outcome = stopped_by(status.LOST, type(error).__name__, f"a span or state was not written: {error}")
+        try:
+            await self._send_end(outcome, proxy_spans)
+        except (TooLarge, CodecError) as error:
+            reason = "too_large" if isinstance(error, TooLarge) else "not_encodable"
+            outcome = stopped_by(status.FAILED, reason, f"what the agent returned can't be recorded: {error}")
+            await self._send_end(outcome, proxy_spans)
+        return outcome
+
+    async def _send_end(self, outcome: Outcome, proxy_spans: int | None) -> None:
         terminal = Acks(self._producer)
         with self._lock:
             counts = {semconv.SOURCE_AGENT: self._spans.sent}
             if proxy_spans is not None:
                 counts[semconv.SOURCE_PROXY] = proxy_spans
-            event = self._event(outcome.status, outcome, counts)
-            headers = _HEADERS[outcome.status]
-            try:
-                terminal.send(self._topics.events, event, key=event.rollout_id, headers=headers)
-            except TooLarge as error:
-                outcome = stopped_by(status.FAILED, "too_large", f"what the agent returned can't be recorded: {error}")
-                event = self._event(outcome.status, outcome, counts)
-                terminal.send(self._topics.events, event, key=event.rollout_id, headers=_HEADERS[outcome.status])
+            event, headers = self._event(outcome.status, outcome, counts), _HEADERS[outcome.status]
+            terminal.send(self._topics.events, event, key=event.rollout_id, headers=headers)
         with self._order:
             self._ended = True
             for late in self._late:
                 self._send_late(late)
             self._late.clear()
         await terminal.wait()
-        return outcome
 
     def _verdict_over(self, outcome: Outcome) -> Outcome:
         if self.verdict is None:

@@ -24,6 +24,8 @@ from millstream.schemas.wire.topics import LIBRDKAFKA_PARTITIONER
 
 logger = logging.getLogger(__name__)
 
+BATCH_BYTES = 1_000_000  # librdkafka's own
+
 
 @dataclass(frozen=True, slots=True)
 class ProducerPolicy:
@@ -45,10 +47,12 @@ class KafkaProducer:
         linger_ms: float = LINGER_MS,
         policy: ProducerPolicy = ProducerPolicy(),
         options: Mapping[str, Any] | None = None,
+        limits: Mapping[str, int] | None = None,
     ) -> None:
         """Connects in the background: without a broker, records are not acknowledged. ``options`` of librdkafka
-        override those set here."""
+        override those set here. ``limits``: bytes of a record by topic, where they are below max_record_bytes."""
         self._policy = policy
+        self._limits = {} if limits is None else limits
         self._limit = settings.max_record_bytes
         # Records without key and partition go round: librdkafka itself would keep a burst on one partition.
         self._next = {t.name: itertools.count(time.monotonic_ns()) for t in settings.topics.all}
@@ -63,6 +67,7 @@ class KafkaProducer:
                 linger_ms=linger_ms,
                 delivery_timeout_ms=policy.delivery_ms,
                 message_max_bytes=self._limit + BATCH_OVERHEAD,
+                batch_size=min([BATCH_BYTES, *self._limits.values()]),  # brokers refuse a batch as a whole
                 queue_buffering_max_messages=policy.buffer_records,
                 queue_buffering_max_kbytes=max(policy.buffer_kb, 2 * self._limit >> 10),
             )
@@ -89,8 +94,10 @@ class KafkaProducer:
         body = value if isinstance(value, bytes) else encode(value)
         raw_key = None if key is None else key.encode("utf-8", "surrogateescape")
         size = len(body) + len(raw_key or b"") + sum(len(k) + len(v) for k, v in (headers or {}).items())
-        if size > self._limit:
-            raise TooLarge(f"{topic}, key {key}: the record has {size:,} bytes, max_record_bytes is {self._limit:,}")
+        if size > (limit := self._limits.get(topic, self._limit)):
+            raise TooLarge(
+                f"{topic}, key {key}: the record has {size:,} bytes, of at most {limit:,} (max_record_bytes)"
+            )
         if partition is None:
             rounds = self._next.get(topic) if key is None else None
             partition = -1 if rounds is None else next(rounds) % self._partitions[topic]
@@ -185,14 +192,20 @@ class KafkaProducer:
 class KafkaTransactionalProducer(KafkaProducer):
     """One transaction at a time, by one thread. ``transactional_id`` is stable per replica."""
 
-    def __init__(self, settings: Settings, transactional_id: str, policy: ProducerPolicy = ProducerPolicy()) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        transactional_id: str,
+        policy: ProducerPolicy = ProducerPolicy(),
+        limits: Mapping[str, int] | None = None,
+    ) -> None:
         options = {
             "transactional.id": transactional_id,
             "transaction.timeout.ms": policy.transaction_ms,
             "delivery.timeout.ms": policy.transaction_ms,
             "retry.backoff.ms": 10,  # librdkafka otherwise pauses 100 ms between two transactions
         }
-        super().__init__(settings, linger_ms=0.0, policy=policy, options=options)
+        super().__init__(settings, linger_ms=0.0, policy=policy, options=options, limits=limits)
         self._id = transactional_id
         self._open = False
 

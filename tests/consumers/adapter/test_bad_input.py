@@ -3,17 +3,20 @@
 import asyncio
 import json
 import math
+import random
 import struct
 import sys
 
 import pytest
-from adapter_rig import Reader, adapter_on, counted, history, write
+from adapter_rig import Bed, Reader, adapter_on, counted, history, write
+from confluent_kafka.admin import AdminClient, AlterConfigOpType, ConfigEntry, ConfigResource, ResourceType
 from factories import call, event, reward, span, task
 from prometheus_client import CollectorRegistry
 
 from millstream.consumers.adapter.adapter import AdapterPolicy
 from millstream.consumers.adapter.transaction import Budget, BudgetPolicy
 from millstream.consumers.adapter.triplets import to_triplets
+from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.memory_producer import MemoryTransactionalProducer
 from millstream.schemas.errors import LogUnavailable, TooLarge
@@ -353,3 +356,31 @@ async def test_late_garbage_is_counted_once(bed):
         await write(bed, *history(of), b"garbage")
         await letters.until(lambda found: found)
     assert counted(registry, "dead_letters", "reason") == {"undecodable": 1}
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize("known", [True, False], ids=["lowered before the start", "lowered while it runs"])
+async def test_a_topics_limit_below_the_setting_stops_no_adapter(kafka_settings, caplog, known):
+    """A2: on real Kafka."""
+    settings = kafka_settings(max_record_bytes=400_000)
+    log = KafkaLog(settings)
+    await log.create_topics()
+    bed = Bed(log, settings.topics)
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap_servers})
+    lowered = ConfigResource(ResourceType.TOPIC, settings.topics.triplets)
+    entry = ConfigEntry("max.message.bytes", "200000", incremental_operation=AlterConfigOpType.SET)
+    lowered.add_incremental_config(entry)
+    admin.incremental_alter_configs([lowered])[lowered].result(10)
+    if known:
+        await log.check()
+        assert (
+            f"topic {settings.topics.triplets} takes records of 200,000 bytes, but max_record_bytes is" in caplog.text
+        )
+    tasks = [task() for _ in range(6)]
+    large = tasks[:2]
+    # Random text: the brokers look at compressed batches.
+    text = json.dumps("".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz0123456789ABCDEF", k=370_000)))
+    records = [attempt(of, call(of, "a", "1", attributes={semconv.REQUEST_MESSAGES: text})) for of in large]
+    ends, _, innocents = await ends_of(bed, *records, *(history(of) for of in tasks[2:]))
+    assert {ends[of.rollout_id].reason[:11] for of in large} == {"too_large: "}
+    assert all(ends[of.rollout_id].trainable for of in (*tasks[2:], *innocents))
