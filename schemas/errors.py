@@ -12,6 +12,8 @@ class MillstreamError(Exception):
 class ConfigError(MillstreamError):
     """A setting, a file or an argument is wrong. The message names it and says what to do."""
 
+    exit_code = 2  # as for an option that the command line itself refuses
+
 
 class CodecError(MillstreamError):
     """A record can't be encoded or decoded. The message names its type and, if known, the field: ``Span.name: …``."""

@@ -22,9 +22,11 @@ def load_object(what: str, path: str, folder: str) -> Any:
     try:
         found: Any = importlib.import_module(module_name)
     except BaseException as error:  # SystemExit too: a user's module may raise anything
-        cause = "".join(traceback.format_exception(error)).rstrip()
+        missing = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+        # Where an existing module failed, its author needs to see.
+        cause = "" if missing else "\n" + "".join(traceback.format_exception(error)).rstrip()
         raise ConfigError(
-            f"{what} {path!r} can't be imported from {folder}: {type(error).__name__}: {error_message(error)}\n{cause}"
+            f"{what} {path!r} can't be imported from {folder}: {type(error).__name__}: {error_message(error)}{cause}"
         ) from error
     for name in attribute.split("."):
         try:

@@ -27,6 +27,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.folders import own_folder
 
 logger = logging.getLogger(__name__)
 
@@ -141,12 +142,14 @@ class LocalKafka:
     def up(self, timeout_s: float = 60.0) -> BrokerStatus:
         """Starts the broker unless it is running, and waits until it answers.
 
-        Raises `ConfigError` if Java or Maven are missing, the port is taken, or the broker dies or does not answer in
-        time (with the last lines of its log).
+        Raises `ConfigError` if Java or Maven are missing, the folder holds other files, the port is taken, or the
+        broker dies or does not answer in time (with the last lines of its log).
         """
         running = self.status()
         if running is not None:
             return running
+        if self._last() is None:  # its first start here
+            own_folder(self.folder, "--data-dir", "a local Kafka broker")
         java = _java()
         if java is None:
             raise ConfigError("a local Kafka needs Java 17 or newer: install it (java on PATH, or JAVA_HOME)")
@@ -212,7 +215,7 @@ class LocalKafka:
             return _Process(**json.loads(self._state_file.read_text()))
         except FileNotFoundError:
             return None
-        except (ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{self._state_file} can't be read ({error}): stop that Kafka and delete it") from error
 
     def _alive(self, pid: int) -> bool:
@@ -226,7 +229,6 @@ class LocalKafka:
         return self.folder / "server.properties"
 
     def _write_config(self, port: int, controller_port: int) -> Path:
-        self.folder.mkdir(parents=True, exist_ok=True)
         data = self.folder / "data"
         values: dict[str, Any] = {"host": HOST, "port": port, "controller_port": controller_port}
         own = "".join(f"{name}={value}\n" for name, value in self._properties.items())  # the last value counts

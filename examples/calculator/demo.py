@@ -33,6 +33,7 @@ from millstream.pipeline.addresses import free_port
 from millstream.pipeline.store.clickhouse import ClickHouseStore
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import MillstreamError
+from millstream.schemas.folders import own_folder
 
 TRAIN_TASKS = 2000
 FIRST_REWARD_BELOW, VALIDATION_ABOVE = 0.4, 0.9
@@ -96,7 +97,9 @@ console = Console(record=True)
 
 
 def main(
-    run_dir: Annotated[Path, typer.Option(help="Folder of the run; files of an earlier run are removed.")],
+    run_dir: Annotated[
+        Path, typer.Option(help="Folder of the run: new, empty, or of an earlier demo, which is replaced.")
+    ],
     kafka: Annotated[bool, typer.Option(help="Over Kafka, with one process per role.")] = False,
     vllm: Annotated[bool, typer.Option(help="Serve the model with vLLM; `make vllm` installs it.")] = False,
     max_steps: Annotated[int, typer.Option(min=1)] = 100,
@@ -142,7 +145,7 @@ def prepare(run_dir: Path, agent: str, vllm: bool, max_steps: int, groups: int, 
 
     from examples.calculator import model
 
-    run_dir.mkdir(parents=True, exist_ok=True)
+    own_folder(run_dir, "--run-dir", "the calculator demo")
     for name in ("store", "checkpoints", "model", "tokenizer", "vllm", "kafka", "log"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in ("train.json", "summary.json"):

@@ -1,7 +1,7 @@
 """Commands that publish tasks, and cancel, pause and resume what is published."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,9 +22,14 @@ Experiment = Annotated[str, typer.Argument(help="Experiment id, as given to `mil
 
 @app.command(epilog="Example: millstream publish tasks.jsonl --group-size 8 --priority high")
 def publish(
-    file: Annotated[Path, typer.Argument(help='JSON lines: {"input": …, "mode": …, "metadata": …}.')],
-    group_size: Annotated[int, typer.Option(min=1, help="Rollouts per line; they form a group.")] = 1,
-    priority: Annotated[str, typer.Option(help="high, normal or low.")] = "normal",
+    file: Annotated[
+        Path,
+        typer.Argument(
+            exists=True, dir_okay=False, readable=True, help='JSON lines: {"input": …, "mode": …, "metadata": …}.'
+        ),
+    ],
+    group_size: Annotated[int, typer.Option(min=1, max=1000, help="Rollouts per line; they form a group.")] = 1,
+    priority: Annotated[Literal["high", "normal", "low"], typer.Option(help="Which tasks go first.")] = "normal",
     experiment: Annotated[str, typer.Option(help="Experiment that the rollouts belong to.")] = "",
     skip_bad: Annotated[bool, typer.Option(help="Skip malformed lines and publish the others.")] = False,
     as_json: Json = False,

@@ -9,7 +9,7 @@ import typer
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import LocalKafka
-from millstream.pipeline.cli.output import Json, print_rows
+from millstream.pipeline.cli.output import MAX_PORT, Json, print_rows
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
 
@@ -23,7 +23,7 @@ KAFKA_DIR = Path("runs/kafka")
 @app.command("up", epilog="Example: millstream kafka up --port 9092")
 def kafka_up(
     data_dir: DataDir = KAFKA_DIR,
-    port: Annotated[int, typer.Option(help="Port of the broker; 0: any free one.")] = 9092,
+    port: Annotated[int, typer.Option(min=0, max=MAX_PORT, help="Port of the broker; 0: any free one.")] = 9092,
     as_json: Json = False,
 ) -> None:
     """Start a broker in the background. Needs Java 17 and, the first time, Maven."""

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections.abc import Sequence
 
 import typer
 from rich.logging import RichHandler
@@ -20,7 +21,8 @@ from millstream.pipeline.cli import (
     workers,
 )
 from millstream.pipeline.cli.output import err
-from millstream.schemas.errors import Fenced, MillstreamError
+from millstream.schemas.errors import ConfigError, Fenced, MillstreamError
+from millstream.schemas.spans.text import utf8
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train AI agents over an event stream.")
 app.add_typer(roles.app)
@@ -45,8 +47,21 @@ def main() -> None:
     for noisy in ("aiokafka", "httpx", "httpx2", "faststream", "urllib3.connectionpool", "clickhouse_connect"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
+        _refuse_undecodable(sys.argv[1:])
         app()
     except MillstreamError as error:
         word = "fenced" if isinstance(error, Fenced) else "error"
-        err.print(f"[red]{word}:[/red]", escape(str(error)), highlight=False)
+        err.print(f"[red]{word}:[/red]", escape(str(error)), highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        err.print("[red]error:[/red]", escape(f"{error.filename}: {error.strerror}"), highlight=False, soft_wrap=True)
+        sys.exit(ConfigError.exit_code)
+
+
+def _refuse_undecodable(arguments: Sequence[str]) -> None:
+    """Raises `ConfigError` for an argument that is not text in the terminal's encoding: no record could hold it."""
+    for argument in arguments:
+        if utf8(argument) != argument:
+            raise ConfigError(f"the argument {argument!a} is not valid {sys.getfilesystemencoding()} text")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -14,6 +14,9 @@ from millstream.schemas.spans.text import json_text
 out = Console()
 err = Console(stderr=True)
 
+MAX_PORT = 65535
+Mode = Literal["train", "val", "test"]
+Status = Literal["queued", "running", "retrying", "succeeded", "failed", "cancelled"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 

@@ -17,7 +17,7 @@ from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.port import Log
 from millstream.pipeline.addresses import LOOPBACK
 from millstream.pipeline.cli.model import app as model_app
-from millstream.pipeline.cli.output import Json, err, out, print_rows
+from millstream.pipeline.cli.output import MAX_PORT, Json, err, out, print_rows
 from millstream.producers.log.port import closing
 from millstream.schemas import metrics
 from millstream.schemas.config.settings import Settings, load_settings
@@ -30,7 +30,9 @@ logger = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 130
 
-HealthPort = Annotated[int, typer.Option(min=0, help="Serves /livez, /readyz and /metrics on health_host; 0: off.")]
+HealthPort = Annotated[
+    int, typer.Option(min=0, max=MAX_PORT, help="Serves /livez, /readyz and /metrics on health_host; 0: off.")
+]
 
 
 @app.command(epilog="Example: millstream runner examples.calculator.agent:agent --processes 2 --concurrency 8")
@@ -116,7 +118,10 @@ def sink(
     flush_bytes: Annotated[int, typer.Option(min=1, help="Maximum bytes of a batch.")] = 32 << 20,
     flush_ms: Annotated[int, typer.Option(min=1, help="Maximum age of a record when it is stored.")] = 1000,
     query_port: Annotated[
-        int, typer.Option(min=0, help="Serves an embedded store to readers, as ClickHouse does at 8123; 0: off.")
+        int,
+        typer.Option(
+            min=0, max=MAX_PORT, help="Serves an embedded store to readers, as ClickHouse does at 8123; 0: off."
+        ),
     ] = 0,
     query_host: Annotated[
         str, typer.Option(help="Where it listens. Anything but loopback needs clickhouse_password.")
@@ -190,7 +195,9 @@ def serve(
     version: Annotated[str, typer.Option(help="Version of the weights in the folder: run.epoch.step.")] = "base.0.0",
     upstream: Annotated[str, typer.Option(help="NAME of [upstreams.NAME] in the proxies' settings.")] = "policy",
     replicas: Annotated[int, typer.Option(min=1, help="vLLM processes; they load weights in turn.")] = 1,
-    port: Annotated[int, typer.Option(min=1, help="Loopback port of the first replica; the next ones follow.")] = 8500,
+    port: Annotated[
+        int, typer.Option(min=1, max=MAX_PORT, help="Loopback port of the first replica; the next ones follow.")
+    ] = 8500,
     adapters: Annotated[int, typer.Option(min=0, help="Maximum LoRA adapters in a batch; 0: off.")] = 0,
     arg: Annotated[list[str] | None, typer.Option(help="vLLM argument: --arg=--dtype=float32; repeatable.")] = None,
     log_dir: Annotated[Path, typer.Option(help="Folder for vLLM's logs.")] = Path("runs/vllm"),
@@ -215,7 +222,7 @@ def serve(
 @app.command(epilog="Example: millstream gateway --port 8600")
 def gateway(
     host: Annotated[str, typer.Option(help="Address to listen at. Unless loopback, set gateway_token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, help="Port to listen at; 0: any free one.")] = 8600,
+    port: Annotated[int, typer.Option(min=0, max=MAX_PORT, help="Port to listen at; 0: any free one.")] = 8600,
 ) -> None:
     """Serve HTTP: publish, cancel, pause, status of rollouts, OTLP spans, a description of the topics."""
     from millstream.pipeline.services.gateway import Gateway, check_open

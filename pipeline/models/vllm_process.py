@@ -19,6 +19,7 @@ import millstream.deploy.vllm as plugins
 from millstream.pipeline.addresses import LOOPBACK, free_port
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError, MillstreamError
+from millstream.schemas.folders import make_folder
 
 PR_SET_PDEATHSIG: Final = 1  # prctl(2)
 Transfer = Literal["file", "nccl", "ipc"]
@@ -81,7 +82,7 @@ class VllmProcess:
         self.url = f"http://{LOOPBACK}:{self._port}"
         self.token = token_hex(32)  # opens its development endpoints
         self._process: asyncio.subprocess.Process | None = None
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, "--log-dir")
 
     @property
     def pid(self) -> int | None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ if TYPE_CHECKING:  # needs the `train` extra
     from torch import Tensor
 
 ADAPTER: Final = "adapter_model.safetensors"
+FILE: Final = "model.safetensors"
+VERSION: Final = re.compile(r"[\w-]+\.\d+\.\d+")  # run.epoch.step
 PICKLED: Final = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}  # loading such a file runs the code in it
 
 
@@ -87,27 +90,22 @@ def save(folder: Path, tensors: Mapping[str, "Tensor"], version: str) -> Weights
     place, unfinished = folder / version, folder / f".{version}"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / "model.safetensors")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / FILE)
     shutil.rmtree(place, ignore_errors=True)
     unfinished.rename(place)
     return Weights(version, place)
 
 
 def prune(folder: Path, keep: Iterable[Weights]) -> None:
-    """Removes all other versions that `save` wrote."""
+    """Removes all other versions that `save` wrote, and nothing else that the folder may hold."""
     kept = {weights.folder for weights in keep}
     for place in folder.iterdir():
-        if place not in kept:
+        if place not in kept and VERSION.fullmatch(place.name) and (place / FILE).is_file():
             shutil.rmtree(place)
 
 
 def check_version(version: str) -> str:
     """Raises `ConfigError` unless it is ``run.epoch.step``."""
-    parts = version.split(".")
-    if (
-        len(parts) != 3
-        or not parts[0].replace("-", "").replace("_", "").isalnum()
-        or not all(map(str.isdecimal, parts[1:]))
-    ):
+    if not VERSION.fullmatch(version):
         raise ConfigError(f"version {json.dumps(version)}: a version is run.epoch.step, as calculator.0.7")
     return version

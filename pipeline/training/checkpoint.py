@@ -7,18 +7,21 @@ rest, with size and digest of the other two).
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from millstream.schemas.errors import ConfigError, MillstreamError
+from millstream.schemas.folders import make_folder
 from millstream.schemas.ids import new_id
 
+NAME: Final = re.compile(r"step-\d{8}")
 MANIFEST, WEIGHTS, STATE = "checkpoint.json", "weights.safetensors", "state.pt"
 
 
@@ -53,7 +56,7 @@ def save(
     Raises `ConfigError` if the folder holds a later step: it belongs to another run.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "run_dir")
     newest = max((_step(path) for path in _checkpoints(folder)), default=-1)
     if newest > step:
         raise ConfigError(
@@ -122,7 +125,7 @@ def _damage(path: Path, what: str) -> str:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=_step)
+    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()), key=_step)
 
 
 def _step(path: Path) -> int:

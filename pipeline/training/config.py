@@ -22,6 +22,7 @@ from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.pipeline.training.trainer import Trainer
 from millstream.schemas.config.settings import Settings, load_settings, problems_of
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.folders import make_folder
 from millstream.schemas.import_path import load_object
 from millstream.schemas.spans.text import json_text, parsed
 
@@ -99,7 +100,7 @@ def load_config(path: Path) -> TrainConfig:
         return TrainConfig(**tomllib.loads(path.read_text("utf-8")))
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         raise ConfigError(f"{path}: {problems_of(error)}") from None
@@ -123,6 +124,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
     settings = load_settings()
     tasks = read_inputs(config.tasks, settings)
     val_tasks = read_inputs(config.val_tasks, settings) if config.val_tasks else []
+    make_folder(config.run_dir, "run_dir")
     with ProgressView(console or Console(), config.run) as view:
         trainer = Trainer(
             algorithm=make_grpo(config.grpo),
@@ -141,7 +143,6 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
             vllm=vllm_options(config.model),
         )
         summary = trainer.fit(tasks, val_tasks)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "train.json").write_text(json_text(dataclasses.asdict(summary)) + "\n")
     return summary
 

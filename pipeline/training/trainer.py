@@ -17,6 +17,7 @@ from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.producers.task_input import task_input
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.folders import make_folder
 
 
 class Trainer:
@@ -99,7 +100,7 @@ class Trainer:
 
     @asynccontextmanager
     async def _started(self) -> AsyncIterator[Run]:
-        self._run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(self._run_dir, "run_dir")
         # The default proxy_url says nothing about the machines that the runners are on.
         known = self._agent is None and "proxy_url" in self._settings.model_fields_set
         setup = Setup(

@@ -111,8 +111,11 @@ SELECT
     last_seen,
     if(ended, final_time, coalesce(retry_time, end_time)) AS ended_at,
     dateDiff('nanosecond', started_at, ended_at) / 1e9 AS duration_s,
-    if(ended, final_error_type, '') AS error_type,
-    if(ended, final_error_message, '') AS error_message,
+    multiIf(ended AND final_error_type != '', final_error_type, status = 'lost', 'Lost', '') AS error_type,
+    multiIf(
+        ended AND final_error_type != '', final_error_message,
+        status = 'lost', 'its process died, or sent no heartbeat within the lease', ''
+    ) AS error_message,
     if(ended, final_error_stack, '') AS error_stack,
     if(ended, final_span_counts, map()) AS span_counts,
     if(ended AND final_status = 'succeeded', final_output, NULL) AS output,
@@ -127,7 +130,7 @@ LEFT JOIN ends ON events.rollout_id = ends.rollout_id
 SETTINGS do_not_merge_across_partitions_select_final = 1, join_use_nulls = 0;
 
 -- One row per rollout. Its end decides; until there is one, so do its attempts. Tokens are those of the deciding
--- attempt's LLM calls.
+-- attempt's LLM calls: their ids, or what the server reports.
 CREATE OR REPLACE VIEW rollouts AS
 WITH
     latest AS (
@@ -159,12 +162,25 @@ WITH
         GROUP BY rollout_id
     ),
     ends AS (SELECT *, toNullable(ended_at) AS end_time FROM rollout_ends_raw FINAL),
+    reported AS (  -- by the model's server, for calls without token ids
+        SELECT
+            RolloutId AS rollout_id,
+            AttemptId AS attempt_id,
+            SpanId AS span_id,
+            max(PromptTokens) AS prompt_tokens,
+            max(ResponseTokens) AS response_tokens
+        FROM spans_raw
+        WHERE Kind = 'llm' AND RolloutId IN (SELECT rollout_id FROM triplets_raw WHERE empty(response_token_ids))
+        GROUP BY rollout_id, attempt_id, span_id
+    ),
     tokens AS (
         SELECT
-            rollout_id,
-            sum(prefix_tokens + length(prompt_token_ids)) AS prompt_tokens,
-            sum(length(response_token_ids)) AS response_tokens
-        FROM triplets_raw FINAL
+            t.rollout_id AS rollout_id,
+            sum(if(empty(t.response_token_ids), r.prompt_tokens, t.prefix_tokens + length(t.prompt_token_ids))) AS prompt_tokens,
+            sum(if(empty(t.response_token_ids), r.response_tokens, length(t.response_token_ids))) AS response_tokens
+        FROM (SELECT * FROM triplets_raw FINAL) AS t
+        LEFT JOIN reported AS r
+            ON t.rollout_id = r.rollout_id AND t.attempt_id = r.attempt_id AND t.span_id = r.span_id
         GROUP BY rollout_id
     )
 SELECT

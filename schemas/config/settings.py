@@ -77,8 +77,10 @@ class Settings(BaseSettings):
     )
 
     # Rollouts
-    runner_concurrency: int = Field(8, ge=1, description="Attempts at a time in one agent process.")
-    runner_processes: int = Field(1, ge=0, description="Agent processes of a runner; 0: threads of the runner itself.")
+    runner_concurrency: int = Field(8, ge=1, le=10_000, description="Attempts at a time in one agent process.")
+    runner_processes: int = Field(
+        1, ge=0, le=1000, description="Agent processes of a runner; 0: threads of the runner itself."
+    )
     retry_max_attempts: int = Field(
         1, ge=1, le=MAX_ATTEMPTS, description="Attempts that a task gets unless it says otherwise."
     )
@@ -175,6 +177,8 @@ def load_settings(**overrides: Any) -> Settings:
     if _config_file().is_file():
         try:
             names = tomllib.loads(_config_file().read_text("utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{_config_file()} can't be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{_config_file()} is not TOML: {error}") from error
         _refuse_unknown(names, known, f"setting in {_config_file()}:")

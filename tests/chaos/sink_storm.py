@@ -8,7 +8,6 @@ import asyncio
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import threading
@@ -30,6 +29,7 @@ from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.addresses import free_port
 from millstream.producers.log.port import Producer
 from millstream.schemas.config.settings import load_settings
+from millstream.schemas.folders import emptied_folder
 from millstream.schemas.ids import new_id
 from millstream.schemas.wire.records import Span
 
@@ -98,8 +98,8 @@ class Storm:
     """One run. So many kills of sinks; the server is killed as often as any one of them, besides."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "log").mkdir(parents=True)
+        emptied_folder(folder, "--run-dir", "the sink's storm")
+        (folder / "log").mkdir()
         self.folder, self.rng = folder, random.Random(seed)
         self.port = free_port()
         self.broker = LocalKafka(folder / "kafka", port=0)

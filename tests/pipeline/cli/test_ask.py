@@ -96,6 +96,8 @@ def test_rollouts(ask):
     assert listed.keys() == {RIGHT, WRONG, FAILED}
     assert (listed[RIGHT]["status"], listed[RIGHT]["reward"], listed[RIGHT]["turns"]) == ("succeeded", 1.0, 2)
     assert listed[RIGHT]["duration_s"] > 0
+    # Entry B8: no token ids, but the server reports their numbers.
+    assert (listed[RIGHT]["prompt_tokens"], listed[RIGHT]["response_tokens"]) == (24, 4)
     table = ask("rollouts", "--status", "failed", "--experiment", "demo")
     assert FAILED in table
     assert "three is [too] many" in table

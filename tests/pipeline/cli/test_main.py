@@ -57,7 +57,7 @@ def test_a_broken_line_publishes_nothing_and_is_named(tmp_path):
     file = tmp_path / "tasks.jsonl"
     file.write_text('{"input": 1}\n{"input": \n')
     result = millstream("publish", file, MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:1")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert f"{file}:2" in result.stderr
     assert "Nothing was published" in result.stderr
 
@@ -73,14 +73,14 @@ def test_a_broker_that_is_down_is_reported_within_ten_seconds(tmp_path):
 
 def test_an_unknown_setting_is_named(tmp_path):
     result = millstream("sink", cwd=tmp_path, MILLSTREAM_CLICKHOUSE_DSM="chdb://x")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "MILLSTREAM_CLICKHOUSE_DSM; did you mean MILLSTREAM_CLICKHOUSE_DSN?" in result.stderr
 
 
 def test_train_names_what_is_wrong_with_its_file(tmp_path):
     (tmp_path / "train.toml").write_text('tasks = "t.jsonl"\nsteps = 3\n[grpo]\nmodel = "m"\nlr = -1\n')
     result = millstream("train", "train.toml", cwd=tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "train.toml: grpo.lr: Input should be greater than or equal to 0" in result.stderr
     assert "steps: Extra inputs are not permitted" in result.stderr
 
@@ -100,5 +100,5 @@ def test_sql_and_rollouts_on_an_empty_store(tmp_path):
 
 def test_status_without_a_broker_says_how_to_start_one(tmp_path):
     result = millstream("kafka", "status", cwd=tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "millstream kafka up" in result.stderr

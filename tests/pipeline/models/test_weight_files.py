@@ -70,3 +70,15 @@ def test_a_version_is_run_epoch_step(version):
     with pytest.raises(ConfigError, match=r"run\.epoch\.step"):
         check_version(version)
     assert check_version("run-1.0.17") == "run-1.0.17"
+
+
+def test_pruning_leaves_what_it_did_not_write(tmp_path):
+    """Entry B7: the folder may be the user's own."""
+    torch = pytest.importorskip("torch")
+    kept, old = (save(tmp_path, {"w": torch.zeros(1)}, version) for version in ("run.0.1", "run.0.0"))
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "other.0.0").mkdir()
+    (tmp_path / "file").touch()
+    prune(tmp_path, [kept])
+    assert {path.name for path in tmp_path.iterdir()} == {"run.0.1", "notes", "other.0.0", "file"}
+    assert not old.folder.exists()

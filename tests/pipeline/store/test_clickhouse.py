@@ -436,6 +436,10 @@ def test_the_views_agree_with_the_transition_table(store, write):
     assert not wrong, [(wrong[t.rollout_id], statuses(e)) for t, e in histories if t.rollout_id in wrong][:3]
     assert set(Counter(expected.values())) == {"queued", "running", "retrying", "succeeded", "failed", "cancelled"}
 
+    # Entry C7: a lost attempt says what happened to it.
+    lost = store.sql("SELECT DISTINCT error_type, error_message != '' FROM attempts WHERE status = 'lost'").rows
+    assert lost
+    assert all(error and said for error, said in lost), lost
     attempts = dict(store.sql("SELECT attempt_id, status FROM attempts").rows)
     for _, events in histories:
         for attempt, state in attempt_statuses(events).items():

@@ -113,3 +113,15 @@ def test_the_manifest_is_for_people_too(tmp_path: Path) -> None:
     manifest = json.loads((path / checkpoint.MANIFEST).read_text())
     assert manifest["positions"] == {"0": 17, "5": 0}
     assert manifest["extra"]["model_version"] == "run.0.3"
+
+
+def test_folders_of_the_user_beside_the_checkpoints_stay_and_do_not_count(tmp_path: Path) -> None:
+    """Entry B7: pruning removes checkpoints only."""
+    (tmp_path / "step-best").mkdir()
+    (tmp_path / "step-1").mkdir()
+    for step in range(3):
+        save(tmp_path, step, state(), POSITIONS, EXTRA, keep=1)
+    assert steps(tmp_path) == ["step-00000002", "step-1", "step-best"]
+    found = load_latest(tmp_path)
+    assert found is not None
+    assert found.step == 2

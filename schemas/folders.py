@@ -1,0 +1,44 @@
+"""Folders that commands create, and may empty only if they have created them."""
+
+import shutil
+from pathlib import Path
+
+from millstream.schemas.errors import ConfigError
+
+MARK = ".millstream"  # a file that names what the folder was created for
+
+
+def make_folder(folder: Path, name: str) -> Path:
+    """Creates a folder unless it exists. ``name``: the setting or option that names it.
+
+    Raises `ConfigError`.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{name} {folder}: the folder can't be created ({reason}); choose another one") from error
+    return folder
+
+
+def own_folder(folder: Path, name: str, purpose: str) -> Path:
+    """A folder whose contents a command may replace: created and marked by this call, or by an earlier one for the
+    same purpose.
+
+    Raises `ConfigError` for any other folder that is not empty.
+    """
+    make_folder(folder, name)
+    mark = folder / MARK
+    if any(folder.iterdir()) and not (mark.is_file() and mark.read_text("utf-8", "replace").strip() == purpose):
+        raise ConfigError(
+            f"{name} {folder} holds files that are not of {purpose}, which would replace them; choose a new or an "
+            "empty folder"
+        )
+    mark.write_text(f"{purpose}\n")
+    return folder
+
+
+def emptied_folder(folder: Path, name: str, purpose: str) -> Path:
+    """`own_folder`, without what an earlier call left in it."""
+    shutil.rmtree(own_folder(folder, name, purpose))
+    return own_folder(folder, name, purpose)
