@@ -1,10 +1,13 @@
 """Follows the control topic and keeps the last record of each key, the latest resources and the latest routing."""
 
 import asyncio
+import json
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 
 from millstream.consumers.log.port import Consumer, Log
+from millstream.consumers.log.read_to_end import read_to_end
 from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.control import Resources, RoutingTable
 from millstream.schemas.errors import CodecError, ConfigError, LogError
@@ -152,3 +155,30 @@ class ControlFollower:
             self._on_cancel()
         elif control.kind == "pause":
             self.pauses = any(r.kind == "pause" and r.body == "true" for r in self._records.values())
+
+
+async def read_pauses(log: Log, topics: Topics) -> list[Control]:
+    """The pause records of the experiments that are paused now, by name."""
+    found: dict[str, Control] = {}
+    async for control in _read(log, topics):
+        if control.kind == "pause":
+            found[control.name] = control
+    return sorted((c for c in found.values() if c.body == "true"), key=lambda control: control.name)
+
+
+async def find_experiment(log: Log, topics: Topics, wanted: str) -> str:
+    """The id of the newest experiment of the run ``wanted``; ``wanted`` itself if no run has that name."""
+    newest: Control | None = None
+    async for control in _read(log, topics):
+        if control.kind == "experiment" and json.loads(control.body).get("run") == wanted:
+            newest = max(newest or control, control, key=lambda record: record.created_at)
+    return wanted if newest is None else newest.name
+
+
+async def _read(log: Log, topics: Topics) -> AsyncIterator[Control]:
+    async with aclosing(read_to_end(log, [Partition(topics.control, 0)])) as records:
+        async for record in records:
+            try:
+                yield codec.decode_as(Control, record.value)
+            except CodecError as error:
+                logger.warning("ignoring %s: %s", record.place, error)

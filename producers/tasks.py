@@ -98,8 +98,10 @@ def read_tasks(
     """
     try:
         lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} can't be read: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): convert it") from error
     tasks: list[RolloutTask] = []
     bad: list[str] = []
     for number, text in enumerate(lines, 1):

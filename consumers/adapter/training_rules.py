@@ -16,6 +16,7 @@ from millstream.schemas.wire.trainable import TOKEN_BYTES, bad_tokens
 Rule = Callable[[Call], str | None]
 """Why not to train on a call, or None. Pure."""
 
+NO_TOKENS: Final = "no token ids or no logprobs"
 ABORTED: Final = ("abort", "aborted", "cancelled", "error", "content_filter")  # finish reasons of half an answer
 
 
@@ -80,7 +81,7 @@ def marked_untrainable(call: Call) -> str | None:
 def token_ids(call: Call) -> str | None:
     span = call.span
     if span.prompt_token_ids is None or span.response_token_ids is None or span.response_logprobs is None:
-        return "no token ids or no logprobs"
+        return NO_TOKENS
     return None if span.prompt_token_ids else "empty prompt"
 
 

@@ -25,12 +25,13 @@ SERVER: Final = "clickhouse://"
 IN_MEMORY: Final = ":memory:"
 
 
-def connect(settings: Settings) -> Client:
-    """A client that any thread may use, without a default database. Raises `ConfigError`, `StoreError`."""
+def connect(settings: Settings, *, create: bool = True) -> Client:
+    """A client that any thread may use, without a default database. ``create``: creates the folder of an embedded
+    store if there is none, else that is an error. Raises `ConfigError`, `StoreError`."""
     dsn = settings.clickhouse_dsn
     with store_errors(settings, "can't be opened"):
         if dsn.startswith(EMBEDDED):
-            return _open_embedded(embedded_path(dsn))
+            return _open_embedded(embedded_path(dsn), create)
         if not dsn.startswith(SERVER):
             raise ConfigError(
                 f"setting clickhouse_dsn: {address(settings)!r} begins with neither {SERVER} nor {EMBEDDED}"
@@ -75,11 +76,17 @@ def first_line(error: Exception) -> str:
     return re.sub(r"\s*\(version [^)]*\)", "", str(error).strip().partition("\n")[0])
 
 
-def _open_embedded(path: str) -> Client:
+def _open_embedded(path: str, create: bool) -> Client:
     held = False
     try:
         if path != IN_MEMORY:
-            Path(path).mkdir(parents=True, exist_ok=True)
+            if create:
+                Path(path).mkdir(parents=True, exist_ok=True)
+            elif not (Path(path).is_dir() and any(Path(path).iterdir())):
+                raise StoreError(
+                    f"there is no store in {path}: a training run or `millstream sink` creates one; or set "
+                    f"MILLSTREAM_CLICKHOUSE_DSN={EMBEDDED}FOLDER to read another one"
+                )
             held = _is_held(Path(path))
             if not held:
                 _remove_unfinished(Path(path))

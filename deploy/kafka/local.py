@@ -213,7 +213,7 @@ class LocalKafka:
     def _last(self) -> _Process | None:
         try:
             return _Process(**json.loads(self._state_file.read_text()))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError, TypeError) as error:
             raise ConfigError(f"{self._state_file} can't be read ({error}): stop that Kafka and delete it") from error

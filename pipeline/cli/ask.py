@@ -1,6 +1,7 @@
 """Commands that show what the store holds: rollouts, their spans, triplets and rewards, and how two of them differ."""
 
 import struct
+import textwrap
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,12 +16,14 @@ from rich.table import Table
 from rich.tree import Tree
 
 from millstream.pipeline.cli.open import open_store
-from millstream.pipeline.cli.output import Json, date, out, print_json, print_rows, table_of
+from millstream.pipeline.cli.output import Json, Mode, Status, date, err, out, print_json, print_rows, table_of
+from millstream.pipeline.store.conversation import conversation
+from millstream.pipeline.store.queries import EXPERIMENTS
 from millstream.pipeline.store.results import Attempt, Rollout, RolloutOrder
 from millstream.pipeline.store.rollout_diff import Step, children, error_of, rollout_diff, token_counts
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.config.settings import load_settings
-from millstream.schemas.errors import StoreError
+from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.spans.dialects import normalised
 from millstream.schemas.wire.records import Span
 
@@ -34,20 +37,21 @@ ID = "01890a5d-ac96-774b-bcce-b302099a8057"  # in examples
 WATCH_S = 2.0
 SHOWN_TEXT = 60
 SHOWN_STEPS = 8
+SHOWN_EXPERIMENTS = 5
 BAR_WIDTH = 40
 TOKENS = {"prompt_token_ids": "i", "response_token_ids": "i", "response_logprobs": "f"}  # little-endian, 4 bytes each
 
 RolloutId = Annotated[str, typer.Argument(help="Id, as `millstream rollouts` prints it.")]
-Experiment = Annotated[str | None, typer.Option(help="Only of this experiment.")]
-Mode = Annotated[str | None, typer.Option(help="train, val or test.")]
+Experiment = Annotated[str | None, typer.Option(help="Only of this experiment: its id, or the name of its run.")]
+OfMode = Annotated[Mode | None, typer.Option("--mode", help="Only of this mode.")]
 Limit = Annotated[int, typer.Option(min=1, help="Maximum number of rows.")]
 
 
 @app.command(epilog="Example: millstream rollouts --status failed --sort duration_s --limit 20")
 def rollouts(
-    status: Annotated[str | None, typer.Option(help="queued, running, retrying, succeeded, failed, cancelled.")] = None,
+    status: Annotated[Status | None, typer.Option(help="Only with this status.")] = None,
     experiment: Experiment = None,
-    mode: Mode = None,
+    mode: OfMode = None,
     group: Annotated[str | None, typer.Option(help="Only of this group.")] = None,
     version: Annotated[str | None, typer.Option(help="Only of this model version.")] = None,
     sort: Annotated[RolloutOrder, typer.Option(help="Sort by this, largest first.")] = "created_at",
@@ -60,6 +64,7 @@ def rollouts(
     if watch and as_json:
         raise typer.BadParameter("--watch shows a table: leave out --json")
     with open_store(load_settings()) as store:
+        experiment = experiment and _experiment(store, experiment)
 
         def ask() -> list[Rollout]:
             return store.rollouts(
@@ -73,15 +78,18 @@ def rollouts(
                 limit=limit,
             )
 
+        if not watch and not (found := ask()):
+            asked = {"status": status, "experiment": experiment, "mode": mode, "group": group, "version": version}
+            _note_nothing("rollouts", asked)
         if as_json:
-            print_json([asdict(r) | {"queued_s": r.queued_s, "duration_s": r.duration_s} for r in ask()])
+            print_json([asdict(r) | {"queued_s": r.queued_s, "duration_s": r.duration_s} for r in found])
         elif watch:
             with suppress(KeyboardInterrupt), Live(_rollouts(ask()), console=out, auto_refresh=False) as live:
                 while True:
                     time.sleep(WATCH_S)
                     live.update(_rollouts(ask()), refresh=True)
-        else:
-            out.print(_rollouts(ask()))
+        elif found:
+            out.print(_rollouts(found))
 
 
 def _rollouts(found: Sequence[Rollout]) -> Table:
@@ -91,7 +99,8 @@ def _rollouts(found: Sequence[Rollout]) -> Table:
         [
             [
                 *(r.rollout_id, r.experiment_id, r.mode, r.status, r.attempts, _short(r.reward), r.model_version),
-                *(_short(r.duration_s), date(r.created_at), r.error_message or r.reason),
+                *(_short(r.duration_s), date(r.created_at)),
+                "" if r.status == "succeeded" else r.error_message or r.reason,
             ]
             for r in found
         ],
@@ -148,11 +157,41 @@ def _span_line(span: Span) -> str:
     return line + (f" · [red]{escape(error)}[/red]" if error else "")
 
 
+@app.command(epilog=f"Example: millstream rollout {ID}")
+def rollout(rollout: RolloutId, as_json: Json = False) -> None:
+    """Show a rollout: its conversation with the model, tools and rewards, and the error with its stack, per attempt."""
+    with open_store(load_settings()) as store:
+        found, attempts = _known(store, rollout), store.attempts(rollout)
+        said = {a.attempt_id: conversation(store.spans(rollout, attempt_id=a.attempt_id)) for a in attempts}
+    if as_json:
+        lines = {attempt_id: [asdict(line) for line in lines] for attempt_id, lines in said.items()}
+        tried = [asdict(attempt) | {"conversation": lines[attempt.attempt_id]} for attempt in attempts]
+        print_json([asdict(found) | {"attempts": tried}])
+        return
+    _say(f"rollout {found.rollout_id} · {found.status} · reward {_short(found.reward) or 'none'}")
+    _say(f"group {found.group_id} · experiment {found.experiment_id or 'none'} · {found.mode}")
+    _say(f"created {date(found.created_at)} · queued {_seconds(found.queued_s)} · ran {_seconds(found.duration_s)}")
+    _say(f"input: {found.input}")
+    if found.reason:
+        _say(f"reason: {found.reason}")
+    for attempt in attempts:
+        _say(f"\nattempt {attempt.attempt} · {attempt.status} · {attempt.worker_id}")
+        for line in said[attempt.attempt_id]:
+            _say(textwrap.indent(f"{line.who}: {line.text}", "  ", lambda text: True))
+        if attempt.output is not None:
+            _say(f"  returned: {attempt.output}")
+        if attempt.error_type:
+            stack = attempt.error_stack.rstrip() or f"{attempt.error_type}: {attempt.error_message}"
+            _say(textwrap.indent(stack, "  ", lambda text: True))
+    if not attempts:
+        _say("it waits for its first attempt: `millstream lag` shows why")
+
+
 @app.command(epilog="Example: millstream triplets --experiment demo --untrainable")
 def triplets(
     rollout: Annotated[str | None, typer.Option(help="Only of this rollout.")] = None,
     experiment: Experiment = None,
-    mode: Mode = None,
+    mode: OfMode = None,
     version: Annotated[str | None, typer.Option(help="Only of this model version.")] = None,
     trainable: Annotated[bool | None, typer.Option("--trainable/--untrainable", help="Only those.")] = None,
     limit: Limit = 50,
@@ -162,6 +201,7 @@ def triplets(
     with open_store(load_settings()) as store:
         if rollout is not None:
             _known(store, rollout)
+        experiment = experiment and _experiment(store, experiment)
         found = store.triplets(
             None if rollout is None else [rollout],
             experiment_id=experiment,
@@ -170,8 +210,13 @@ def triplets(
             trainable=trainable,
             limit=limit,
         )
+    if not found:
+        asked = {"rollout": rollout, "experiment": experiment, "mode": mode, "version": version}
+        _note_nothing("triplets", asked | {"trainable": None if trainable is None else str(trainable).lower()})
     if as_json:
         print_json([_with_numbers(asdict(triplet)) for triplet in found])
+        return
+    if not found:
         return
     print_rows(
         ["rollout_id", "turn", "reward", "version", "prompt", "tokens", "response", "untrainable because"],
@@ -190,7 +235,7 @@ def triplets(
 def rewards(
     rollout: Annotated[str | None, typer.Option(help="List the single rewards of this rollout.")] = None,
     experiment: Experiment = None,
-    mode: Mode = None,
+    mode: OfMode = None,
     as_json: Json = False,
 ) -> None:
     """Plot the reward by model version."""
@@ -200,11 +245,18 @@ def rewards(
         if rollout is not None:
             _known(store, rollout)
             rows = [[r.attempt_id, date(r.time), r.name, r.value] for r in store.rewards([rollout])]
+            if not rows:
+                _note_nothing("rewards", {"rollout": rollout})
             print_rows(["attempt_id", "time", "name", "value"], rows, as_json)
             return
+        experiment = experiment and _experiment(store, experiment)
         found = store.sql(REWARDS_BY_VERSION, {"experiment_id": experiment or "", "mode": mode or ""})
+    if not found.rows:
+        _note_nothing("rewards", {"experiment": experiment, "mode": mode})
     if as_json:
         print_json(found.records())
+        return
+    if not found.rows:
         return
     low = min([0.0, *(row["mean"] for row in found.records())])
     size = max([0.0, *(row["mean"] for row in found.records())]) - low or 1.0
@@ -259,6 +311,38 @@ def _known(store: "ClickHouseStore", rollout_id: str) -> Rollout:
     if not found:
         raise StoreError(f"the store has no rollout {rollout_id!r}: `millstream rollouts` lists them")
     return found[0]
+
+
+def _experiment(store: "ClickHouseStore", wanted: str) -> str:
+    """The id of an experiment, which may be named by its run: then the newest. Raises `ConfigError`."""
+    rows = store.sql(EXPERIMENTS).records()
+    if any(wanted == row["experiment_id"] for row in rows):
+        return wanted
+    named = [row["experiment_id"] for row in rows if wanted == row["run"]]
+    if len(named) > 1:
+        err.print(f"{len(named)} experiments are of run {wanted}; this is the newest, {named[0]}", soft_wrap=True)
+    if named:
+        return str(named[0])
+    known = [f"{row['experiment_id']} (run {row['run']})" if row["run"] else row["experiment_id"] for row in rows]
+    raise ConfigError(
+        f"the store has no experiment {wanted!r}; the newest are: {', '.join(known[:SHOWN_EXPERIMENTS]) or 'none'}"
+    )
+
+
+def _note_nothing(what: str, asked: dict[str, str | None]) -> None:
+    """On stderr, so that output for programs stays as it is. The command succeeds."""
+    given = ", ".join(f"{name} {value}" for name, value in asked.items() if value)
+    said = f"the store has no {what}{f' with {given}' if given else ' yet'}"
+    err.print(said, highlight=False, markup=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    """A line as it is, never wrapped."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g} s"
 
 
 def _with_numbers(record: dict[str, Any]) -> dict[str, Any]:

@@ -5,9 +5,10 @@ from typing import Annotated, Literal
 
 import typer
 
+from millstream.consumers.control import read_pauses
 from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import with_log
-from millstream.pipeline.cli.output import Json, err, out, print_rows
+from millstream.pipeline.cli.output import Json, date, err, out, print_rows
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.producers.log.port import closing
 from millstream.producers.tasks import TaskPublisher, read_tasks
@@ -46,6 +47,8 @@ def publish(
         async with closing(log.producer()) as producer:
             await TaskPublisher(producer, settings).publish(tasks)
 
+    if not tasks:
+        raise ConfigError(f'{file} holds no tasks: each line is a JSON object, such as {{"input": 1}}')
     with_log(settings, work)
     print_rows(["rollout_id", "group_id"], [[t.rollout_id, t.group_id] for t in tasks], as_json, limit=20)
 
@@ -60,24 +63,39 @@ def cancel(
     if sum(map(bool, (rollout, group, experiment))) != 1:
         raise ConfigError("cancel takes one of: the id of a rollout, --group, --experiment")
     if rollout:
-        _publish(cancel_record("rollout", rollout))
+        record, what = cancel_record("rollout", rollout), f"rollout {rollout}"
+    elif group:
+        record, what = cancel_record("group", group), f"group {group}"
     else:
-        _publish(cancel_record("group", group) if group else cancel_record("experiment", experiment))
+        record, what = cancel_record("experiment", experiment), f"experiment {experiment}"
+    _publish(record, f"{what} is cancelled: what is queued, running or published later ends as cancelled")
 
 
 @app.command(epilog="Example: millstream pause my-experiment")
 def pause(experiment: Experiment) -> None:
     """Stop claiming an experiment's tasks, and what is behind them on their partitions. Running attempts go on."""
-    _publish(pause_record(experiment, True))
+    said = f"experiment {experiment} is paused: its tasks wait until `millstream resume {experiment}`"
+    _publish(pause_record(experiment, True), said)
 
 
 @app.command(epilog="Example: millstream resume my-experiment")
 def resume(experiment: Experiment) -> None:
     """Claim a paused experiment's tasks again."""
-    _publish(pause_record(experiment, False))
+    _publish(pause_record(experiment, False), f"experiment {experiment} is not paused: runners claim its tasks")
 
 
-def _publish(record: Control) -> None:
+@app.command(epilog="Example: millstream paused --json")
+def paused(as_json: Json = False) -> None:
+    """List paused experiments."""
+    settings = load_settings()
+    found = with_log(settings, lambda log: read_pauses(log, settings.topics))
+    if not found and not as_json:
+        err.print("no experiment is paused", highlight=False)
+        return
+    print_rows(["experiment", "paused since"], [[pause.name, date(pause.created_at)] for pause in found], as_json)
+
+
+def _publish(record: Control, said: str) -> None:
     settings = load_settings()
 
     async def work(log: Log) -> None:
@@ -85,4 +103,4 @@ def _publish(record: Control) -> None:
             await publish_control(producer, settings.topics, record)
 
     with_log(settings, work)
-    out.print(f"{record.kind} {record.name}: {record.body}", highlight=False)
+    out.print(said, highlight=False, markup=False, soft_wrap=True)

@@ -6,7 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+from millstream.consumers.control import find_experiment
+from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import with_log
+from millstream.pipeline.cli.output import Mode, err
 from millstream.pipeline.training import datasets
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.config.settings import load_settings
@@ -15,14 +18,14 @@ from millstream.schemas.wire.records import Triplet
 
 app = typer.Typer(no_args_is_help=True, help="Triplets as data sets, written to standard output.")
 
-Experiment = Annotated[str | None, typer.Option(help="Only of this experiment.")]
-Mode = Annotated[str, typer.Option(help="train, val or test.")]
+Experiment = Annotated[str | None, typer.Option(help="Only of this experiment: its id, or the name of its run.")]
+OfMode = Annotated[Mode, typer.Option("--mode", help="Only of this mode.")]
 
 
 @app.command("messages", epilog="Example: millstream dataset messages --min-reward 0.9 > sft.jsonl")
 def dataset_messages(
     experiment: Experiment = None,
-    mode: Mode = "train",
+    mode: OfMode = "train",
     min_reward: Annotated[float | None, typer.Option(help="Calls that earned at least this.")] = None,
 ) -> None:
     """Write OpenAI's fine-tuning format, with tools: one line a call."""
@@ -30,13 +33,13 @@ def dataset_messages(
 
 
 @app.command("preferences", epilog="Example: millstream dataset preferences --experiment run1 > dpo.jsonl")
-def dataset_preferences(experiment: Experiment = None, mode: Mode = "train") -> None:
+def dataset_preferences(experiment: Experiment = None, mode: OfMode = "train") -> None:
     """Write OpenAI's preference format: the best and the worst answer to each prompt of a group."""
     _write(experiment, mode, lambda rollouts: map(_line, datasets.preferences(rollouts)))
 
 
 @app.command("text", epilog="Example: millstream dataset text --experiment run1 > dialogues.md")
-def dataset_text(experiment: Experiment = None, mode: Mode = "train") -> None:
+def dataset_text(experiment: Experiment = None, mode: OfMode = "train") -> None:
     """Write each rollout as a dialogue with its rewards."""
     _write(experiment, mode, lambda rollouts: (text + "\n\n" for text in datasets.texts(rollouts)))
 
@@ -47,6 +50,17 @@ def _line(example: dict[str, Any]) -> str:
 
 def _write(experiment: str | None, mode: str, form: Callable[[Iterable[list[Triplet]]], Iterator[str]]) -> None:
     settings = load_settings()
-    rollouts = with_log(settings, lambda log: datasets.read_rollouts(log, settings.topics, experiment, mode))
+
+    async def read(log: Log) -> list[list[Triplet]]:
+        found = None if experiment is None else await find_experiment(log, settings.topics, experiment)
+        return await datasets.read_rollouts(log, settings.topics, found, mode)
+
+    rollouts = with_log(settings, read)
     blobs = Blobs(settings.blob_url)
-    sys.stdout.writelines(form([datasets.with_contents(triplet, blobs) for triplet in rollout] for rollout in rollouts))
+    written = 0
+    for text in form([datasets.with_contents(triplet, blobs) for triplet in rollout] for rollout in rollouts):
+        sys.stdout.write(text)
+        written += 1
+    if not written:
+        searched = f"experiment {experiment}, mode {mode}" if experiment else f"mode {mode}, of any experiment"
+        err.print(f"nothing was written: {datasets.why_none(rollouts, searched)}", highlight=False, markup=False)

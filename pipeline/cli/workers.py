@@ -1,16 +1,18 @@
 """Commands that list the processes of a deployment and the tasks that wait for them."""
 
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
 
+from millstream.consumers.control import read_pauses
 from millstream.consumers.log.port import Log
 from millstream.consumers.workers import is_alive, read_workers, unclaimed
 from millstream.pipeline.cli.open import with_log
-from millstream.pipeline.cli.output import Json, date, print_rows
+from millstream.pipeline.cli.output import Json, date, out, print_rows
 from millstream.schemas.config.settings import load_settings
-from millstream.schemas.wire.records import Worker
+from millstream.schemas.wire.records import Control, Worker
 
 app = typer.Typer()
 
@@ -36,10 +38,11 @@ def lag(as_json: Json = False) -> None:
     """Show waiting tasks and the load, (unclaimed + running) / slots. Above 1, more runners would help."""
     settings = load_settings()
 
-    async def ask(log: Log) -> tuple[dict[str, int], list[Worker]]:
-        return await unclaimed(log, settings.topics), await read_workers(log, settings.topics)
+    async def ask(log: Log) -> tuple[dict[str, int], list[Worker], list[Control]]:
+        topics = settings.topics
+        return await unclaimed(log, topics), await read_workers(log, topics), await read_pauses(log, topics)
 
-    waiting, found = with_log(settings, ask)
+    waiting, found, pauses = with_log(settings, ask)
     now = time.time_ns()
     alive = [w for w in found if is_alive(w, now)]
     slots, running = sum(w.slots for w in alive), sum(w.running for w in alive)
@@ -51,6 +54,23 @@ def lag(as_json: Json = False) -> None:
         [*rows, ["all", total, running, slots, _load(total + running, slots)]],
         as_json,
     )
+
+    for reason in waits(total, slots, running, [pause.name for pause in pauses]) if not as_json else ():
+        out.print(reason, highlight=False, markup=False, soft_wrap=True)
+
+
+def waits(unclaimed_tasks: int, slots: int, running: int, paused: Sequence[str]) -> list[str]:
+    """Why tasks wait, as far as that can be seen from outside the runners."""
+    if not unclaimed_tasks:
+        return []
+    reasons = [
+        f"experiment {name} is paused: its tasks wait, and what is behind them on their partitions" for name in paused
+    ]
+    if not slots:
+        reasons.append("no runner is alive: start one with `millstream runner MODULE:AGENT`")
+    elif running >= slots:
+        reasons.append(f"all {slots} slots are in use: start another runner, or raise --concurrency")
+    return reasons
 
 
 def _load(work: int, slots: int) -> float | None:

@@ -34,8 +34,8 @@ READ_ONLY: Final = 2  # ClickHouse's `readonly`: no writes and no DDL, but a que
 class ClickHouseStore(Store):
     """A connection for reading. Any thread may call its methods.
 
-    ``follow`` reads ``log``; None: the Kafka of the settings. Raises `StoreError` if the server does not answer, or if
-    another process holds the folder of an embedded store.
+    ``follow`` reads ``log``; None: the Kafka of the settings. Raises `StoreError` if the server does not answer, if an
+    embedded store's folder holds none (reading creates nothing), or if another process holds it.
     """
 
     def __init__(self, settings: Settings, log: Log | None = None) -> None:
@@ -43,7 +43,7 @@ class ClickHouseStore(Store):
         self._log = log
         self._reading = lru_cache(maxsize=256)(self._parse)  # the same statements are repeated
         self._has_database = False
-        self._client = connect(settings)
+        self._client = connect(settings, create=False)
         with store_errors(settings, "can't be opened"):
             if self._client.query("SELECT getSetting('readonly')").result_rows == [(0,)]:
                 self._client.set_client_setting("readonly", READ_ONLY)

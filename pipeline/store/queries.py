@@ -29,6 +29,18 @@ GROUP BY model_version
 ORDER BY min(ended_at), model_version
 """
 
+# Those of training runs, and those that tasks were published with. The newest first.
+EXPERIMENTS: Final = """
+SELECT experiment_id, max(run) AS run
+FROM (
+    SELECT experiment_id, run, created_at FROM experiments
+    UNION ALL
+    SELECT experiment_id, '' AS run, created_at FROM tasks WHERE experiment_id != ''
+)
+GROUP BY experiment_id
+ORDER BY max(created_at) DESC
+"""
+
 # The versions of a model side by side: rewards of the rollouts that succeeded (none given counts as 0), with the 95 %
 # confidence interval of the normal approximation. A rollout that met two versions counts as `mixed`.
 COMPARE_VERSIONS: Final = """

@@ -5,10 +5,12 @@ without a reward gets the next one of its rollout, as in training (`credit.turn_
 rollout and turn if a text does not hold messages.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+from millstream.consumers.adapter.training_rules import NO_TOKENS
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
 from millstream.pipeline.algorithms.advantages import turn_rewards
@@ -33,6 +35,24 @@ async def read_rollouts(log: Log, topics: Topics, experiment: str | None, mode: 
         if isinstance(value, Triplet) and value.mode == mode and experiment in (None, value.experiment_id):
             found.setdefault(value.rollout_id, []).append(value)
     return [expand(triplets) for triplets in found.values()]
+
+
+def why_none(rollouts: Sequence[Rollout], searched: str) -> str:
+    """Why these rollouts make no examples, and what to do. ``searched`` says how they were chosen."""
+    triplets = [triplet for rollout in rollouts for triplet in rollout]
+    if not triplets:
+        return f"the log holds no triplets of {searched}; `millstream rollouts` lists what there is"
+    reasons = Counter(triplet.reason or "no reason given" for triplet in triplets if not triplet.trainable)
+    if reasons.total() < len(triplets):
+        return f"no call of the {len(triplets)} of {searched} fits the other conditions, such as rewards that differ"
+    listed = "; ".join(f"{reason} ({count} calls)" for reason, count in reasons.most_common())
+    cure = ""
+    if any(NO_TOKENS in reason for reason in reasons):
+        cure = (
+            ". These data sets need no token ids: set require_tokens = false under [triplets] in the adapter's "
+            "millstream.toml, and run the tasks again"
+        )
+    return f"none of the {len(triplets)} calls of {searched} is trainable: {listed}{cure}"
 
 
 def with_contents(triplet: Triplet, blobs: Blobs) -> Triplet:

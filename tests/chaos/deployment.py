@@ -3,7 +3,6 @@
 import asyncio
 import itertools
 import os
-import shutil
 import signal
 import struct
 import subprocess
@@ -34,6 +33,7 @@ from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import HOST, LocalKafka, resolve_jars
 from millstream.pipeline.addresses import free_port
 from millstream.schemas.config.settings import load_settings
+from millstream.schemas.folders import emptied_folder
 
 ROOT = Path(__file__).parents[2]
 LEASE_S = 3.0
@@ -76,7 +76,7 @@ class Deployment:
 
     def up(self) -> None:
         subprocess.run(["umount", self.disk], capture_output=True, check=False)  # of a run that was killed
-        shutil.rmtree(self.folder, ignore_errors=True)
+        emptied_folder(self.folder, "--run-dir", "the chaos harness")
         for folder in (self.folder / "log", self.faults, self.disk):
             folder.mkdir(parents=True)
         self.ledger.touch()

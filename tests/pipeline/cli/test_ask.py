@@ -106,6 +106,71 @@ def test_rollouts(ask):
     assert [row["rollout_id"] for row in by_reward] == [WRONG, RIGHT]
 
 
+def test_a_rollout_shows_its_conversation_and_the_stack_of_its_error(ask):
+    """Entry C6."""
+    shown = ask("rollout", WRONG)
+    assert f"rollout {WRONG} · succeeded · reward -0.5" in shown
+    answers = ["assistant: add", "assistant: 5", "tool check:", "reward reward: -0.5"]
+    assert [shown.index(line) for line in answers] == sorted(shown.index(line) for line in answers)
+    failed = ask("rollout", FAILED)
+    assert "attempt 1 · failed" in failed
+    assert "in agent" in failed  # the agent's line, of the stack
+    assert "ValueError: three is [too] many" in failed
+    (found,) = json.loads(ask("rollout", WRONG, "--json"))
+    assert [line["who"] for line in found["attempts"][0]["conversation"]][:2] == ["assistant", "assistant"]
+
+
+def test_a_success_shows_no_error(ask):
+    """Entry C7: why a success is not trainable is not an error."""
+    table = ask("rollouts", "--status", "succeeded")
+    assert RIGHT in table
+    assert "no token ids" not in table
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["rollouts", "--status", "cancelled"], "the store has no rollouts with status cancelled"),
+        (["rollouts", "--experiment", "demo", "--mode", "val"], "no rollouts with experiment demo, mode val"),
+        (["triplets", "--trainable"], "no triplets with trainable true"),
+        (["rewards", "--mode", "test"], "no rewards with mode test"),
+        (["rewards", "--rollout", FAILED], f"no rewards with rollout {FAILED}"),
+    ],
+)
+def test_an_empty_result_says_what_was_searched(ask, asked, said):
+    """Entry B8. On stderr, with exit code 0; JSON stays JSON."""
+    result = CliRunner().invoke(app, asked)
+    assert result.exit_code == 0
+    assert said in result.stderr
+    assert json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout) == []
+
+
+def test_an_unknown_experiment_is_refused_with_the_known_ones(ask):
+    """Entry B8."""
+    for command in ("rollouts", "triplets", "rewards"):
+        with pytest.raises(ConfigError, match=r"no experiment 'nobody'; the newest are: demo"):
+            ask(command, "--experiment", "nobody")
+
+
+def test_reading_creates_no_folder(tmp_path, monkeypatch):
+    """Entry C12."""
+    monkeypatch.setenv("MILLSTREAM_CLICKHOUSE_DSN", f"chdb://{tmp_path / 'none' / 'store'}")
+    for command in (
+        ["rollouts"],
+        ["sql", "SELECT 1"],
+        ["spans", RIGHT],
+        ["export", "rollouts", str(tmp_path / "a.csv")],
+    ):
+        result = CliRunner().invoke(app, command)
+        assert isinstance(result.exception, StoreError)
+        assert f"there is no store in {tmp_path / 'none' / 'store'}" in str(result.exception)
+        assert "millstream sink" in str(result.exception)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("MILLSTREAM_CLICKHOUSE_DSN", f"chdb://{tmp_path / 'empty'}")
+    assert isinstance(CliRunner().invoke(app, ["rollouts"]).exception, StoreError)
+    assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
+
+
 def test_the_tree_of_a_rollouts_spans(ask):
     tree = ask("spans", WRONG)
     assert "attempt 1 · succeeded" in tree

@@ -132,11 +132,58 @@ def run(folder, store, monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize(("command", "name"), sorted({(command, name) for command, name, _, _ in CALLS}))
-def test_no_value_of_an_option_ends_in_a_traceback(run, command, name):
-    """Entry C1, for each command, option and value that its type can be given."""
-    for words in [words for c, n, _, words in CALLS if (c, n) == (command, name)]:
+QUICK = {"x", "-1", "70000", "1e400", "missing", "binary", "file/child", "/proc/x", "a:b", "\udcff"}
+
+
+@pytest.mark.parametrize("command", sorted({command for command, _, _, _ in CALLS}))
+def test_no_value_of_an_option_ends_a_command_in_a_traceback(run, command):
+    """Entry C1, with the most telling values."""
+    check(run, [words for c, _, value, words in CALLS if c == command and value in QUICK])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", sorted({command for command, _, _, _ in CALLS}))
+def test_no_value_at_all_ends_a_command_in_a_traceback(run, command):
+    """Entry C1, for each option and each value that its type can be given."""
+    check(run, [words for c, _, value, words in CALLS if c == command and value not in QUICK])
+
+
+def check(run, calls):
+    assert calls
+    for words in calls:
         code, out, err = run(words)
         assert "Traceback" not in out + err, words
         assert code in (0, 1, 2), words
         assert code == 0 or err.strip(), words
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["publish", "tasks.jsonl", "--priority", "urgent"], ["--priority", "urgent", "high", "low"]),
+        (["publish", "missing"], ["missing"]),
+        (["publish", "."], ["directory"]),
+        (["publish", "utf16"], ["utf16", "UTF-8"]),
+        (["publish", "tasks.jsonl", "--group-size", "0"], ["--group-size", "greater than or equal to 1"]),
+        (["kafka", "up", "--data-dir", "/proc/x"], ["--data-dir", "/proc/x"]),
+        (["kafka", "up", "--data-dir", "file"], ["--data-dir", "file"]),
+        (["kafka", "up", "--port", "70000"], ["--port", "65535"]),
+        (["gateway", "--port", "-1"], ["--port", "0"]),
+        (["runner", "ok_agent:agent", "--processes", "70000"], ["runner_processes", "1000"]),
+        (["train", "binary"], ["binary", "TOML"]),
+        (["train", "missing"], ["missing"]),
+        (["rollouts", "--status", "broken"], ["--status", "queued", "cancelled"]),
+        (["rollouts", "--mode", "foo"], ["--mode", "train", "test"]),
+        (["dataset", "text", "--mode", "foo"], ["--mode", "train", "test"]),
+        (["rollouts", "--experiment", "nobody"], ["no experiment 'nobody'", "none"]),
+        (["publish", "empty"], ["empty holds no tasks"]),
+        (["rollouts", "--limit", "0"], ["--limit", "1"]),
+        (["export", "rollouts", "nowhere/a.csv"], ["nowhere/a.csv"]),
+    ],
+    ids=" ".join,
+)
+def test_a_bad_value_is_named_with_what_is_permitted_and_exit_code_2(run, words, said):
+    code, _, err = run(words)
+    assert code == 2, err
+    shown = " ".join(err.replace("│", " ").split())
+    assert not [part for part in said if part not in shown], shown

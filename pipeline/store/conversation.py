@@ -1,0 +1,87 @@
+"""A rollout as a conversation: what was said to the model, what it answered, and what tools and rewards came of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import orjson
+
+from millstream.consumers.adapter.calls import SpanTree, calls_of
+from millstream.pipeline.store.rollout_diff import error_of
+from millstream.schemas.spans import semconv
+from millstream.schemas.spans.dialects import normalised
+from millstream.schemas.wire.records import Span
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """``who``: a role (system, user, assistant, tool), ``error``, or ``reward NAME``."""
+
+    who: str
+    text: str
+
+
+def conversation(spans: Sequence[Span]) -> list[Line]:
+    """The lines of an attempt in log order. Messages that a call repeats from the one before it are left out, as is a
+    tool's span whose result the model got as a message. A call that two sources recorded is there once."""
+    spans = [normalised(span) for span in spans]
+    calls = {id(call.span) for call in calls_of(spans, SpanTree(spans))}
+    found: list[Line] = []
+    known: list[Line] = []  # the last call's messages, and its answer
+    for span in spans:
+        attributes = span.attributes
+        if id(span) in calls:
+            asked = _lines(attributes.get(semconv.REQUEST_MESSAGES) or attributes.get(semconv.INPUT_MESSAGES), "user")
+            said = attributes.get(semconv.RESPONSE_MESSAGE) or attributes.get(semconv.OUTPUT_MESSAGES)
+            answered = _lines(said, "assistant")
+            same = next((n for n, (a, b) in enumerate(zip(asked, known, strict=False)) if a != b), len(known))
+            found += [*asked[same:], *answered]
+            known = [*asked, *answered]
+            if error := error_of(span):
+                found.append(Line("error", error))
+        elif span.kind == semconv.TOOL:
+            result = error_of(span) or attributes.get(semconv.TOOL_RESULT, "")
+            name = attributes.get(semconv.TOOL_NAME, span.name)
+            found.append(Line(f"tool {name}", f"{attributes.get(semconv.TOOL_ARGUMENTS, '')} → {result}"))
+        elif span.reward is not None and span.kind != semconv.LLM:
+            found.append(Line(f"reward {span.reward_name or ''}".rstrip(), f"{span.reward:g}"))
+    return found
+
+
+def _lines(text: str | None, who: str) -> list[Line]:
+    """Messages, or one, as JSON in OpenAI's form or that of the semantic conventions; other text as it is."""
+    if not text:
+        return []
+    try:
+        messages = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return [Line(who, text)]
+    if not isinstance(messages, list):
+        messages = [messages]
+    if not all(isinstance(message, dict) for message in messages):
+        return [Line(who, text)]
+    return [Line(str(message.get("role") or who), _said(message)) for message in messages]
+
+
+def _said(message: dict[str, object]) -> str:
+    parts = message.get("parts", message.get("content"))
+    calls = message.get("tool_calls")
+    said = [_part(part) for part in (parts if isinstance(parts, list) else [parts]) if part is not None]
+    said += [_part(call) for call in (calls if isinstance(calls, list) else ())]
+    return "\n".join(filter(None, said))
+
+
+def _part(part: object) -> str:
+    """A text, a tool call as ``name(arguments)``, anything else as JSON."""
+    if isinstance(part, str):
+        return part
+    if isinstance(part, dict):
+        for name in ("text", "content"):
+            if isinstance(text := part.get(name), str):
+                return text
+        function = part.get("function", part)
+        if isinstance(function, dict) and "name" in function:
+            arguments = function.get("arguments", function.get("input"))
+            return (
+                f"{function['name']}({arguments if isinstance(arguments, str) else orjson.dumps(arguments).decode()})"
+            )
+    return orjson.dumps(part).decode()
