@@ -5,6 +5,7 @@ keep is read and written by Python's own module, so that a value keeps its digit
 """
 
 import json
+import math
 from typing import Any, Final
 
 import orjson
@@ -53,9 +54,14 @@ def loads_object(text: bytes) -> dict[str, Any] | None:
 
 def _slowly(text: bytes) -> Any:
     try:
-        return json.loads(text.decode("utf-8-sig", "replace"), parse_constant=_Constant)
+        return json.loads(text.decode("utf-8-sig", "replace"), parse_constant=_Constant, parse_float=_float)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def _float(text: str) -> float:
+    found = float(text)
+    return found if math.isfinite(found) else _Constant(found)
 
 
 def _has_long_integer(text: bytes) -> bool:

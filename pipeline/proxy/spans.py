@@ -146,7 +146,11 @@ def _tokens(answer: Answer, found: dict[str, Any]) -> tuple[bytes | None, bytes 
 
 
 def _packed(kind: str, values: list[Any] | None) -> bytes | None:
-    return None if values is None else struct.pack(f"<{len(values)}{kind}", *values)
+    if values is None:
+        return None
+    if not isinstance(values, list):
+        raise TypeError(f"not a list, but {type(values)}")
+    return struct.pack(f"<{len(values)}{kind}", *values)
 
 
 def _valid(kind: str, values: list[Any] | None) -> bytes | None:

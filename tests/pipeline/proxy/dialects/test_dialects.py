@@ -1,64 +1,20 @@
 """The answers of a dozen model servers, each replayed whole, as a stream, cut at every byte, with other line breaks,
 compressed, and with pings: the client gets what it gets of the server itself, and the record is complete."""
 
-import asyncio
 import gzip
 import json
-import re
 import struct
 import zlib
-from contextlib import asynccontextmanager
 
 import anthropic
 import pytest
-from proxy_rig import rig_of
 
 from millstream.pipeline.protocols import sse
 from millstream.pipeline.protocols.endpoints import ENDPOINTS, plan
 from millstream.pipeline.proxy.relay import Relay
 from millstream.schemas.spans import semconv
+from tests.pipeline.proxy.dialects.raw_server import JSON, STREAM, served
 from tests.pipeline.proxy.dialects.streams import ASKED, CALLS, DIALECTS, TEXT, THOUGHT, TOOLS
-
-JSON, STREAM = "application/json", "text/event-stream; charset=utf-8"
-
-
-class RawServer:
-    """Answers each request with the same bytes. ``pieces``: how the body is cut."""
-
-    def __init__(self):
-        self.head, self.pieces, self.asked, self.url = b"", [], [], ""
-
-    def answers(self, body, content_type, *, encoding="", cut=None):
-        encoded = f"Content-Encoding: {encoding}\r\n" if encoding else ""
-        self.head = f"HTTP/1.1 200 OK\r\nContent-Type: {content_type}\r\n{encoded}Transfer-Encoding: chunked\r\n\r\n"
-        self.pieces = [body] if cut is None else [body[at : at + cut] for at in range(0, len(body), cut)]
-
-    async def serve(self, reader, writer):
-        try:
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                length = int(re.search(rb"(?i)content-length: (\d+)", head)[1])
-                self.asked.append(json.loads(await reader.readexactly(length)))
-                writer.write(self.head.encode())
-                for piece in self.pieces:
-                    writer.write(b"%x\r\n%s\r\n" % (len(piece), piece))
-                    await writer.drain()
-                writer.write(b"0\r\n\r\n")
-        except (asyncio.IncompleteReadError, ConnectionError):
-            pass
-        finally:
-            writer.close()
-
-
-@asynccontextmanager
-async def served(dialect, kind=None):
-    """A server of the dialect, and a proxy in front of it that takes it for one of that kind."""
-    raw = RawServer()
-    async with await asyncio.start_server(raw.serve, "127.0.0.1", 0) as server:
-        host, port = server.sockets[0].getsockname()
-        raw.url = f"http://{host}:{port}"
-        upstream = {"urls": [raw.url], "kind": kind or dialect.kind}
-        async with rig_of(upstreams={"model": upstream}, routes={"*": "model"}) as rig:
-            yield raw, rig
 
 
 def direct(raw, client):
@@ -119,37 +75,45 @@ def content(message):
     return found if isinstance(found, str) else "".join(part.get("text", "") for part in found)
 
 
+def changed(body, *, stream):
+    """The same answer in other bytes: the body, its encoding, and how it is cut."""
+    deflate = zlib.compressobj(wbits=-15)
+    pings = b": ping\n\n" + body.replace(b"\n\n", b"\n\n: ping\n\n") if stream else b"\n \n" + body
+    return {
+        "as it is": (body, "", None),
+        "CRLF": (body.replace(b"\n", b"\r\n"), "", None),
+        "gzip": (gzip.compress(body), "gzip", 1000),
+        "gzip, two members": (gzip.compress(body[:50]) + gzip.compress(body[50:]), "gzip", 100),
+        "deflate": (zlib.compress(body), "deflate", 7),
+        "raw deflate": (deflate.compress(body) + deflate.flush(), "deflate", 100),
+        "pings": (pings, "", None),
+        "small pieces": (body, "", 3),
+    }
+
+
 @pytest.mark.parametrize("name", DIALECTS)
 @pytest.mark.parametrize("form", ["whole", "stream"])
-@pytest.mark.parametrize("change", ["as it is", "CRLF", "gzip", "deflate", "raw deflate", "pings", "pieces"])
-async def test_a_client_gets_what_it_gets_of_the_server_itself(name, form, change):
-    dialect = DIALECTS[name]
-    stream = form == "stream"
-    body, cut, encoding = dialect.stream if stream else dialect.whole, None, ""
-    if change == "CRLF":
-        body = body.replace(b"\n", b"\r\n")
-    elif change == "gzip":
-        body, encoding, cut = gzip.compress(body), "gzip", 1000
-    elif change == "deflate":
-        body, encoding, cut = zlib.compress(body), "deflate", 7
-    elif change == "raw deflate":
-        deflate = zlib.compressobj(wbits=-15)
-        body, encoding, cut = deflate.compress(body) + deflate.flush(), "deflate", 100
-    elif change == "pings":
-        body = b": ping\n\n" + body.replace(b"\n\n", b"\n\n: ping\n\n") if stream else b"\n \n" + body
-    elif change == "pieces":
-        cut = 3
-    async with served(dialect) as (raw, rig):
-        raw.answers(body, STREAM if stream else JSON, encoding=encoding, cut=cut)
+async def test_a_client_gets_what_it_gets_of_the_server_itself(name, form):
+    dialect, stream = DIALECTS[name], form == "stream"
+    changes = changed(dialect.stream if stream else dialect.whole, stream=stream)
+    async with served(dialect.kind) as (raw, rig):
         client = rig.claude if dialect.path == "/v1/messages" else rig.client
-        expected = await got(direct(raw, client), dialect.path, stream=stream)
-        found = await got(client, dialect.path, stream=stream)
-        if dialect.kind == "vllm":
-            expected, found = without_tokens(expected), without_tokens(found)
-        assert found == expected
-        if dialect.kind != "vllm":
-            assert raw.asked[0] == raw.asked[1]
-        span = await rig.span()
+        for change, (body, encoding, cut) in changes.items():
+            raw.answers(body, STREAM if stream else JSON, encoding=encoding, cut=cut)
+            expected = await got(direct(raw, client), dialect.path, stream=stream)
+            found = await got(client, dialect.path, stream=stream)
+            if dialect.kind == "vllm":
+                expected, found = without_tokens(expected), without_tokens(found)
+            assert found == expected, change
+            if dialect.kind != "vllm":
+                assert raw.bodies[-1] == raw.bodies[-2]  # byte by byte
+        spans = await rig.spans()
+    assert len(spans) == len(changes)
+    for span in spans:
+        check_span(dialect, span, stream=stream)
+
+
+def check_span(dialect, span, *, stream):
     message, attributes = json.loads(span.attributes[semconv.RESPONSE_MESSAGE]), span.attributes
     usage = tuple(
         int(attributes[n]) if n in attributes else None for n in (semconv.INPUT_TOKENS, semconv.OUTPUT_TOKENS)
@@ -195,7 +159,7 @@ def test_a_stream_is_the_same_wherever_it_is_cut(name, end):
 @pytest.mark.parametrize("form", ["whole", "stream"])
 async def test_anthropics_client_gets_the_same_of_every_server(name, form):
     dialect, stream = DIALECTS[name], form == "stream"
-    async with served(dialect) as (raw, rig):
+    async with served(dialect.kind) as (raw, rig):
         whole = not stream or dialect.kind == "vllm"  # a policy's stream with tools is asked for whole
         raw.answers(dialect.whole if whole else dialect.stream, JSON if whole else STREAM)
         request = asked(rig.claude, "/v1/messages", stream=stream)
@@ -224,7 +188,7 @@ async def test_anthropics_client_gets_the_same_of_every_server(name, form):
 async def test_the_responses_client_gets_the_same_of_every_server(name, form):
     dialect, stream = DIALECTS[name], form == "stream"
     kind = "vllm" if dialect.kind == "vllm" else "anthropic"  # neither has a responses interface: it is translated
-    async with served(dialect, kind) as (raw, rig):
+    async with served(kind) as (raw, rig):
         whole = not stream or dialect.kind == "vllm"
         raw.answers(dialect.whole if whole else dialect.stream, JSON if whole else STREAM)
         request = asked(rig.client, "/v1/responses", stream=stream)
