@@ -89,15 +89,11 @@ class ChatReader:
     def __init__(self, choices: int = 1, *, text: bool = False, echo: bool = False) -> None:
         self.answer = Answer()
         self.begun = False
+        self.finished = False
         self._expected = choices
         self._text = text
         self._echo = echo
         self._choices: dict[int, _Choice] = {}
-
-    @property
-    def finished(self) -> bool:
-        ended = sum(choice.finish_reason is not None for choice in self._choices.values())
-        return bool(self.answer.error) or ended >= self._expected
 
     def whole(self, body: Json) -> Answer:
         self.event(body)
@@ -107,6 +103,7 @@ class ChatReader:
         answer = self.answer
         if error := data.get("error"):
             answer.error = error_text(error)
+            self.finished = True
             return
         if not answer.id:
             answer.id, answer.model = str(data.get("id") or ""), str(data.get("model") or "")
@@ -116,11 +113,17 @@ class ChatReader:
         if data.get("prompt_token_ids") is not None:
             answer.prompt_token_ids = data["prompt_token_ids"]
         for given in data.get("choices") or ():
-            choice = self._choices.setdefault(given.get("index") or 0, _Choice())
+            index = given.get("index") or 0
+            choice = self._choices.get(index)
+            if choice is None:
+                choice = self._choices[index] = _Choice()
             if given.get("prompt_token_ids") is not None:  # of completions
                 answer.prompt_token_ids = given["prompt_token_ids"]
             choice.add(given)
             self.begun = self.begun or choice.begun
+            if choice.finish_reason is not None and not self.finished:
+                ended = sum(each.finish_reason is not None for each in self._choices.values())
+                self.finished = ended >= self._expected
         if self._choices:
             self._settle()
 
@@ -143,6 +146,7 @@ class ChatReader:
                 del kept[len(kept) - dropped :]
         if not ended:
             choice.finish_reason = None
+        self.finished = ended
         choice.recent.clear()
         self.answer.error = ""
         self._settle()

@@ -27,7 +27,7 @@ def loads(text: bytes) -> Any:
         found = orjson.loads(text)
     except orjson.JSONDecodeError:
         return _slowly(text)
-    if not _has_long_integer(text):
+    if _LONG not in text.translate(_ANY_DIGIT) or not _has_long_integer(text):
         return found
     try:
         return _slowly(text)

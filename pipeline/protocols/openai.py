@@ -82,7 +82,11 @@ class Stripped:
     def _choice(self, choice: Json) -> Json:
         if not self._ids:
             choice = {key: value for key, value in choice.items() if key not in _TOKENS}
-        return choice if self._logprobs else {**choice, "logprobs": None}
+        elif not self._logprobs:
+            choice = dict(choice)
+        if not self._logprobs:
+            choice["logprobs"] = None
+        return choice
 
 
 def chunks_of(body: Json) -> Iterator[Json]:

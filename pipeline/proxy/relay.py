@@ -247,12 +247,12 @@ class Relay:
         except MALFORMED as error:
             self._malformed(error)
             return b""
-        ping = data.get("type") == "ping"
-        self._head_read = self._head_read or not ping
         try:
             self._reader.event(data)
         except MALFORMED as error:
             self._flaw(error)
+        ping = not self._reader.begun and data.get("type") == "ping"
+        self._head_read = self._head_read or not ping
         if self._head_id is not None:
             if not (ping or self._reader.begun or self.answer.error):
                 return b""
