@@ -83,7 +83,6 @@ def changed(body, *, stream):
         "as it is": (body, "", None),
         "CRLF": (body.replace(b"\n", b"\r\n"), "", None),
         "gzip": (gzip.compress(body), "gzip", 1000),
-        "gzip, two members": (gzip.compress(body[:50]) + gzip.compress(body[50:]), "gzip", 100),
         "deflate": (zlib.compress(body), "deflate", 7),
         "raw deflate": (deflate.compress(body) + deflate.flush(), "deflate", 100),
         "pings": (pings, "", None),

@@ -274,6 +274,14 @@ async def test_a_compressed_error_keeps_its_reason():
             assert (await rig.span()).status_message == "the prompt is too long"
 
 
+@pytest.mark.parametrize("cut", [1, 2, 7, None])
+async def test_gzip_of_several_members_is_one_answer(cut):
+    body = json.dumps(chat({"content": "a b"})).encode()
+    async with served("openai") as (raw, rig):
+        raw.answers(gzip.compress(body[:50]) + gzip.compress(body[50:]), JSON, encoding="gzip", cut=cut)
+        assert (await post(rig))[:2] == (200, body)
+
+
 async def test_an_error_with_status_200_reaches_a_translated_client_as_an_error():
     async with served("openai", upstream={"timeout_s": 1.0}) as (raw, rig):
         raw.answers(b'{"error": {"message": "no provider", "code": 502}}', JSON)
