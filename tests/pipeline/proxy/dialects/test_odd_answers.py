@@ -339,7 +339,7 @@ async def test_pings_keep_a_client_waiting_for_the_first_token():
                 assert [c.choices[0].delta.content async for c in stream if c.choices] == ["a"]
 
 
-BOUNDED = ProxyPolicy(replicas=ReplicaPolicy(connections=ConnectionPolicy(head=10_000, body=100_000)))
+BOUNDED = ProxyPolicy(replicas=ReplicaPolicy(tries=1, connections=ConnectionPolicy(head=10_000, body=100_000)))
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ BOUNDED = ProxyPolicy(replicas=ReplicaPolicy(connections=ConnectionPolicy(head=1
 )
 async def test_the_head_and_the_body_of_an_answer_are_bounded(lines, body, encoding, message):
     """Entry E12."""
-    async with served("openai", policy=BOUNDED, upstream={"timeout_s": 0.5}) as (raw, rig):
+    async with served("openai", policy=BOUNDED) as (raw, rig):
         raw.answers(body, JSON, encoding=encoding, lines=lines)
         status, answer, _ = await post(rig)
         assert (status, message in json.loads(answer)["error"]["message"]) == (502, True), answer
@@ -373,7 +373,7 @@ async def test_interim_answers_without_end_are_bounded():
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
         host, port = server.sockets[0].getsockname()
-        upstreams = {"model": {"urls": [f"http://{host}:{port}"], "kind": "openai", "timeout_s": 0.5}}
+        upstreams = {"model": {"urls": [f"http://{host}:{port}"], "kind": "openai"}}
         async with rig_of(policy=BOUNDED, upstreams=upstreams, routes={"*": "model"}) as rig:
             status, body, _ = await post(rig)
             assert (status, b"the head of its answer" in body) == (502, True)
