@@ -17,6 +17,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import wrapt
+from opentelemetry import trace
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from millstream.producers.agent.attempt import AttemptContext, current_attempt
@@ -103,7 +104,8 @@ class _Bound:
         headers["Host"] = self.netloc
         headers["Authorization"] = f"Bearer {self.attempt.proxy_key}"
         headers["x-api-key"] = self.attempt.proxy_key
-        _trace_context.inject(headers)
+        recorded = trace.get_current_span().get_span_context().trace_flags.sampled
+        _trace_context.inject(headers, None if recorded else self.attempt.context)
         if self.redirected:
             for name in _THEIRS:
                 headers.pop(name, None)

@@ -2,9 +2,10 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from types import ModuleType
@@ -134,6 +135,7 @@ def _instrument(provider: TracerProvider, framework: Framework, module: ModuleTy
     try:
         instrumentor = getattr(import_module(where), name)()
         instrumentor.instrument(tracer_provider=provider, raise_exception_on_conflict=True, **framework.options)
+        _guard_streams()
     except Exception as error:  # a third-party beta release may raise anything
         logger.warning(
             "the calls of %s can't be traced (%s: %s): pip install %s",
@@ -142,3 +144,32 @@ def _instrument(provider: TracerProvider, framework: Framework, module: ModuleTy
             error,
             framework.requirement,
         )
+
+
+def _guard_streams() -> None:
+    """Keeps a fault in the instrumentation of a stream from the agent that reads it: the instrumentations of all
+    frameworks look at each piece before the agent gets it, in these methods of their classes."""
+    module = sys.modules.get("opentelemetry.util.genai.stream")
+    classes = [] if module is None else [module.SyncStreamWrapper, module.AsyncStreamWrapper]
+    for found in classes:
+        classes += type.__subclasses__(found)  # also of those that are added here
+        for name in ("_process_chunk", "_on_stream_end", "_on_stream_error"):
+            method = getattr(found, name)  # often of a class that it inherits besides
+            if not getattr(method, "__isabstractmethod__", False) and not hasattr(method, "__wrapped__"):
+                setattr(found, name, _guarded(method))
+
+
+def _guarded(method: Callable[..., None]) -> Callable[..., None]:
+    @wraps(method)
+    def guarded(*args: Any) -> None:
+        try:
+            method(*args)
+        except Exception as error:
+            logger.warning(
+                "a streamed call is not fully traced, its instrumentation failed: %s in %s: %s",
+                type(error).__name__,
+                method.__qualname__,
+                error,
+            )
+
+    return guarded

@@ -7,6 +7,7 @@ has a span when the call that ended it returns.
 from collections.abc import Mapping
 from functools import lru_cache
 
+from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace import Span as SdkSpan
@@ -64,7 +65,7 @@ class AttemptSpanProcessor(SpanProcessor):
         attempt.emit(to_record(span, attempt, resource))
 
     def shutdown(self) -> None:
-        self._open.clear()
+        """Does nothing: providers share this processor, and an agent may shut its own down."""
 
     def force_flush(self, timeout_millis: int = 30000) -> bool:
         return True  # nothing is buffered
@@ -81,6 +82,8 @@ def to_record(span: ReadableSpan, attempt: AttemptContext, resource: Mapping[str
         reward_name, reward = rewards[0]
         attempt.rewarded = True
     parent, status, scope = span.parent, span.status, span.instrumentation_scope
+    if parent is not None and not parent.trace_flags.sampled:  # of a provider that does not record it: below the root
+        parent = trace.get_current_span(attempt.context).get_span_context()
     # Usually empty, and the properties copy them twice under a lock. Without the private fields, reads the properties.
     events = span.events if getattr(span, "_events", True) else ()
     links = span.links if getattr(span, "_links", True) else ()

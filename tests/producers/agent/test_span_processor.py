@@ -1,23 +1,31 @@
 """What agents and instrumentation do within an attempt, as the records that come of it."""
 
 import asyncio
+import json
 import logging
+import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
+import openai
 import pytest
+from aiohttp import web
 from factories import task
 from opentelemetry import trace
 from opentelemetry.context import Context
 from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF
+from runner_rig import running, write_agent
 
 import millstream as ms
+from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.producers.agent import emit, process_tracer
 from millstream.producers.agent.attempt import AttemptContext, current_attempt
 from millstream.producers.agent.process_tracer import ProcessTracer, adopt_global_provider
-from millstream.schemas.errors import ConfigError, MillstreamError
+from millstream.schemas.errors import MillstreamError
 from millstream.schemas.ids import new_id
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.records import Span
@@ -195,7 +203,122 @@ def test_a_provider_of_the_agents_own_is_tapped_once(monkeypatch: pytest.MonkeyP
     assert own in process_tracer._tapped
 
 
-def test_a_disabled_sdk_is_an_error_not_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OTEL_SDK_DISABLED", "true")
-    with pytest.raises(ConfigError, match="OTEL_SDK_DISABLED"):
-        ProcessTracer("a")
+def test_a_provider_that_an_agent_creates_within_its_attempt_is_recorded_and_may_be_shut_down() -> None:
+    with an_attempt() as spans:
+        own = TracerProvider(shutdown_on_exit=False)
+        with own.get_tracer("agent").start_as_current_span("mine"):
+            ms.emit_span("below")
+        open_span = AGENT._tracer.start_span("open")
+        own.shutdown()
+        open_span.end()
+    below, mine, last, _ = spans
+    assert (below.name, mine.name, last.name) == ("below", "mine", "open")
+    assert below.parent_id == mine.span_id
+
+
+@pytest.mark.parametrize("nested", [1, 2])
+def test_spans_below_one_that_is_not_sampled_hang_below_the_root(nested: int) -> None:
+    unsampled = TracerProvider(sampler=ALWAYS_OFF, shutdown_on_exit=False).get_tracer("agent")
+    with an_attempt() as spans, ExitStack() as stack:
+        for _ in range(nested):
+            stack.enter_context(unsampled.start_as_current_span("unseen"))
+        with AGENT._tracer.start_as_current_span("outer"):
+            ms.emit_span("inner")
+    inner, outer, root = spans
+    assert (inner.parent_id, outer.parent_id) == (outer.span_id, root.span_id)
+    assert len({span.trace_id for span in spans}) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("true", "SPAN_ONLY"),
+        ("True", "SPAN_ONLY"),
+        ("1", "SPAN_ONLY"),
+        ("SPAN_AND_EVENT", "SPAN_AND_EVENT"),
+        ("NO_CONTENT", "NO_CONTENT"),
+        ("false", "false"),
+    ],
+)
+def test_a_value_that_means_the_opposite_to_the_instrumentations_is_corrected(
+    given: str, kept: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT"
+    monkeypatch.setenv(name, given)
+    ProcessTracer("a")
+    assert os.environ[name] == kept
+    assert ("it is set to SPAN_ONLY" in caplog.text) == (given != kept)
+
+
+LIMITED = """
+    import os
+    import millstream as ms
+    from opentelemetry import trace
+
+    def agent(input):
+        with trace.get_tracer("mine").start_as_current_span("work") as span:
+            for n in range(200):
+                span.set_attribute(f"a{n}", "x" * 500)
+                span.add_event(f"e{n}", {f"b{k}": "y" * 500 for k in range(3)})
+        return {name: os.environ.get(name) for name in ("OTEL_SDK_DISABLED", "OTEL_TRACES_SAMPLER")}
+"""
+
+
+async def test_limits_and_samplers_of_the_environment_do_not_cut_what_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold for the agent's own telemetry, and stay as they are."""
+    environment = {
+        "OTEL_ATTRIBUTE_VALUE_LENGTH_LIMIT": "100",
+        "OTEL_SPAN_ATTRIBUTE_VALUE_LENGTH_LIMIT": "100",
+        "OTEL_ATTRIBUTE_COUNT_LIMIT": "2",
+        "OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT": "2",
+        "OTEL_EVENT_ATTRIBUTE_COUNT_LIMIT": "2",
+        "OTEL_SPAN_EVENT_COUNT_LIMIT": "2",
+        "OTEL_TRACES_SAMPLER": "always_off",
+        "OTEL_SDK_DISABLED": "true",
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    folder = write_agent(tmp_path, LIMITED, "limited.py")
+    async with running("limited:agent", folder, processes=1, env=list(environment)) as rig:
+        await rig.publish([1])
+        (one,) = (await rig.ends(1)).values()
+    (work,) = [span for span in one.spans if span.name == "work"]
+    assert len(work.attributes) == len(work.events) == 200
+    assert {len(text) for text in work.attributes.values()} == {500}
+    assert {len(event.attributes) for event in work.events} == {3}
+    assert one.last.output == '{"OTEL_SDK_DISABLED": "true", "OTEL_TRACES_SAMPLER": "always_off"}'
+
+
+@pytest.mark.parametrize("index", [None, "x"])
+async def test_a_fault_of_an_instrumentation_costs_its_span_and_never_the_agents_stream(
+    index: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A streamed tool call without an index: a TypeError within OpenAI's instrumentation."""
+    function = {"name": "add", "arguments": "{}"}
+    call = {"id": "c1", "type": "function", "function": function, "index": index}
+    piece = {
+        "id": "1",
+        "object": "chat.completion.chunk",
+        "created": 1,
+        "model": "m",
+        "choices": [{"index": 0, "delta": {"tool_calls": [call]}, "finish_reason": None}],
+    }
+
+    async def stream(_: web.Request) -> web.Response:
+        body = f"data: {json.dumps(piece)}\n\ndata: [DONE]\n\n"
+        return web.Response(text=body, content_type="text/event-stream")
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/chat/completions", stream)])
+    async with serve(app, "http://127.0.0.1:0") as url:
+        client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="k")
+        with an_attempt() as spans:
+            answer = await client.chat.completions.create(
+                model="m", messages=[{"role": "user", "content": "?"}], stream=True
+            )
+            names = [call.function.name async for piece in answer for call in piece.choices[0].delta.tool_calls]
+    assert names == ["add"]
+    assert "its instrumentation failed: TypeError" in caplog.text
+    assert spans[-1].status != "Error"
