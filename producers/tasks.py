@@ -13,6 +13,7 @@ from millstream.producers.task_input import task_input
 from millstream.schemas.config.settings import MAX_ATTEMPTS, Settings, problems_of
 from millstream.schemas.errors import CodecError, ConfigError, TooLarge
 from millstream.schemas.ids import id_time_ms, new_id
+from millstream.schemas.spans import semconv
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import KIND_HEADER, ROLLOUT_HEADER, Headers
 from millstream.schemas.wire.records import LONGEST_ATTEMPT_S, LONGEST_LEASE_S, RolloutTask
@@ -47,6 +48,7 @@ class TaskLine(BaseModel):
     lease_s: float | None = Field(None, gt=0, le=LONGEST_LEASE_S)
     unresponsive_s: float | None = Field(None, gt=0, le=LONGEST_ATTEMPT_S)
     seed: int | None = None
+    agent: str | None = Field(None, min_length=1)  # module:attribute; other agents' runners refuse the task
     metadata: dict[str, str] = {}
 
 
@@ -76,7 +78,7 @@ def group_of(
             retry_on=tuple(line.retry_on),
             seed=line.seed,
             experiment_id=experiment_id,
-            metadata=line.metadata,
+            metadata=line.metadata | ({} if line.agent is None else {semconv.AGENT_NAME: line.agent}),
             created_at=now,
         )
         for _ in range(size)

@@ -270,6 +270,11 @@ class Runner:
             return claim.refused
         if claim.cancelled is not None:
             return _cancelled(claim.cancelled)
+        wanted = claim.task.metadata.get(semconv.AGENT_NAME, self._config.name)
+        if wanted != self._config.name:
+            message = f"the task is for agent {wanted}, but this runner runs {self._config.name}; "
+            message += "give each agent's tasks and runners a topic_prefix of their own"
+            return stopped_by(status.FAILED, "agent", message)
         if claim.resources is None:
             message = f"resources {claim.task.resources_id} do not exist on {self._topics.control}"
             return stopped_by(status.FAILED, "resources", message)

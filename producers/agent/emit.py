@@ -56,7 +56,8 @@ def emit_reward(value: float | Mapping[str, float], name: str | None = None, *, 
     is ``for_call`` (``completion.id``).
 
     ``value`` is a number, recorded under ``name`` (default ``reward``), or a dict of rewards by name. May be called any
-    number of times. Raises `RewardError`, and records none of them, unless each is a finite number.
+    number of times. All rewards are added up, whatever their names: ``{"correct": 1.0, "short": 0.2}`` earns 1.2.
+    Raises `RewardError`, and records none of them, unless each is a finite number.
     """
     if not isinstance(value, Mapping):
         rewards = {name or "reward": value}

@@ -633,3 +633,18 @@ async def test_resources_that_do_not_exist_fail_the_attempt_by_name() -> None:
     assert one.order == ["preparing", "failed"]
     assert one.last.error is not None
     assert missing in one.last.error.message
+
+
+async def test_a_task_of_another_agent_ends_with_an_error_that_names_both(tmp_path: Path) -> None:
+    """Entry C5: two agents in one deployment. Its own tasks, and those that name none, run."""
+    folder = write_agent(tmp_path, "def agent(input):\n    return 1.0\n", "mine.py")
+    async with running("mine:agent", folder) as rig:
+        for name in ("mine:agent", "other:agent", None):
+            await rig.publish([name], agent=name)
+        found = {json.loads(ended.task.input): ended for ended in (await rig.ends(3)).values()}
+    assert [found[name].last.status for name in ("mine:agent", None)] == ["succeeded", "succeeded"]
+    refused = found["other:agent"].last
+    assert refused.status == "failed"
+    assert refused.error is not None
+    assert "is for agent other:agent, but this runner runs mine:agent" in refused.error.message
+    assert "topic_prefix" in refused.error.message
