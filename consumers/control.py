@@ -1,10 +1,11 @@
-"""Follows the control topic and keeps the last record of each key, the latest resources and the latest routing."""
+"""Follows the control topic and keeps what applies now: cancels, pauses, resources and the latest routing."""
 
 import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 
 from millstream.consumers.log.port import Consumer, Log
 from millstream.consumers.log.read_to_end import read_to_end
@@ -18,14 +19,23 @@ from millstream.schemas.wire.topics import Topics
 
 logger = logging.getLogger(__name__)
 
-POLL_S = 0.2  # also the latency of `wait_until_current`
-RETRY_S = 1.0  # while the log is unavailable
+
+@dataclass(frozen=True, slots=True)
+class ControlPolicy:
+    """How the topic is read, and how much of it is kept."""
+
+    poll_s: float = 0.2  # also the latency of `wait_until_current`
+    retry_s: float = 1.0  # after an error of the log
+    # The last ones, and the latest of each experiment. Tasks are pinned to one that was the latest when they were
+    # published: those of a queue that is longer than so many versions of a policy fail.
+    versions: int = 1000
+    cancels: int = 100_000  # the last ones; older ones are of tasks that have long ended
 
 
 class ControlFollower:
-    """Reads the topic from its beginning, follows it, and keeps the last record of each key (compaction leaves older
-    ones in the active segment). Use it on one event loop. Calls ``on_cancel`` at each cancel and ``on_control`` with
-    each record; ignores a record for which ``on_control`` raises `ConfigError`."""
+    """Reads the topic from its beginning and follows it; the last record of a key applies (compaction leaves older ones
+    in the active segment). Use it on one event loop. Calls ``on_cancel`` at each cancel and ``on_control`` with each
+    record. A record that can't be used, also by ``on_control``, is logged and ignored."""
 
     def __init__(
         self,
@@ -33,14 +43,16 @@ class ControlFollower:
         topics: Topics,
         on_cancel: Callable[[], None] = lambda: None,
         on_control: Callable[[Control], None] = lambda record: None,
+        policy: ControlPolicy = ControlPolicy(),
     ) -> None:
+        self._policy = policy
         self._log = log
         self._partition = Partition(topics.control, 0)
         self._on_cancel = on_cancel
         self._on_control = on_control
-        self.pauses = False  # whether any experiment is paused
-        self._records: dict[tuple[str, str], Control] = {}
-        self._resources: dict[str, Resources] = {}
+        self._paused: set[str] = set()  # experiments
+        self._cancels: dict[str, None] = {}  # "group:g1", in the order in which they came
+        self._resources: dict[str, Resources] = {}  # in the order in which they came
         self._latest: dict[str, str] = {}  # experiment → resources version
         self.routing = RoutingTable()  # latest
         self._waiters: list[asyncio.Future[None]] = []
@@ -68,8 +80,10 @@ class ControlFollower:
         if not waiter.done():
             self._task.task.result()
 
-    def get(self, kind: str, name: str) -> Control | None:
-        return self._records.get((kind, name))
+    @property
+    def pauses(self) -> bool:
+        """Whether any experiment is paused."""
+        return bool(self._paused)
 
     def pinned(self, resources_id: str) -> Resources | None:
         """The version with this id."""
@@ -91,14 +105,13 @@ class ControlFollower:
             ("group", task.group_id),
             ("experiment", task.experiment_id),
         ):
-            if ("cancel", f"{scope}:{name}") in self._records:
+            if f"{scope}:{name}" in self._cancels:
                 return f"{scope} {name}"
         return None
 
     def waits(self, task: RolloutTask) -> bool:
         """Whether the task can't be claimed now: its experiment is paused and the task is not cancelled."""
-        pause = self._records.get(("pause", task.experiment_id))
-        return pause is not None and pause.body == "true" and self.cancelled(task) is None
+        return task.experiment_id in self._paused and self.cancelled(task) is None
 
     async def _follow(self, consumer: Consumer) -> None:
         """Retries every error of the log, a refusal as well: its permission may come back."""
@@ -110,7 +123,7 @@ class ControlFollower:
                     self._task.succeeded()
                 except LogError as error:
                     logger.warning("the control topic can't be read, retrying: %s", error)
-                    await asyncio.sleep(RETRY_S)
+                    await asyncio.sleep(self._policy.retry_s)
         finally:
             await consumer.close()
 
@@ -131,30 +144,40 @@ class ControlFollower:
                 waiter.set_result(None)
 
     async def _poll(self, consumer: Consumer) -> None:
-        for record in await consumer.poll(500, POLL_S):
+        for record in await consumer.poll(500, self._policy.poll_s):
             self._apply(record)
 
     def _apply(self, record: LogRecord) -> None:
         try:
-            control = codec.decode_as(Control, record.value)
-            if control.kind == Resources.kind:
-                resources = Resources.from_control(control)
-                self._resources[resources.resources_id] = resources
-                known = self._latest.get(control.experiment_id, "")
-                self._latest[control.experiment_id] = max(known, resources.resources_id)
-            elif control.kind == RoutingTable.kind and control.name > self.routing.table_id:
-                self.routing = RoutingTable.from_control(control)
-            elif control.kind == "pause" and control.body not in ("true", "false"):
-                raise ConfigError(f"pause {control.name}: {control.body[:100]!r} is neither true nor false")
-            self._on_control(control)
+            self._take(codec.decode_as(Control, record.value))
         except (CodecError, ConfigError) as error:
             logger.error("ignoring %s: %s", record.place, error)
-            return
-        self._records[control.kind, control.name] = control
+        except Exception:  # a fault of ours: without this record the role is better off than without control
+            logger.exception("ignoring %s", record.place)
+
+    def _take(self, control: Control) -> None:
+        if control.kind == Resources.kind:
+            self._keep(Resources.from_control(control))
+        elif control.kind == RoutingTable.kind and control.name > self.routing.table_id:
+            self.routing = RoutingTable.from_control(control)
+        elif control.kind == "pause" and control.body not in ("true", "false"):
+            raise ConfigError(f"pause {control.name}: {control.body[:100]!r} is neither true nor false")
+        self._on_control(control)
         if control.kind == "cancel":
+            self._cancels[control.name] = None
+            while len(self._cancels) > self._policy.cancels:
+                del self._cancels[next(iter(self._cancels))]
             self._on_cancel()
         elif control.kind == "pause":
-            self.pauses = any(r.kind == "pause" and r.body == "true" for r in self._records.values())
+            (self._paused.add if control.body == "true" else self._paused.discard)(control.name)
+
+    def _keep(self, version: Resources) -> None:
+        self._resources[version.resources_id] = version
+        known = self._latest.get(version.experiment_id, "")
+        self._latest[version.experiment_id] = max(known, version.resources_id)
+        if len(self._resources) - len(self._latest) > self._policy.versions:
+            latest = set(self._latest.values())
+            del self._resources[next(each for each in self._resources if each not in latest)]
 
 
 async def read_pauses(log: Log, topics: Topics) -> list[Control]:

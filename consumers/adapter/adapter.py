@@ -31,7 +31,7 @@ from millstream.consumers.dead_letters import dead_letter, without_body
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
 from millstream.producers.supervisor import Background, supervisor
-from millstream.schemas.errors import CodecError, LogUnavailable, TransactionAborted
+from millstream.schemas.errors import CodecError, LogError, LogUnavailable, TransactionAborted
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import EndOfPartition, LogRecord, Partition
 from millstream.schemas.wire.records import DeadLetter, Settled
@@ -186,8 +186,10 @@ class Adapter:
         try:
             await self._begin()
             batch = await self._consumer.poll(self.policy.poll_records, self.policy.poll_s)
-        except LogUnavailable as error:
-            logger.warning("events can't be read, trying again: %s", error)
+        except LogError as error:
+            if not self._consumer.polls.forgives(error):
+                raise
+            logger.warning("events can't be read, retrying: %s", error)
             await asyncio.sleep(self.policy.poll_s)
             return
         for item in batch:
@@ -225,7 +227,9 @@ class Adapter:
                     async for record in records:
                         self._load_record(part.fold, record, part.start)
                 part.loaded = True
-            except LogUnavailable as error:
+            except LogError as error:
+                if not self._consumer.polls.forgives(error):
+                    raise
                 logger.warning("what has been settled can't be read, trying again: %s", error)
                 await asyncio.sleep(self.policy.probe_s)
 
@@ -257,7 +261,9 @@ class Adapter:
         partitions = [p for p, part in self._parts.items() if part.position is not None]
         try:
             ends = await self._consumer.end_offsets(partitions) if partitions else {}
-        except LogUnavailable as error:
+        except LogError as error:
+            if not self._consumer.polls.forgives(error):
+                raise
             logger.warning("the log doesn't answer; no lease expires meanwhile: %s", error)
             return False
         for partition, end in ends.items():

@@ -2,13 +2,19 @@
 
 import time
 from dataclasses import dataclass
+from typing import Final
+
+from millstream.schemas.errors import Fenced, LogError
+
+# A permission that is replaced is away for seconds; a role that can't read for longer should end and say so.
+REFUSED_S: Final = 60.0
 
 
 @dataclass(slots=True, eq=False)
 class PollTimes:
     """Of one consumer, in seconds of ``time.monotonic``. Any thread may read them; a poll runs within ``with``."""
 
-    last_poll: float | None = None  # when the last poll returned or raised; None before the first
+    last_poll: float | None = None  # when the last poll returned or found the log unavailable; None before the first
     polling_since: float | None = None  # when the current poll began; None between polls
     closed: bool = False
     unread: int = 0  # records that retention had deleted before this consumer read them
@@ -16,8 +22,18 @@ class PollTimes:
     def __enter__(self) -> None:
         self.polling_since = time.monotonic()
 
-    def __exit__(self, *_: object) -> None:
-        self.last_poll, self.polling_since = time.monotonic(), None
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if not isinstance(error, LogError) or error.retriable:
+            self.last_poll = time.monotonic()
+        self.polling_since = None
+
+    def forgives(self, error: LogError) -> bool:
+        """Whether to retry a call that the log refused with this error: the log is unavailable, or refuses what it
+        allowed within the last minute, as when a permission is replaced."""
+        if error.retriable:
+            return True
+        recent = self.last_poll is not None and time.monotonic() - self.last_poll < REFUSED_S
+        return recent and not isinstance(error, Fenced)
 
 
 class OpenConsumers:

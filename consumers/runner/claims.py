@@ -32,7 +32,7 @@ from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import expired, unreadable_task
 from millstream.schemas.control import Resources
-from millstream.schemas.errors import CodecError, LogError, LogUnavailable, TooLarge, TransactionAborted
+from millstream.schemas.errors import CodecError, LogError, TooLarge
 from millstream.schemas.ids import new_id
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import KIND_HEADER, ROLLOUT_HEADER, LogRecord, Partition
@@ -130,8 +130,10 @@ class Claims:
             if self._control.pauses:
                 records = await self._hold_back(records)
             return await self._claim(records, polled) if records else []
-        except LogUnavailable as error:
-            logger.warning("no tasks can be claimed: %s", error)
+        except LogError as error:
+            if not self._consumer.polls.forgives(error):
+                raise
+            logger.warning("no tasks can be claimed, retrying: %s", error)
             self.starvation.reset()
             await asyncio.sleep(self._policy.retry_s)
             return []
@@ -141,7 +143,9 @@ class Claims:
         self.starvation.reset()
         try:
             await self._consumer.poll(1, timeout_s, ())
-        except LogUnavailable as error:
+        except LogError as error:
+            if not self._consumer.polls.forgives(error):
+                raise
             logger.warning("the log does not answer: %s", error)
             await asyncio.sleep(self._policy.retry_s)
 
@@ -156,17 +160,23 @@ class Claims:
         self.starvation.observe(sum(end - (self._consumer.position(partition) or 0) for partition, end in ends.items()))
 
     async def _poll(self, slots: int, timeout_s: float) -> list[LogRecord]:
-        records = await self._poll_now(slots)
-        if not records:
-            # One record at most: those that arrived with it are then shared by weight again.
-            records = await self._consumer.poll(1, timeout_s)
-            if records and slots > 1:
-                records += await self._poll_now(slots - 1)
+        records: list[LogRecord] = []
+        try:
+            await self._poll_now(slots, records)
+            if not records:
+                # One record at most: those that arrived with it are then shared by weight again.
+                records += await self._consumer.poll(1, timeout_s)
+                if records and slots > 1:
+                    await self._poll_now(slots - 1, records)
+        except LogError:
+            if not records:
+                raise
+            # Those that were handed out have to be claimed: they are not handed out again.
         return records
 
-    async def _poll_now(self, slots: int) -> list[LogRecord]:
-        """Polls by weight. What one priority leaves goes to the others, high first."""
-        found: list[LogRecord] = []
+    async def _poll_now(self, slots: int, found: list[LogRecord]) -> None:
+        """Adds up to ``slots`` records, by weight. What one priority leaves goes to the others, high first."""
+        most = len(found) + slots
         backlog: list[str] = []  # topics that may have more
         for priority, share in self._turns.take(slots).items():
             topic = self._topics.tasks(priority)
@@ -175,9 +185,8 @@ class Claims:
             if len(got) == share:
                 backlog.append(topic)
         for topic in backlog:
-            if len(found) < slots:
-                found += await self._consumer.poll(slots - len(found), 0, [topic])
-        return found
+            if len(found) < most:
+                found += await self._consumer.poll(most - len(found), 0, [topic])
 
     async def _hold_back(self, records: Sequence[LogRecord]) -> list[LogRecord]:
         """Returns the records that may be claimed. A rebalance ends the consumer's pause: the task is then read
@@ -236,7 +245,7 @@ class Claims:
             return []
         try:
             await self._consumer.commit(following)
-        except (TransactionAborted, LogUnavailable) as error:
+        except LogError as error:
             # Without another commit the old offset could stay for days, and the tasks come back then.
             logger.warning("%d claims are abandoned, their commit failed: %s", len(claims), error)
             await self._read_again(first)

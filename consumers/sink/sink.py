@@ -20,7 +20,7 @@ from millstream.consumers.sink.port import Batch, Sink, Unusable
 from millstream.producers.log.port import Producer
 from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.errors import LogError, LogUnavailable, StoreError, TransactionAborted
+from millstream.schemas.errors import LogError, StoreError, TransactionAborted
 from millstream.schemas.wire.log import LogRecord, Partition
 
 logger = logging.getLogger(__name__)
@@ -218,7 +218,9 @@ class SinkRole:
         room = max(1, min(self._poll_policy.records, self._flush.rows - self._gathered.records))
         try:
             batch = await self._consumer.poll(room, timeout_s)
-        except LogUnavailable as error:
+        except LogError as error:
+            if not self._consumer.polls.forgives(error):
+                raise
             self._warn("the log can't be read, retrying: %s", error)
             await asyncio.sleep(self._outage.retry_s)
             return
@@ -298,7 +300,9 @@ class SinkRole:
                 "a partition was lost before its commit; its new owner stores the same records again: %s", error
             )
             # The offsets of the other partitions are committed with the next batch.
-        except LogUnavailable as error:
+        except LogError as error:
+            if not self._consumer.polls.forgives(error):
+                raise
             self._warn("offsets are not committed, retrying with the next batch: %s", error)
             return
         self._uncommitted.clear()
@@ -309,7 +313,7 @@ class SinkRole:
             async with asyncio.timeout(self._drain_s):
                 while not await self._drained():
                     pass
-        except (TimeoutError, LogUnavailable) as error:
+        except (TimeoutError, LogError) as error:
             logger.warning(
                 "stopped before the end of the log with %d records not stored; the next sink continues there: %s",
                 self.waiting,

@@ -1,5 +1,6 @@
 """Collects the ends of rollouts, with the triplets that come before them."""
 
+import asyncio
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -8,7 +9,7 @@ from millstream.consumers.dead_letters import dead_letter, send_dead_letter
 from millstream.consumers.log.port import Log
 from millstream.pipeline.training.algorithm import FinishedRollout
 from millstream.producers.log.port import Producer
-from millstream.schemas.errors import CodecError, LogUnavailable
+from millstream.schemas.errors import CodecError, LogError
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
 from millstream.schemas.wire.prefixes import expand
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 class CollectorPolicy:
     poll_records: int = 2000
     poll_s: float = 1.0  # how long a poll waits for records; it does not delay what is there
+    retry_s: float = 0.5  # before the next poll after one that failed
     # After it the log may have dropped a rollout's task or end: no end that has not been read will come.
     wait_s: float = LIFETIMES.record_s
 
@@ -67,8 +69,11 @@ class Collector:
         while missing:
             try:
                 batch = await self._consumer.poll(self._policy.poll_records, self._policy.poll_s)
-            except LogUnavailable as error:
+            except LogError as error:
+                if not self._consumer.polls.forgives(error):
+                    raise
                 logger.warning("reading triplets failed, retrying: %s", error)
+                await asyncio.sleep(self._policy.retry_s)
                 continue
             for record in batch:
                 self._take(record)

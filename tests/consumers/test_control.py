@@ -1,15 +1,20 @@
 """Following the control topic."""
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from factories import task
 
-from millstream.consumers.control import ControlFollower
+from millstream.consumers.control import ControlFollower, ControlPolicy
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.producers.control import publish_control, publish_resources
+from millstream.producers.control import cancel_record, pause_record, publish_control, publish_resources
+from millstream.producers.supervisor import supervised
 from millstream.schemas.control import LLM, Arm, PromptTemplate, Resources, RoutingTable
+from millstream.schemas.errors import Fenced, LogError, LogUnavailable, TransactionAborted
 from millstream.schemas.ids import derived_id
 from millstream.schemas.wire.records import Control
 from millstream.schemas.wire.topics import Topics
@@ -65,9 +70,7 @@ async def test_the_last_record_of_a_key_holds_and_a_broken_one_is_left_out(
     deep = Control(kind="routing", name="~", body="[" * 100_000, created_at=1)  # no role may end of it
     await publish_control(producer, TOPICS, deep)
     await follower.wait_until_current()
-    found = follower.get("pause", "e")
-    assert found is not None
-    assert found.body == "false"
+    assert not follower.pauses
     assert follower.latest("e") == version(1)
     assert "ignoring t.control[0]@3: resources x" in caplog.text
     assert "ignoring t.control[0]@4" in caplog.text
@@ -115,3 +118,86 @@ async def test_a_record_of_wrong_types_is_ignored_and_named(
         assert not each.pauses
     await successor.close()
     assert [r.levelname for r in caplog.records if "ignoring t.control[0]@2" in r.message] == ["ERROR", "ERROR"]
+
+
+class Refusing:
+    """A log whose readers are refused while ``error`` is set, as Kafka does without the permission."""
+
+    def __init__(self, log: MemoryLog) -> None:
+        self._log = log
+        self.error: LogError | None = None
+        self.refused = asyncio.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._log, name)
+
+    def consumer(self, group: str | None = None) -> Any:
+        consumer = self._log.consumer(group)
+        for name in ("poll", "end_offsets"):
+            setattr(consumer, name, self._refusable(getattr(consumer, name)))
+        return consumer
+
+    def _refusable(self, call: Any) -> Any:
+        async def refusable(*args: Any) -> Any:
+            if self.error is not None:
+                self.refused.set()
+                raise self.error
+            return await call(*args)
+
+        return refusable
+
+
+@pytest.mark.parametrize("error", [LogError("denied"), LogUnavailable("away"), Fenced("?"), TransactionAborted("?")])
+async def test_after_any_error_of_the_log_cancels_are_heard_again(error: LogError) -> None:
+    """Section B1: one denied read must not end the follower."""
+    log, heard = Refusing(MemoryLog(TOPICS)), asyncio.Event()
+    follower = ControlFollower(log, TOPICS, heard.set, policy=ControlPolicy(retry_s=0.0))
+    with supervised() as background:
+        await follower.start()
+        log.error = error
+        await log.refused.wait()
+        waiting = asyncio.create_task(follower.wait_until_current())
+        await publish_control(log.producer(), TOPICS, cancel_record("group", "g1"))
+        assert background.age_s > 0
+        log.error = None
+        async with asyncio.timeout(10):
+            await heard.wait()
+            await waiting
+        assert background.failure is None
+        await follower.close()
+
+
+async def test_a_record_that_breaks_its_reader_is_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    def break_at_first(record: Control) -> None:
+        if record.name.endswith("1"):
+            raise RecursionError
+
+    log, heard = MemoryLog(TOPICS), asyncio.Event()
+    follower = ControlFollower(log, TOPICS, heard.set, break_at_first)
+    await follower.start()
+    for name in ("g1", "g2"):
+        await publish_control(log.producer(), TOPICS, cancel_record("group", name))
+    async with asyncio.timeout(10):
+        await heard.wait()
+    await follower.close()
+    assert "ignoring t.control[0]@0" in caplog.text
+
+
+async def test_what_is_kept_is_bounded() -> None:
+    """Section F8: neither policy versions nor cancels are kept for ever; the latest of each experiment is."""
+    log = MemoryLog(TOPICS)
+    producer = log.producer()
+    follower = ControlFollower(log, TOPICS, policy=ControlPolicy(versions=10, cancels=10))
+    await publish_resources(producer, TOPICS, version(0, "quiet"))
+    for number in range(50):
+        await publish_resources(producer, TOPICS, version(number))
+        await publish_control(producer, TOPICS, cancel_record("rollout", f"r{number}"))
+        await publish_control(producer, TOPICS, pause_record(f"e{number}", True))
+        await publish_control(producer, TOPICS, pause_record(f"e{number}", False))
+    await follower.start()
+    await follower.close()
+    assert [n for n in range(50) if follower.pinned(version(n).resources_id)] == list(range(39, 50))
+    assert follower.latest("quiet") == version(0, "quiet")
+    cancelled = [n for n in range(50) if follower.cancelled(replace(task(), rollout_id=f"r{n}"))]
+    assert cancelled == list(range(40, 50))
+    assert not follower.pauses

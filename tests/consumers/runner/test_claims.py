@@ -17,7 +17,7 @@ from millstream.consumers.runner.claims import Claim, ClaimPolicy, Claims
 from millstream.producers.control import pause_record, publish_control, publish_resources
 from millstream.producers.log.port import Producer
 from millstream.schemas.control import Resources
-from millstream.schemas.errors import LogUnavailable, TransactionAborted
+from millstream.schemas.errors import LogError, LogUnavailable, TransactionAborted
 from millstream.schemas.ids import derived_id, new_id
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition
@@ -291,3 +291,40 @@ async def test_resources_are_the_pinned_or_the_latest_of_the_experiment() -> Non
     assert other.resources is not None
     assert (other.resources.items, other.task.resources_id) == ({}, None)
     assert got[tasks["missing"].rollout_id].resources is None
+
+
+async def test_tasks_that_came_before_an_error_of_the_log_are_claimed() -> None:
+    """They are not handed out again: without this they would be skipped for good."""
+    log = MemoryLog(TOPICS)
+    await Rig(log, SETTINGS).publish_tasks([task(priority="high")])
+    async with claiming(log) as claims:
+        poll, polled = claims._consumer.poll, 0
+
+        async def failing(*args: Any) -> Any:
+            nonlocal polled
+            polled += 1
+            if polled == 2:
+                raise LogError("denied")
+            return await poll(*args)
+
+        claims._consumer.poll = failing  # type: ignore[method-assign]
+        assert len(await claims.claim(3, 0.1)) == 1
+        assert polled == 2
+
+
+async def test_a_refusal_at_the_start_ends_the_runner_and_a_later_one_is_sat_out() -> None:
+    log = MemoryLog(TOPICS)
+
+    async def denied(*args: Any) -> Any:
+        with claims._consumer.polls:
+            raise LogError("denied")
+
+    async with claiming(log, retry_s=0.0) as claims:
+        poll, claims._consumer.poll = claims._consumer.poll, denied  # type: ignore[method-assign]
+        with pytest.raises(LogError, match="denied"):
+            await claims.claim(1, 0.0)
+        claims._consumer.poll = poll  # type: ignore[method-assign]
+        assert await claims.claim(1, 0.0) == []
+        claims._consumer.poll = denied  # type: ignore[method-assign]
+        assert await claims.claim(1, 0.0) == []
+        await claims.stay(0.0)

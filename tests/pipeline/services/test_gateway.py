@@ -119,16 +119,15 @@ async def test_a_bad_request_is_answered_with_its_problems(client: Client) -> No
 async def test_cancel_and_pause_reach_the_control_topic(client: Client) -> None:
     control = ControlFollower(client.log, client.settings.topics)
     await control.start()
-    for body, name in [({"rollout": "r"}, "rollout:r"), ({"group": "g"}, "group:g"), ({"experiment": "e"}, None)]:
+    cancelled = task(rollout_id="r", group_id="g", experiment_id="e")
+    for body in ({"experiment": "e"}, {"group": "g"}, {"rollout": "r"}):
         assert await client.post("/cancel", body) == (202, {"cancelled": body})
         await control.wait_until_current()
-        assert control.get("cancel", name or "experiment:e") is not None
+        assert control.cancelled(cancelled) == " ".join(next(iter(body.items())))
     for path, paused in [("/pause", True), ("/resume", False)]:
         assert await client.post(path, {"experiment": "e"}) == (202, {"experiment": "e", "paused": paused})
         await control.wait_until_current()
-        record = control.get("pause", "e")
-        assert record is not None
-        assert record.body == str(paused).lower()
+        assert control.waits(task(experiment_id="e")) is paused
     await control.close()
 
 

@@ -1,0 +1,104 @@
+"""A permission that is taken away and given back, on a real broker with access lists."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from confluent_kafka.admin import (
+    AclBinding,
+    AclBindingFilter,
+    AclOperation,
+    AclPermissionType,
+    AdminClient,
+    ResourcePatternType,
+    ResourceType,
+)
+from runner_rig import running, terminal
+
+from millstream.consumers.control import ControlFollower
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.deploy.kafka.local import LocalKafka
+from millstream.producers.control import cancel_record, publish_control
+from millstream.producers.supervisor import supervised
+from millstream.schemas.config.settings import Settings, load_settings
+
+ACLS = {
+    "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+    "allow.everyone.if.no.acl.found": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def restricted(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Settings]:
+    broker = LocalKafka(tmp_path_factory.mktemp("acl"), port=0, properties=ACLS)
+    broker.up()
+    yield load_settings(
+        kafka_bootstrap_servers=broker.bootstrap_servers, kafka_partitions=1, topic_prefix="acl", proxy_url=""
+    )
+    broker.down()
+
+
+class Reading:
+    """The permission of everybody to read a topic."""
+
+    def __init__(self, settings: Settings, topic: str) -> None:
+        self._admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap_servers})
+        self._topic = topic
+
+    def deny(self) -> None:
+        binding = AclBinding(*self._rule("*", AclOperation.READ), AclPermissionType.DENY)
+        for created in self._admin.create_acls([binding]).values():
+            created.result(20)
+
+    def allow(self) -> None:
+        every = AclBindingFilter(*self._rule(None, AclOperation.ANY), AclPermissionType.ANY)
+        for deleted in self._admin.delete_acls([every]).values():
+            deleted.result(20)
+
+    def _rule(self, host: str | None, operation: AclOperation) -> tuple[object, ...]:
+        user = None if host is None else "User:*"
+        return ResourceType.TOPIC, self._topic, ResourcePatternType.LITERAL, user, host, operation
+
+
+@pytest.mark.kafka
+async def test_a_cancel_is_heard_after_reading_the_control_topic_was_denied(
+    restricted: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Section B1, on the real broker: the follower's age grows meanwhile, and it does not end."""
+    topics, heard = restricted.topics, asyncio.Event()
+    log, reading = KafkaLog(restricted), Reading(restricted, topics.control)
+    await log.create_topics()
+    with supervised() as background:
+        follower = ControlFollower(log, topics, heard.set)
+        await follower.start()
+        await asyncio.to_thread(reading.deny)
+        async with asyncio.timeout(30):
+            while "can't be read" not in caplog.text:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.05)
+        await asyncio.to_thread(reading.allow)
+        producer = log.producer()
+        await publish_control(producer, topics, cancel_record("group", "g"))
+        async with asyncio.timeout(30):
+            await heard.wait()
+        assert background.failure is None
+        await follower.close()
+    await asyncio.to_thread(producer.close)
+
+
+@pytest.mark.kafka
+async def test_a_runner_goes_on_after_reading_its_tasks_was_denied(
+    restricted: Settings, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    log, reading = KafkaLog(restricted), Reading(restricted, restricted.topics.tasks("normal"))
+    await log.create_topics()
+    async with running(lambda task: None, tmp_path, log=log, settings=restricted) as rig:
+        await rig.publish([1])
+        await rig.read_until(lambda events: len(terminal(events)) == 1)
+        await asyncio.to_thread(reading.deny)
+        async with asyncio.timeout(30):
+            while "no tasks can be claimed" not in caplog.text:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.05)
+        await rig.publish([2])
+        await asyncio.to_thread(reading.allow)
+        await rig.read_until(lambda events: len(terminal(events)) == 2)
