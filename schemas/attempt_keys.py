@@ -13,6 +13,8 @@ from millstream.schemas.errors import MillstreamError
 # clocks may differ.
 KEY_GRACE_S: Final = 300.0
 _MARK: Final = "ms1"
+MAC_CHARS: Final = 64  # hex
+TAG_CHARS: Final = 32
 
 
 class BadKey(MillstreamError, ValueError):
@@ -37,8 +39,8 @@ def attempt_key(
     secret: str, rollout_id: str, attempt_id: str, *, valid_s: float, resources_id: str = "", now: float | None = None
 ) -> str:
     """The API key of an attempt: ``ms1.ISSUED.EXPIRES.RESOURCES.MAC``, where RESOURCES is percent-encoded and the MAC
-    is HMAC-SHA-256 of the path and of everything before it, under the deployment's proxy secret. It is valid for
-    ``valid_s`` plus `KEY_GRACE_S`."""
+    is HMAC-SHA-256 of the path and of everything before it, under the deployment's proxy secret, followed by one of the
+    key so far, which `check_issued` reads. It is valid for ``valid_s`` plus `KEY_GRACE_S`."""
     issued = time.time() if now is None else now
     claims = f"{_MARK}.{issued:.0f}.{issued + valid_s + KEY_GRACE_S:.0f}.{quote(resources_id, safe='')}"
     return f"{claims}.{_mac(secret, rollout_id, attempt_id, claims)}"
@@ -59,6 +61,24 @@ def claims_of(secret: str, rollout_id: str, attempt_id: str, key: str, *, now: f
     return found
 
 
+def check_issued(secret: str, key: str, *, now: float | None = None) -> None:
+    """Raises `BadKey` unless ``key`` is one of this deployment's and still valid, whichever attempt it belongs to: for
+    a receiver that knows the attempts only when it has read the request's body."""
+    claims, _, mac = key.rpartition(".")
+    if not hmac.compare_digest(mac[MAC_CHARS:].encode(), _tag(secret, claims, mac[:MAC_CHARS]).encode()):
+        raise BadKey("the API key is not one of this deployment")
+    if float(claims.split(".")[2]) < (time.time() if now is None else now):
+        raise BadKey("the API key has expired")
+
+
 def _mac(secret: str, rollout_id: str, attempt_id: str, claims: str) -> str:
-    message = f"{attempt_path(rollout_id, attempt_id)}\n{claims}"
-    return hmac.new(secret.encode(), message.encode(), hashlib.sha256).hexdigest()
+    mac = _hmac(secret, f"{attempt_path(rollout_id, attempt_id)}\n{claims}")
+    return mac + _tag(secret, claims, mac)
+
+
+def _tag(secret: str, claims: str, mac: str) -> str:
+    return _hmac(secret, f"issued\n{claims}.{mac}")[:TAG_CHARS]
+
+
+def _hmac(secret: str, message: str) -> str:
+    return hmac.new(secret.encode(), message.encode("utf-8", "surrogateescape"), hashlib.sha256).hexdigest()

@@ -165,7 +165,8 @@ class Runner:
     @property
     def heartbeat_age_s(self) -> float:
         """Age of the last acknowledged heartbeat, of the running attempt for which it is oldest."""
-        return time.monotonic() - min((w.last_acknowledged for w in self._running), default=time.monotonic())
+        writers = list(self._running)  # the probes' thread asks
+        return time.monotonic() - min((w.last_acknowledged for w in writers), default=time.monotonic())
 
     @property
     def starving_s(self) -> float:

@@ -49,6 +49,7 @@ class GatewayPolicy:
     max_body_bytes: int = 64 << 20  # of a request
     max_rollouts: int = 10_000  # of a request: its tasks times group_size
     max_published_bytes: int = 256 << 20  # of a request's rollouts; they are all encoded before the first is sent
+    body_s: float = 60.0  # for it to arrive
     ready_s: float = 2.0  # for Kafka to answer a readiness probe; probes wait a few seconds
     status_s: float = 10.0  # for reading a rollout's status; the older the rollout, the more of the log is read
     status_reads: int = 4  # at a time; each holds a connection to Kafka
@@ -171,7 +172,10 @@ class Gateway:
         limit = self._policy.max_body_bytes
         too_large = Refused(413, f"the body is larger than {limit:,} bytes; publish in several requests")
         try:
-            return json.loads(await limited(request, limit, too_large).body())
+            async with asyncio.timeout(self._policy.body_s):
+                return json.loads(await limited(request, limit, too_large).body())
+        except TimeoutError:
+            raise Refused(408, f"the body did not arrive within {self._policy.body_s:g} s") from None
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"the body is not JSON: {error}") from None
 

@@ -8,7 +8,9 @@ GET /metrics    Prometheus
 import asyncio
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, NamedTuple
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -21,6 +23,7 @@ from millstream.consumers.log.poll_times import PollTimes
 from millstream.producers.supervisor import Supervisor
 from millstream.schemas.metrics import BACKGROUND_AGE, POLL_AGE, RECORDS_UNREAD, Metric
 
+READS: Final = 100  # of a value that changes meanwhile; one of them nearly always succeeds
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -36,7 +39,7 @@ class HealthPolicy:
     background_s: float = 600.0
     check_s: float = 1.0  # between two looks at the ages: a stuck process ends that much later
     connections: int = 32  # to the probe server, at a time: they take the role's file descriptors
-    connection_s: float = 10.0  # then a connection is closed, idle or not: a probe asks once
+    connection_s: float = 10.0  # then an idle connection is closed: a probe asks once
 
 
 class Check(NamedTuple):
@@ -77,11 +80,11 @@ class Health:
 
     def export(self, metric: Metric, value: Callable[[], float]) -> None:
         """Exports a gauge or counter. ``value`` is called at each scrape, from any thread."""
-        self.registry.register(_Exported(metric, value))
+        self.registry.register(_Exported(metric, partial(_stable, value)))
 
     def check(self, metric: Metric, age_s: Callable[[], float], limit_s: float | None = None) -> None:
         """Exports an age, above whose limit (`HealthPolicy.stuck_s` if None) the process is stuck."""
-        self._checks = [*self._checks, Check(metric, age_s, limit_s or self.policy.stuck_s)]
+        self._checks = [*self._checks, Check(metric, partial(_stable, age_s), limit_s or self.policy.stuck_s)]
         self.export(metric, age_s)
 
     def _poll_age_s(self) -> float:
@@ -114,6 +117,15 @@ class Health:
     async def respond(self, request: Request) -> Response:
         http_status, body = self.answer(request.scope["path"])
         return Response(body, http_status, media_type=CONTENT_TYPE)
+
+
+def _stable(value: Callable[[], float]) -> float:
+    """A role's value, asked for from another thread: a dictionary may change while it is summed up, and is then summed
+    up again."""
+    for _ in range(READS - 1):
+        with suppress(RuntimeError):
+            return value()
+    return value()
 
 
 class _Exported:

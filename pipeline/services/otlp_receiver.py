@@ -1,14 +1,15 @@
 """``POST /v1/traces``: receives spans from agents' own processes, in any language, by OTLP/HTTP 1.x.
 
-A request is answered with 200 once the log has stored its spans. Spans that belong to no attempt or are too large are
-counted in ``partial_success``, with the reason. 503 means: send the request again.
+The key is checked before the body is read. A request is answered with 200 once the log has stored its spans. Spans that
+can't be read, belong to no attempt or to another one than the key, or are too large, are counted in ``partial_success``
+with the reason. 503 means: send the request again.
 """
 
 import asyncio
 import hmac
 import json
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,7 +17,6 @@ from google.protobuf import json_format
 from google.protobuf.message import Message
 from google.rpc.status_pb2 import Status
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
-    ExportTraceServiceRequest,
     ExportTraceServiceResponse,
 )
 from starlette.requests import Request
@@ -26,10 +26,10 @@ from millstream.pipeline.services.serve_asgi import for_this_machine, limited
 from millstream.producers.blob_store import BlobError, Blobs
 from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
-from millstream.schemas.attempt_keys import BadKey, claims_of
+from millstream.schemas.attempt_keys import BadKey, check_issued, claims_of
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import CodecError, LogError, TooLarge
-from millstream.schemas.spans.otlp import Malformed, from_otlp, parse_json, parse_protobuf
+from millstream.schemas.spans.otlp import Malformed, Parsed, from_otlp, parse_json, parse_protobuf
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import KIND_HEADER
 from millstream.schemas.wire.records import Span
@@ -37,13 +37,14 @@ from millstream.schemas.wire.records import Span
 PATH: Final = "/v1/traces"
 PROTOBUF: Final = "application/x-protobuf"
 JSON: Final = "application/json"
-PARSERS: Final[dict[str, Callable[[bytes], ExportTraceServiceRequest]]] = {PROTOBUF: parse_protobuf, JSON: parse_json}
+PARSERS: Final[dict[str, Callable[[bytes], Parsed]]] = {PROTOBUF: parse_protobuf, JSON: parse_json}
 
 
 @dataclass(frozen=True)
 class OtlpPolicy:
     max_body_bytes: int = 64 << 20  # decompressed; exporters send less
     requests: int = 4  # in memory at a time
+    body_s: float = 10.0  # for a body to arrive, since it holds one of those places; exporters wait as long
     record_s: float = 8.0  # for the log to store a request's spans; exporters wait for 10 s
     retry_after_s: int = 2
 
@@ -75,8 +76,7 @@ class OtlpReceiver:
                 raise _Refused(415, f"send Content-Type: {PROTOBUF} or {JSON}, not {form!r}")
             key = self._key_of(request)
             async with self._free:
-                limit = self._policy.max_body_bytes
-                body = await limited(request, limit, _too_large(limit)).body()
+                body = await self._body(request)
                 packed = request.headers.get("content-encoding", "identity")
                 spans, rejected = await asyncio.to_thread(self._read, form, packed, body, key)
                 await self._store(spans, rejected)
@@ -91,6 +91,14 @@ class OtlpReceiver:
             message.partial_success.error_message = "; ".join(dict.fromkeys(rejected))[:2000]
         return _answer(form, message)
 
+    async def _body(self, request: Request) -> bytes:
+        limit, seconds = self._policy.max_body_bytes, self._policy.body_s
+        try:
+            async with asyncio.timeout(seconds):
+                return await limited(request, limit, _too_large(limit)).body()
+        except TimeoutError:
+            raise _Refused(408, f"the body did not arrive within {seconds:g} s") from None
+
     def _key_of(self, request: Request) -> str | None:
         """The attempt's key that was sent; None if the sender may send spans of any attempt."""
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
@@ -104,34 +112,53 @@ class OtlpReceiver:
             raise _Refused(401, "send Authorization: Bearer KEY, with the attempt's key or the gateway_token")
         if not self._secret:
             raise _Refused(401, "this gateway can't check attempt keys: set proxy_secret, as for the runners")
+        try:
+            check_issued(self._secret, given)
+        except BadKey as error:
+            raise _Refused(401, str(error)) from error
         return given
 
     def _read(self, form: str, packed: str, body: bytes, key: str | None) -> tuple[list[Span], list[str]]:
         """The spans, and the reasons why others are rejected."""
         try:
-            spans, rejected = from_otlp(PARSERS[form](_unpacked(body, packed, self._policy.max_body_bytes)))
+            spans, rejected = from_otlp(*PARSERS[form](_unpacked(body, packed, self._policy.max_body_bytes)))
         except Malformed as error:
             raise _Refused(400, str(error)) from error
-        if key is not None:
-            self._check(key, {(span.rollout_id, span.attempt_id) for span in spans})
-        return spans, rejected
+        if key is None or not spans:
+            return spans, rejected
+        wrong = dict(self._wrong(key, {(span.rollout_id, span.attempt_id) for span in spans}))
+        allowed = [span for span in spans if (span.rollout_id, span.attempt_id) not in wrong]
+        if not allowed:
+            raise _Refused(401, next(iter(wrong.values())))
+        reasons = (wrong.get((span.rollout_id, span.attempt_id)) for span in spans)
+        return allowed, rejected + [reason for reason in reasons if reason is not None]
 
-    def _check(self, key: str, attempts: Iterable[tuple[str, str]]) -> None:
+    def _wrong(self, key: str, attempts: Iterable[tuple[str, str]]) -> Iterator[tuple[tuple[str, str], str]]:
+        """Those that the key does not fit, with the reason."""
         for rollout_id, attempt_id in attempts:
             try:
                 claims_of(self._secret, rollout_id, attempt_id, key)
             except BadKey as error:
-                raise _Refused(401, f"{error} of rollout {rollout_id}") from error
+                yield (rollout_id, attempt_id), f"{error} of rollout {rollout_id}"
 
     async def _store(self, spans: list[Span], rejected: list[str]) -> None:
         """Returns once the log has stored them; adds to ``rejected`` the reasons of those that it can't store."""
         written = Acks(self._producer)
         try:
-            spans = [await self._blobs.keep(span) for span in spans]
+            spans = [kept for span in spans if (kept := await self._kept(span, rejected)) is not None]
             await asyncio.to_thread(self._send, written, spans, rejected)
             await asyncio.wait_for(written.wait(), self._policy.record_s)
         except (BlobError, LogError, TimeoutError) as error:
             raise _Refused(503, f"the spans can't be stored, send them again: {error or 'time-out'}") from error
+
+    async def _kept(self, span: Span, rejected: list[str]) -> Span | None:
+        try:
+            return await self._blobs.keep(span)
+        except BlobError:
+            raise
+        except Exception as error:  # whatever it is, it costs this span only
+            rejected.append(f"span {span.name!r}: {error}")
+            return None
 
     def _send(self, written: Acks, spans: list[Span], rejected: list[str]) -> None:
         for span in spans:

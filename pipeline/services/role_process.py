@@ -15,11 +15,10 @@ from typing import Final
 
 from starlette.applications import Starlette
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from millstream.consumers.log.port import Log
 from millstream.pipeline.services.health import Health, HealthPolicy
-from millstream.pipeline.services.serve_asgi import listen, served_in_thread
+from millstream.pipeline.services.serve_asgi import bounded, listen, served_in_thread
 from millstream.producers.supervisor import supervised, supervisor
 from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas.config.settings import Settings
@@ -70,18 +69,9 @@ async def role_process(
 @contextmanager
 def probes_answered(health: Health, host: str, port: int) -> Iterator[None]:
     """Serves health from a thread. Raises `ConfigError` if the address is not available."""
-    policy = health.policy
-
-    class Bounded(H11Protocol):
-        """uvicorn's protocol, with a limit of connections and of their time."""
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            full = len(self.connections) > policy.connections
-            self.loop.call_later(0.0 if full else policy.connection_s, transport.close)
-
     app = Starlette(routes=[Route("/{path:path}", health.respond)])
-    with served_in_thread(app, listen(host, port), "millstream-health", http=Bounded, loop="asyncio"):
+    http = bounded(health.policy.connections, health.policy.connection_s)
+    with served_in_thread(app, listen(host, port), "millstream-health", http=http, loop="asyncio"):
         yield
 
 

@@ -1,5 +1,6 @@
 """Serves ASGI applications with uvicorn."""
 
+import asyncio
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,12 +9,14 @@ from typing import Any, Final
 import uvicorn
 from starlette.requests import Request
 from starlette.types import Message
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from millstream.pipeline.addresses import names_this_machine
 from millstream.producers.supervisor import supervisor
 from millstream.schemas.errors import ConfigError
 
 SHUTDOWN_S: Final = 5  # for requests under way to end
+CONNECTIONS: Final = 256  # of a server, at a time
 KEEP_ALIVE_S: Final = 30  # of an idle connection, as ClickHouse: clients that ask now and then find it open
 
 
@@ -51,6 +54,40 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
+def bounded(connections: int, idle_s: float) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol with a limit of connections, which take the process's file descriptors. A connection is closed
+    when it has been idle, or has taken to send a request's head, for ``idle_s``. One too many takes the place of the
+    one that has been idle longest; if all are at work it is closed itself."""
+
+    class Bounded(HttpToolsProtocol):
+        idle_since: float
+
+        @property
+        def idle(self) -> bool:
+            return self.cycle is None or self.cycle.response_complete
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._rest()
+            if len(self.connections) > connections:
+                resting = [other for other in self.connections if isinstance(other, Bounded) and other.idle]
+                min(resting, key=lambda other: other.idle_since, default=self).transport.close()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._rest()
+
+        def _rest(self) -> None:
+            self.idle_since = self.loop.time()
+            self.loop.call_later(idle_s, self._close_if_idle, self.cycle)
+
+        def _close_if_idle(self, last: object) -> None:
+            if self.cycle is last and self.idle:
+                self.transport.close()
+
+    return Bounded
+
+
 def uvicorn_server(app: Any, **options: Any) -> uvicorn.Server:
     """A server for `listen` sockets, with ``options`` of `uvicorn.Config`. In the main thread it stops at SIGTERM and
     SIGINT, and raises the signal again when it has shut down; elsewhere it ignores signals."""
@@ -60,6 +97,7 @@ def uvicorn_server(app: Any, **options: Any) -> uvicorn.Server:
         "access_log": False,
         "timeout_graceful_shutdown": SHUTDOWN_S,
         "timeout_keep_alive": KEEP_ALIVE_S,
+        "http": bounded(CONNECTIONS, KEEP_ALIVE_S),
     }
     return uvicorn.Server(uvicorn.Config(app, **defaults | options))
 

@@ -6,7 +6,7 @@ A received span belongs to the attempt that its attributes, or its resource's, n
 
 import base64
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from google.protobuf import json_format
@@ -22,49 +22,123 @@ from millstream.schemas.wire.records import Span, SpanEvent, SpanLink
 
 SPAN_KINDS = ("Internal", "Internal", "Server", "Client", "Producer", "Consumer")  # by number; 0 is unspecified
 STATUSES = ("Unset", "Ok", "Error")
+WIRE_VARINT, WIRE_BYTES = 0, 2  # protobuf's types of fields
 
 
 class Malformed(ValueError):
     """Not an ExportTraceServiceRequest."""
 
 
-def parse_protobuf(body: bytes) -> ExportTraceServiceRequest:
-    """Raises `Malformed`."""
+Parsed = tuple[ExportTraceServiceRequest, list[str]]  # with a reason for each span that is left out
+
+
+def parse_protobuf(body: bytes) -> Parsed:
+    """Leaves out spans that can't be read, such as those with a text that was cut within a character. Raises
+    `Malformed`."""
+    refused: list[str] = []
     try:
-        request: ExportTraceServiceRequest = ExportTraceServiceRequest.FromString(body)
-    except DecodeError as error:
+        try:
+            return ExportTraceServiceRequest.FromString(body), refused
+        except DecodeError:
+            return ExportTraceServiceRequest.FromString(_readable_spans(body, refused)), refused
+    except (DecodeError, LookupError) as error:
         raise Malformed(f"the body is not an ExportTraceServiceRequest: {error}") from error
-    return request
 
 
-def parse_json(body: bytes) -> ExportTraceServiceRequest:
-    """OTLP's JSON is protobuf's, except for ids in hex. Raises `Malformed`."""
-    try:
-        document = json.loads(body)
+def parse_json(body: bytes) -> Parsed:
+    """OTLP's JSON is protobuf's, except for ids in hex. Leaves out spans that can't be read. Raises `Malformed`."""
+    refused: list[str] = []
+
+    def keep(read: Callable[[dict[str, Any]], object]) -> None:
         for spans in document.get("resourceSpans", ()):
             for scope in spans.get("scopeSpans", ()):
-                for span in scope.get("spans", ()):
-                    for holder in (span, *span.get("links", ())):
-                        _hex_to_base64(holder)
-        request = json_format.ParseDict(document, ExportTraceServiceRequest(), ignore_unknown_fields=True)
-    except (json_format.Error, ValueError, TypeError, AttributeError, RecursionError) as error:
+                scope["spans"] = [span for span in scope.get("spans", ()) if _readable(span, read, refused)]
+
+    try:
+        document = json.loads(body)
+        keep(_hex_to_base64)
+        request = ExportTraceServiceRequest()
+        try:
+            json_format.ParseDict(document, request, ignore_unknown_fields=True)
+        except _UNREADABLE:
+            keep(lambda span: json_format.ParseDict(span, trace_pb2.Span(), ignore_unknown_fields=True))
+            request = ExportTraceServiceRequest()
+            json_format.ParseDict(document, request, ignore_unknown_fields=True)
+    except _UNREADABLE as error:
         raise Malformed(f"the body is not an ExportTraceServiceRequest in JSON: {error}") from error
-    assert isinstance(request, ExportTraceServiceRequest)
-    return request
+    return request, refused
 
 
-def from_otlp(request: ExportTraceServiceRequest) -> tuple[list[Span], list[str]]:
-    """The spans as records, in order, and a reason for each span that was refused."""
-    records, refused = [], []
+_UNREADABLE = (json_format.Error, DecodeError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
+
+
+def _readable(span: Any, read: Callable[[Any], object], refused: list[str]) -> bool:
+    try:
+        read(span)
+    except _UNREADABLE as error:
+        refused.append(f"a span can't be read: {error}")
+        return False
+    return True
+
+
+def _readable_spans(message: bytes, refused: list[str], path: Sequence[int] = (1, 2, 2)) -> bytes:
+    """The encoded request without the spans that can't be parsed. ``path``: numbers of the fields that lead to spans,
+    in ``resource_spans``, ``scope_spans`` and ``spans``. Raises LookupError if the message is not protobuf."""
+    kept, at = bytearray(), 0
+    while at < len(message):
+        start = at
+        tag, at = _varint(message, at)
+        wire = tag & 7
+        if wire == WIRE_BYTES:
+            size, at = _varint(message, at)
+            body, at = message[at : at + size], at + size
+            if at > len(message):
+                raise IndexError("it breaks off")
+            if tag >> 3 == path[0]:
+                if len(path) > 1:
+                    body = _readable_spans(body, refused, path[1:])
+                    kept += _to_varint(tag) + _to_varint(len(body)) + body
+                    continue
+                if not _readable(body, trace_pb2.Span.FromString, refused):
+                    continue
+        elif wire == WIRE_VARINT:
+            _, at = _varint(message, at)
+        else:
+            at += {1: 8, 5: 4}[wire]
+        kept += message[start:at]
+    return bytes(kept)
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while data[at] & 0x80:
+        if shift > 63:
+            raise IndexError("a number is longer than 64 bits")
+        value |= (data[at] & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+    return value | data[at] << shift, at + 1
+
+
+def _to_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*out, value])
+
+
+def from_otlp(request: ExportTraceServiceRequest, refused: Iterable[str] = ()) -> tuple[list[Span], list[str]]:
+    """The spans as records, in order, and a reason for each span that was refused, after those in ``refused``."""
+    records, reasons = [], list(refused)
     for resource_spans in request.resource_spans:
         resource = _texts(resource_spans.resource.attributes)
         for scope_spans in resource_spans.scope_spans:
             for span in scope_spans.spans:
                 try:
                     records.append(_record(span, resource, scope_spans.scope))
-                except ValueError as error:
-                    refused.append(f"span {span.name!r}: {error}")
-    return records, refused
+                except Exception as error:  # whatever it is, it costs this span only
+                    reasons.append(f"span {span.name!r}: {str(error) or type(error).__name__}")
+    return records, reasons
 
 
 def _record(span: trace_pb2.Span, resource: Mapping[str, str], scope: InstrumentationScope) -> Span:
@@ -130,7 +204,9 @@ def _value(any_value: AnyValue) -> Any:
             return getattr(any_value, which)
 
 
-def _hex_to_base64(holder: dict[str, Any]) -> None:
-    for name in ("traceId", "spanId", "parentSpanId"):
-        if name in holder:
-            holder[name] = base64.b64encode(bytes.fromhex(holder[name])).decode()
+def _hex_to_base64(span: dict[str, Any]) -> None:
+    """Of a span and its links, in place."""
+    for holder in (span, *span.get("links", ())):
+        for name in ("traceId", "spanId", "parentSpanId"):
+            if name in holder:
+                holder[name] = base64.b64encode(bytes.fromhex(holder[name])).decode()

@@ -99,6 +99,6 @@ async def test_a_runner_goes_on_after_reading_its_tasks_was_denied(
         async with asyncio.timeout(30):
             while "no tasks can be claimed" not in caplog.text:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.05)
-        await rig.publish([2])
         await asyncio.to_thread(reading.allow)
+        await rig.publish([2])
         await rig.read_until(lambda events: len(terminal(events)) == 2)

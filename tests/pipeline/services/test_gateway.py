@@ -125,9 +125,9 @@ async def test_cancel_and_pause_reach_the_control_topic(client: Client) -> None:
         await control.wait_until_current()
         assert control.cancelled(cancelled) == " ".join(next(iter(body.items())))
     for path, paused in [("/pause", True), ("/resume", False)]:
-        assert await client.post(path, {"experiment": "e"}) == (202, {"experiment": "e", "paused": paused})
+        assert await client.post(path, {"experiment": "p"}) == (202, {"experiment": "p", "paused": paused})
         await control.wait_until_current()
-        assert control.waits(task(experiment_id="e")) is paused
+        assert control.waits(task(experiment_id="p")) is paused
     await control.close()
 
 
@@ -158,8 +158,10 @@ async def test_probes_and_metrics(client: Client) -> None:
 
 
 @kafka
-async def test_the_document_names_every_topic_with_its_records(client: Client) -> None:
-    _, page = await client.get("/asyncapi.json")
+async def test_the_description_names_every_topic_with_its_records(client: Client) -> None:
+    """Section F7: as JSON, without a page that loads scripts from elsewhere into an origin that may publish."""
+    answered, page = await client.get("/asyncapi.json")
+    assert answered == 200
     text = str(page["channels"])
     for topic in client.settings.topics.all:
         assert topic.name in text
@@ -168,6 +170,7 @@ async def test_the_document_names_every_topic_with_its_records(client: Client) -
         page["components"]["schemas"]
     )
     assert "lease_s" in page["components"]["schemas"]["RolloutTask"]["properties"]
+    assert (await client.get("/asyncapi"))[0] == 404
 
 
 @kafka

@@ -9,6 +9,7 @@ import pytest
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.poll_times import PollTimes
 from millstream.pipeline.services.health import Health, HealthPolicy
+from millstream.producers.supervisor import Supervisor
 from millstream.schemas.metrics import CALLS_DROPPED, RUNNING, STARVING, TRANSACTION_AGE
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.topics import Topics
@@ -81,3 +82,30 @@ def test_an_age_beyond_its_limit_is_reported_by_name() -> None:
     assert alive == 503
     assert text.decode().endswith(body.format(seconds) + f"millstream_starving_seconds is {seconds:.0f}\n")
     assert f"millstream_starving_seconds {seconds}".encode() in health.answer("/metrics")[1]
+
+
+def test_a_value_that_changes_while_it_is_read_does_not_fail_the_metrics() -> None:
+    """Section F8: the probes' thread sums up what the role's thread changes."""
+    health, calls = Health(list, asyncio.Event()), {0: 1}
+
+    def value() -> float:
+        if len(calls) < 5:
+            for call in calls:
+                calls[len(calls)] = call
+        return sum(calls.values())
+
+    health.export(RUNNING, value)
+    assert "millstream_running 1.0" in health.answer("/metrics")[1].decode()
+    assert len(calls) == 5
+
+
+def test_a_background_task_without_success_for_too_long_fails_the_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Section B1: the age of the control follower has a limit."""
+    background = Supervisor()
+    health = Health(list, asyncio.Event(), background=background)
+    monkeypatch.setattr(Supervisor, "age_s", HealthPolicy().background_s - 1)
+    assert health.answer("/livez")[0] == 200
+    monkeypatch.setattr(Supervisor, "age_s", HealthPolicy().background_s + 1)
+    assert health.answer("/livez")[0] == 503
+    assert "millstream_background_age_seconds 601.0" in health.answer("/metrics")[1].decode()
+    assert health.answer("/readyz")[0] == 503

@@ -23,6 +23,7 @@ from millstream.consumers.adapter.adapter import Adapter
 from millstream.consumers.log.read_to_end import read_to_end
 from millstream.consumers.runner.runner import Runner
 from millstream.pipeline.proxy import Proxy
+from millstream.pipeline.services import otlp_receiver
 from millstream.pipeline.services.gateway import GatewayPolicy
 from millstream.pipeline.services.otlp_receiver import OtlpPolicy
 from millstream.pipeline.services.serve_aiohttp import serve
@@ -229,3 +230,57 @@ async def test_while_the_log_is_away_the_exporter_is_asked_to_retry(
         assert (http_status, headers["Retry-After"]) == (503, "2")
         assert "no broker answers" in Status.FromString(answer).message
     assert (await post(client, a_request()[1].SerializeToString()))[0] == 200
+
+
+async def test_idle_connections_with_any_word_as_a_key_do_not_stop_ingestion(kafka_settings: MakeSettings) -> None:
+    """Section F3: the key is checked before a place is taken, and a body has to arrive."""
+    policy = GatewayPolicy(otlp=OtlpPolicy(requests=2, body_s=0.5))
+    async with serving(kafka_settings(proxy_secret="secret", gateway_token="t"), policy) as client:
+        one, request = a_request()
+        other = attempt_key("another secret", one.rollout_id, one.attempt_id, valid_s=60.0)
+        expired = attempt_key("secret", one.rollout_id, one.attempt_id, valid_s=-600.0)
+        claims, _, mac = bearer(one).rpartition(".")
+        longer = ".".join([*claims.split(".")[:2], "9999999999", "", mac]).removeprefix("Bearer ")
+        for key in ("x", "ms1", "ms1....", "a.b.c.d.e", "\u00e9", other, expired, longer):
+            reader, writer = await promised(client, key)
+            assert b" 401 " in await reader.readline(), key
+            writer.close()
+        slow = [await promised(client, bearer(one).removeprefix("Bearer ")) for _ in range(5)]
+        assert (await post(client, request.SerializeToString(), Authorization=bearer(one)))[0] == 200
+        for reader, writer in slow:
+            assert b" 408 " in await reader.readline()
+            writer.close()
+
+
+async def promised(client: Client, key: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A connection that has sent the head of a request, and sends no body."""
+    host, port = client.url.removeprefix("http://").rstrip("/").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/traces HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {key}\r\n"
+    writer.write(f"{head}Content-Type: {PROTOBUF}\r\nContent-Length: 99\r\n\r\n".encode())
+    return reader, writer
+
+
+async def test_a_body_is_unpacked_only_with_a_right_key(
+    kafka_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpack(*args: Any) -> Any:
+        raise AssertionError("it was read")
+
+    monkeypatch.setattr(otlp_receiver, "_unpacked", unpack)
+    async with serving(kafka_settings(proxy_secret="secret", gateway_token="t")) as client:
+        for key in ("wrong", "ms1.1.9999999999..00"):
+            answered, _, _ = await post(client, b"x", Authorization=f"Bearer {key}", Content_Encoding="gzip")
+            assert answered == 401
+
+
+async def test_a_span_of_another_attempt_costs_itself_only(kafka_settings: MakeSettings) -> None:
+    async with serving(kafka_settings(proxy_secret="secret", gateway_token="t")) as client:
+        one, request = a_request()
+        another, more = a_request()
+        request.MergeFrom(more)
+        answered, answer, _ = await post(client, request.SerializeToString(), Authorization=bearer(one))
+        partial = ExportTraceServiceResponse.FromString(answer).partial_success
+        assert (answered, partial.rejected_spans, another.rollout_id in partial.error_message) == (200, 1, True)
+        (stored,) = await records(client, client.settings.topics.events, Span)
+        assert stored.rollout_id == one.rollout_id

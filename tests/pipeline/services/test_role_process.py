@@ -55,17 +55,30 @@ async def test_probes_are_answered_by_a_thread() -> None:
         get(port, "/livez")
 
 
-async def test_connections_are_bounded_in_number_and_time() -> None:
+async def test_idle_connections_are_bounded_in_number_and_time() -> None:
+    """Section B3: any number of idle sockets leaves probes answered, and the role its file descriptors."""
     port = free_port()
-    health = Health(list, asyncio.Event(), HealthPolicy(connections=1, connection_s=0.2))
+    health = Health(list, asyncio.Event(), HealthPolicy(connections=4, connection_s=0.5))
     with probes_answered(health, LOOPBACK, port):
-        idle, _ = await asyncio.open_connection(LOOPBACK, port)
-        more, _ = await asyncio.open_connection(LOOPBACK, port)
+        idle = [await asyncio.open_connection(LOOPBACK, port) for _ in range(100)]
+        assert (await asyncio.to_thread(get, port, "/livez"))[0] == 200  # it takes the place of an idle one
         async with asyncio.timeout(10):
-            assert await more.read() == b""
-            assert await idle.read() == b""
-            while (await asyncio.to_thread(get, port, "/livez"))[0] != 200:
-                pass
+            for reader, _ in idle:
+                assert await reader.read() == b""
+        for _, writer in idle:
+            writer.close()
+
+
+async def test_a_slow_head_and_an_endless_body_are_cut_off() -> None:
+    port = free_port()
+    health = Health(list, asyncio.Event(), HealthPolicy(connections=4, connection_s=0.3))
+    with probes_answered(health, LOOPBACK, port):
+        for request in (b"GET /livez HTTP/1.1\r\nHost: a", b"GET /livez HTTP/1.1\r\nContent-Length: 999\r\n\r\n"):
+            reader, writer = await asyncio.open_connection(LOOPBACK, port)
+            writer.write(request)
+            async with asyncio.timeout(10):
+                await reader.read()
+            writer.close()
 
 
 async def test_a_role_is_reported_while_it_runs() -> None:
