@@ -14,6 +14,7 @@ from millstream.producers.tasks import TaskPublisher
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import CodecError, ConfigError, TooLarge
 from millstream.schemas.ids import new_id
+from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans.text import cut
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import KIND_HEADER, ROLLOUT_HEADER, LogRecord, Partition
@@ -35,7 +36,7 @@ def dead_letter(record: LogRecord, role: str, reason: str, error: str) -> DeadLe
         timestamp=record.timestamp,
         role=role,
         reason=reason,
-        error=cut(error),
+        error=cut(without_passwords(error)),
         time=time.time_ns(),
     )
 

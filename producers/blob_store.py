@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from millstream.producers.files import files_at
 from millstream.schemas.errors import MillstreamError
+from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans import blobs
 from millstream.schemas.wire.records import Span
 
@@ -35,7 +36,8 @@ class Blobs:
 
     def __init__(self, url: str = blobs.DEFAULT_URL, policy: BlobPolicy = BlobPolicy()) -> None:
         self.policy = policy
-        self.url = url = url.removeprefix("file://")
+        url = url.removeprefix("file://")
+        self.url = without_passwords(url)  # for errors, which are recorded
         self._files = files_at(url)
         self._threads = ThreadPoolExecutor(policy.threads, thread_name_prefix="millstream-blobs")
         self._lock = threading.Lock()
@@ -99,7 +101,8 @@ class Blobs:
                 del self._known[digest]
 
     def _error(self, digest: str, what: str, error: Exception) -> BlobError:
-        return BlobError(f"content sha256:{digest} {what} in {self.url}: {type(error).__name__}: {error}")
+        message = f"content sha256:{digest} {what} in {self.url}: {type(error).__name__}: {error}"
+        return BlobError(without_passwords(message))
 
 
 def _path(digest: str) -> str:

@@ -1,4 +1,5 @@
-"""Files that are written once, as a whole or not at all, in a folder or any file system of fsspec."""
+"""Files that are written once, as a whole or not at all, in a folder or any file system of fsspec. On this machine
+only their owner may read them: they hold what agents saw, and what was learned from it."""
 
 import os
 from contextlib import suppress
@@ -7,6 +8,13 @@ from secrets import token_hex
 from typing import Protocol
 
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.folders import PRIVATE_FILE, PRIVATE_FOLDER
+from millstream.schemas.redaction import without_passwords
+
+
+def private(path: str, flags: int) -> int:
+    """An ``opener`` for `open`: a file that it creates belongs to its owner alone."""
+    return os.open(path, flags, PRIVATE_FILE)
 
 
 class Files(Protocol):
@@ -31,10 +39,11 @@ class _Folder:
         target = self._folder / path
         if target.exists():
             return
+        self._folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.{token_hex(4)}.part")
         try:
-            with part.open("wb") as file:
+            with open(part, "wb", opener=private) as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
@@ -55,9 +64,11 @@ class _Store:
 
             self._files, self._root = url_to_fs(url)
         except ImportError as error:
-            raise ConfigError(f"blob_url {url} needs a package: {error}; pip install 'fsspec[s3]' for S3") from error
+            raise ConfigError(
+                f"blob_url {without_passwords(url)} needs a package: {error}; pip install 'fsspec[s3]' for S3"
+            ) from error
         except ValueError as error:
-            raise ConfigError(f"blob_url {url} can't be used: {error}") from error
+            raise ConfigError(f"blob_url {without_passwords(url)} can't be used: {error}") from error
 
     def write(self, path: str, content: bytes) -> None:
         where = f"{self._root.rstrip('/')}/{path}"

@@ -10,6 +10,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from millstream.schemas.config.settings import problems_of
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id, rank
+from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans.text import json_text, parsed
 from millstream.schemas.wire.records import Control
 
@@ -47,7 +48,7 @@ class ControlBody:
             kind=self.kind,
             name=getattr(self, self.name_field),
             experiment_id=getattr(self, "experiment_id", ""),
-            body=json_text(self._body()),
+            body=self._text(),
             created_at=time.time_ns() if created_at is None else created_at,
         )
 
@@ -60,6 +61,10 @@ class ControlBody:
             raise ConfigError(f"{record.kind} {record.name}: {problems_of(error)}") from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{record.kind} {record.name}: {type(error).__name__}: {error}") from error
+
+    def _text(self) -> str:
+        """JSON that everybody who reads the topic or the store sees."""
+        return without_passwords(json_text(self._body()))
 
     def _body(self) -> Any:
         return asdict(self)
@@ -108,9 +113,12 @@ class Resources(ControlBody):
     experiment_id: str
     items: Mapping[str, Resource]
 
+    def _text(self) -> str:
+        return json_text(self._body())  # agents need the user's own objects and templates as they are
+
     def _body(self) -> Any:
         return {
-            name: asdict(item) | {"type": "llm" if isinstance(item, LLM) else "prompt_template"}
+            name: _described(item) | {"type": "llm" if isinstance(item, LLM) else "prompt_template"}
             if isinstance(item, LLM | PromptTemplate)
             else {"type": "object", "value": item}
             for name, item in self.items.items()
@@ -123,6 +131,12 @@ class Resources(ControlBody):
             kind = value.pop("type")
             items[name] = value["value"] if kind == "object" else typed(_TYPES[kind], value)
         return cls(resources_id=record.name, experiment_id=record.experiment_id, items=items)
+
+
+def _described(item: LLM | PromptTemplate) -> dict[str, Any]:
+    if isinstance(item, LLM):
+        item = replace(item, endpoints=tuple(map(without_passwords, item.endpoints)))
+    return asdict(item)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

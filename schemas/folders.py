@@ -1,10 +1,15 @@
-"""Folders that commands create, and may empty only if they have created them."""
+"""Folders that commands create, and may empty only if they have created them. Only their owner may read them: they hold
+what agents saw, and what was learned from it. A folder that exists keeps its permissions: create it first to share it
+with a group.
+"""
 
 import shutil
 from pathlib import Path
 
 from millstream.schemas.errors import ConfigError
 
+PRIVATE_FOLDER = 0o700
+PRIVATE_FILE = 0o600
 MARK = ".millstream"  # a file that names what the folder was created for
 
 
@@ -14,7 +19,7 @@ def make_folder(folder: Path, name: str) -> Path:
     Raises `ConfigError`.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{name} {folder}: the folder can't be created ({reason}); choose another one") from error

@@ -11,6 +11,7 @@ from typing import Any, Final
 from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.emit import emit_reward, number_of
 from millstream.schemas.import_path import error_message
+from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans.text import json_text, safe_repr, utf8
 from millstream.schemas.wire import status
 from millstream.schemas.wire.records import ErrorInfo
@@ -40,15 +41,15 @@ SIGNALS_HINT: Final = (
 
 def stopped_by(how: str, cause: str, message: str) -> Outcome:
     """The outcome of an attempt that was ended from outside the agent's code."""
-    return Outcome(how, ErrorInfo(type=cause, message=message, stack=""))
+    return Outcome(how, ErrorInfo(type=cause, message=without_passwords(message), stack=""))
 
 
 def raised(error: BaseException, *, asked: bool = False) -> Outcome:
     """``asked``: the attempt was asked to end, so a CancelledError means that it did. Without that, it comes from
     something that the agent itself cancelled and awaited: a failure like any other."""
     cancelled = isinstance(error, asyncio.CancelledError)
-    stack = utf8("".join(traceback.format_exception(error)))
-    message = error_message(error)
+    stack = without_passwords(utf8("".join(traceback.format_exception(error))))
+    message = without_passwords(error_message(error))
     if cancelled and not asked:
         message = message or "the agent awaited a task that had been cancelled, not by the runner"
     elif isinstance(error, ValueError) and _SIGNALS in message:

@@ -25,6 +25,7 @@ from millstream.consumers.runner.agent import AgentConfig, AgentFunction
 from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.claims import ROLE, Claim, ClaimPolicy, Claims
 from millstream.consumers.runner.hooks import Hook
+from millstream.consumers.runner.hosts.agent_user import agent_user as find_user
 from millstream.consumers.runner.hosts.port import AgentHost, HostOptions, HostPolicy
 from millstream.consumers.runner.hosts.processes import ProcessHost, agent_environment
 from millstream.consumers.runner.hosts.threads import ThreadHost
@@ -71,7 +72,7 @@ class Runner:
 
     With ``processes`` 0, and for a callable, attempts run in threads of this process, ``concurrency`` at a time; else
     in child processes, ``concurrency`` in each, which get the environment variables named by ``env`` besides the
-    basics, may hold ``memory_limit`` MiB, and are replaced after ``max_attempts_per_process``.
+    basics, may hold ``memory_limit`` MiB, run as ``agent_user``, and are replaced after ``max_attempts_per_process``.
     ``hooks``: ``module:attribute``, or objects if attempts run in threads. ``instrument``: see `chosen`.
     """
 
@@ -89,6 +90,7 @@ class Runner:
         drain_s: float = 30.0,
         memory_limit: int | None = None,
         max_attempts_per_process: int | None = None,
+        agent_user: str | None = None,
         hooks: Sequence[Hook | str] = (),
         instrument: str | None = None,
         policy: RunnerPolicy = RunnerPolicy(),
@@ -106,6 +108,7 @@ class Runner:
         self._policy = policy
         self._memory_limit = memory_limit
         self._max_attempts = max_attempts_per_process
+        self._user = None if agent_user is None else find_user(agent_user)
         if memory_limit is not None and not Path("/proc/self/statm").exists():
             raise ConfigError("--memory-limit needs Linux's /proc; leave it out, and limit the runner from outside")
         self._config = AgentConfig(
@@ -195,8 +198,10 @@ class Runner:
     def _make_host(self) -> AgentHost:
         options = HostOptions(self._concurrency, self._changed.set, self._late_span, self._blobs.put, self._policy.host)
         if self._processes == 0:
-            if self._memory_limit or self._max_attempts:
-                raise ConfigError("--memory-limit and --max-attempts-per-process need agent processes (--processes)")
+            if self._memory_limit or self._max_attempts or self._user:
+                raise ConfigError(
+                    "--memory-limit, --max-attempts-per-process and --agent-user need agent processes (--processes)"
+                )
             return ThreadHost(self._config, options)
         for hook in self._config.hooks:
             if not isinstance(hook, str):
@@ -209,6 +214,7 @@ class Runner:
             environment=self._environment,
             memory_limit=self._memory_limit,
             max_attempts=self._max_attempts,
+            user=self._user,
         )
 
     async def _claim(self, claims: Claims, control: ControlFollower) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 import clickhouse_connect
 from clickhouse_connect.driver.client import Client
@@ -17,6 +16,8 @@ from urllib3.exceptions import HTTPError
 
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError, StoreError
+from millstream.schemas.folders import PRIVATE_FOLDER
+from millstream.schemas.redaction import without_passwords
 
 logger = logging.getLogger(__name__)
 
@@ -53,9 +54,7 @@ def embedded_path(dsn: str) -> str:
 
 def address(settings: Settings) -> str:
     """``clickhouse_dsn`` without its password."""
-    dsn = settings.clickhouse_dsn
-    parts = urlsplit(dsn)
-    return dsn if parts.password is None else dsn.replace(f":{parts.password}@", ":***@", 1)
+    return without_passwords(settings.clickhouse_dsn)
 
 
 @contextmanager
@@ -64,7 +63,7 @@ def store_errors(settings: Settings, what: str) -> Iterator[None]:
     try:
         yield
     except ClickHouseError as error:
-        raise StoreError(f"store {address(settings)} {what}: {first_line(error)}") from error
+        raise StoreError(without_passwords(f"store {address(settings)} {what}: {first_line(error)}")) from error
 
 
 def first_line(error: Exception) -> str:
@@ -81,7 +80,7 @@ def _open_embedded(path: str, create: bool) -> Client:
     try:
         if path != IN_MEMORY:
             if create:
-                Path(path).mkdir(parents=True, exist_ok=True)
+                Path(path).mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
             elif not (Path(path).is_dir() and any(Path(path).iterdir())):
                 raise StoreError(
                     f"there is no store in {path}: a training run or `millstream sink` creates one; or set "

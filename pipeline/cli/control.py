@@ -41,7 +41,7 @@ def publish(
         file, settings, group_size=group_size, priority=priority, experiment_id=experiment, skip_bad=skip_bad
     )
     for problem in bad:
-        err.print(f"skipped: {problem}", highlight=False)
+        err.print(f"skipped: {problem}", highlight=False, markup=False)
 
     async def work(log: Log) -> None:
         async with closing(log.producer()) as producer:

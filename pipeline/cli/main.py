@@ -21,7 +21,9 @@ from millstream.pipeline.cli import (
     workers,
 )
 from millstream.pipeline.cli.output import err
+from millstream.pipeline.services.hidden_memory import hide_memory
 from millstream.schemas.errors import ConfigError, Fenced, MillstreamError
+from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans.text import utf8
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train AI agents over an event stream.")
@@ -40,7 +42,9 @@ app.add_typer(model.app, name="model")
 
 
 def main() -> None:
-    """Entry point. Millstream's own errors are printed as one line, without a traceback."""
+    """Entry point. Millstream's own errors are printed as one line, without a traceback. The memory of the
+    process, which holds the secrets, is hidden from other processes of its user."""
+    hide_memory()
     logging.basicConfig(
         level=logging.INFO, format="%(name)s: %(message)s", handlers=[RichHandler(console=err, show_path=False)]
     )
@@ -51,7 +55,7 @@ def main() -> None:
         app()
     except MillstreamError as error:
         word = "fenced" if isinstance(error, Fenced) else "error"
-        err.print(f"[red]{word}:[/red]", escape(str(error)), highlight=False, soft_wrap=True)
+        err.print(f"[red]{word}:[/red]", escape(without_passwords(str(error))), highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except OSError as error:
         if error.filename is None:

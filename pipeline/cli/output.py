@@ -1,18 +1,36 @@
-"""Prints the output of commands: a table for people, JSON for programs."""
+"""Prints the output of commands: a table for people, JSON for programs. Texts of records can't control the terminal."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Column, Table
 
 from millstream.schemas.spans.text import json_text
 
-out = Console()
-err = Console(stderr=True)
+# Control characters but tab and line feed, and those that change the direction of what follows.
+_CONTROLS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+class SafeConsole(Console):
+    """Prints control characters, such as those of escape sequences, as Python writes them (``\\x1b``), whatever holds
+    them: a table, an error, a log line."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or _CONTROLS.search(segment.text) is None:
+                yield segment
+            else:
+                yield segment._replace(text=_CONTROLS.sub(lambda found: ascii(found[0])[1:-1], segment.text))
+
+
+out = SafeConsole()
+err = SafeConsole(stderr=True)
 
 MAX_PORT = 65535
 Mode = Literal["train", "val", "test"]
@@ -32,7 +50,8 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: b
 
 def print_json(value: Any) -> None:
     """Valid JSON, whatever ``value`` holds."""
-    out.print_json(json_text(value, str))
+    text = json_text(value, str)
+    out.print_json(text, ensure_ascii=_CONTROLS.search(text) is not None)  # a JSON parser reads the same from it
 
 
 def table_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:

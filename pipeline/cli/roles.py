@@ -48,6 +48,9 @@ def runner(
     ] = None,
     memory_limit: Annotated[int | None, typer.Option(min=1, help="Memory limit of an agent process in MiB.")] = None,
     max_attempts_per_process: Annotated[int | None, typer.Option(min=1, help="Then it is replaced.")] = None,
+    agent_user: Annotated[
+        str | None, typer.Option(help="User that agent processes run as; needs root. Default: the runner's own.")
+    ] = None,
     health_port: HealthPort = 0,
 ) -> None:
     """Claim tasks and run an agent on them."""
@@ -64,6 +67,7 @@ def runner(
             drain_s=drain_s,
             memory_limit=memory_limit,
             max_attempts_per_process=max_attempts_per_process,
+            agent_user=agent_user,
             hooks=hook or (),
             instrument=instrument,
         )
@@ -162,6 +166,13 @@ def sink(
 def proxy(
     listen: Annotated[str, typer.Option(help="Address to listen at. Default: the first of proxy_url.")] = "",
     drain_s: Annotated[float, typer.Option(min=0, help="Seconds for running calls to end after a stop signal.")] = 60.0,
+    reuse_port: Annotated[
+        bool,
+        typer.Option(
+            "--reuse-port",
+            help="Let a successor listen while this proxy's last calls end. Any process of this user may then, too.",
+        ),
+    ] = False,
     health_port: HealthPort = 0,
 ) -> None:
     """Forward agents' calls to model servers, and record each call as a span."""
@@ -180,7 +191,7 @@ def proxy(
         front = Proxy(log, settings)
         health.export(metrics.CALLS_IN_FLIGHT, lambda: front.in_flight)
         health.export(metrics.CALLS_UNRECORDED, lambda: front.unrecorded)
-        async with serve(front.app, url, shutdown_s=drain_s, reuse_port=True):
+        async with serve(front.app, url, shutdown_s=drain_s, reuse_port=reuse_port):
             await stop.wait()
 
     _run_role(settings, "proxy", health_port, work, uvloop.run)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.folders import PRIVATE_FILE, PRIVATE_FOLDER
 
 if TYPE_CHECKING:  # needs the `train` extra
     from torch import Tensor
@@ -89,8 +90,9 @@ def save(folder: Path, tensors: Mapping[str, "Tensor"], version: str) -> Weights
 
     place, unfinished = folder / version, folder / f".{version}"
     shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    unfinished.mkdir(PRIVATE_FOLDER, parents=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, unfinished / FILE)
+    (unfinished / FILE).chmod(PRIVATE_FILE)
     shutil.rmtree(place, ignore_errors=True)
     unfinished.rename(place)
     return Weights(version, place)

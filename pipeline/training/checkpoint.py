@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from millstream.schemas.errors import ConfigError, MillstreamError
-from millstream.schemas.folders import make_folder
+from millstream.schemas.folders import PRIVATE_FILE, PRIVATE_FOLDER, make_folder
 from millstream.schemas.ids import new_id
 
 NAME: Final = re.compile(r"step-\d{8}")
@@ -65,7 +65,7 @@ def save(
         )
     _clear_unfinished(folder)
     unfinished = folder / f".unfinished-{new_id()}"
-    unfinished.mkdir()
+    unfinished.mkdir(PRIVATE_FOLDER)
     rest = {key: value for key, value in algorithm_state.items() if key != "weights"}
     save_file({name: tensor.contiguous() for name, tensor in algorithm_state["weights"].items()}, unfinished / WEIGHTS)
     torch.save(rest, unfinished / STATE)
@@ -76,8 +76,10 @@ def save(
         "files": {name: _fingerprint(unfinished / name) for name in (WEIGHTS, STATE)},
     }
     (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
-    for path in (*unfinished.iterdir(), unfinished):
+    for path in unfinished.iterdir():
+        path.chmod(PRIVATE_FILE)
         _sync(path)
+    _sync(unfinished)
     final = folder / f"step-{step:08d}"
     if final.exists():  # the same step again
         final.rename(folder / f".unfinished-{new_id()}")

@@ -1,6 +1,10 @@
-"""Settings of a deployment: arguments over ``MILLSTREAM_…`` environment over a TOML file over the defaults."""
+"""Settings of a deployment: arguments over ``MILLSTREAM_…`` environment over a TOML file over the defaults.
+
+A secret may be given by the name of a file that holds it, as ``proxy_secret_file``.
+"""
 
 import difflib
+import logging
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -16,12 +20,16 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from millstream.schemas.config.secret_files import SUFFIX, readable_by_all, with_files_read
 from millstream.schemas.config.triplet_rules import TripletRules
 from millstream.schemas.config.upstreams import Limits, Upstream
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.redaction import has_password
 from millstream.schemas.spans.blobs import DEFAULT_URL
 from millstream.schemas.wire.records import LONGEST_ATTEMPT_S, LONGEST_LEASE_S
 from millstream.schemas.wire.topics import Topics
+
+logger = logging.getLogger(__name__)
 
 SECRET_BYTES = 32  # of proxy_secret: with it the key of any attempt can be made
 ENV_PREFIX = "MILLSTREAM_"
@@ -129,6 +137,13 @@ class Settings(BaseSettings):
             raise ValueError(f"give it {SECRET_BYTES} bytes or more, for example from `openssl rand -hex 32`")
         return secret
 
+    @field_validator("proxy_url", "model_url", "gateway_url")
+    @classmethod
+    def _without_password(cls, url: str) -> str:
+        if has_password(url):
+            raise ValueError("a URL must not hold a password: it is recorded, and calls carry keys of their own")
+        return url
+
     @property
     def proxy_urls(self) -> tuple[str, ...]:
         return tuple(url.strip().rstrip("/") for url in self.proxy_url.split(",") if url.strip())
@@ -148,9 +163,18 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         variables = {new: ENV_PREFIX + old.upper() for old, new in ACCEPTED_NAMES.items()}
         accepted = {new: os.environ[variable] for new, variable in variables.items() if variable in os.environ}
+        secrets = {name: ENV_PREFIX + name.upper() for name in (*SECRETS, *(name + SUFFIX for name in SECRETS))}
+        accepted |= {name: os.environ[variable] for name, variable in secrets.items() if variable in os.environ}
         file = TomlConfigSettingsSource(settings_cls, _config_file())
-        sources: list[Any] = [init_settings, env_settings, lambda: accepted, lambda: _canonical(file())]
+        sources: list[Any] = [init_settings, env_settings, lambda: _read(accepted), lambda: _read(file())]
         return tuple(sources)
+
+
+SECRETS = frozenset(name for name, field in Settings.model_fields.items() if field.annotation is SecretStr)
+
+
+def _read(values: Mapping[str, Any]) -> dict[str, Any]:
+    return with_files_read(_canonical(values), SECRETS)
 
 
 def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,7 +190,7 @@ def load_settings(**overrides: Any) -> Settings:
 
     Raises `ConfigError` naming each unknown or malformed setting and where it was set.
     """
-    known = Settings.model_fields.keys() | ACCEPTED_NAMES.keys()
+    known = Settings.model_fields.keys() | ACCEPTED_NAMES.keys() | {name + SUFFIX for name in SECRETS}
     if CONFIG_VARIABLE in os.environ and not _config_file().is_file():
         raise ConfigError(f"{CONFIG_VARIABLE} names {_config_file()}, which is not a file")
     _refuse_unknown(
@@ -182,8 +206,13 @@ def load_settings(**overrides: Any) -> Settings:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{_config_file()} is not TOML: {error}") from error
         _refuse_unknown(names, known, f"setting in {_config_file()}:")
+        if (given := sorted(SECRETS & names.keys())) and readable_by_all(_config_file()):
+            logger.warning(
+                "%s holds %s and every user of this machine can read it: chmod 600, or set %s%s to a file of its own",
+                *(_config_file(), " and ".join(given), given[0], SUFFIX),
+            )
     try:
-        return Settings(**{key: value for key, value in _canonical(overrides).items() if value is not None})
+        return Settings(**_read({key: value for key, value in overrides.items() if value is not None}))
     except SettingsError as error:  # a variable that should hold JSON
         raise ConfigError(f"{error}: {error.__cause__}") from error
     except ValidationError as error:

@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.redaction import has_password
 
 
 class Limits(BaseModel):
@@ -44,6 +45,8 @@ class Upstream(BaseModel):
         for url in urls:
             if not url.startswith(("http://", "https://")):
                 raise ValueError(f"{url!r} is not an address like http://host:8500")
+            if has_password(url):
+                raise ValueError("an address must not hold a password: give the key by key_file or key_env")
         return tuple(url.rstrip("/") for url in urls)
 
     @model_validator(mode="after")

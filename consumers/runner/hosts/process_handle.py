@@ -12,11 +12,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 from weakref import WeakValueDictionary
 
 from millstream.consumers.runner.agent import AgentConfig
 from millstream.consumers.runner.attempt_writer import AttemptWriter
+from millstream.consumers.runner.hosts.agent_user import AgentUser
 from millstream.consumers.runner.hosts.frames import BadFrame, Frame, FrameReader, Kind, pack
 from millstream.consumers.runner.hosts.port import HostOptions
 from millstream.consumers.runner.outcome import Outcome, stopped_by
@@ -46,6 +47,7 @@ class AgentChild(asyncio.Protocol):
         options: HostOptions,
         max_attempts: int | None,
         on_death: Callable[["AgentChild"], None],
+        user: AgentUser | None = None,
         *,
         alone: bool = False,
     ) -> None:
@@ -55,6 +57,9 @@ class AgentChild(asyncio.Protocol):
         self._environment = environment
         self._options = options
         self._on_death = on_death
+        self._as_user: dict[str, Any] = (
+            {} if user is None else {"user": user.uid, "group": user.gid, "extra_groups": []}
+        )
         self._left = sys.maxsize if max_attempts is None else max_attempts
         self._numbers = count(1)
         self._running: dict[int, AttemptWriter] = {}
@@ -106,6 +111,7 @@ class AgentChild(asyncio.Protocol):
                     env=self._environment,
                     cwd=self._config.folder,
                     start_new_session=True,
+                    **self._as_user,
                 )
             except OSError:
                 ours.close()

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import logging
 import os
+import sys
 import time
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -16,6 +17,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from millstream.consumers.runner.agent import AgentConfig
 from millstream.consumers.runner.attempt_writer import AttemptWriter
+from millstream.consumers.runner.hosts.agent_user import AgentUser
 from millstream.consumers.runner.hosts.port import HostOptions
 from millstream.consumers.runner.hosts.process_handle import AgentChild
 from millstream.consumers.runner.outcome import Outcome, stopped_by
@@ -53,7 +55,8 @@ class ProcessHost:
     """A process that dies ends its own attempts only, and is replaced. While none can be started, it is tried again.
 
     ``memory_limit``: MiB that a process may hold (its resident memory, without the processes that it starts).
-    ``max_attempts``: how many attempts a process takes; it ends once they have ended.
+    ``max_attempts``: how many attempts a process takes; it ends once they have ended. ``user``: whom the processes run
+    as; None: the runner's own user.
     """
 
     def __init__(
@@ -65,16 +68,22 @@ class ProcessHost:
         environment: Mapping[str, str],
         memory_limit: int | None = None,
         max_attempts: int | None = None,
+        user: AgentUser | None = None,
     ) -> None:
         self.lost: Exception | None = None
         self._config = replace(config, one_at_a_time=options.concurrency == 1)
         self._options = options
         self._processes = processes
         self._environment = dict(environment)
+        self._user = user
+        if user is not None:
+            self._environment |= {"HOME": user.home, "USER": user.name}
         self._metrics: TemporaryDirectory[str] | None = None
         if config.hooks:
             self._metrics = TemporaryDirectory(prefix="millstream-metrics-")
             self._environment["PROMETHEUS_MULTIPROC_DIR"] = self._metrics.name
+            if user is not None:
+                os.chown(self._metrics.name, user.uid, user.gid)
         self._memory_limit = memory_limit
         self._max_attempts = max_attempts
         self._memory: Background | None = None
@@ -154,7 +163,9 @@ class ProcessHost:
         # A metrics file that no living process uses; its successor continues counting there.
         place = next(p for p in map(str, count()) if all(p != child.place for child in self._children))
         most = 1 if alone else self._max_attempts
-        return AgentChild(place, self._config, self._environment, self._options, most, self._replace, alone=alone)
+        return AgentChild(
+            place, self._config, self._environment, self._options, most, self._replace, self._user, alone=alone
+        )
 
     def _replace(self, dead: AgentChild) -> None:
         if self._closing or dead not in self._children:
@@ -212,6 +223,9 @@ class ProcessHost:
                 await child.start()
             except OSError as error:
                 reason = f"no process can be started for agent {self._config.name}: {error}"
+                if error.errno == errno.EACCES and self._user is not None:
+                    folder = self._config.folder
+                    reason += f"; user {self._user.name} must be able to run {sys.executable} and to read {folder}"
                 if error.errno not in TEMPORARY:
                     raise MillstreamError(reason) from error
                 if self._failing_since is None:
