@@ -76,7 +76,7 @@ class Storm:
         """Returns once it listens. Its predecessor listens at the same port, so the health port shows it."""
         port = free_port()
         process = self.start(
-            "proxy", "-m", "millstream.pipeline", "proxy", "--health-port", str(port), "--drain-s", "20"
+            "proxy", "-m", "millstream.pipeline", "proxy", "--health-port", str(port), "--drain-s", "20", "--reuse-port"
         )
         await answers(f"http://127.0.0.1:{port}/readyz")
         return process

@@ -149,7 +149,7 @@ def a_request(**fields: Any) -> tuple[Span, ExportTraceServiceRequest]:
 
 
 def bearer(of: Span) -> str:
-    return f"Bearer {attempt_key('secret', of.rollout_id, of.attempt_id, valid_s=60.0)}"
+    return f"Bearer {attempt_key('secret' * 6, of.rollout_id, of.attempt_id, valid_s=60.0)}"
 
 
 async def test_spans_need_the_key_of_their_attempt_or_the_token(kafka_settings: MakeSettings) -> None:
@@ -235,10 +235,10 @@ async def test_while_the_log_is_away_the_exporter_is_asked_to_retry(
 async def test_idle_connections_with_any_word_as_a_key_do_not_stop_ingestion(kafka_settings: MakeSettings) -> None:
     """Section F3: the key is checked before a place is taken, and a body has to arrive."""
     policy = GatewayPolicy(otlp=OtlpPolicy(requests=2, body_s=0.5))
-    async with serving(kafka_settings(proxy_secret="secret", gateway_token="t"), policy) as client:
+    async with serving(kafka_settings(proxy_secret="secret" * 6, gateway_token="t"), policy) as client:
         one, request = a_request()
         other = attempt_key("another secret", one.rollout_id, one.attempt_id, valid_s=60.0)
-        expired = attempt_key("secret", one.rollout_id, one.attempt_id, valid_s=-600.0)
+        expired = attempt_key("secret" * 6, one.rollout_id, one.attempt_id, valid_s=-600.0)
         claims, _, mac = bearer(one).rpartition(".")
         longer = ".".join([*claims.split(".")[:2], "9999999999", "", mac]).removeprefix("Bearer ")
         for key in ("x", "ms1", "ms1....", "a.b.c.d.e", "\u00e9", other, expired, longer):
@@ -268,14 +268,14 @@ async def test_a_body_is_unpacked_only_with_a_right_key(
         raise AssertionError("it was read")
 
     monkeypatch.setattr(otlp_receiver, "_unpacked", unpack)
-    async with serving(kafka_settings(proxy_secret="secret", gateway_token="t")) as client:
+    async with serving(kafka_settings(proxy_secret="secret" * 6, gateway_token="t")) as client:
         for key in ("wrong", "ms1.1.9999999999..00"):
             answered, _, _ = await post(client, b"x", Authorization=f"Bearer {key}", Content_Encoding="gzip")
             assert answered == 401
 
 
 async def test_a_span_of_another_attempt_costs_itself_only(kafka_settings: MakeSettings) -> None:
-    async with serving(kafka_settings(proxy_secret="secret", gateway_token="t")) as client:
+    async with serving(kafka_settings(proxy_secret="secret" * 6, gateway_token="t")) as client:
         one, request = a_request()
         another, more = a_request()
         request.MergeFrom(more)

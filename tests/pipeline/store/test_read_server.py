@@ -131,6 +131,28 @@ def test_what_a_client_asks_for_does_not_make_it_writable(settings, client, port
 
 
 @without_password
+@pytest.mark.parametrize("zero", ["0", "00", "+0", "0x0", "0.0", "false"])
+def test_no_spelling_of_readonly_makes_it_writable(settings, port, zero):
+    """Section F8: in a parameter of the request, or in the statement."""
+    database = settings.clickhouse_database
+    insert = f"INSERT INTO {database}.schema_migrations SELECT * FROM {database}.schema_migrations"
+    for statement in (insert, f"{insert} SETTINGS readonly = {zero}", f"WITH 1 AS a {insert}"):
+        assert http(port, statement, readonly=zero)[0] == 500
+        assert http(port, body=statement.encode(), readonly=zero, param_readonly=zero)[0] == 500
+    assert http(port, f"SELECT 1 SETTINGS readonly = {zero}")[0] == 500
+
+
+@without_password
+def test_marks_of_heredocs_do_not_hold_up_the_process(port):
+    """Section F8: the engine's parser takes quadratic time for them."""
+    many = " ".join(f"$a{n}$" for n in range(32_000))
+    for statement in (f"SELECT {many}", f"SELECT '{many}'", f"EXPLAIN SELECT 1 -- {many}"):
+        http_status, _, answer = http(port, body=statement.encode())
+        assert (http_status, b"heredocs" in answer) == (500, True)
+    assert http(port, "SELECT $a$it's$a$")[2] == b"it\\'s\n"
+
+
+@without_password
 def test_get_and_post(port):
     status, _, body = http(port, "SELECT number FROM numbers(2)")
     assert (status, body) == (200, b"0\n1\n")
