@@ -95,12 +95,13 @@ async def _supervised() -> AsyncIterator[None]:
 @asynccontextmanager
 async def _served_model(setup: Setup, url: str) -> AsyncIterator[tuple[ModelServer | None, list[str]]]:
     """Serves the model at ``url``; yields the server and the URLs of its replicas. None and no URLs without a model."""
+    parts = urlsplit(url)
     if setup.model is None:
         yield None, []
+    elif parts.hostname is None or not is_loopback(parts.hostname):  # neither asks for a key
+        server = "the demo engine" if setup.vllm is None else "vLLM"
+        raise ConfigError(f"model_url {url}: {server} listens on this machine only, at http://{LOOPBACK}:PORT")
     elif setup.vllm is not None:
-        parts = urlsplit(url)
-        if parts.hostname is None or not is_loopback(parts.hostname):
-            raise ConfigError(f"model_url {url}: vLLM listens on this machine only, at http://{LOOPBACK}:PORT")
         replicas = VllmServer(
             setup.model,
             setup.vllm,

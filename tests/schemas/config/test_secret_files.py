@@ -11,7 +11,7 @@ from millstream.schemas.errors import ConfigError
 @pytest.fixture
 def secret(tmp_path: Path) -> Path:
     file = tmp_path / "secret"
-    file.write_text("hunter2-hunter2-hunter2-hunter2-0\n")
+    file.write_text("hunter2hunter2hunter2hunter2hunter2\n")
     file.chmod(0o600)
     return file
 
@@ -20,13 +20,16 @@ def secret(tmp_path: Path) -> Path:
 def test_every_secret_may_be_given_by_a_file(name: str, secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Section F1."""
     monkeypatch.setenv(f"MILLSTREAM_{name.upper()}_FILE", str(secret))
-    assert getattr(load_settings(), name).get_secret_value() == "hunter2-hunter2-hunter2-hunter2-0"
+    assert getattr(load_settings(), name).get_secret_value() == "hunter2hunter2hunter2hunter2hunter2"
     monkeypatch.delenv(f"MILLSTREAM_{name.upper()}_FILE")
-    assert getattr(load_settings(**{f"{name}_file": secret}), name).get_secret_value() == "hunter2-hunter2-hunter2-hunter2-0"
+    assert (
+        getattr(load_settings(**{f"{name}_file": secret}), name).get_secret_value()
+        == "hunter2hunter2hunter2hunter2hunter2"
+    )
     toml = secret.with_name("millstream.toml")
     toml.write_text(f'{name}_file = "{secret}"\n')
     monkeypatch.setenv(CONFIG_VARIABLE, str(toml))
-    assert getattr(load_settings(), name).get_secret_value() == "hunter2-hunter2-hunter2-hunter2-0"
+    assert getattr(load_settings(), name).get_secret_value() == "hunter2hunter2hunter2hunter2hunter2"
 
 
 def test_all_secrets_are_known() -> None:
@@ -53,7 +56,9 @@ def test_a_file_that_is_no_secret_is_refused(prepare: object, why: str, secret: 
 
 def test_a_group_may_share_a_secret(secret: Path) -> None:
     secret.chmod(0o640)
-    assert load_settings(proxy_secret_file=secret).proxy_secret.get_secret_value() == "hunter2-hunter2-hunter2-hunter2-0"
+    assert (
+        load_settings(proxy_secret_file=secret).proxy_secret.get_secret_value() == "hunter2hunter2hunter2hunter2hunter2"
+    )
 
 
 def test_a_secret_and_its_file_are_one_too_many(secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +92,8 @@ def test_a_configuration_with_secrets_that_all_can_read_is_warned_about(
 def test_a_url_with_a_password_is_refused_without_showing_it(name: str) -> None:
     """Section F6: the trainer would announce it on the control topic."""
     with pytest.raises(ConfigError, match=f"setting {name}.*must not hold a password") as caught:
-        load_settings(**{name: "http://me:hunter2-hunter2-hunter2-hunter2-0@host:8400"})
-    assert "hunter2-hunter2-hunter2-hunter2-0" not in str(caught.value)
+        load_settings(**{name: "http://me:hunter2hunter2hunter2hunter2hunter2@host:8400"})
+    assert "hunter2hunter2hunter2hunter2hunter2" not in str(caught.value)
     with pytest.raises(ConfigError) as caught:
-        load_settings(upstreams={"m": {"urls": ["http://me:hunter2-hunter2-hunter2-hunter2-0@host"]}})
-    assert "hunter2-hunter2-hunter2-hunter2-0" not in str(caught.value)
+        load_settings(upstreams={"m": {"urls": ["http://me:hunter2hunter2hunter2hunter2hunter2@host"]}})
+    assert "hunter2hunter2hunter2hunter2hunter2" not in str(caught.value)
