@@ -24,7 +24,6 @@ UNSUPERVISED = {
     ("consumers.runner.attempt", "_in_thread"),
     ("consumers.runner.attempt", "start"),
     ("consumers.runner.attempt", "_in_thread"),
-    ("consumers.runner.hosts.process_main", "_run_loop"),
     ("consumers.runner.hooks", "_start"),
     ("pipeline.blocking", "noted"),
     ("pipeline.blocking", "run_blocking"),
