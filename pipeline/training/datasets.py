@@ -5,6 +5,7 @@ without a reward gets the next one of its rollout, as in training (`credit.turn_
 rollout and turn if a text does not hold messages.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -23,6 +24,8 @@ from millstream.schemas.wire.prefixes import expand
 from millstream.schemas.wire.records import Triplet
 from millstream.schemas.wire.topics import Topics
 
+logger = logging.getLogger(__name__)
+
 Rollout = Sequence[Triplet]
 
 
@@ -31,10 +34,23 @@ async def read_rollouts(log: Log, topics: Topics, experiment: str | None, mode: 
     found: dict[str, list[Triplet]] = {}
     partitions = [Partition(topics.triplets, number) for number in range(topics.partitions)]
     async for record in read_to_end(log, partitions):
-        value = codec.decode(record.value)
+        try:
+            value = codec.decode(record.value)
+        except CodecError as error:
+            logger.warning("%s is left out: %s", record.place, error)
+            continue
         if isinstance(value, Triplet) and value.mode == mode and experiment in (None, value.experiment_id):
             found.setdefault(value.rollout_id, []).append(value)
-    return [expand(triplets) for triplets in found.values()]
+    return [whole for triplets in found.values() if (whole := _expanded(triplets))]
+
+
+def _expanded(triplets: list[Triplet]) -> list[Triplet]:
+    """None of them if one is missing."""
+    try:
+        return expand(triplets)
+    except ValueError as error:
+        logger.warning("left out: %s", error)
+        return []
 
 
 def why_none(rollouts: Sequence[Rollout], searched: str) -> str:

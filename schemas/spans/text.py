@@ -25,11 +25,11 @@ def texts(values: Mapping[str, Any] | None) -> dict[str, str]:
     plain = values.copy() if hasattr(values, "copy") else dict(values)
     try:
         return {
-            utf8(key): utf8(value) if type(value) is str else str(value) if type(value) is int else as_text(value)
+            key: utf8(value) if type(value) is str else str(value) if type(value) is int else as_text(value)
             for key, value in plain.items()
         }
     except ValueError:
-        return {utf8(key): _text_or_repr(value) for key, value in plain.items()}
+        return {key: _text_or_repr(value) for key, value in plain.items()}
 
 
 def as_text(value: Any) -> str:

@@ -567,7 +567,7 @@ async def test_an_attempt_is_closed_at_its_proxy_and_both_counts_are_written() -
     rollout_id, attempt_id = one.task.rollout_id, one.last.attempt_id
     ((*ids, key),) = asked
     assert ids == [rollout_id, attempt_id]
-    claims = claims_of("s", rollout_id, attempt_id, key.removeprefix("Bearer "))
+    claims = claims_of("s" * 32, rollout_id, attempt_id, key.removeprefix("Bearer "))
     assert claims.expires >= claims.issued + one.task.timeout_s
     assert one.last.span_counts == {"agent": 1, "proxy": 5}
 
