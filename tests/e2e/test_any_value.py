@@ -265,7 +265,7 @@ async def through_all(log, settings, sink, agent, values, rollouts):
     recorded = list(histories(values, rollouts))
     expected = [task.rollout_id for task in tasks] + list(dict.fromkeys(key for key, _ in recorded))
     collector.expect(expected)
-    await TaskPublisher(log.producer(), settings.topics).publish(tasks)
+    await TaskPublisher(log.producer(), settings).publish(tasks)
     producer = log.producer()
     for key, record in recorded:
         producer.send(settings.topics.events, record, key=key)

@@ -141,9 +141,15 @@ def test_a_token_that_comes_again_is_dropped_before_it_is_stored(writer):
         assert ask(writer, "SELECT count() FROM tasks_raw") == [(expected,)]
 
 
+def test_half_a_character_of_a_record_in_memory_is_stored_as_valid_text(writer):
+    """A1: one record does not cost its batch."""
+    writer.insert("controls_raw", ["kind", "name"], [["a", "half"], ["b", "\ud800"]], "h")
+    assert ask(writer, "SELECT name FROM controls_raw WHERE kind = 'half'") == [("\ufffd",)]
+
+
 def test_a_value_that_no_column_holds_is_named_and_the_others_can_go_on(writer):
     with pytest.raises(RowsRefused, match="controls_raw"):
-        writer.insert("controls_raw", ["kind", "name"], [["a"], ["\ud800"]], "t")
+        writer.insert("controls_raw", ["kind", "name"], [["a"], [7]], "t")
     with pytest.raises(RowsRefused, match="offset"):
         writer.insert("attempts_raw", ["rollout_id", "offset"], [["a"], [1 << 70]], "t")
     with pytest.raises(StoreError, match="nowhere"):
