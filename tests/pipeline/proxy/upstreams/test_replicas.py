@@ -7,7 +7,7 @@ import openai
 import pytest
 from aiohttp import web
 from policy_server import Fault
-from proxy_rig import ANYWHERE, rig_of
+from proxy_rig import ANYWHERE, SECRET, rig_of
 from pydantic import SecretStr
 
 from millstream.pipeline.proxy.upstreams.replicas import Failed, ReplicaPolicy, Replicas, retry_after_s
@@ -177,7 +177,7 @@ async def test_versions_side_by_side_are_shared_by_rollouts_and_a_pinned_one_sta
         served = {}
         for _ in range(40):
             rollout, attempt = new_id(), new_id()
-            key = attempt_key("s3cret", rollout, attempt, valid_s=60.0)
+            key = attempt_key(SECRET, rollout, attempt, valid_s=60.0)
             base = f"{rig.url}/rollout/{rollout}/attempt/{attempt}/v1"
             client = rig.client.with_options(base_url=base, api_key=key)
             for _ in range(2):
