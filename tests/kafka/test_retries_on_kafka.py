@@ -1,15 +1,19 @@
 """The adapter on a real Kafka: retries, then the end; dead letters can be found and replayed."""
 
 import asyncio
+import os
+import sys
 from collections.abc import Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 from factories import event, task
 from prometheus_client import CollectorRegistry
 
 from millstream.consumers.adapter.adapter import Adapter
-from millstream.consumers.dead_letters import list_dead_letters, replay
+from millstream.consumers.dead_letters import list_dead_letters, send_dead_letter
+from millstream.consumers.dead_letters import replay as replay_letter
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import Settings
@@ -84,10 +88,39 @@ async def test_attempts_are_retried_across_a_restart_and_dead_letters_are_replay
     ((_, letter),) = await list_dead_letters(log, topics)
     assert (letter.role, letter.reason) == ("adapter", "attempts_exhausted")
     assert letter.key == second[0].rollout_id.encode()
-    await replay(producer, settings, letter)
+    await replay_letter(producer, settings, letter)
     again = [of for of in await read(log, waiting, 7) if of.attempt == 1]
     assert [of.metadata for of in again if isinstance(of, RolloutTask)] == [{"replay_of": second[0].rollout_id}]
+
+    send_dead_letter(producer.send, topics, replace(letter, value=None))  # it can't be replayed
     await asyncio.to_thread(producer.close)
+    code, said = await dead_replay(settings, "--all", "--reason", "attempts_exhausted")
+    assert (code, said.splitlines()[-1]) == (1, "1 of 2 replayed")
+    assert ": not replayed: the record was kept without its body" in said
+    assert len(await read(log, waiting, 8)) == 8
+    assert await dead_replay(settings, "--all", "--reason", "undecodable") == (0, "0 of 0 replayed\n")
+    for wrong in ((), ("--all", "0:0"), ("--reason", "undecodable"), ("0:0", "--role", "sink")):
+        code, said = await dead_replay(settings, *wrong)
+        assert code == 1
+        assert "name places" in said
+
+
+async def dead_replay(settings: Settings, *arguments: str) -> tuple[int, str]:
+    """The command's exit code and all it says."""
+    environment = os.environ | {
+        "MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
+        "MILLSTREAM_TOPIC_PREFIX": settings.topic_prefix,
+        "MILLSTREAM_KAFKA_PARTITIONS": str(settings.kafka_partitions),
+        "COLUMNS": "200",
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "millstream.pipeline", "dead", "replay", *arguments),
+        env=environment,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    said, _ = await process.communicate()
+    return process.returncode or 0, said.decode()
 
 
 async def test_a_successor_waits_for_what_its_frozen_predecessor_may_still_commit(
