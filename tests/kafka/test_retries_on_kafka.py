@@ -101,7 +101,7 @@ async def test_attempts_are_retried_across_a_restart_and_dead_letters_are_replay
     assert await dead_replay(settings, "--all", "--reason", "undecodable") == (0, "0 of 0 replayed\n")
     for wrong in ((), ("--all", "0:0"), ("--reason", "undecodable"), ("0:0", "--role", "sink")):
         code, said = await dead_replay(settings, *wrong)
-        assert code == 1
+        assert code == 2
         assert "name places" in said
 
 
