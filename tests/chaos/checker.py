@@ -98,12 +98,14 @@ def check(chaos: "Chaos", schemas_folder):
     settings, known = chaos.settings, schemas(schemas_folder)
     bootstrap, prefix, published = settings.kafka_bootstrap_servers, settings.topic_prefix, chaos.published
     ends, triplets = Counter(), defaultdict(Counter)
-    chosen, outcome, triplet_attempts = {}, {}, defaultdict(set)
+    chosen, outcome, triplet_attempts, refused = {}, {}, defaultdict(set), set()
     for name, record, *_ in read(bootstrap, f"{prefix}.triplets", known):
         if name == "RolloutEnd":
             ends[record["rollout_id"]] += 1
             chosen[record["rollout_id"]] = record["attempt_id"]
             outcome[record["rollout_id"]] = record["status"]
+            if (record["reason"] or "").startswith("too_large"):  # the brokers refused its triplets
+                refused.add(record["rollout_id"])
         else:
             triplets[record["rollout_id"]][record["turn"]] += 1
             triplet_attempts[record["rollout_id"]].add(record["attempt_id"])
@@ -154,7 +156,7 @@ def check(chaos: "Chaos", schemas_folder):
     duplicate_triplets = [r for r, turns in triplets.items() if any(n > 1 for n in turns.values())]
     wrong = []
     for rollout, status in outcome.items():
-        if status == "succeeded" and rollout not in chaos.poisoned:
+        if status == "succeeded" and rollout not in chaos.poisoned | refused:
             if triplet_attempts[rollout] != {chosen[rollout]}:
                 wrong.append(f"{rollout}: triplets of attempts {triplet_attempts[rollout]}, chosen {chosen[rollout]}")
             elif sum(triplets[rollout].values()) != calls[chosen[rollout]]:

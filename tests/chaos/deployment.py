@@ -38,7 +38,7 @@ from millstream.schemas.folders import emptied_folder
 ROOT = Path(__file__).parents[2]
 LEASE_S = 3.0
 RUNNERS, ADAPTERS = 3, 2
-START_S = 30.0  # until a process has to answer probes
+START_S = 90.0  # until a process has to answer probes
 SILENT_S = 15.0  # without an answer to a probe, a process counts as stuck
 DISK_MB = 256
 USER, PASSWORD = "roles", token_hex(8)

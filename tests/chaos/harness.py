@@ -150,14 +150,17 @@ class Chaos(Deployment):
         """Notes the ends of rollouts."""
         topics, consumer = self.settings.topics, log.consumer()
         await consumer.assign([Partition(topics.triplets, n) for n in range(topics.partitions)])
-        while True:
-            try:
-                for record in await consumer.poll(500, 0.2):
-                    value = codec.decode(record.value) if isinstance(record, LogRecord) and record.value else None
-                    if isinstance(value, RolloutEnd):
-                        self.ended.add(value.rollout_id)
-            except LogError:
-                await asyncio.sleep(0.2)
+        try:
+            while True:
+                try:
+                    for record in await consumer.poll(500, 0.2):
+                        value = codec.decode(record.value) if isinstance(record, LogRecord) and record.value else None
+                        if isinstance(value, RolloutEnd):
+                            self.ended.add(value.rollout_id)
+                except LogError:
+                    await asyncio.sleep(0.2)
+        finally:
+            await consumer.close()
 
     async def inject(self, stop: asyncio.Event) -> None:
         """Poison, straight to the topics."""
@@ -239,6 +242,7 @@ class Chaos(Deployment):
         finally:
             for task in (*watching, *loading, striking):
                 task.cancel()
+            await asyncio.wait([*watching, *loading, striking])
             self.producer.close()
 
     async def settle(self) -> list[str]:

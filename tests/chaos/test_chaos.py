@@ -5,7 +5,7 @@ import pytest
 from faults import KINDS
 from harness import run
 
-pytestmark = [pytest.mark.kafka, pytest.mark.chaos, pytest.mark.slow]
+pytestmark = [pytest.mark.kafka, pytest.mark.chaos, pytest.mark.slow, pytest.mark.timeout(580)]
 
 
 def test_twenty_faults_lose_nothing_and_double_nothing(tmp_path):
