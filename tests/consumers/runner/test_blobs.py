@@ -131,7 +131,7 @@ async def test_a_store_that_is_down_fails_the_attempt_and_says_why(tmp_path, pro
         ended = await rig.ends(2)
     failed, other = ended[json.dumps({"bytes": MB})], ended[json.dumps({"bytes": 10})]
     assert (failed.last.status, failed.last.error.type) == (status.FAILED, "blob")
-    assert f"(1048576 bytes) was not stored in {tmp_path}/blobs: NotADirectoryError" in failed.last.error.message
+    assert f"(1048576 bytes) was not stored in {tmp_path}/blobs: FileExistsError" in failed.last.error.message
     assert [span.name for span in failed.spans if span.parent_id] == ["before", "reward"]
     assert other.last.status == status.SUCCEEDED
 
