@@ -59,6 +59,8 @@ BOUNDED = {
     "._control._resources[].items": 1000,
     "._control._cancels": 100_000,
     ".settled._recent": 4 << 14,  # of each partition, then 8 bytes a mark
+    "sink._gathered.parts[]": 500,  # records of a batch; how many there are depends on when one looks
+    "sink._gathered.parts[][].headers": 500,
 }
 ANYWHERE = "http://127.0.0.1:0"
 
