@@ -8,6 +8,7 @@ those that only read are run. ``<!-- not run: REASON -->`` in the line above a b
 
 import ast
 import asyncio
+import contextlib
 import importlib.util
 import inspect
 import json
@@ -37,6 +38,7 @@ BLOCK = re.compile(r"^(<!-- not run: [^\n]+ -->\n+)?```(\w*)\n(.*?)^```$", re.DO
 READING = {"sql", "rollouts", "triplets", "rewards"}  # commands that only read the store
 PROGRAMS = {"echo", "ls", "source", "sqlite3"}  # not ours: not looked at
 OPERATORS = {"&", "&&", "|", "||", ";"}
+OUTPUT = "output-of-a-command-in-32-bytes-or-more"
 
 RECORD = """
 import torch, millstream as ms
@@ -167,7 +169,7 @@ def check_shell(text: str, folder: Path) -> None:
 
 def commands_of(line: str) -> Iterator[list[str]]:
     """The simple commands of a line, without redirections."""
-    lexer = shlex.shlex(re.sub(r"\$\(.*?\)", "output", line), posix=True, punctuation_chars="&|;>")
+    lexer = shlex.shlex(re.sub(r"\$\(.*?\)", OUTPUT, line), posix=True, punctuation_chars="&|;>")
     lexer.whitespace_split = True
     words: list[str] = []
     tokens = iter(lexer)
@@ -192,7 +194,7 @@ def check_command(words: list[str], folder: Path, variables: dict[str, str]) -> 
     elif program == "export":
         variables.update(assigned.split("=", 1) for assigned in arguments)
     elif program == "millstream":
-        name = parse_millstream(arguments)
+        name = parse_millstream(arguments, folder)
         if name in READING and "…" not in " ".join(arguments):
             python(folder, "-m", "millstream.pipeline", *arguments, **variables)
     elif program == "make":
@@ -212,13 +214,18 @@ def check_command(words: list[str], folder: Path, variables: dict[str, str]) -> 
         assert program in PROGRAMS or (ROOT / program).is_file(), f"unknown program {program}"
 
 
-def parse_millstream(arguments: list[str]) -> str:
-    """Has the real command line parse the arguments; returns the command's name. Raises its errors."""
+def parse_millstream(arguments: list[str], folder: Path) -> str:
+    """Has the real command line parse the arguments in a folder in which the named files exist; returns the command's
+    name. Raises its errors."""
     command, rest = millstream(), list(arguments)
     name = rest[0]
     while hasattr(command, "commands"):
         command = command.commands[rest.pop(0)]
-    command.make_context(name, rest)
+    with contextlib.chdir(folder):
+        for word in rest:
+            if word.endswith((".jsonl", ".toml")):
+                Path(word).touch()
+        command.make_context(name, rest)
     return name
 
 
