@@ -11,7 +11,7 @@ from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import LocalKafka
 from millstream.pipeline.cli.output import MAX_PORT, Json, print_rows
 from millstream.schemas.config.settings import load_settings
-from millstream.schemas.errors import ConfigError
+from millstream.schemas.errors import LogUnavailable
 
 app = typer.Typer(no_args_is_help=True, help="An Apache Kafka on this machine, for development.")
 topics_app = typer.Typer(no_args_is_help=True, help="The deployment's topics.")
@@ -47,7 +47,7 @@ def kafka_status(data_dir: DataDir = KAFKA_DIR, as_json: Json = False) -> None:
 def _print_status(kafka: LocalKafka, as_json: bool) -> None:
     found = kafka.status()
     if found is None:
-        raise ConfigError(f"no broker runs in {kafka.folder}; start one with: millstream kafka up")
+        raise LogUnavailable(f"no broker runs in {kafka.folder}; start one with: millstream kafka up")
     print_rows([field.name for field in fields(found)], [astuple(found)], as_json)
 
 
