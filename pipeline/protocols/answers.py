@@ -176,7 +176,7 @@ class _Choice:
         self.token_ids: list[int] | None = None
         self.logprobs: list[float] | None = None
         self.recent: deque[tuple[Json, Json]] = deque(maxlen=RECENT)  # pieces of a stream, and their log-probabilities
-        self._calls = ToolCalls()
+        self._calls: ToolCalls | None = None
 
     @property
     def begun(self) -> bool:
@@ -208,10 +208,11 @@ class _Choice:
         message = self.message
         for name, value in delta.items():
             if name == "tool_calls":
-                for call in value or ():
-                    self._calls.add(call)
                 if value:
+                    self._calls = self._calls or ToolCalls()
                     message["tool_calls"] = self._calls.all
+                    for call in value:
+                        self._calls.add(call)
             elif name == "content" and isinstance(value, list):
                 self._parts(value)
             else:

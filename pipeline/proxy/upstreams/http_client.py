@@ -135,6 +135,8 @@ class Exchange:
         self._server = server
         self._request = request
         self._connection: _Connection | None = None
+        self._inflate: _Inflate | None = None
+        self._size = 0  # bytes of the body so far, decompressed
 
     async def __aenter__(self) -> Self:
         """Returns when the head of the answer has come. Raises `HttpError`."""
@@ -173,21 +175,31 @@ class Exchange:
 
     async def read(self) -> bytes:
         """What is left of the body. Raises `HttpError`."""
-        return b"".join([piece async for piece in self.pieces()])
+        pieces = []  # not by `pieces`: each call comes through here, and asyncio keeps a list of running generators
+        while piece := await self._next():
+            pieces.append(piece)
+        return b"".join(pieces)
 
     async def pieces(self) -> AsyncIterator[bytes]:
         """The body as it comes. Raises `HttpError`."""
-        connection, most, size = self._connected, self._server.policy.body, 0
-        inflate = _Inflate(most) if self.headers.get("content-encoding", "").strip().lower() in COMPRESSED else None
-        while piece := await connection.next():
-            if inflate is not None and not (piece := inflate.feed(piece)):
-                continue
-            size += len(piece)
-            if size > most:
-                raise HttpError(f"the answer has more than {most:,} bytes")
+        while piece := await self._next():
             yield piece
-        if inflate is not None:
-            inflate.end()
+
+    async def _next(self) -> bytes:
+        """Of the body, decompressed; empty at its end."""
+        most, connection = self._server.policy.body, self._connected
+        if self._inflate is None and self.headers.get("content-encoding", "").strip().lower() in COMPRESSED:
+            self._inflate = _Inflate(most)
+        while piece := await connection.next():
+            if self._inflate is not None and not (piece := self._inflate.feed(piece)):
+                continue
+            self._size += len(piece)
+            if self._size > most:
+                raise HttpError(f"the answer has more than {most:,} bytes")
+            return piece
+        if self._inflate is not None:
+            self._inflate.end()
+        return b""
 
 
 class _Inflate:
