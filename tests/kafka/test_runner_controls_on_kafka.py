@@ -99,6 +99,7 @@ async def test_cancel_pause_workers_lag_and_a_second_interrupt(
         alive = await asyncio.to_thread(_get, port, "/livez")
         assert [line.split()[0] for line in alive.splitlines()] == [
             "millstream_poll_age_seconds",
+            "millstream_background_age_seconds",
             "millstream_event_loop_age_seconds",
             "millstream_starving_seconds",
         ]

@@ -165,7 +165,7 @@ async def test_sinks_share_the_work_and_take_over_from_each_other(log, settings,
         spans += publish(log, settings, 20)["spans"]
         stop.set()
         await task
-    read = {Partition(topic.name, n) for topic in settings.topics.all for n in range(topic.partitions)}
+    read = {Partition(topic.name, n) for topic in settings.topics.stored for n in range(topic.partitions)}
     await eventually(lambda: sinks[2]._consumer.assignment() == read)
     stops[2].set()
     await running[2]
