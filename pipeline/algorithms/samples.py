@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import numpy as np
 import torch
@@ -16,6 +17,11 @@ from millstream.schemas.wire.records import Triplet
 from millstream.schemas.wire.trainable import bad_reward, bad_tokens
 
 logger = logging.getLogger(__name__)
+
+INCOMPLETE: Final = (
+    "a trainable triplet needs prompt tokens, and as many log-probabilities as response tokens; does the model server "
+    "return both?"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +56,7 @@ def usable(groups: Sequence[Group], vocabulary: int) -> tuple[list[Group], int]:
 def _unusable(triplet: Triplet, vocabulary: int) -> str | None:
     prompt, response, logprobs = triplet.prompt_token_ids, triplet.response_token_ids, triplet.response_logprobs
     if not (prompt and response and logprobs) or len(response) != len(logprobs):
-        why: str | None = (
-            "a trainable triplet needs prompt tokens, and as many log-probabilities as response tokens; does the model "
-            "server return both?"
-        )
+        why: str | None = INCOMPLETE
     elif (why := bad_tokens(prompt, response, logprobs)) is None:
         largest = int(np.frombuffer(prompt + response, "<i4").max())
         if largest >= vocabulary:
@@ -126,10 +129,7 @@ def _earned(member: FinishedRollout) -> Turns:
 def _sample(triplet: Triplet, credit: Turns) -> Sample:
     parts = triplet.prompt_token_ids, triplet.response_token_ids, triplet.response_logprobs
     if not all(parts) or len(parts[1] or b"") != len(parts[2] or b""):
-        raise ValueError(
-            f"rollout {triplet.rollout_id}, turn {triplet.turn}: a trainable triplet needs prompt tokens, and as many "
-            "log-probabilities as response tokens; does the model server return both?"
-        )
+        raise ValueError(f"rollout {triplet.rollout_id}, turn {triplet.turn}: {INCOMPLETE}")
     prompt, response, logprobs = (
         np.frombuffer(part or b"", kind).tolist() for part, kind in zip(parts, ("<i4", "<i4", "<f4"), strict=True)
     )
