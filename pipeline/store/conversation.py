@@ -5,10 +5,8 @@ from dataclasses import dataclass
 
 import orjson
 
-from millstream.consumers.adapter.calls import SpanTree, calls_of
-from millstream.pipeline.store.rollout_diff import error_of
+from millstream.pipeline.store.rollout_diff import error_of, step_of, step_spans
 from millstream.schemas.spans import semconv
-from millstream.schemas.spans.dialects import normalised
 from millstream.schemas.wire.records import Span
 
 
@@ -21,15 +19,13 @@ class Line:
 
 
 def conversation(spans: Sequence[Span]) -> list[Line]:
-    """The lines of an attempt in log order. Messages that a call repeats from the one before it are left out, as is a
-    tool's span whose result the model got as a message. A call that two sources recorded is there once."""
-    spans = [normalised(span) for span in spans]
-    calls = {id(call.span) for call in calls_of(spans, SpanTree(spans))}
+    """The lines of an attempt in log order. Messages that a call repeats from the one before it are left out. A call
+    that two sources recorded is there once."""
     found: list[Line] = []
     known: list[Line] = []  # the last call's messages, and its answer
-    for span in spans:
+    for span in step_spans(spans):
         attributes = span.attributes
-        if id(span) in calls:
+        if span.kind == semconv.LLM:
             asked = _lines(attributes.get(semconv.REQUEST_MESSAGES) or attributes.get(semconv.INPUT_MESSAGES), "user")
             said = attributes.get(semconv.RESPONSE_MESSAGE) or attributes.get(semconv.OUTPUT_MESSAGES)
             answered = _lines(said, "assistant")
@@ -38,12 +34,10 @@ def conversation(spans: Sequence[Span]) -> list[Line]:
             known = [*asked, *answered]
             if error := error_of(span):
                 found.append(Line("error", error))
-        elif span.kind == semconv.TOOL:
-            result = error_of(span) or attributes.get(semconv.TOOL_RESULT, "")
-            name = attributes.get(semconv.TOOL_NAME, span.name)
-            found.append(Line(f"tool {name}", f"{attributes.get(semconv.TOOL_ARGUMENTS, '')} → {result}"))
-        elif span.reward is not None and span.kind != semconv.LLM:
-            found.append(Line(f"reward {span.reward_name or ''}".rstrip(), f"{span.reward:g}"))
+            continue
+        step = step_of(span)
+        who = f"tool {step.name}" if span.kind == semconv.TOOL else f"reward {span.reward_name or ''}".rstrip()
+        found.append(Line(who, step.text))
     return found
 
 

@@ -23,11 +23,17 @@ class Step:
 
 
 def steps(spans: Sequence[Span]) -> list[Step]:
-    """The steps in log order. A call that both the proxy and the agent's SDK recorded is one step."""
+    """The steps in log order."""
+    return [step_of(span) for span in step_spans(spans)]
+
+
+def step_spans(spans: Sequence[Span]) -> list[Span]:
+    """The spans of model calls, tools and rewards, normalised, in log order. A call that both the proxy and the agent's
+    SDK recorded is there once."""
     spans = [normalised(span) for span in spans]
     calls = {id(call.span) for call in calls_of(spans, SpanTree(spans))}
     return [
-        _step(span)
+        span
         for span in spans
         if id(span) in calls or span.kind == semconv.TOOL or (span.reward is not None and span.kind != semconv.LLM)
     ]
@@ -83,7 +89,7 @@ def error_of(span: Span) -> str:
     return span.status_message or kind or "failed"
 
 
-def _step(span: Span) -> Step:
+def step_of(span: Span) -> Step:
     attributes = span.attributes
     name = attributes.get(semconv.TOOL_NAME, span.name)
     if span.kind == semconv.LLM:
