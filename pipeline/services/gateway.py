@@ -31,7 +31,7 @@ from millstream.pipeline.services.health import Health
 from millstream.pipeline.services.otlp_receiver import PATH as TRACES
 from millstream.pipeline.services.otlp_receiver import OtlpPolicy, OtlpReceiver
 from millstream.pipeline.services.rollout_status import read_rollout_status
-from millstream.pipeline.services.serve_asgi import for_this_machine, limited
+from millstream.pipeline.services.serve_asgi import body_of, for_this_machine
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
@@ -169,13 +169,11 @@ class Gateway:
         # Browsers send this content type to another site only if that site allows it: no web page can publish here.
         if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
             raise Refused(415, "send Content-Type: application/json")
-        limit = self._policy.max_body_bytes
+        limit, seconds = self._policy.max_body_bytes, self._policy.body_s
         too_large = Refused(413, f"the body is larger than {limit:,} bytes; publish in several requests")
+        late = Refused(408, f"the body did not arrive within {seconds:g} s")
         try:
-            async with asyncio.timeout(self._policy.body_s):
-                return json.loads(await limited(request, limit, too_large).body())
-        except TimeoutError:
-            raise Refused(408, f"the body did not arrive within {self._policy.body_s:g} s") from None
+            return json.loads(await body_of(request, limit, seconds, too_large, late))
         except (ValueError, RecursionError) as error:
             raise Refused(400, f"the body is not JSON: {error}") from None
 

@@ -22,7 +22,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from starlette.requests import Request
 from starlette.responses import Response
 
-from millstream.pipeline.services.serve_asgi import for_this_machine, limited
+from millstream.pipeline.services.serve_asgi import body_of, for_this_machine
 from millstream.producers.blob_store import BlobError, Blobs
 from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
@@ -93,11 +93,8 @@ class OtlpReceiver:
 
     async def _body(self, request: Request) -> bytes:
         limit, seconds = self._policy.max_body_bytes, self._policy.body_s
-        try:
-            async with asyncio.timeout(seconds):
-                return await limited(request, limit, _too_large(limit)).body()
-        except TimeoutError:
-            raise _Refused(408, f"the body did not arrive within {seconds:g} s") from None
+        late = _Refused(408, f"the body did not arrive within {seconds:g} s")
+        return await body_of(request, limit, seconds, _too_large(limit), late)
 
     def _key_of(self, request: Request) -> str | None:
         """The attempt's key that was sent; None if the sender may send spans of any attempt."""

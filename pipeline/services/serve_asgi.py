@@ -40,6 +40,16 @@ def limited(request: Request, limit: int, refusal: Exception) -> Request:
     return Request(request.scope, receive)
 
 
+async def body_of(request: Request, limit: int, seconds: float, too_large: Exception, late: Exception) -> bytes:
+    """The whole body. Raises ``too_large`` if it has more than ``limit`` bytes, and ``late`` if it has not come within
+    ``seconds``."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await limited(request, limit, too_large).body()
+    except TimeoutError:
+        raise late from None
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket; port 0: any free one. Raises `ConfigError` if the address is not available."""
     try:
