@@ -58,10 +58,10 @@ def bind_clients(proxy_url: str) -> None:
     """Binds all later requests to this proxy. Raises `ConfigError` if it is not a URL."""
     origin, base = _place(proxy_url)
     _proxies[origin] = base
-    for name, wrap in _TRANSPORTS.items():
+    for name in _TRANSPORTS:
         if name not in _wrapped:
             _wrapped.add(name)
-            wrapt.register_post_import_hook(wrap, name)
+            wrapt.register_post_import_hook(_wrap, name)
 
 
 @lru_cache(maxsize=64)
@@ -192,12 +192,13 @@ def _shown(origin: _Origin, path: bytes) -> str:
 # --- the clients
 
 
-def _wrap_httpx(module: ModuleType) -> None:
-    # AsyncClient.send returns a coroutine. The request is bound when that is created, in the caller's context.
-    wrapt.wrap_function_wrapper(module, "Client.send", _httpx_send)
-    wrapt.wrap_function_wrapper(module, "AsyncClient.send", _httpx_send)
+def _wrap(module: ModuleType) -> None:
+    names, wrapper = _TRANSPORTS[module.__name__]
+    for name in names:
+        wrapt.wrap_function_wrapper(module, name, wrapper)
 
 
+# AsyncClient.send returns a coroutine. The request is bound when that is created, in the caller's context.
 def _httpx_send(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     request = args[0] if args else kwargs["request"]
     url = request.url
@@ -228,10 +229,6 @@ async def _awaited(attempt: AttemptContext, answer: Awaitable[Any]) -> Any:
         return await answer
 
 
-def _wrap_aiohttp(module: ModuleType) -> None:
-    wrapt.wrap_function_wrapper(module, "ClientRequest.__init__", _aiohttp_request)
-
-
 def _aiohttp_request(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Sessions create one for each request, also for one that follows a redirect."""
     from multidict import CIMultiDict  # aiohttp's own, which is imported by now
@@ -256,10 +253,6 @@ def _aiohttp_request(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
     wrapped(*args, **kwargs)
 
 
-def _wrap_requests(module: ModuleType) -> None:
-    wrapt.wrap_function_wrapper(module, "Session.send", _requests_send)
-
-
 def _requests_send(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     request = args[0] if args else kwargs["request"]
     bound = _bind(request.method, *_split(request.url), lambda: _raw(request.body))
@@ -269,10 +262,6 @@ def _requests_send(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: d
             kwargs["proxies"] = instance.rebuild_proxies(request, instance.proxies)
         bound.set_headers(request.headers)
     return wrapped(*args, **kwargs)
-
-
-def _wrap_urllib(module: ModuleType) -> None:
-    wrapt.wrap_function_wrapper(module, "OpenerDirector.open", _urllib_open)
 
 
 def _urllib_open(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -296,10 +285,6 @@ def _urllib_open(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dic
     return opened(*args, **kwargs)
 
 
-def _wrap_urllib3(module: ModuleType) -> None:
-    wrapt.wrap_function_wrapper(module, "HTTPConnectionPool.urlopen", _urllib3_urlopen)
-
-
 def _urllib3_urlopen(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     def refuse(method: str, url: str, body: Any = None, *_: Any, **__: Any) -> None:
         origin = _origin(instance.scheme, instance.host, instance.port)
@@ -307,10 +292,6 @@ def _urllib3_urlopen(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs:
 
     refuse(*args, **kwargs)
     return wrapped(*args, **kwargs)
-
-
-def _wrap_http_client(module: ModuleType) -> None:
-    wrapt.wrap_function_wrapper(module, "HTTPConnection.request", _http_client_request)
 
 
 def _http_client_request(wrapped: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -333,12 +314,13 @@ def _raw(body: Any) -> bytes:
     return body.encode() if isinstance(body, str) else body if isinstance(body, bytes) else b""
 
 
-_TRANSPORTS: Final = {
-    "httpx": _wrap_httpx,
-    "httpx2": _wrap_httpx,  # openai 3 and anthropic 2 use it
-    "aiohttp": _wrap_aiohttp,
-    "requests": _wrap_requests,
-    "urllib.request": _wrap_urllib,
-    "urllib3": _wrap_urllib3,
-    "http.client": _wrap_http_client,
+_HTTPX: Final = ("Client.send", "AsyncClient.send"), _httpx_send
+_TRANSPORTS: Final[dict[str, tuple[tuple[str, ...], Callable[..., Any]]]] = {
+    "httpx": _HTTPX,
+    "httpx2": _HTTPX,  # openai 3 and anthropic 2 use it
+    "aiohttp": (("ClientRequest.__init__",), _aiohttp_request),
+    "requests": (("Session.send",), _requests_send),
+    "urllib.request": (("OpenerDirector.open",), _urllib_open),
+    "urllib3": (("HTTPConnectionPool.urlopen",), _urllib3_urlopen),
+    "http.client": (("HTTPConnection.request",), _http_client_request),
 }
