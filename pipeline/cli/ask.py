@@ -16,7 +16,18 @@ from rich.table import Table
 from rich.tree import Tree
 
 from millstream.pipeline.cli.open import open_store
-from millstream.pipeline.cli.output import Json, Mode, Status, date, err, out, print_json, print_rows, table_of
+from millstream.pipeline.cli.output import (
+    Json,
+    Mode,
+    Status,
+    date,
+    note,
+    out,
+    print_json,
+    print_rows,
+    say,
+    table_of,
+)
 from millstream.pipeline.store.conversation import conversation
 from millstream.pipeline.store.queries import EXPERIMENTS
 from millstream.pipeline.store.results import Attempt, Rollout, RolloutOrder
@@ -168,23 +179,23 @@ def rollout(rollout: RolloutId, as_json: Json = False) -> None:
         tried = [asdict(attempt) | {"conversation": lines[attempt.attempt_id]} for attempt in attempts]
         print_json([asdict(found) | {"attempts": tried}])
         return
-    _say(f"rollout {found.rollout_id} · {found.status} · reward {_short(found.reward) or 'none'}")
-    _say(f"group {found.group_id} · experiment {found.experiment_id or 'none'} · {found.mode}")
-    _say(f"created {date(found.created_at)} · queued {_seconds(found.queued_s)} · ran {_seconds(found.duration_s)}")
-    _say(f"input: {found.input}")
+    say(f"rollout {found.rollout_id} · {found.status} · reward {_short(found.reward) or 'none'}")
+    say(f"group {found.group_id} · experiment {found.experiment_id or 'none'} · {found.mode}")
+    say(f"created {date(found.created_at)} · queued {_seconds(found.queued_s)} · ran {_seconds(found.duration_s)}")
+    say(f"input: {found.input}")
     if found.reason:
-        _say(f"reason: {found.reason}")
+        say(f"reason: {found.reason}")
     for attempt in attempts:
-        _say(f"\nattempt {attempt.attempt} · {attempt.status} · {attempt.worker_id}")
+        say(f"\nattempt {attempt.attempt} · {attempt.status} · {attempt.worker_id}")
         for line in said[attempt.attempt_id]:
-            _say(textwrap.indent(f"{line.who}: {line.text}", "  ", lambda text: True))
+            say(textwrap.indent(f"{line.who}: {line.text}", "  ", lambda text: True))
         if attempt.output is not None:
-            _say(f"  returned: {attempt.output}")
+            say(f"  returned: {attempt.output}")
         if attempt.error_type:
             stack = attempt.error_stack.rstrip() or f"{attempt.error_type}: {attempt.error_message}"
-            _say(textwrap.indent(stack, "  ", lambda text: True))
+            say(textwrap.indent(stack, "  ", lambda text: True))
     if not attempts:
-        _say("it waits for its first attempt: `millstream lag` shows why")
+        say("it waits for its first attempt: `millstream lag` shows why")
 
 
 @app.command(epilog="Example: millstream triplets --experiment demo --untrainable")
@@ -320,7 +331,7 @@ def _experiment(store: "ClickHouseStore", wanted: str) -> str:
         return wanted
     named = [row["experiment_id"] for row in rows if wanted == row["run"]]
     if len(named) > 1:
-        err.print(f"{len(named)} experiments are of run {wanted}; this is the newest, {named[0]}", soft_wrap=True)
+        note(f"{len(named)} experiments are of run {wanted}; this is the newest, {named[0]}")
     if named:
         return str(named[0])
     known = [f"{row['experiment_id']} (run {row['run']})" if row["run"] else row["experiment_id"] for row in rows]
@@ -333,12 +344,7 @@ def _note_nothing(what: str, asked: dict[str, str | None]) -> None:
     """On stderr, so that output for programs stays as it is. The command succeeds."""
     given = ", ".join(f"{name} {value}" for name, value in asked.items() if value)
     said = f"the store has no {what}{f' with {given}' if given else ' yet'}"
-    err.print(said, highlight=False, markup=False, soft_wrap=True)
-
-
-def _say(text: str) -> None:
-    """A line as it is, never wrapped."""
-    out.print(text, highlight=False, markup=False, soft_wrap=True)
+    note(said)
 
 
 def _seconds(value: float | None) -> str:

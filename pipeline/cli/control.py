@@ -8,7 +8,7 @@ import typer
 from millstream.consumers.control import read_pauses
 from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import with_log
-from millstream.pipeline.cli.output import Json, date, err, out, print_rows
+from millstream.pipeline.cli.output import Json, date, err, print_rows, say
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.producers.log.port import closing
 from millstream.producers.tasks import TaskPublisher, read_tasks
@@ -103,4 +103,4 @@ def _publish(record: Control, said: str) -> None:
             await publish_control(producer, settings.topics, record)
 
     with_log(settings, work)
-    out.print(said, highlight=False, markup=False, soft_wrap=True)
+    say(said)

@@ -48,6 +48,16 @@ def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: b
         out.print(f"… and {len(rows) - limit} more")
 
 
+def say(text: str) -> None:
+    """A line as it is, never wrapped."""
+    out.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """`say`, on stderr, so that output for programs stays as it is."""
+    err.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def print_json(value: Any) -> None:
     """Valid JSON, whatever ``value`` holds."""
     text = json_text(value, str)

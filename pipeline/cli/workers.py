@@ -10,7 +10,7 @@ from millstream.consumers.control import read_pauses
 from millstream.consumers.log.port import Log
 from millstream.consumers.workers import is_alive, read_workers, unclaimed
 from millstream.pipeline.cli.open import with_log
-from millstream.pipeline.cli.output import Json, date, out, print_rows
+from millstream.pipeline.cli.output import Json, date, print_rows, say
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.wire.records import Control, Worker
 
@@ -56,7 +56,7 @@ def lag(as_json: Json = False) -> None:
     )
 
     for reason in waits(total, slots, running, [pause.name for pause in pauses]) if not as_json else ():
-        out.print(reason, highlight=False, markup=False, soft_wrap=True)
+        say(reason)
 
 
 def waits(unclaimed_tasks: int, slots: int, running: int, paused: Sequence[str]) -> list[str]:
