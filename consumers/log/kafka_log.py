@@ -88,22 +88,20 @@ class KafkaLog:
 
     def _compare_limits(self) -> None:
         """Notes topics with a limit below ``max_record_bytes``: producers then refuse what the brokers would."""
-        resources = [ConfigResource(ResourceType.TOPIC, topic.name) for topic in self._settings.topics.all]
         try:
-            described = self._watermarks.client.describe_configs(resources)
-            found = {r.name: int(c.result(self._policy.check_s / 2)[SIZE_LIMIT].value) for r, c in described.items()}
+            limits = self._size_limits(self._settings.topics.all, self._policy.check_s / 2)
         except KafkaException as error:
             logger.warning(
                 "the topics' limits can't be compared with max_record_bytes: %s", raised(error, "reading them")
             )
             return
-        for name, limit in found.items():
+        for resource, limit in limits.items():
             if limit < self._settings.max_record_bytes + FRAMING:
-                self._limits[name] = limit - FRAMING
+                self._limits[resource.name] = limit - FRAMING
                 logger.error(
                     "topic %s takes records of %s bytes, but max_record_bytes is %s: a larger one ends its rollout as "
                     "too_large. Run `millstream topics create` to raise the topic's limit",
-                    name,
+                    resource.name,
                     f"{limit:,}",
                     f"{self._settings.max_record_bytes:,}",
                 )
@@ -202,14 +200,19 @@ class KafkaLog:
 
     def _set_size_limit(self, existing: list[Topic]) -> None:
         """Updates the limit: ``max_record_bytes`` may have changed since these topics were created."""
-        name, wanted = SIZE_LIMIT, str(self._settings.max_record_bytes + BATCH_OVERHEAD)
-        admin, resources = self._watermarks.client, [ConfigResource(ResourceType.TOPIC, t.name) for t in existing]
-        described = admin.describe_configs(resources) if resources else {}
-        changed = [r for r, config in described.items() if config.result(self._policy.check_s)[name].value != wanted]
+        wanted, change = self._settings.max_record_bytes + BATCH_OVERHEAD, AlterConfigOpType.SET
+        limits = self._size_limits(existing, self._policy.check_s)
+        changed = [resource for resource, limit in limits.items() if limit != wanted]
         for resource in changed:
-            resource.add_incremental_config(ConfigEntry(name, wanted, incremental_operation=AlterConfigOpType.SET))
-        for altered in (admin.incremental_alter_configs(changed) if changed else {}).values():
+            resource.add_incremental_config(ConfigEntry(SIZE_LIMIT, str(wanted), incremental_operation=change))
+        for altered in (self._watermarks.client.incremental_alter_configs(changed) if changed else {}).values():
             altered.result(self._policy.check_s)
+
+    def _size_limits(self, topics: Sequence[Topic], timeout_s: float) -> dict[ConfigResource, int]:
+        """Bytes of a batch that each topic takes."""
+        resources = [ConfigResource(ResourceType.TOPIC, topic.name) for topic in topics]
+        described = self._watermarks.client.describe_configs(resources) if resources else {}
+        return {resource: int(config.result(timeout_s)[SIZE_LIMIT].value) for resource, config in described.items()}
 
     def _topic_config(self, topic: Topic) -> dict[str, Any]:
         config = {
