@@ -1,9 +1,9 @@
 """The adapter: decides how every rollout ends, as a transactional stream processor over ``events``.
 
 `settle` makes the decisions; here are reading, and choosing what to write when. One transaction holds the triplets and
-ends, the marks on ``events`` itself, the dead letters and the input offsets, so a decision is made once, whichever
-process dies. After an assignment the marks of all earlier decisions are loaded, then the partition is folded from the
-committed offset. ARCHITECTURE.md, "Exactly once", explains why each step is there.
+ends, what they settle, the dead letters and the input offsets, so a decision is made once, whichever process dies.
+After an assignment the marks of all earlier decisions are loaded, then the partition is folded from the committed
+offset. ARCHITECTURE.md, "Exactly once", explains why each step is there.
 """
 
 import asyncio
@@ -110,7 +110,7 @@ class Adapter:
 
     def on_assign(self, partitions: Sequence[Partition]) -> None:
         for partition in partitions:
-            self._parts[partition] = _Part(PartitionFold(self._to_triplets, self.policy.fold))
+            self._parts[partition] = _Part(self._new_fold())
         # Only here: metadata taken just before a transaction would let a zombie commit another member's partitions.
         self._group = self._consumer.group_metadata()
         self._ready.set()
@@ -221,7 +221,7 @@ class Adapter:
         partitions are folded."""
         settled = [Partition(self._topics.settled, partition.number)]
         while not part.loaded:
-            part.fold = PartitionFold(self._to_triplets, self.policy.fold, on_late=self._metrics.late)
+            part.fold = self._new_fold()
             try:
                 async with self._loads, aclosing(read_to_end(self._log, settled)) as records:
                     async for record in records:
@@ -240,6 +240,9 @@ class Adapter:
                 part.high_watermark = (await self._consumer.end_offsets([partition]))[partition]
                 await self._consumer.seek(partition, part.start)
                 part.position = part.start
+
+    def _new_fold(self) -> PartitionFold:
+        return PartitionFold(self._to_triplets, self.policy.fold, on_late=self._metrics.late)
 
     def _load_record(self, fold: PartitionFold, record: LogRecord, start: int) -> None:
         try:

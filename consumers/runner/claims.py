@@ -48,9 +48,8 @@ ROLE: Final = "runner"
 class ClaimPolicy:
     retry_s: float = 1.0  # before the next claim after the log refused one
     lag_check_s: float = 10.0  # between two looks at the lag, while slots are free and no tasks arrive
-    session_s: float = (
-        ConsumerPolicy().session_ms / 1000
-    )  # after which the group gives our partitions to another runner
+    # After which the group gives our partitions to another runner.
+    session_s: float = ConsumerPolicy().session_ms / 1000
     task_s: float = LIFETIMES.task_s  # age of a task, or of a rollout by its id, from which it is ended unrun
 
 
