@@ -16,7 +16,7 @@ from millstream.producers.control import publish_control
 from millstream.producers.log.port import closing
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.control import ModelAnswer, ModelCommand, ServerState
-from millstream.schemas.errors import ConfigError
+from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.ids import new_id
 from millstream.schemas.wire.records import Control
 from millstream.schemas.wire.topics import Topics
@@ -119,16 +119,16 @@ def _ask(command: ModelCommand, wait_s: float) -> None:
     settings = load_settings()
     answer = with_log(settings, lambda log: _answered(log, settings.topics, command, wait_s))
     if answer.error:
-        raise ConfigError(answer.error)
+        raise MillstreamError(answer.error)
     out.print(f"{command.action} {command.model}: table {answer.table_id}", highlight=False)
 
 
 async def _answered(log: Log, topics: Topics, command: ModelCommand, wait_s: float) -> ModelAnswer:
-    """Publishes a command and returns its result. Raises `ConfigError` if no server answers."""
+    """Publishes a command and returns its result. Raises `MillstreamError` if no server answers."""
     async with _following(log, topics) as control, closing(log.producer()) as producer:
         known = sorted(state.model for state in control.servers.values())
         if command.model not in known:
-            raise ConfigError(f"no server serves {command.model}; served are: {', '.join(known) or 'none'}")
+            raise MillstreamError(f"no server serves {command.model}; served are: {', '.join(known) or 'none'}")
         await publish_control(producer, topics, command.to_control())
         try:
             async with asyncio.timeout(wait_s):
@@ -136,7 +136,7 @@ async def _answered(log: Log, topics: Topics, command: ModelCommand, wait_s: flo
                     control.changed.clear()
                     await control.changed.wait()
         except TimeoutError:
-            raise ConfigError(
+            raise MillstreamError(
                 f"no answer within {wait_s:g} s; the server carries the command out when it is back"
             ) from None
     return control.answers[command.command_id]
