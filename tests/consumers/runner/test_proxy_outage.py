@@ -46,7 +46,9 @@ async def test_nothing_fails_while_the_only_proxy_is_away_and_everything_ends_wh
     await until(lambda: runner.trouble is not None)
     assert runner.proxy_away_s > 0
     before = await rig.everything()
-    assert [e.status for e in before if isinstance(e, AttemptEvent)].count("lost") == 4
+    # Four ran; up to four more may have begun before the first of them could not be closed.
+    lost = {e.rollout_id for e in before if isinstance(e, AttemptEvent) and e.status == "lost"}
+    assert 4 <= len(lost) <= 8
     assert not any(isinstance(e, RolloutEnd) for e in before)
     async with serve(Proxy(rig.log, settings).app, url, shutdown_s=0.1):
         events = await rig.read_until(lambda events: sum(isinstance(e, RolloutEnd) for e in events) >= 12)
@@ -54,4 +56,4 @@ async def test_nothing_fails_while_the_only_proxy_is_away_and_everything_ends_wh
         await asyncio.gather(*roles)
     ends = [e for e in events if isinstance(e, RolloutEnd)]
     assert [end.status for end in ends] == ["succeeded"] * 12
-    assert sorted(end.lost_attempts for end in ends) == [0] * 8 + [1] * 4
+    assert {end.rollout_id: end.lost_attempts for end in ends if end.lost_attempts} == dict.fromkeys(lost, 1)
