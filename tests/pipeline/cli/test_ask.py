@@ -136,6 +136,7 @@ def test_a_success_shows_no_error(ask):
         (["rewards", "--mode", "test"], "no rewards with mode test"),
         (["rewards", "--rollout", FAILED], f"no rewards with rollout {FAILED}"),
     ],
+    ids=["rollouts", "rollouts of a mode", "triplets", "rewards", "rewards of a rollout"],
 )
 def test_an_empty_result_says_what_was_searched(ask, asked, said):
     """Entry B8. On stderr, with exit code 0; JSON stays JSON."""
