@@ -38,17 +38,34 @@ def record_key(raw: bytes | None) -> str | None:
     return None if raw is None else raw.decode("utf-8", "surrogateescape")
 
 
-def note_gap(partition: Partition, position: int, first: int, group: str | None) -> int:
-    """Logs that retention has deleted records before they were read; returns how many offsets they took."""
-    logger.error(
-        "%s: offsets %d to %d were deleted before %s read them. Rollouts with records there may be incomplete; those "
-        "whose tasks or ends were there are missing. Is the retention longer than this role may be down?",
-        partition,
-        position,
-        first - 1,
-        f"group {group}" if group else "this process",
-    )
-    return first - position
+def place_to_continue(partition: Partition, wanted: int, first: int, end: int, group: str | None) -> tuple[int, int]:
+    """Returns the offset to continue at, and how many offsets were deleted before they were read.
+
+    ``wanted``: the next offset, negative if there is none yet. The partition holds ``first`` to ``end`` - 1. What is
+    skipped or read again is logged.
+    """
+    who = f"group {group}" if group else "this process"
+    if 0 <= wanted < first:
+        logger.error(
+            "%s: offsets %d to %d were deleted before %s read them. Rollouts with records there may be incomplete; "
+            "those whose tasks or ends were there are missing. Is the retention longer than this role may be down?",
+            partition,
+            wanted,
+            first - 1,
+            who,
+        )
+        return first, first - wanted
+    if wanted > end:
+        logger.error(
+            "%s ends at offset %d, but %s has read it up to %d: the topic was created again, or the brokers have lost "
+            "records. It is read from its beginning; what has ended once does not end again",
+            partition,
+            end,
+            who,
+            wanted,
+        )
+        return first, 0
+    return max(wanted, first), 0
 
 
 def _aio_error(error: Exception, doing: str) -> LogError:
@@ -160,18 +177,18 @@ class AioConsumer:
         return records
 
     async def _find_place(self, client: AIOKafkaConsumer, error: KafkaError) -> None:
-        """Continues at the beginning where the next offset has been deleted, which is named and counted, and where
-        nothing has been committed yet."""
+        """Continues where aiokafka found no place."""
         if isinstance(error, OffsetOutOfRangeError):
             wanted = {Partition(tp.topic, tp.partition): offset for tp, offset in error.args[0].items()}
-        else:
+        else:  # what aiokafka says of committed offsets may be wrong: see `Watermarks.committed`
             new = [partition for partition, position in self._positions.items() if position is None]
-            wanted = {p: -1 for p, offset in (await self.committed(new)).items() if offset is None}
-        for partition, first in (await self._watermarks.beginning(wanted)).items():
-            if 0 <= wanted[partition] < first:
-                self.polls.unread += note_gap(partition, wanted[partition], first, self._group)
+            wanted = {p: -1 if offset is None else offset for p, offset in (await self.committed(new)).items()}
+        firsts, ends = await self._watermarks.beginning(wanted), await self._watermarks.end(wanted)
+        for partition, offset in wanted.items():
+            place, unread = place_to_continue(partition, offset, firsts[partition], ends[partition], self._group)
+            self.polls.unread += unread
             with suppress(IllegalStateError):  # it has been lost meanwhile
-                client.seek(AioPartition(*partition), first)
+                client.seek(AioPartition(*partition), place)
 
     async def _catch_up(self, client: AIOKafkaConsumer) -> None:
         """Updates positions without records: of empty partitions, and behind transaction markers."""
@@ -235,13 +252,9 @@ class AioConsumer:
             raise _aio_error(error, f"committing as {self._group}") from error
 
     async def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]:
-        client, asked = await self._started(), list(partitions)
-        try:
-            async with asyncio.timeout(self._policy.call_s):
-                found = await asyncio.gather(*(client.committed(AioPartition(*p)) for p in asked))
-        except (KafkaError, TimeoutError) as error:
-            raise _aio_error(error, f"reading the committed offsets of {self._group}") from error
-        return dict(zip(asked, found, strict=True))
+        if self._group is None:
+            raise LogError("committed offsets belong to a group: name one when you create the consumer")
+        return await self._watermarks.committed(self._group, partitions)
 
     async def end_offsets(self, partitions: Iterable[Partition]) -> dict[Partition, int]:
         return await self._watermarks.end(partitions)

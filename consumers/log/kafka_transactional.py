@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
-from millstream.consumers.log.kafka import note_gap, record_key
+from millstream.consumers.log.kafka import place_to_continue, record_key
 from millstream.consumers.log.kafka_offsets import Watermarks
 from millstream.consumers.log.kafka_policy import ConsumerPolicy
 from millstream.consumers.log.poll_times import PollTimes
@@ -65,6 +65,7 @@ class KafkaTransactionalConsumer:
         self._listener: RebalanceListener | None = None
         self._assigned: set[Partition] = set()
         self._ready: list[LogRecord | EndOfPartition] = []  # read, not handed out
+        self._stopped: set[Partition] = set()  # by librdkafka: they have no next offset
         self._unjoined: Any = None  # metadata from before the group answered; None after the first callback
         self._cancelled = False
         self._closed = False
@@ -107,6 +108,9 @@ class KafkaTransactionalConsumer:
                 return
 
     def _read_one(self, wait_s: float) -> bool:
+        for partition in list(self._stopped):
+            self._find_place(partition)
+            self._stopped.discard(partition)
         message = self._client.poll(wait_s)
         event = None if message is None else self._event(message)
         if event is not None:
@@ -132,7 +136,7 @@ class KafkaTransactionalConsumer:
         if error.code() == KafkaError._PARTITION_EOF:
             return EndOfPartition(partition, offset)
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
-            self._find_place(partition)
+            self._stopped.add(partition)  # until the next read: here an error would leave it stopped
             return None
         failed = log_error(error, f"reading {partition}")
         if failed.retriable or error.code() == KafkaError._MAX_POLL_EXCEEDED:
@@ -141,18 +145,19 @@ class KafkaTransactionalConsumer:
         raise failed
 
     def _find_place(self, partition: Partition) -> None:
-        """Continues at the beginning where the next offset has been deleted, which is named and counted, and where
-        nothing has been committed yet."""
+        """Continues where librdkafka found no place."""
         place = TopicPartition(*partition)
         (committed,) = self._client.committed([place], timeout=self._policy.call_s)
+        if committed.error is not None:
+            raise log_error(committed.error, f"reading the committed offset of {partition} as {self._group}")
         (current,) = self._client.position([place])
         wanted = max(committed.offset, current.offset)  # negative: none
-        first, _ = self._client.get_watermark_offsets(place, timeout=self._policy.call_s)
-        if 0 <= wanted < first:
-            self.polls.unread += note_gap(partition, wanted, first, self._group)
-        # It can't be sought: librdkafka has stopped it.
+        first, end = self._client.get_watermark_offsets(place, timeout=self._policy.call_s)
+        offset, unread = place_to_continue(partition, wanted, first, end, self._group)
+        self.polls.unread += unread
+        # A stopped partition can't be sought.
         self._client.incremental_unassign([place])
-        self._client.incremental_assign([TopicPartition(*partition, first)])
+        self._client.incremental_assign([TopicPartition(*partition, offset)])
 
     def _on_assign(self, client: Consumer, assigned: list[TopicPartition]) -> None:
         partitions = [Partition(tp.topic, tp.partition) for tp in assigned]
@@ -169,6 +174,7 @@ class KafkaTransactionalConsumer:
         partitions = {Partition(tp.topic, tp.partition) for tp in revoked}
         self._ready = [event for event in self._ready if event.partition not in partitions]
         self._assigned -= partitions
+        self._stopped -= partitions
         if self._listener is not None:
             self._listener.on_revoke(sorted(partitions))
         client.incremental_unassign(revoked)

@@ -1,4 +1,5 @@
-"""Entry C7: what retention deletes before it is read is named and counted, and reading goes on."""
+"""Where reading goes on: what retention deletes before it is read is named and counted (entry C7), and nothing else is
+skipped or read again (entry C1)."""
 
 import asyncio
 import logging
@@ -6,10 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from aiokafka.consumer.group_coordinator import GroupCoordinator
 from confluent_kafka import TopicPartition
 from confluent_kafka.admin import AdminClient
 from factories import task
 
+from millstream.consumers.log.kafka import place_to_continue
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.producers.log.acks import Acks
 from millstream.schemas.config.settings import Settings
@@ -96,3 +99,60 @@ async def test_a_transactional_consumer_names_and_counts_it_too(
     assert f"{partition}: offsets 4 to 6 were deleted" in caplog.text
     assert consumer.polls.unread == 3
     await consumer.close()
+
+
+async def test_a_group_goes_on_where_it_committed_although_a_coordinator_that_loads_reports_nothing(
+    kafka_settings: Callable[..., Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Entry C1: a restarted broker answers so for a moment, too short to be hit at will. It is what aiokafka makes of
+    an error of the whole group; tests/kafka/test_permissions_on_kafka.py has one from a real broker."""
+    settings = kafka_settings()
+    log = KafkaLog(settings)
+    await log.create_topics()
+    partition = Partition(settings.topics.tasks("normal"), 2)
+    await written(log, partition, 10)
+    consumer = log.consumer("g")
+    await consumer.subscribe([partition.topic])
+    assert await read(consumer, 10) == list(range(10))
+    await consumer.commit({partition: 7})
+    await consumer.close()
+
+    async def nothing(*_: object) -> dict[Any, Any]:
+        return {}
+
+    monkeypatch.setattr(GroupCoordinator, "_do_fetch_commit_offsets", nothing)
+    consumer = log.consumer("g")
+    await consumer.subscribe([partition.topic])
+    assert await read(consumer, 3) == [7, 8, 9]
+    assert consumer.polls.unread == 0
+    await consumer.close()
+
+
+@pytest.mark.parametrize("transactional", [False, True])
+async def test_a_topic_that_was_created_again_is_read_from_its_beginning(
+    kafka_settings: Callable[..., Settings], caplog: pytest.LogCaptureFixture, transactional: bool
+) -> None:
+    settings = kafka_settings()
+    log = KafkaLog(settings)
+    await log.create_topics()
+    partition = Partition(settings.topics.events, 1)
+    await written(log, partition, 3)
+    first = log.consumer("g")
+    await first.subscribe([partition.topic])
+    assert await read(first, 3) == [0, 1, 2]
+    await first.commit({partition: 9})
+    await first.close()
+    consumer = log.transactional_consumer("g") if transactional else log.consumer("g")
+    await consumer.subscribe([partition.topic])
+    with caplog.at_level(logging.ERROR):
+        assert await read(consumer, 3) == [0, 1, 2]
+    assert f"{partition} ends at offset 3, but group g has read it up to 9" in caplog.text
+    await consumer.close()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "place", "unread"),
+    [(-1001, 5, 0), (-1, 5, 0), (0, 5, 5), (4, 5, 1), (5, 5, 0), (8, 8, 0), (9, 9, 0), (10, 5, 0)],
+)
+def test_what_is_wanted_and_held_is_the_place_to_continue(wanted: int, place: int, unread: int) -> None:
+    assert place_to_continue(Partition("t", 0), wanted, first=5, end=9, group="g") == (place, unread)

@@ -22,6 +22,8 @@ from millstream.deploy.kafka.local import LocalKafka
 from millstream.producers.control import cancel_record, publish_control
 from millstream.producers.supervisor import supervised
 from millstream.schemas.config.settings import Settings, load_settings
+from millstream.schemas.errors import LogError
+from millstream.schemas.wire.log import Partition
 
 ACLS = {
     "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
@@ -39,15 +41,21 @@ def restricted(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Settin
     broker.down()
 
 
-class Reading:
-    """The permission of everybody to read a topic."""
+class Permission:
+    """Of everybody, for one operation on one topic or group."""
 
-    def __init__(self, settings: Settings, topic: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        name: str,
+        kind: ResourceType = ResourceType.TOPIC,
+        operation: AclOperation = AclOperation.READ,
+    ) -> None:
         self._admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap_servers})
-        self._topic = topic
+        self._kind, self._name, self._operation = kind, name, operation
 
     def deny(self) -> None:
-        binding = AclBinding(*self._rule("*", AclOperation.READ), AclPermissionType.DENY)
+        binding = AclBinding(*self._rule("*", self._operation), AclPermissionType.DENY)
         for created in self._admin.create_acls([binding]).values():
             created.result(20)
 
@@ -58,7 +66,7 @@ class Reading:
 
     def _rule(self, host: str | None, operation: AclOperation) -> tuple[object, ...]:
         user = None if host is None else "User:*"
-        return ResourceType.TOPIC, self._topic, ResourcePatternType.LITERAL, user, host, operation
+        return self._kind, self._name, ResourcePatternType.LITERAL, user, host, operation
 
 
 @pytest.mark.kafka
@@ -67,7 +75,7 @@ async def test_a_cancel_is_heard_after_reading_the_control_topic_was_denied(
 ) -> None:
     """Section B1, on the real broker: the follower's age grows meanwhile, and it does not end."""
     topics, heard = restricted.topics, asyncio.Event()
-    log, reading = KafkaLog(restricted), Reading(restricted, topics.control)
+    log, reading = KafkaLog(restricted), Permission(restricted, topics.control)
     await log.create_topics()
     with supervised() as background:
         follower = ControlFollower(log, topics, heard.set)
@@ -90,7 +98,7 @@ async def test_a_cancel_is_heard_after_reading_the_control_topic_was_denied(
 async def test_a_runner_goes_on_after_reading_its_tasks_was_denied(
     restricted: Settings, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    log, reading = KafkaLog(restricted), Reading(restricted, restricted.topics.tasks("normal"))
+    log, reading = KafkaLog(restricted), Permission(restricted, restricted.topics.tasks("normal"))
     await log.create_topics()
     async with running(lambda task: None, tmp_path, log=log, settings=restricted) as rig:
         await rig.publish([1])
@@ -102,3 +110,24 @@ async def test_a_runner_goes_on_after_reading_its_tasks_was_denied(
         await asyncio.to_thread(reading.allow)
         await rig.publish([2])
         await rig.read_until(lambda events: len(terminal(events)) == 2)
+
+
+@pytest.mark.kafka
+async def test_a_group_whose_committed_offsets_cant_be_read_has_not_committed_nothing(restricted: Settings) -> None:
+    """Entry C1: brokers report this for the group as a whole, as they do while a restarted coordinator loads. aiokafka
+    overlooks such errors and reports that nothing has been committed."""
+    topic, log = restricted.topics.tasks("low"), KafkaLog(restricted)
+    await log.create_topics()
+    consumer = log.consumer("g")
+    await consumer.subscribe([topic])
+    async with asyncio.timeout(30):
+        while not consumer.assignment():
+            await consumer.poll(1, 0.2)
+    await consumer.commit({Partition(topic, 0): 3})
+    assert await consumer.committed([Partition(topic, 0)]) == {Partition(topic, 0): 3}
+    described = Permission(restricted, "g", ResourceType.GROUP, AclOperation.DESCRIBE)
+    await asyncio.to_thread(described.deny)
+    with pytest.raises(LogError, match="GROUP_AUTHORIZATION_FAILED"):
+        await consumer.committed([Partition(topic, 0)])
+    await asyncio.to_thread(described.allow)
+    await consumer.close()
