@@ -250,7 +250,9 @@ def test_tokens_are_counted_or_taken_from_the_provider(store, write):
     assert given == [(2, True, True, True), (3, False, False, True)]
 
 
-@pytest.mark.parametrize("rollout_id", ["not-a-uuid", "", "ffffffff-ffff-7fff-bfff-ffffffffffff", "ba0cd586-c5e4-4146-8d76-6361bc67828a"])
+@pytest.mark.parametrize(
+    "rollout_id", ["not-a-uuid", "", "ffffffff-ffff-7fff-bfff-ffffffffffff", "ba0cd586-c5e4-4146-8d76-6361bc67828a"]
+)
 def test_a_span_of_an_id_without_a_usable_date_meets_its_twin(store, write, rollout_id):
     span = factories.call(factories.task(), "a", "r", rollout_id=rollout_id)
     write(span, span)
