@@ -19,7 +19,11 @@ TABLE_EXISTS: Final = 57  # ClickHouse's error code
 
 # The time that a table's retention counts from. Elsewhere it is the date within the rollout's id, by which the tables
 # are partitioned: whole parts are dropped then, and nothing is rewritten.
-RETENTION_TIMES: Final[dict[RetentionTable, str]] = {"workers": "last_seen", "dead_letters": "time"}
+RETENTION_TIMES: Final[dict[RetentionTable, str]] = {
+    "training_steps": "ended_at",
+    "workers": "last_seen",
+    "dead_letters": "time",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from millstream.schemas.wire.records import (
     RolloutEnd,
     RolloutTask,
     Span,
+    TrainingStep,
     Triplet,
     Worker,
 )
@@ -248,6 +249,9 @@ TABLES: dict[type[Record], Table] = {
         | _PLACE,
     ),
     Control: Table("controls_raw", _copied(*codec.CODECS[Control].field_names) | _PLACE),
+    TrainingStep: Table(
+        "training_steps_raw", _copied(*codec.CODECS[TrainingStep].field_names) | {"version": _first} | _PLACE
+    ),
     Worker: Table(
         "workers_raw",
         _copied("worker_id", "role", "host", "version", "slots", "running", "last_seen")

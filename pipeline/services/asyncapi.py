@@ -13,6 +13,7 @@ from millstream.schemas.wire.records import (
     RolloutTask,
     Settled,
     Span,
+    TrainingStep,
     Triplet,
     Worker,
 )
@@ -27,6 +28,7 @@ def asyncapi_document(topics: Topics) -> str:
         topics.events: AttemptEvent | Span | RolloutEnd,
         topics.triplets: Triplet | RolloutEnd,
         topics.control: Control,
+        topics.training: TrainingStep,
         topics.workers: Worker,
         topics.settled: Settled,
         topics.dead: DeadLetter,

@@ -42,7 +42,7 @@ ACCEPTED_NAMES = {
 }  # accepted in every source of settings
 
 RetentionTable = Literal[
-    "tasks", "attempts", "rollout_ends", "spans", "token_ids", "triplets", "workers", "dead_letters"
+    "tasks", "attempts", "rollout_ends", "spans", "token_ids", "triplets", "training_steps", "workers", "dead_letters"
 ]
 
 

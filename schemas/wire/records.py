@@ -238,6 +238,37 @@ class Settled:
     refused: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingStep:
+    """One step of training: what it took, what it earned and which rollouts it trained on."""
+
+    experiment_id: str
+    run: str = ""
+    epoch: int = 0
+    step: int
+    model_version: str = ""
+    started_at: int
+    ended_at: int
+    wait_s: float = 0.0
+    update_s: float = 0.0
+    save_s: float = 0.0
+    publish_s: float = 0.0
+    other_s: float = 0.0
+    reward_mean: float | None = None
+    reward_std: float | None = None
+    validation_reward: float | None = None
+    rollouts: int = 0
+    failed: int = 0
+    groups: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    staleness_mean: float = 0.0
+    staleness_max: int = 0
+    tokens: int = 0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    trained: tuple[str, ...] = ()
+    restored_from: str = ""
+
+
 RECORD_TYPES: tuple[type[Record], ...] = (
     RolloutTask,
     AttemptEvent,
@@ -248,4 +279,5 @@ RECORD_TYPES: tuple[type[Record], ...] = (
     Worker,
     DeadLetter,
     Settled,
+    TrainingStep,
 )

@@ -86,6 +86,10 @@ class Topics:
         return f"{self.prefix}.control"
 
     @property
+    def training(self) -> str:
+        return f"{self.prefix}.training"
+
+    @property
     def workers(self) -> str:
         return f"{self.prefix}.workers"
 
@@ -108,6 +112,7 @@ class Topics:
             Topic(self.triplets, n, "delete", "rollout_id"),
             Topic(self.settled, n, "delete", "none: on the partition of the events", LIFETIMES.settled_s),
             Topic(self.control, 1, "compact", "kind/name"),
+            Topic(self.training, 1, "delete", "experiment_id"),
             Topic(self.workers, 1, "compact", "worker_id"),
             Topic(self.dead, self.dead_partitions, "delete", "the original key"),
         )

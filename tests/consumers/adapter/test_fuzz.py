@@ -30,6 +30,7 @@ from millstream.schemas.wire.records import (
     RolloutTask,
     Settled,
     Span,
+    TrainingStep,
     Triplet,
     Worker,
 )
@@ -43,6 +44,7 @@ IDENTITY = {  # what makes a record the same one in the store
     "spans_raw": (Span, lambda r: (r.rollout_id, r.attempt_id, r.source, r.sequence, r.span_id)),
     "triplets_raw": (Triplet, lambda r: (r.rollout_id, r.attempt_id, r.turn)),
     "controls_raw": (Control, lambda r: (r.kind, r.name)),
+    "training_steps_raw": (TrainingStep, lambda r: (r.experiment_id, r.epoch, r.step)),
     "workers_raw": (Worker, lambda r: r.worker_id),
     "dead_letters_raw": (DeadLetter, lambda r: (r.topic, r.partition, r.offset, r.role, r.reason)),
 }
@@ -138,6 +140,7 @@ class Fuzz:
         topic = choice.choice([topics.events, *(topic.name for topic in topics.stored)])
         usual = {topics.events: (AttemptEvent, AttemptEvent, Span, Span, Span), topics.triplets: (Triplet, RolloutEnd)}
         usual |= {topics.control: (Control,), topics.workers: (Worker,), topics.dead: (DeadLetter,)}
+        usual |= {topics.training: (TrainingStep,)}
         kind = choice.choice(usual.get(topic, (RolloutTask,)) if choice.random() < 0.95 else RECORD_TYPES)
         record = self.record(kind)
         body = encoded(record)

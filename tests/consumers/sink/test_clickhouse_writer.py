@@ -62,9 +62,9 @@ def test_a_changed_migration_is_refused(writer):
 def test_a_migration_that_broke_off_is_taken_up_again(writer):
     sql = "CREATE TABLE IF NOT EXISTS extra (a Int8) ENGINE = MergeTree ORDER BY a;\nSELECT nonsense;\n"
     with pytest.raises(StoreError, match="nonsense"):
-        writer.migrate([*packaged_migrations(), Migration(3, "0003_extra", sql)])
-    fixed = Migration(3, "0003_extra", sql.replace("nonsense", "1"))
-    assert writer.migrate([*packaged_migrations(), fixed]) == ["0003_extra"]
+        writer.migrate([*packaged_migrations(), Migration(1000, "1000_extra", sql)])
+    fixed = Migration(1000, "1000_extra", sql.replace("nonsense", "1"))
+    assert writer.migrate([*packaged_migrations(), fixed]) == ["1000_extra"]
     assert ask(writer, "SELECT count() FROM extra") == [(0,)]
 
 

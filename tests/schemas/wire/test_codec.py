@@ -348,6 +348,7 @@ REQUIRED = {
     "Control": {"kind", "name", "body", "created_at"},
     "Worker": {"worker_id", "role", "host", "version", "started", "last_seen"},
     "Settled": {"marks"},
+    "TrainingStep": {"experiment_id", "step", "started_at", "ended_at"},
     "DeadLetter": {"topic", "partition", "offset", "timestamp", "role", "reason", "error", "time"},
 }
 

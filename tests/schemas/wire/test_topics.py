@@ -40,6 +40,7 @@ def test_every_topic_has_the_prefix_and_its_partitions() -> None:
         "mine.triplets": (8, "delete"),
         "mine.settled": (8, "delete"),
         "mine.control": (1, "compact"),
+        "mine.training": (1, "delete"),
         "mine.workers": (1, "compact"),
         "mine.dead": (2, "delete"),
     }
