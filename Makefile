@@ -6,9 +6,10 @@ STAMP := .venv/.ready
 CREWAI := .venv-crewai/bin
 CREWAI_STAMP := .venv-crewai/.ready
 VLLM_STAMP := .venv-vllm/.ready
+VERL_STAMP := .venv-verl/.ready
 UV := .venv-uv/bin/uv
 export UV_COMPILE_BYTECODE := 1
-.PHONY: setup setup-crewai vllm demo demo-kafka demo-vllm test test-all lint types bench chaos clean
+.PHONY: setup setup-crewai vllm verl demo demo-kafka demo-vllm demo-verl test test-verl test-all lint types bench chaos clean
 
 setup: $(STAMP)
 
@@ -39,6 +40,15 @@ $(VLLM_STAMP): constraints-vllm.txt | $(UV)
 	@echo "setting up .venv-vllm: some more GB, which may take minutes without a word"
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv-vllm
 	$(UV) pip install --quiet --python .venv-vllm/bin/python --no-deps -r constraints-vllm.txt
+	@touch $@
+
+# verl brings Ray and a hundred packages with it, and caps some of them: an environment of its own, in which only its job runs.
+verl: $(VERL_STAMP)
+
+$(VERL_STAMP): pyproject.toml constraints-verl.txt | $(UV)
+	@echo "setting up .venv-verl: some GB, which may take minutes without a word"
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv-verl
+	$(UV) pip install --quiet --python .venv-verl/bin/python -c constraints-verl.txt -e '.[verl]'
 	@touch $@
 
 demo: setup

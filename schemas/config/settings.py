@@ -118,6 +118,7 @@ class Settings(BaseSettings):
     route_limits: dict[str, Limits] = Field({}, description="Model name, or glob of `routes` → what is let through.")
     proxy_shared_key: SecretStr = Field(SecretStr(""), description="A key that fits every attempt, for laptops.")
     vllm_python: Path = Field(Path(".venv-vllm/bin/python"), description="Interpreter that has vLLM: `make vllm`.")
+    verl_python: Path = Field(Path(".venv-verl/bin/python"), description="Interpreter that has verl: `make verl`.")
     weights_root: Path = Field(Path("runs"), description="Folder that weights have to lie below.")
     cache_ttl_s: float = Field(0.0, ge=0, description="Seconds the proxy repeats answers of temperature 0; 0: never.")
 

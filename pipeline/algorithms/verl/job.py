@@ -1,0 +1,102 @@
+"""A verl job, in the environment that has verl: the driver, and the task runner that it starts on Ray.
+
+Its job and settings come as one line of JSON on standard input: passwords are in neither arguments, environment nor
+files.
+"""
+
+import json
+import os
+import sys
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from typing import Any
+
+import ray
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+from verl.trainer.main_ppo import run_ppo
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
+
+from millstream.pipeline.algorithms.verl.config import Job, configuration
+from millstream.schemas.config.settings import Settings
+
+
+def main() -> None:
+    given = json.loads(sys.stdin.readline())
+    job, settings = Job.from_json(json.dumps(given["job"])), Settings(**given["settings"])
+
+    class Runner:
+        """What `run_ppo` makes a task runner of."""
+
+        @staticmethod
+        def remote() -> Any:
+            actor: Any = TaskRunner
+            return actor.remote(job, settings)
+
+    run_ppo(verl_config(job), task_runner_class=Runner)
+    ray.shutdown()
+
+
+def verl_config(job: Job) -> DictConfig:
+    """verl's defaults for the engine, under ours, under the user's."""
+    groups = ["model_engine=megatron"] if job.options.engine == "megatron" else []
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", groups)
+    OmegaConf.set_struct(config, False)
+    for key, value in configuration(job).items():
+        OmegaConf.update(config, key, value, force_add=True)
+    config = OmegaConf.merge(config, OmegaConf.from_dotlist(list(job.options.overrides)))
+    validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=need_critic(config))
+    return config
+
+
+@ray.remote(num_cpus=1)
+class TaskRunner:
+    """As verl's own, which a Ray actor can't inherit from."""
+
+    def __init__(self, job: Job, settings: Settings) -> None:
+        self._job = job
+        self._settings = settings
+
+    def run(self, config: DictConfig) -> None:
+        """Trains to the job's last step."""
+        import transfer_queue as tq  # it belongs to the task runner's process
+        from transformers import AutoConfig
+        from verl.utils.logging_utils import configure_verl_logging
+
+        from millstream.pipeline.algorithms.verl.rows import RowRules
+        from millstream.pipeline.algorithms.verl.trainer import Rollouts, Trainer
+
+        configure_verl_logging()
+        job = self._job
+        os.environ["VERL_FILE_LOGGER_PATH"] = str(job.metrics_file)
+        config.transfer_queue.enable = True
+        OmegaConf.resolve(config)
+        tq.init(config.transfer_queue)
+        try:
+            trainer = Trainer(config, job)
+            trainer.init()
+            rules = RowRules(
+                vocabulary=AutoConfig.from_pretrained(job.options.model).get_text_config().vocab_size,
+                merge_turns=job.options.merge_turns,
+                least=2 if job.options.advantage == "turns" else 1,
+            )
+            rollouts = Rollouts(partial(connect, job, self._settings), job, rules)
+            try:
+                trainer.fit(rollouts)
+            finally:
+                rollouts.close()
+        finally:
+            tq.close()
+
+
+def connect(job: Job, settings: Settings) -> AbstractAsyncContextManager[Any]:
+    """The run of the trainer's process, from here."""
+    from millstream.pipeline.training import run
+
+    module: Any = run
+    connected: AbstractAsyncContextManager[Any] = module.Run.connect(
+        settings, job.experiment_id, run=job.run, seed=job.seed
+    )
+    return connected
