@@ -157,6 +157,7 @@ async def collect(collector: Collector, publisher: TaskPublisher, published: lis
     collector.expect(ids)
     await publisher.publish(published)
     ends = [outcome.end for outcome in await collector.collect(ids)]
+    collector.release(ids)
     assert all(end.status == "succeeded" for end in ends), ends[0]
     return ends
 

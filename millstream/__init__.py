@@ -2,7 +2,8 @@
 
 In an agent: `emit_reward`, `emit_span` and their like, `operation`; clients of its own rollout, `openai_client` and
 others; `attempt_environment` for the processes it starts. Around one: `Tracer`. To train one: `Trainer` with an
-algorithm such as `GRPO` (needs the ``train`` extra). What a rollout works with: `Resources`, `LLM`, `PromptTemplate`.
+algorithm such as `GRPO` (needs the ``train`` extra), or one of your own: an `algorithm` function of a `Run`, or a
+`Learner` in the loop `PolicyGradient`. What a rollout works with: `Resources`, `LLM`, `PromptTemplate`.
 Code of yours around each attempt: `Hook`. To ask what happened: `Store`, such as `ClickHouseStore(load_settings())`. To
 process the stream: `broker`. To keep it elsewhere: `Sink`. Wrappers for agent frameworks: `integrations`.
 """
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from millstream.consumers.sink.port import Batch as Batch
     from millstream.consumers.sink.port import Sink as Sink
     from millstream.pipeline.algorithms.grpo import GRPO as GRPO
+    from millstream.pipeline.algorithms.policy_gradient import PolicyGradient as PolicyGradient
     from millstream.pipeline.services.broker import broker as broker
     from millstream.pipeline.store.clickhouse import ClickHouseStore as ClickHouseStore
     from millstream.pipeline.store.results import Attempt as Attempt
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     from millstream.pipeline.tracing.traced_rollout import TracedRollout as TracedRollout
     from millstream.pipeline.tracing.tracer import Tracer as Tracer
     from millstream.pipeline.training.algorithm import Algorithm as Algorithm
+    from millstream.pipeline.training.algorithm import Learner as Learner
+    from millstream.pipeline.training.algorithm import algorithm as algorithm
+    from millstream.pipeline.training.run import Run as Run
     from millstream.pipeline.training.trainer import Trainer as Trainer
     from millstream.producers.agent.child_environment import attempt_environment as attempt_environment
     from millstream.producers.agent.clients import anthropic_client as anthropic_client
@@ -59,7 +64,9 @@ _NAMES = {
     "consumers.sink.port": "Batch Sink",
     "consumers.adapter.triplets": "Trace TripletMaker to_triplets",
     "pipeline.algorithms.grpo": "GRPO",
-    "pipeline.training.algorithm": "Algorithm",
+    "pipeline.algorithms.policy_gradient": "PolicyGradient",
+    "pipeline.training.algorithm": "Algorithm Learner algorithm",
+    "pipeline.training.run": "Run",
     "pipeline.services.broker": "broker",
     "pipeline.store.clickhouse": "ClickHouseStore",
     "pipeline.store.results": "Attempt Reward Rollout Store",

@@ -17,6 +17,19 @@ def private(path: str, flags: int) -> int:
     return os.open(path, flags, PRIVATE_FILE)
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file of its owner's as a whole, and returns when it is on disk."""
+    part = path.with_name(f"{path.name}.{token_hex(4)}.part")
+    try:
+        with open(part, "w", encoding="utf-8", opener=private) as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 class Files(Protocol):
     """Files by their paths below a root. Raises what the file system raises."""
 

@@ -13,22 +13,42 @@ import torch
 from torch import Tensor
 
 from millstream.pipeline.algorithms.losses import entropy, kl, policy_loss
+from millstream.pipeline.algorithms.policy_gradient import PolicyGradient
 from millstream.pipeline.algorithms.samples import Sample, padded, samples_of, usable
 from millstream.pipeline.models.policy import copy_weights, left_pad, load_model, one_thread, parameters
-from millstream.pipeline.training.algorithm import Group
+from millstream.pipeline.training.groups import Group
 
 LARGEST_LOG_RATIO: Final = 20.0  # far beyond any clip; its exponential is finite
 
 
-class GRPO:
-    """An `Algorithm`. Adam on the clipped policy objective, minus an entropy bonus."""
+def GRPO(  # noqa: N802 - as one names an algorithm
+    model: str | Path,
+    *,
+    groups_per_step: int = 16,
+    group_size: int = 8,
+    max_staleness: int = 0,
+    drop_above: int | None = None,
+    validate_every: int = 0,
+    **learner: Any,
+) -> PolicyGradient:
+    """The loop (`PolicyGradient`) around a `GrpoLearner`, which takes the other arguments."""
+    return PolicyGradient(
+        GrpoLearner(model, **learner),
+        groups_per_step=groups_per_step,
+        group_size=group_size,
+        max_staleness=max_staleness,
+        drop_above=drop_above,
+        validate_every=validate_every,
+    )
+
+
+class GrpoLearner:
+    """A `Learner`. Adam on the clipped policy objective, minus an entropy bonus."""
 
     def __init__(
         self,
         model: str | Path,
         *,
-        groups_per_step: int = 16,
-        group_size: int = 8,
         lr: float = 5e-4,
         entropy: float = 0.1,
         clip: tuple[float, float] = (0.2, 0.28),
@@ -48,8 +68,6 @@ class GRPO:
         """
         one_thread()
         self.model = Path(model)
-        self.groups_per_step = groups_per_step
-        self.group_size = group_size
         self.entropy = entropy
         self.clip = clip
         self.epochs = epochs
@@ -61,7 +79,7 @@ class GRPO:
         self._random = torch.Generator().manual_seed(seed)
 
     def update(self, groups: Sequence[Group]) -> dict[str, float]:
-        """See `Algorithm.update`. ``max_ratio_error``, |ratio − 1| before the first optimizer step, is near 0 if these
+        """See `Learner.update`. ``max_ratio_error``, |ratio − 1| before the first optimizer step, is near 0 if these
         very weights sampled the data, token by token. ``dropped_members``: see `usable`."""
         one_thread()
         groups, dropped_members = usable(groups, self._model.get_input_embeddings().num_embeddings)
@@ -75,6 +93,7 @@ class GRPO:
                 values = self._step([samples[i] for i in order[start : start + self.minibatch]])
                 error = values.pop("max_ratio_error")
                 metrics.setdefault("max_ratio_error", error)
+                metrics.setdefault("mismatch_kl", values["kl"])
                 for name, value in values.items():
                     sums[name].append(value)
         return metrics | {name: sum(values) / len(values) for name, values in sums.items()}
@@ -115,7 +134,7 @@ class GRPO:
         return full.gather(2, targets[:, :, None])[:, :, 0], entropy(full)
 
     def weights(self) -> Mapping[str, Tensor]:
-        """See `Algorithm.weights`: float32 tensors by parameter name, tied ones once."""
+        """See `Learner.weights`: float32 tensors by parameter name, tied ones once."""
         return parameters(self._model)
 
     def state(self) -> dict[str, Any]:
@@ -126,7 +145,7 @@ class GRPO:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """See `Algorithm.load_state`. Raises `ConfigError` if the weights do not fit this model."""
+        """See `Learner.load_state`. Raises `ConfigError` if the weights do not fit this model."""
         copy_weights(self._model, state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._random.set_state(state["random"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from millstream.pipeline.algorithms.advantages import Turns, advantages, turn_rewards
-from millstream.pipeline.training.algorithm import FinishedRollout, Group
+from millstream.pipeline.training.groups import FinishedRollout, Group
 from millstream.schemas.wire import status
 from millstream.schemas.wire.prefixes import conversations
 from millstream.schemas.wire.records import Triplet

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,10 +33,12 @@ class CheckpointDamaged(MillstreamError):
 class Checkpoint:
     """The state to continue a run from. ``positions`` and ``extra`` are those that `save` was given."""
 
+    path: Path
     step: int
     algorithm_state: dict[str, Any]
     positions: dict[int, int]
     extra: dict[str, Any]
+    behind: bool = False  # the run had gone further
 
 
 def save(
@@ -50,8 +52,8 @@ def save(
     """Writes the checkpoint of a step to disk (synced), then removes all but the last ``keep``.
 
     ``algorithm_state["weights"]`` are tensors by name; the rest is tensors and plain data. ``positions`` are
-    the next offsets by partition of the triplets topic: everything before them is collected. ``extra`` is JSON: tasks
-    drawn, outstanding rollouts, model version.
+    offsets by partition of the triplets topic: everything before them has been trained on. ``extra`` is JSON: what
+    the run and its algorithm need besides.
 
     Raises `ConfigError` if the folder holds a later step: it belongs to another run.
     """
@@ -98,10 +100,55 @@ def load_latest(folder: str | Path) -> Checkpoint | None:
     discard training, and hide that the disk lost data.
     """
     found = _checkpoints(Path(folder)) if Path(folder).is_dir() else []
-    return _load(found[-1]) if found else None
+    return load(found[-1]) if found else None
 
 
-def _load(path: Path) -> Checkpoint:
+def restore(folder: Path, resume: str | Path) -> Checkpoint | None:
+    """The checkpoint that a run with this folder goes on from. ``resume``: "auto", the last one, or None if there is
+    none; "never", None; or a checkpoint's folder or its name, such as ``step-42``: later ones are set aside.
+
+    Raises `ConfigError` with "never" if there are checkpoints, and for one that does not exist; `CheckpointDamaged`.
+    """
+    if resume == "auto":
+        return load_latest(folder)
+    found = _checkpoints(folder) if folder.is_dir() else []
+    if resume == "never":
+        if found:
+            raise ConfigError(
+                f"{folder} holds checkpoints of an earlier run: go on from them (resume = auto), or give this run "
+                "another run_dir"
+            )
+        return None
+    by_name = {f"step-{_step(path)}": path for path in found} | {path.name: path for path in found}
+    path = by_name.get(str(resume), Path(resume))
+    if not (path / MANIFEST).is_file():
+        known = ", ".join(f"step-{_step(each)}" for each in found) or "none"
+        raise ConfigError(f"resume = {resume}: there is no such checkpoint; {folder} has {known}")
+    chosen = load(path)
+    if found and _step(found[-1]) > chosen.step:
+        set_aside(folder, chosen.step)
+        return replace(chosen, behind=True)
+    return chosen
+
+
+def go_back(folder: Path, gradual: bool = False) -> Checkpoint:
+    """The last checkpoint of a folder, or, for a fault that is ``gradual``, the oldest that was kept; later ones are
+    set aside as ``abandoned-…``. Raises `CheckpointDamaged`."""
+    found = load(_checkpoints(folder)[0 if gradual else -1])
+    set_aside(folder, found.step)
+    return found
+
+
+def set_aside(folder: Path, step: int) -> None:
+    """Renames the checkpoints of later steps: a run that goes on from ``step`` writes others."""
+    for path in _checkpoints(folder):
+        if _step(path) > step:
+            path.rename(folder / f"abandoned-{new_id()}-{path.name}")
+    _sync(folder)
+
+
+def load(path: Path) -> Checkpoint:
+    """One checkpoint, by its folder. Raises `CheckpointDamaged`."""
     try:
         manifest = json.loads((path / MANIFEST).read_text("utf-8"))
         for name, expected in manifest["files"].items():
@@ -110,6 +157,7 @@ def _load(path: Path) -> Checkpoint:
         weights = load_file(path / WEIGHTS)
         rest = torch.load(path / STATE, weights_only=True)  # does not run code from the file
         return Checkpoint(
+            path=path,
             step=manifest["step"],
             algorithm_state={"weights": weights, **rest},
             positions={int(partition): offset for partition, offset in manifest["positions"].items()},
@@ -117,6 +165,19 @@ def _load(path: Path) -> Checkpoint:
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointDamaged(_damage(path, f"{type(error).__name__}: {error}")) from error
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A state whose tensors are copies, in the memory of the CPU."""
+
+    def copy(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.detach().to("cpu", copy=True)
+        if isinstance(value, Mapping):
+            return {key: copy(each) for key, each in value.items()}
+        return [copy(each) for each in value] if isinstance(value, list) else value
+
+    return {key: copy(value) for key, value in state.items()}
 
 
 def _damage(path: Path, what: str) -> str:

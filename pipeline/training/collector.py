@@ -3,13 +3,16 @@
 import asyncio
 import logging
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from millstream.consumers.dead_letters import dead_letter, send_dead_letter
 from millstream.consumers.log.port import Log
-from millstream.pipeline.training.algorithm import FinishedRollout
+from millstream.pipeline.training.groups import FinishedRollout
 from millstream.producers.log.port import Producer
+from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.errors import CodecError, LogError
+from millstream.schemas.ids import written_since_ms
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
 from millstream.schemas.wire.prefixes import expand
@@ -29,9 +32,10 @@ class CollectorPolicy:
 
 
 class Collector:
-    """Reads the triplets topic by manual assignment, from its end at `start`.
+    """Reads the triplets topic by manual assignment while it is open.
 
-    Ignores records of rollouts that are not outstanding: other trainers', or collected before.
+    Ignores records of rollouts that are not expected: other trainers', or collected before. Knows the first record of
+    each rollout that it holds, so a successor can read again what has not been trained on.
     """
 
     def __init__(
@@ -42,50 +46,105 @@ class Collector:
         self._producer = producer  # for dead letters
         self._consumer = log.consumer()
         self._partitions = [Partition(topics.triplets, n) for n in range(topics.partitions)]
-        self._outstanding: dict[str, float] = {}  # rollout → when it was expected, by the monotonic clock
+        self._outstanding: dict[str, float] = {}  # rollout → when it began, by the monotonic clock
+        self._ends: dict[str, asyncio.Future[FinishedRollout]] = {}  # of all that are held
+        self._first: dict[str, tuple[int, int]] = {}  # rollout → partition and offset of its first record
         self._triplets: dict[str, list[Triplet]] = {}
-        self._finished: dict[str, FinishedRollout] = {}
+        self._reading: Background | None = None
 
-    async def start(self) -> None:
-        """Call it before the first task is published: nothing after it is missed."""
-        await self._consumer.assign(self._partitions, "end")
+    async def start(self, positions: Mapping[int, int] | None = None) -> bool:
+        """Starts reading at the end of the topic, or at a predecessor's `positions`. Call it before the first task is
+        published: nothing after it is missed. False if the log is not the one of these positions: then it reads from
+        the beginning. Names a gap between a position and the first record that is left."""
+        await self._consumer.assign(self._partitions, "end" if positions is None else "beginning")
+        continued = positions is not None
+        if positions is not None:
+            first = await self._consumer.beginning_offsets(self._partitions)
+            ends = await self._consumer.end_offsets(self._partitions)
+            continued = all(positions.get(p.number, 0) <= ends[p] for p in self._partitions)
+            for partition in self._partitions if continued else ():
+                wanted = positions.get(partition.number, 0)
+                if wanted < first[partition]:
+                    logger.error(
+                        "%s: offsets %d to %d were deleted before they were trained on (retention); rollouts that "
+                        "ended there are given up",
+                        partition,
+                        wanted,
+                        first[partition] - 1,
+                    )
+                await self._consumer.seek(partition, max(wanted, first[partition]))
+        self._reading = supervisor().loop("collector", self._read())
+        return continued
 
-    def expect(self, rollout_ids: list[str]) -> None:
-        """Marks rollouts as outstanding. Call it before they are published."""
-        self._outstanding.update(dict.fromkeys(rollout_ids, time.monotonic()))
+    def expect(self, rollout_ids: Sequence[str]) -> None:
+        """Holds these rollouts until `release`. Call it before they are published. They count as old as their ids say:
+        those of a predecessor may have been dropped by the log."""
+        for rollout_id in rollout_ids:
+            if rollout_id not in self._ends:
+                age_s = time.time() - written_since_ms(rollout_id) / 1000 if written_since_ms(rollout_id) else 0.0
+                self._outstanding[rollout_id] = time.monotonic() - age_s
+                self._ends[rollout_id] = asyncio.get_running_loop().create_future()
 
     @property
     def outstanding(self) -> frozenset[str]:
         return frozenset(self._outstanding)
 
     def positions(self) -> dict[int, int]:
-        """Next offset by partition number: everything before it has been collected."""
-        return {p.number: self._consumer.position(p) or 0 for p in self._partitions}
+        """The next offset to read by partition, if what is held now were to be read again."""
+        found = {p.number: self._consumer.position(p) or 0 for p in self._partitions}
+        for partition, offset in self._first.values():
+            found[partition] = min(found[partition], offset)
+        return found
 
-    async def collect(self, rollout_ids: list[str]) -> list[FinishedRollout]:
+    async def collect(self, rollout_ids: Sequence[str]) -> list[FinishedRollout]:
         """Waits until each of these has ended; in the order given. Ends, since every published rollout does, or the log
         has dropped it: that one ends as failed here."""
-        missing = set(rollout_ids) - self._finished.keys()
-        while missing:
-            try:
-                batch = await self._consumer.poll(self._policy.poll_records, self._policy.poll_s)
-            except LogError as error:
-                if not self._consumer.polls.forgives(error):
-                    raise
-                logger.warning("reading triplets failed, retrying: %s", error)
-                await asyncio.sleep(self._policy.retry_s)
-                continue
-            for record in batch:
-                self._take(record)
-            late = time.monotonic() - self._policy.wait_s
-            for rollout_id in missing & {each for each, since in self._outstanding.items() if since < late}:
-                days = self._policy.wait_s / 86_400
-                self._give_up(rollout_id, f"its end was not read within {days:g} days; the log has dropped it by now")
-            missing -= self._finished.keys()
-        return [self._finished.pop(rollout_id) for rollout_id in rollout_ids]
+        ends = [self._ends[rollout_id] for rollout_id in rollout_ids]
+        if ends:
+            await asyncio.wait(ends)
+        return [end.result() for end in ends]
+
+    def release(self, rollout_ids: Iterable[str]) -> None:
+        """Forgets rollouts: they are trained on, or will never be."""
+        for rollout_id in rollout_ids:
+            self._outstanding.pop(rollout_id, None)
+            self._triplets.pop(rollout_id, None)
+            self._first.pop(rollout_id, None)
+            end = self._ends.pop(rollout_id, None)
+            if end is not None:
+                end.cancel()
 
     async def close(self) -> None:
+        if self._reading is not None:
+            await self._reading.close()
+        self.release(list(self._ends))
         await self._consumer.close()
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                await self._poll()
+        except Exception as error:
+            for rollout_id in self._outstanding:
+                self._ends[rollout_id].set_exception(error)
+                self._ends[rollout_id].exception()  # it may be that nobody waits for this one
+            raise
+
+    async def _poll(self) -> None:
+        try:
+            batch = await self._consumer.poll(self._policy.poll_records, self._policy.poll_s)
+        except LogError as error:
+            if not self._consumer.polls.forgives(error):
+                raise
+            logger.warning("reading triplets failed, retrying: %s", error)
+            await asyncio.sleep(self._policy.retry_s)
+            return
+        for record in batch:
+            self._take(record)
+        late = time.monotonic() - self._policy.wait_s
+        for rollout_id in [each for each, since in self._outstanding.items() if since < late]:
+            days = self._policy.wait_s / 86_400
+            self._give_up(rollout_id, f"its end was not read within {days:g} days; the log has dropped it by now")
 
     def _take(self, record: LogRecord) -> None:
         try:
@@ -96,16 +155,19 @@ class Collector:
             if record.headers.get(KIND_HEADER) == b"end" and record.key in self._outstanding:
                 self._give_up(record.key, f"its end can't be read: {error}")
             return
-        if isinstance(value, Triplet) and value.rollout_id in self._outstanding:
+        if not isinstance(value, Triplet | RolloutEnd) or value.rollout_id not in self._outstanding:
+            return
+        self._first.setdefault(value.rollout_id, (record.partition.number, record.offset))
+        if isinstance(value, Triplet):
             self._triplets.setdefault(value.rollout_id, []).append(value)
-        elif isinstance(value, RolloutEnd) and value.rollout_id in self._outstanding:
+        else:
             del self._outstanding[value.rollout_id]
             try:
                 triplets = expand(self._triplets.pop(value.rollout_id, []))
             except ValueError as error:  # one was undecodable, and is a dead letter
                 logger.warning("rollout %s is not trained on: %s", value.rollout_id, error)
                 value, triplets = replace(value, trainable=False, reason=str(error)), []
-            self._finished[value.rollout_id] = FinishedRollout(value, tuple(triplets))
+            self._ends[value.rollout_id].set_result(FinishedRollout(value, tuple(triplets)))
 
     def _give_up(self, rollout_id: str, reason: str) -> None:
         logger.error("rollout %s is not trained on: %s", rollout_id, reason)
@@ -123,4 +185,4 @@ class Collector:
             created_at=now,
             ended_at=now,
         )
-        self._finished[rollout_id] = FinishedRollout(end, ())
+        self._ends[rollout_id].set_result(FinishedRollout(end, ()))

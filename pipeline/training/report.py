@@ -3,8 +3,9 @@
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from millstream.pipeline.training.algorithm import FinishedRollout
+from millstream.pipeline.training.groups import FinishedRollout
 from millstream.schemas.wire import status
 from millstream.schemas.wire.trainable import bad_reward
 
@@ -33,6 +34,11 @@ class Summary:
     seconds: float = 0.0
     rollouts: int = 0
     spans: int = 0
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> "Summary":
+        """From `dataclasses.asdict`, through JSON."""
+        return cls(**{**saved, "steps": [StepReport(**step) for step in saved["steps"]]})
 
     @property
     def first_reward(self) -> float | None:

@@ -1,32 +1,42 @@
-"""One training run on one log: publishes tasks in groups, collects their ends, learns, publishes the new policy."""
+"""A training run: one experiment's handle on the log. An algorithm asks it for rollouts, and gives it new weights,
+checkpoints and reports."""
 
 import asyncio
-import itertools
+import dataclasses
+import hashlib
+import json
 import logging
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version as package_version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception, stop_after_delay, wait_fixed
 
+from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.port import Log
 from millstream.pipeline.models.server import ModelServer, UpdateFailed
-from millstream.pipeline.training.algorithm import Algorithm, FinishedRollout, Group
 from millstream.pipeline.training.collector import Collector
-from millstream.pipeline.training.report import StepReport, Summary, failures, mean_reward
-from millstream.producers.control import publish_control, publish_resources
+from millstream.pipeline.training.groups import FinishedRollout, Group, Lineage
+from millstream.pipeline.training.report import StepReport, Summary
+from millstream.producers.control import cancel_record, publish_control, publish_resources
+from millstream.producers.files import write_atomically
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskPublisher
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.control import LLM, Resources
-from millstream.schemas.ids import derived_id, id_time_ms, new_id
+from millstream.schemas.control import LLM, Resource, Resources
+from millstream.schemas.errors import ConfigError
+from millstream.schemas.ids import derived_id, id_time_ms, new_id, rank
 from millstream.schemas.spans.text import json_text
 from millstream.schemas.wire.records import Control, RolloutTask
+
+if TYPE_CHECKING:  # needs the `train` extra
+    from millstream.pipeline.training.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -58,220 +68,341 @@ class StopRule:
         return self.reward is not None and reward >= self.reward
 
 
+@dataclass(frozen=True, slots=True)
+class Experiment:
+    """What a run is, from its start to its end, however often its trainer starts again. Tasks are JSON texts."""
+
+    name: str  # first part of every model version
+    seed: int = 0
+    tasks: Sequence[str] = ()
+    val_tasks: Sequence[str] = ()
+    stop: StopRule = StopRule(100)
+    experiment_id: str = dataclasses.field(default_factory=new_id)
+    started_ns: int = dataclasses.field(default_factory=time.time_ns)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the tasks."""
+        texts = "\n".join([*self.tasks, "", *self.val_tasks])
+        return hashlib.sha256(texts.encode("utf-8", "surrogateescape")).hexdigest()
+
+    def restored(self, found: "Checkpoint", where: Path) -> "Experiment":
+        """This experiment as the one of a checkpoint. Raises `ConfigError` if they differ."""
+        for name, saved, ours in (
+            ("run", found.extra.get("name"), self.name),
+            ("seed", found.extra.get("seed"), self.seed),
+            ("tasks", found.extra.get("tasks"), self.digest),
+        ):
+            if saved != ours:
+                raise ConfigError(
+                    f"{where} holds checkpoints of a run with other {name} ({saved}, not {ours}): give the new run "
+                    "another run_dir, or go on with what that one had"
+                )
+        return dataclasses.replace(
+            self, experiment_id=found.extra["experiment_id"], started_ns=found.extra["started_ns"]
+        )
+
+
 class Run:
-    """One experiment. ``endpoints`` are the proxies that its rollouts should use; empty: those the runners know."""
+    """One experiment. ``server`` serves the policy; None if other processes do, or no policy is trained. ``endpoints``
+    are the proxies that its rollouts should use; empty: those the runners know. ``restored``: the checkpoint that the
+    run goes on from."""
 
     def __init__(
         self,
         settings: Settings,
         log: Log,
-        name: str,
-        algorithm: Algorithm | None,
-        server: ModelServer | None,
-        run_dir: Path,
-        seed: int,
-        on_step: Callable[[StepReport], None],
+        experiment: Experiment,
+        *,
+        server: ModelServer | None = None,
+        run_dir: Path = Path(),
+        on_step: Callable[[StepReport], None] = lambda report: None,
         endpoints: tuple[str, ...] = (),
+        restored: "Checkpoint | None" = None,
         update: UpdatePolicy = UpdatePolicy(),
     ) -> None:
+        self.experiment = experiment
+        self.restored = restored
+        self.lineage = Lineage(experiment.name)
+        self.summary = Summary(experiment.experiment_id)
+        self.continued = False  # on the log that the checkpoint's positions are of
         self._settings = settings
         self._topics = settings.topics
-        self._name = name
-        self._algorithm = algorithm
         self._server = server
         self._run_dir = run_dir
-        self._seed = seed
         self._on_step = on_step
         self._endpoints = endpoints
         self._update_policy = update
         self._producer: Producer = log.producer()
         self._publisher = TaskPublisher(self._producer, settings)
         self._collector = Collector(log, self._topics, self._producer)
-        self._started_ns = time.time_ns()
         self._started = time.monotonic()
-        self._model_version = ""
         self._resources_id = ""
-        self._evaluations = itertools.count()
-        self.summary = Summary(new_id())
+        self._next_resources_id = ""  # in the last checkpoint: of the version that it is the checkpoint of
+        self._durable = -1  # the last step with a checkpoint
+        self._saving: asyncio.Task[None] | None = None
+        self._evaluations = 0
 
-    async def start(self) -> None:
-        """Announces the experiment and the policy before its first step."""
-        await self._collector.start()
+    @classmethod
+    @asynccontextmanager
+    async def connect(cls, settings: Settings, experiment: Experiment, resources_id: str) -> "AsyncIterator[Run]":
+        """A handle on a run of another process, over Kafka: for rollouts with the policy of ``resources_id``."""
+        run = cls(settings, KafkaLog(settings), experiment)
+        run._resources_id = resources_id
+        await run._collector.start()
+        try:
+            yield run
+        finally:
+            await run.close()
+
+    @property
+    def seed(self) -> int:
+        return self.experiment.seed
+
+    @property
+    def seconds(self) -> float:
+        """Since the run began, without the time between two trainers."""
+        return time.monotonic() - self._started
+
+    @property
+    def resources_id(self) -> str:
+        """The version of the resources that new rollouts use."""
+        return self._resources_id
+
+    async def start(self, algorithm: str) -> None:
+        """Announces the experiment, or goes on where its checkpoint was written."""
+        if self.restored is None:
+            await self._collector.start()
+        else:
+            self.continued = await self._collector.start(self.restored.positions)
+            saved = self.restored.extra
+            self.lineage = Lineage.from_json(saved["lineage"])
+            announced = self._announced()
+            if announced is not None and (announced.epoch, announced.step) > (self.lineage.epoch, self.restored.step):
+                self.lineage = announced
+                self.lineage.restart(self.restored.step)
+            elif self.restored.behind:
+                self.lineage.restart(self.restored.step)
+            else:
+                self._next_resources_id, self._durable = saved["resources_id"], self.restored.step
+            self._evaluations = saved["evaluations"]
+            self.summary = Summary.of(saved["summary"])
+            self._started -= self.summary.seconds
         body = {
-            "run": self._name,
-            "seed": self._seed,
-            "algorithm": type(self._algorithm).__name__,
+            "run": self.experiment.name,
+            "seed": self.seed,
+            "algorithm": algorithm,
             "settings": self._settings.model_dump(mode="json"),
             "millstream": package_version("millstream"),
             "python": sys.version.split()[0],
         }
         experiment = Control(
             kind="experiment",
-            name=self.summary.experiment_id,
-            experiment_id=self.summary.experiment_id,
+            name=self.experiment.experiment_id,
+            experiment_id=self.experiment.experiment_id,
             body=json_text(body),
-            created_at=self._started_ns,
+            created_at=self.experiment.started_ns,
         )
         await publish_control(self._producer, self._topics, experiment)
-        await self._publish_policy(0)
 
     async def close(self) -> None:
-        self.summary.seconds = time.monotonic() - self._started
+        self.summary.seconds = self.seconds
+        if self._saving is not None:
+            await asyncio.wait([self._saving])
         await self._collector.close()
         await asyncio.to_thread(self._producer.close)
 
-    async def learn(self, tasks: Sequence[str], val_tasks: Sequence[str], stop: StopRule) -> None:
-        """Trains until ``stop``; then the summary has the validation of the policy, if there are ``val_tasks``.
-        Tasks are JSON texts.
+    # Rollouts
 
-        A validation that falls short of ``stop.reward`` starts the count of good steps again.
+    async def group(
+        self,
+        task: str,
+        size: int,
+        key: str,
+        *,
+        mode: str = "train",
+        resources_id: str = "",
+        published: bool = False,
+        on_published: Callable[[], object] = lambda: None,
+    ) -> Group:
+        """Runs one task ``size`` times, and returns when all have ended. Their ids are derived from the experiment, the
+        resources and ``key``, so rollouts that are asked for a second time are recognised by the pipeline, and end
+        once; their seeds from the run's seed and ``key``. They are held until `release`, or `give_up`.
+
+        ``resources_id``: the version that they were asked for with before; ``published``: they surely were, so they
+        need not be again; ``on_published`` is called when they surely are.
         """
-        assert self._algorithm is not None
-        rewards: list[float] = []
-        order = _shuffled(tasks, self._seed)
-        for step in range(stop.max_steps):
-            rewards.append(await self._step(step, list(itertools.islice(order, self._algorithm.groups_per_step))))
-            if not stop.reached(rewards):
-                continue
-            if not val_tasks or stop.good_enough(await self._validate(val_tasks)):
-                return
-            rewards.clear()
-        if val_tasks:
-            await self._validate(val_tasks)
+        resources_id = resources_id or self._resources_id
+        rollouts = self._rollouts(task, size, key, mode, resources_id)
+        ids = [rollout.rollout_id for rollout in rollouts]
+        self._collector.expect(ids)
+        if not published:
+            await self._publisher.publish(rollouts)
+            on_published()
+        return Group(ids[0], tuple(await self._collector.collect(ids)))
 
-    async def evaluate(self, tasks: Sequence[str], mode: str) -> list[FinishedRollout]:
-        """Runs each task once with the current policy, and learns nothing."""
-        groups = await self._rollouts(tasks, 1, mode, f"{mode}/{next(self._evaluations)}")
-        finished = [member for group in groups for member in group.members]
-        self._count(finished)
+    def release(self, groups: Iterable[Group]) -> None:
+        """The groups are done with: a checkpoint no longer has to find them."""
+        self._collector.release(m.end.rollout_id for group in groups for m in group.members)
+
+    async def give_up(self, size: int, key: str, resources_id: str) -> None:
+        """Cancels what is still running of a group, and forgets it."""
+        ids = self._ids(size, key, resources_id)
+        running = self._collector.outstanding.intersection(ids)
+        self._collector.release(ids)
+        if running:
+            await publish_control(self._producer, self._topics, cancel_record("group", ids[0]))
+
+    async def evaluate(self, tasks: Sequence[str], mode: str = "val") -> list[FinishedRollout]:
+        """Runs each task once with the current resources; nothing is learnt from it."""
+        key = f"{mode}/{self._evaluations}"
+        self._evaluations += 1
+        rollouts = [
+            rollout
+            for number, task in enumerate(tasks)
+            for rollout in self._rollouts(task, 1, f"{key}/{number}", mode, self._resources_id)
+        ]
+        ids = [rollout.rollout_id for rollout in rollouts]
+        self._collector.expect(ids)
+        await self._publisher.publish(rollouts)
+        finished = await self._collector.collect(ids)
+        self._collector.release(ids)
+        self.count(finished)
         return finished
 
-    async def _step(self, step: int, tasks: Sequence[str]) -> float:
-        """One step of training; returns its mean reward."""
-        assert self._algorithm is not None
-        began = time.monotonic()
-        groups = await self._rollouts(tasks, self._algorithm.group_size, "train", f"train/{step}")
-        metrics = await asyncio.to_thread(self._algorithm.update, groups)
-        reward = self._report(step, groups, metrics, time.monotonic() - began)
-        # Checkpoint first: a version that is announced can be restored.
-        await self._save(step + 1)
-        await self._publish_policy(step + 1)
-        return reward
-
-    async def _validate(self, tasks: Sequence[str]) -> float:
-        finished = await self.evaluate(tasks, "val")
-        self.summary.validation_reward = mean_reward(finished)
-        self.summary.validation_failed = failures(finished)
-        return self.summary.validation_reward
-
-    async def _rollouts(self, tasks: Sequence[str], members: int, mode: str, purpose: str) -> list[Group]:
-        """Publishes ``members`` rollouts of each task and waits until all have ended. Ids are derived from the run, its
-        current policy, the purpose and the position, so a task that is published twice has the same id."""
-        announced_ns = id_time_ms(self._resources_id) * 1_000_000
-        ids = [
-            [derived_id(announced_ns, self.summary.experiment_id, purpose, i, k) for k in range(members)]
-            for i in range(len(tasks))
-        ]
-        flat = [rollout_id for group in ids for rollout_id in group]
-        self._collector.expect(flat)
-        await self._publisher.publish(
-            [
-                self._task(task, rollout_id, group[0], members, mode)
-                for task, group in zip(tasks, ids, strict=True)
-                for rollout_id in group
-            ]
-        )
-        finished = iter(await self._collector.collect(flat))
-        return [Group(group[0], tuple(next(finished) for _ in group)) for group in ids]
-
-    def _task(self, task: str, rollout_id: str, group_id: str, members: int, mode: str) -> RolloutTask:
-        return RolloutTask(
-            rollout_id=rollout_id,
-            group_id=group_id,
-            group_size=members,
-            input=task,
-            mode=mode,
-            resources_id=self._resources_id,
-            max_attempts=self._settings.retry_max_attempts,
-            max_lost_attempts=self._settings.retry_max_lost_attempts,
-            timeout_s=self._settings.timeout_s,
-            lease_s=self._settings.lease_s,
-            experiment_id=self.summary.experiment_id,
-            created_at=time.time_ns(),
-        )
-
-    def _report(self, step: int, groups: Sequence[Group], metrics: Mapping[str, float], seconds: float) -> float:
-        finished = [member for group in groups for member in group.members]
-        self._count(finished)
-        report = StepReport(
-            step=step,
-            model_version=self._model_version,
-            reward=mean_reward(finished),
-            rollouts=len(finished),
-            failed=failures(finished),
-            rollouts_per_second=self.summary.rollouts / (time.monotonic() - self._started),
-            spans=self.summary.spans,
-            seconds=seconds,
-            metrics=metrics,
-        )
-        self.summary.steps.append(report)
-        self._on_step(report)
-        return report.reward
-
-    def _count(self, finished: Sequence[FinishedRollout]) -> None:
+    def count(self, finished: Sequence[FinishedRollout]) -> None:
+        """Adds rollouts to the run's totals."""
         self.summary.rollouts += len(finished)
         self.summary.spans += sum(member.end.spans for member in finished)
 
-    async def _publish_policy(self, step: int) -> None:
-        """Updates the model server, then announces the version: a version that is announced is served."""
-        self._model_version = self._version(step)
-        await self._update_server()
-        self._resources_id = new_id()
-        policy = LLM(model="policy", model_version=self._model_version, endpoints=self._endpoints)
-        resources = Resources(
-            resources_id=self._resources_id, experiment_id=self.summary.experiment_id, items={"policy": policy}
-        )
+    def _ids(self, size: int, key: str, resources_id: str) -> list[str]:
+        asked_ns = id_time_ms(resources_id) * 1_000_000
+        return [derived_id(asked_ns, self.experiment.experiment_id, key, k) for k in range(size)]
+
+    def _rollouts(self, task: str, size: int, key: str, mode: str, resources_id: str) -> list[RolloutTask]:
+        ids = self._ids(size, key, resources_id)
+        return [
+            RolloutTask(
+                rollout_id=rollout_id,
+                group_id=ids[0],
+                group_size=size,
+                input=task,
+                mode=mode,
+                seed=rank(str(self.seed), key, str(k)) >> 1,
+                resources_id=resources_id,
+                max_attempts=self._settings.retry_max_attempts,
+                max_lost_attempts=self._settings.retry_max_lost_attempts,
+                timeout_s=self._settings.timeout_s,
+                lease_s=self._settings.lease_s,
+                experiment_id=self.experiment.experiment_id,
+                created_at=time.time_ns(),
+            )
+            for k, rollout_id in enumerate(ids)
+        ]
+
+    # What is learnt
+
+    async def publish(self, items: Mapping[str, Resource]) -> Resources:
+        """Announces resources, such as prompts. New rollouts use them."""
+        resources_id, self._next_resources_id = self._next_resources_id or new_id(), ""
+        resources = Resources(resources_id=resources_id, experiment_id=self.experiment.experiment_id, items=dict(items))
         await publish_resources(self._producer, self._topics, resources)
+        self._resources_id = resources_id
+        return resources
 
-    async def _update_server(self) -> None:
-        """Waits for a server that is restarting. Raises `UpdateFailed`."""
-        if self._algorithm is None or self._server is None:
-            return
-        async for attempt in AsyncRetrying(
-            retry=retry_if_exception(lambda error: isinstance(error, UpdateFailed) and error.passing),
-            wait=wait_fixed(self._update_policy.retry_s),
-            stop=stop_after_delay(self._update_policy.give_up_s),
-            before_sleep=before_sleep_log(logger, logging.WARNING),
-            reraise=True,
-        ):
-            with attempt:
-                await self._server.update(self._algorithm.weights(), self._model_version)
+    async def publish_weights(self, weights: "Mapping[str, Any] | None", step: int) -> str:
+        """Has the weights after ``step`` updates served, then announces their version, which it returns: a version that
+        is announced is served. Waits for a server that is restarting. Raises `UpdateFailed`."""
+        self.lineage.step = step
+        version = self.lineage.version
+        if weights is not None and step > self._durable:
+            await asyncio.to_thread(write_atomically, self._run_dir / ANNOUNCED, json_text(self.lineage.to_json()))
+        if self._server is not None and weights is not None:
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception(lambda error: isinstance(error, UpdateFailed) and error.passing),
+                wait=wait_fixed(self._update_policy.retry_s),
+                stop=stop_after_delay(self._update_policy.give_up_s),
+                before_sleep=before_sleep_log(logger, logging.WARNING),
+                reraise=True,
+            ):
+                with attempt:
+                    await self._server.update(weights, version)
+        await self.publish({"policy": LLM(model="policy", model_version=version, endpoints=self._endpoints)})
+        return version
 
-    async def _save(self, step: int) -> None:
+    def report(self, report: StepReport) -> None:
+        self.summary.steps.append(report)
+        self._on_step(report)
+
+    # Going on
+
+    async def checkpoint(
+        self, step: int, state: Mapping[str, Any], loop: Mapping[str, Any], *, keep: int = 3, wait: bool = True
+    ) -> None:
+        """Writes a checkpoint of the policy after ``step`` updates; call it before `publish_weights`. ``state``: see
+        `Learner.state`; ``loop``: what else the algorithm needs, as JSON. A run that goes on from here reads the
+        rollouts that are held now again. Without ``wait`` it is written from a copy while training goes on.
+
+        Raises what went wrong with the last one."""
         from millstream.pipeline.training import checkpoint  # needs torch
 
-        assert self._algorithm is not None
-        await asyncio.to_thread(
-            checkpoint.save,
-            self._run_dir / "checkpoints",
-            step,
-            self._algorithm.state(),
-            positions=self._collector.positions(),
-            extra={
-                "experiment_id": self.summary.experiment_id,
-                "model_version": self._version(step),
-                "started_ns": self._started_ns,
-                "seed": self._seed,
-                "tasks_drawn": step * self._algorithm.groups_per_step,
-                "outstanding": sorted(self._collector.outstanding),
-            },
-        )
+        if self._saving is not None:
+            await self._saving
+        self._next_resources_id = new_id()
+        self.summary.seconds = self.seconds
+        lineage = dataclasses.replace(self.lineage, step=step)
+        extra = {
+            "experiment_id": self.experiment.experiment_id,
+            "started_ns": self.experiment.started_ns,
+            "name": self.experiment.name,
+            "seed": self.seed,
+            "tasks": self.experiment.digest,
+            "model_version": lineage.version,
+            "lineage": lineage.to_json(),
+            "resources_id": self._next_resources_id,
+            "evaluations": self._evaluations,
+            "outstanding": sorted(self._collector.outstanding),
+            "summary": dataclasses.asdict(self.summary),
+            "loop": dict(loop),
+        }
+        positions = self._collector.positions()
+        kept = state if wait else checkpoint.copied(state)
 
-    def _version(self, step: int) -> str:
-        return f"{self._name}.0.{step}"  # run.epoch.step; every run has one epoch
+        async def save() -> None:
+            folder = self._run_dir / CHECKPOINTS
+            await asyncio.to_thread(checkpoint.save, folder, step, kept, positions, extra, keep)
+            self._durable = step
+
+        self._saving = asyncio.create_task(save())
+        if wait:
+            await self._saving
+
+    def _announced(self) -> Lineage | None:
+        """The last version that may have been served although there is no checkpoint of it."""
+        try:
+            found = Lineage.from_json(json.loads((self._run_dir / ANNOUNCED).read_text("utf-8")))
+        except FileNotFoundError:
+            return None
+        return found if found.run == self.experiment.name else None
+
+    async def roll_back(self, gradual: bool = False) -> "Checkpoint":
+        """Goes back to the last checkpoint, or to the oldest that was kept, in a new epoch. The caller gives up its
+        groups. Raises `CheckpointDamaged`."""
+        from millstream.pipeline.training import checkpoint  # needs torch
+
+        if self._saving is not None:
+            await self._saving
+        found = await asyncio.to_thread(checkpoint.go_back, self._run_dir / CHECKPOINTS, gradual)
+        self.lineage.restart(found.step)
+        self._next_resources_id, self._durable = "", -1
+        self.summary.steps = [step for step in self.summary.steps if step.step < found.step]
+        return found
 
 
-def _shuffled(tasks: Sequence[str], seed: int) -> Iterator[str]:
+CHECKPOINTS, ANNOUNCED = "checkpoints", "announced.json"  # within the run's folder
+
+
+def shuffled(tasks: Sequence[str], seed: int) -> Iterator[str]:
     """All tasks in random order, repeatedly; the same seed gives the same order."""
     rng = random.Random(seed)  # noqa: S311 - an order, not a secret
     while True:

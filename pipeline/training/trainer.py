@@ -3,21 +3,25 @@
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from millstream.consumers.adapter.triplets import ToTriplets, TripletMaker
 from millstream.consumers.runner.hooks import Hook
 from millstream.pipeline.blocking import run_blocking
 from millstream.pipeline.models.vllm_process import VllmOptions
-from millstream.pipeline.training.algorithm import Algorithm, FinishedRollout
+from millstream.pipeline.training.algorithm import Algorithm
 from millstream.pipeline.training.deployment import strategy_of
+from millstream.pipeline.training.groups import FinishedRollout
 from millstream.pipeline.training.report import StepReport, Summary
-from millstream.pipeline.training.run import Run, StopRule, Task
+from millstream.pipeline.training.run import CHECKPOINTS, Experiment, Run, StopRule, Task
 from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.producers.task_input import task_input
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.folders import make_folder
+
+if TYPE_CHECKING:  # needs the `train` extra
+    from millstream.pipeline.training.checkpoint import Checkpoint
 
 
 class Trainer:
@@ -28,7 +32,9 @@ class Trainer:
     unless an agent is given here. ``adapter`` replaces the function from traces to triplets where the adapter runs in
     this process. ``hooks`` (objects or ``module:attribute``) surround each attempt of an agent given here. Training
     ends after ``max_steps``, or when each of ``patience`` steps in a row, and then a validation, has a mean reward of
-    at least ``stop_reward``. The demo engine serves the policy, or a vLLM of this process, as ``vllm`` says.
+    at least ``stop_reward``. ``resume``: "auto" goes on from the last checkpoint in ``run_dir``, if there is one;
+    "never" starts anew, and refuses a folder that has some; a checkpoint's folder, or its name such as "step-42", goes
+    on from that one. The demo engine serves the policy, or a vLLM of this process, as ``vllm`` says.
 
     Raises `ConfigError` for arguments that exclude each other.
     """
@@ -47,6 +53,7 @@ class Trainer:
         patience: int = 3,
         run: str = "run",
         run_dir: str | Path = "runs/default",
+        resume: str | Path = "auto",
         adapter: ToTriplets | None = None,
         seed: int = 0,
         settings: Settings | None = None,
@@ -67,6 +74,7 @@ class Trainer:
         self._stop = StopRule(max_steps, stop_reward, patience)
         self._name = run
         self._run_dir = Path(run_dir)
+        self._resume = resume
         self._seed = seed
         self._settings = settings or load_settings()
         self._adapter = adapter or TripletMaker(self._settings.triplets)
@@ -86,21 +94,29 @@ class Trainer:
         val_tasks = self._val_tasks if val_tasks is None else val_tasks
         if self._algorithm is None:
             raise ConfigError("training needs an algorithm: Trainer(algorithm=…); `dev` runs an agent without one")
+        if not hasattr(self._algorithm, "run"):
+            kind = type(self._algorithm).__name__
+            raise ConfigError(f"algorithm: {kind} has no method run; a learner needs a loop: PolicyGradient({kind}(…))")
         if not tasks:
             raise ConfigError("training needs tasks: none were given")
         inputs, val_inputs = _inputs(tasks, "task"), _inputs(val_tasks, "val_task")
-        async with self._started() as run:
-            await run.learn(inputs, val_inputs, self._stop)
+        experiment = Experiment(self._name, self._seed, inputs, val_inputs, self._stop)
+        async with self._started(experiment) as run:
+            await self._algorithm.run(run)
         return run.summary
 
     async def _dev(self, tasks: Sequence[Task]) -> list[FinishedRollout]:
         inputs = _inputs(tasks, "task")
-        async with self._started() as run:
+        async with self._started(Experiment(self._name, self._seed)) as run:
+            await run.publish_weights(None, 0)
             return await run.evaluate(inputs, "test")
 
     @asynccontextmanager
-    async def _started(self) -> AsyncIterator[Run]:
+    async def _started(self, experiment: Experiment) -> AsyncIterator[Run]:
         make_folder(self._run_dir, "run_dir")
+        restored = self._restored() if experiment.tasks else None
+        if restored is not None:
+            experiment = experiment.restored(restored, self._run_dir)
         # The default proxy_url says nothing about the machines that the runners are on.
         known = self._agent is None and "proxy_url" in self._settings.model_fields_set
         setup = Setup(
@@ -116,19 +132,26 @@ class Trainer:
             run = Run(
                 self._settings,
                 log,
-                self._name,
-                self._algorithm,
-                server,
-                self._run_dir,
-                self._seed,
-                self._on_step,
+                experiment,
+                server=server,
+                run_dir=self._run_dir,
+                on_step=self._on_step,
                 endpoints=self._settings.proxy_urls if known else (),
+                restored=restored,
             )
             try:
-                await run.start()
+                await run.start(type(self._algorithm).__name__)
                 yield run
             finally:
                 await run.close()
+
+    def _restored(self) -> "Checkpoint | None":
+        folder = self._run_dir / CHECKPOINTS
+        if self._resume == "auto" and not folder.exists():
+            return None  # without the `train` extra, too
+        from millstream.pipeline.training.checkpoint import restore  # needs torch
+
+        return restore(folder, self._resume)
 
 
 def _inputs(tasks: Sequence[Task], name: str) -> list[str]:

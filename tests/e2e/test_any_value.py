@@ -33,8 +33,8 @@ from millstream.pipeline.algorithms.samples import samples_of, usable
 from millstream.pipeline.cli import output
 from millstream.pipeline.cli.main import app
 from millstream.pipeline.store.clickhouse import ClickHouseStore
-from millstream.pipeline.training.algorithm import Group
 from millstream.pipeline.training.collector import Collector
+from millstream.pipeline.training.groups import Group
 from millstream.pipeline.training.report import mean_reward
 from millstream.producers.agent.emit import EmitError
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of

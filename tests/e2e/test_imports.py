@@ -25,12 +25,15 @@ UNSUPERVISED = {
     ("consumers.runner.attempt", "start"),
     ("consumers.runner.attempt", "_in_thread"),
     ("consumers.runner.hooks", "_start"),
+    ("pipeline.algorithms.policy_gradient", "_ask"),
+    ("pipeline.algorithms.policy_gradient", "_validate_meanwhile"),
     ("pipeline.blocking", "noted"),
     ("pipeline.blocking", "run_blocking"),
     ("pipeline.models.role", "run"),
     ("pipeline.models.vllm_replica", "_until_down"),
     ("pipeline.models.vllm_server", "start"),
     ("pipeline.training.deployment", "_local_roles"),
+    ("pipeline.training.run", "checkpoint"),
     ("pipeline.training.deployment", "_supervised"),
 }
 

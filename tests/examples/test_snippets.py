@@ -47,12 +47,14 @@ def agent(task):
     ms.emit_span("execute_tool add", {"gen_ai.operation.name": "execute_tool", "gen_ai.tool.name": "add"})
     return 1.0
 
-class NoAlgorithm:
-    model, groups_per_step, group_size = None, 2, 2
+class NoLearner:
+    model = None
     update = weights = lambda *_: {}
     state = lambda *_: {"weights": {"w": torch.zeros(1)}}
 
-ms.Trainer(agent=agent, algorithm=NoAlgorithm(), max_steps=1, run_dir="runs").fit([{"question": "what?"}] * 2)
+algorithm = ms.PolicyGradient(NoLearner(), groups_per_step=2, group_size=2)
+
+ms.Trainer(agent=agent, algorithm=algorithm, max_steps=1, run_dir="runs").fit([{"question": "what?"}] * 2)
 """
 
 

@@ -4,7 +4,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from millstream.pipeline.training.algorithm import FinishedRollout
+from millstream.pipeline.training.groups import FinishedRollout
 from millstream.schemas.ids import new_id
 from millstream.schemas.spans import semconv
 from millstream.schemas.wire import codec

@@ -15,6 +15,7 @@ import aiohttp
 import openai
 from vllm_rig import ARGS, ENGINE, Client, processes_of
 
+from millstream.pipeline.algorithms.policy_gradient import PolicyGradient
 from millstream.pipeline.models.vllm_process import VllmOptions
 from millstream.pipeline.training.deployment import in_memory
 from millstream.pipeline.training.trainer import Trainer
@@ -25,8 +26,6 @@ TOKENS = 3
 
 class Counting:
     """Learns nothing; the tokens of each version show its number."""
-
-    groups_per_step, group_size = 2, 8
 
     def __init__(self, model):
         self.model = model
@@ -97,7 +96,7 @@ async def test_both_get_each_steps_weights_one_at_a_time_and_a_killed_one_is_wai
     algorithm, run_dir = Counting(vllm_root / "model"), vllm_root / "trained"
     options = VllmOptions(args=(*ARGS, "--tokenizer", str(vllm_root / "tokenizer")), replicas=2)
     trainer = Trainer(
-        algorithm=algorithm,
+        algorithm=PolicyGradient(algorithm, groups_per_step=2, group_size=8),
         agent=agent,
         strategy=with_two_replicas(algorithm),
         run_dir=run_dir,

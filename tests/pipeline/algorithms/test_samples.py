@@ -7,7 +7,7 @@ pytest.importorskip("torch")
 from factories import AFTER_A_BREAK, CONVERSATION, finished, tokens
 
 from millstream.pipeline.algorithms.samples import samples_of
-from millstream.pipeline.training.algorithm import Group
+from millstream.pipeline.training.groups import Group
 
 pytestmark = pytest.mark.torch
 

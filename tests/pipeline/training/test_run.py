@@ -8,7 +8,7 @@ import pytest
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.pipeline.models.server import UpdateFailed
-from millstream.pipeline.training.run import Run, StopRule, UpdatePolicy
+from millstream.pipeline.training.run import Experiment, Run, StopRule, UpdatePolicy
 from millstream.schemas.config.settings import load_settings
 
 
@@ -27,13 +27,6 @@ def test_training_stops_after_enough_good_steps_in_a_row(rewards: list[float], r
     assert not StopRule(100, reward=None, patience=3).reached(rewards)
 
 
-class Algorithm:
-    model, groups_per_step, group_size = None, 1, 2
-
-    def weights(self) -> Mapping[str, Any]:
-        return {}
-
-
 class Server:
     """Refuses so many updates."""
 
@@ -48,11 +41,12 @@ class Server:
 
 
 async def start(server: Any, folder: Path, **policy: float) -> None:
-    settings, algorithm = load_settings(), Algorithm()
+    settings = load_settings()
     update = UpdatePolicy(**{"retry_s": 0.0, **policy})
-    run = Run(settings, MemoryLog(settings.topics), "r", algorithm, server, folder, 0, print, update=update)  # type: ignore[arg-type]
+    run = Run(settings, MemoryLog(settings.topics), Experiment("r"), server=server, run_dir=folder, update=update)
     try:
-        await run.start()
+        await run.start("none")
+        await run.publish_weights({}, 0)
     finally:
         await run.close()
 

@@ -12,6 +12,7 @@ import millstream as ms
 from millstream.consumers.adapter.adapter import Adapter
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.runner.runner import Runner
+from millstream.pipeline.algorithms.policy_gradient import PolicyGradient
 from millstream.pipeline.proxy import Proxy
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.pipeline.training.deployment import ANY_PORT
@@ -39,7 +40,7 @@ def agent(task, rollout, resources):
 )
 def test_tasks_that_are_not_json_are_refused_before_anything_starts(tmp_path, tasks, val_tasks, says):
     """Entry D3: the error came after all had started, and named neither task nor field."""
-    trainer = Trainer(algorithm=object(), agent=agent, run_dir=tmp_path / "run", strategy=None)
+    trainer = Trainer(algorithm=PolicyGradient(object()), agent=agent, run_dir=tmp_path / "run", strategy=None)
     with pytest.raises(ConfigError) as raised:
         trainer.fit(tasks, val_tasks)
     assert says in str(raised.value)
@@ -58,7 +59,9 @@ async def test_train_can_be_awaited_and_says_what_it_lacks(tmp_path):
     with pytest.raises(ConfigError, match="needs an algorithm"):
         await Trainer(agent=agent, run_dir=tmp_path).train(TASKS)
     with pytest.raises(ConfigError, match="needs tasks"):
-        await Trainer(agent=agent, run_dir=tmp_path, algorithm=object()).train([])
+        await Trainer(agent=agent, run_dir=tmp_path, algorithm=PolicyGradient(object())).train([])
+    with pytest.raises(ConfigError, match=r"needs a loop: PolicyGradient\(object"):
+        await Trainer(agent=agent, run_dir=tmp_path, algorithm=object()).train(TASKS)
     with pytest.raises(ConfigError, match="unknown strategy 'rabbit': use one of memory, kafka"):
         Trainer(agent=agent, strategy="rabbit")
 
@@ -106,7 +109,6 @@ class TestLearning:
 
         class Recorder:
             model = None
-            groups_per_step, group_size = 3, 4
 
             def __init__(self):
                 self.steps = []
@@ -124,7 +126,7 @@ class TestLearning:
             def load_state(self, state):
                 raise NotImplementedError
 
-        return Recorder()
+        return PolicyGradient(Recorder(), groups_per_step=3, group_size=4)
 
     def test_each_step_learns_from_whole_groups_and_leaves_a_checkpoint(self, tmp_path, algorithm):
         from millstream.pipeline.training.checkpoint import load_latest
@@ -132,8 +134,8 @@ class TestLearning:
         reports = []
         trainer = Trainer(algorithm=algorithm, agent=agent, run_dir=tmp_path, max_steps=3, on_step=reports.append)
         summary = trainer.fit(TASKS, TASKS[:2])
-        assert [len(groups) for groups in algorithm.steps] == [3, 3, 3]
-        for groups in algorithm.steps:
+        assert [len(groups) for groups in algorithm.learner.steps] == [3, 3, 3]
+        for groups in algorithm.learner.steps:
             for group in groups:
                 assert len(group.members) == 4
                 assert {m.end.group_id for m in group.members} == {group.group_id}

@@ -1,0 +1,338 @@
+"""The loop of a policy that learns: asks for groups of rollouts, has the learner update the policy with those that have
+ended, and publishes the new version. Synchronous with ``max_staleness`` 0; else rollouts go on while it learns."""
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from millstream.pipeline.algorithms.guards import GUARDS, Diverged, Guard
+from millstream.pipeline.algorithms.pacing import Pacing
+from millstream.pipeline.training.algorithm import Learner
+from millstream.pipeline.training.groups import FinishedRollout, Group, checked
+from millstream.pipeline.training.report import StepReport, failures, mean_reward
+from millstream.pipeline.training.run import Run, shuffled
+from millstream.schemas.errors import MillstreamError
+from millstream.schemas.wire import status
+
+logger = logging.getLogger(__name__)
+
+REMEMBERED: Final = 200  # steps whose metrics the guards see
+
+
+class NothingToLearn(MillstreamError):
+    """No rollout can be trained on. Says why most of them can't."""
+
+
+@dataclass
+class PolicyGradient:
+    """An `Algorithm`.
+
+    Each step trains on ``groups_per_step`` groups of ``group_size`` rollouts. With ``max_staleness`` above 0 so many
+    steps' groups more are asked for in advance; those with a part that is older than ``drop_above`` versions (by
+    default twice ``max_staleness``) are dropped. ``keep`` says which groups are worth training on (dynamic sampling);
+    others are replaced, up to ``refill`` times ``groups_per_step`` a step. A step that ``guards`` find bad is undone;
+    the run ends with `Diverged` when this has been necessary ``max_rollbacks`` times and is so again. Validates every
+    ``validate_every`` steps (0: at the end alone). Writes a checkpoint every ``checkpoint_every`` steps, and keeps the
+    last ``keep_checkpoints``.
+    """
+
+    learner: Learner
+    groups_per_step: int = 16
+    group_size: int = 8
+    max_staleness: int = 0
+    drop_above: int | None = None
+    keep: Callable[[Group], bool] | None = None
+    refill: int = 4
+    guards: Sequence[Guard] = GUARDS
+    max_rollbacks: int = 3
+    validate_every: int = 0
+    checkpoint_every: int = 1
+    keep_checkpoints: int = 3
+
+    @property
+    def model(self) -> Path | None:
+        return self.learner.model
+
+    async def run(self, run: Run) -> None:
+        """See `Algorithm.run`. Raises `Diverged`, `NothingToLearn`, and what the run raises."""
+        await _Loop(self, run).run()
+
+
+@dataclass
+class _Loop:
+    config: PolicyGradient
+    on: Run
+    rewards: list[float] = field(default_factory=list)  # of the steps since the last failed validation
+    metrics: list[dict[str, float]] = field(default_factory=list)  # of all steps that count
+    rollbacks: int = 0
+    asked: dict[int, str] = field(default_factory=dict)  # open group → resources version that it was asked for with
+    published: set[int] = field(default_factory=set)
+    running: dict[asyncio.Task[Group], int] = field(default_factory=dict)
+    ended: dict[int, Group] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)  # since the last step, by reason
+    validation: asyncio.Task[float] | None = None
+
+    def __post_init__(self) -> None:
+        config = self.config
+        cap = 2 * config.max_staleness if config.drop_above is None else config.drop_above
+        self.pacing = Pacing(config.groups_per_step, config.max_staleness, cap)
+        self._order = shuffled(self.on.experiment.tasks, self.on.seed)
+        self._tasks: list[str] = []
+
+    async def run(self) -> None:
+        stop = self.on.experiment.stop
+        try:
+            await self._begin()
+            while True:
+                good = stop.reached(self.rewards)
+                if good or self.pacing.step >= stop.max_steps:
+                    if not self.on.experiment.val_tasks:
+                        break
+                    reward = await self._validate()
+                    if self.pacing.step >= stop.max_steps or stop.good_enough(reward):
+                        break
+                    self.rewards.clear()
+                await self._step()
+        except Exception:
+            await self._give_up()
+            raise
+        finally:
+            await self._end_tasks()
+        await self._give_up()
+
+    # Beginning, and beginning again
+
+    async def _begin(self) -> None:
+        restored = self.on.restored
+        if restored is None:
+            if self.on.experiment.stop.max_steps > 0:
+                await self._checkpoint(wait=True)  # also what the first update can be rolled back to
+        else:
+            await asyncio.to_thread(self.config.learner.load_state, restored.algorithm_state)
+            self._load(restored.extra["loop"])
+            self.pacing.step = restored.step
+            logger.info("going on after step %d, in epoch %d", restored.step, self.on.lineage.epoch)
+        await self.on.publish_weights(self.config.learner.weights(), self.pacing.step)
+        for group in self.asked:
+            self._ask(group)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "next": self.pacing.next,
+            "open": [
+                {"group": group, "step": step, "resources_id": self.asked[group], "published": group in self.published}
+                for group, step in self.pacing.open.items()
+            ],
+            "rewards": self.rewards,
+            "metrics": self.metrics,
+            "rollbacks": self.rollbacks,
+        }
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self.pacing.next = state["next"]
+        self.pacing.open = {each["group"]: each["step"] for each in state["open"]}
+        self.asked = {each["group"]: each["resources_id"] for each in state["open"]}
+        if self.on.continued:
+            self.published = {each["group"] for each in state["open"] if each["published"]}
+        self.rewards, self.metrics, self.rollbacks = state["rewards"], state["metrics"], state["rollbacks"]
+
+    async def _checkpoint(self, *, wait: bool) -> None:
+        learner, keep = self.config.learner, self.config.keep_checkpoints
+        await self.on.checkpoint(self.pacing.step, learner.state(), self._state(), keep=keep, wait=wait)
+
+    # A step
+
+    async def _step(self) -> None:
+        began = time.monotonic()
+        groups, staleness = await self._batch()
+        waited = time.monotonic()
+        members = [member for group in groups.values() for member in group.members]
+        if self.config.model is not None and not any(map(can_be_trained_on, members)):
+            raise NothingToLearn(why_none(members))
+        try:
+            metrics = await asyncio.to_thread(self.config.learner.update, list(groups.values()))
+        except FloatingPointError as error:
+            await self._roll_back(str(error), gradual=False)
+            return
+        updated = time.monotonic()
+        metrics |= {
+            "reward": mean_reward(members),
+            "staleness": sum(staleness) / len(staleness),
+            "max_staleness": float(max(staleness)),
+            **{f"dropped_{reason}": float(count) for reason, count in self.dropped.items()},
+        }
+        for guard in self.config.guards:
+            fault = guard([*self.metrics, metrics])
+            if fault is not None:
+                await self._roll_back(*fault)
+                return
+        self.metrics = [*self.metrics[1 - REMEMBERED :], metrics]
+        self.rewards.append(metrics["reward"])
+        self.dropped.clear()
+        self.on.count(members)
+        self._forget(groups)
+        self.pacing.trained(list(groups))
+        version = self.on.lineage.version
+        self.on.report(self._report(version, members, metrics, began, waited, updated))
+        if self.pacing.step % self.config.checkpoint_every == 0:
+            await self._checkpoint(wait=self.config.checkpoint_every == 1)
+        await self.on.publish_weights(self.config.learner.weights(), self.pacing.step)
+        if self.config.validate_every and self.pacing.step % self.config.validate_every == 0:
+            # Without staleness, rollouts and training take turns.
+            await (self._validate_meanwhile() if self.config.max_staleness else self._validate())
+
+    async def _batch(self) -> tuple[dict[int, Group], list[int]]:
+        """The groups of the next step, by ordinal, and their staleness."""
+        while True:
+            for old in self.pacing.too_old():
+                self._drop(old, "too_old")
+            if (ready := self.pacing.ready()) is not None:
+                return {group: self.ended[group] for group in ready}, [self.pacing.staleness(g) for g in ready]
+            for new in self.pacing.admit():
+                self.asked[new] = self.on.resources_id
+                self._ask(new)
+            done, _ = await asyncio.wait(set(self.running), return_when=asyncio.FIRST_COMPLETED)
+            for task in sorted(done, key=self.running.__getitem__):
+                self._take(self.running.pop(task), task.result())
+
+    def _ask(self, group: int) -> None:
+        while len(self._tasks) <= group:
+            self._tasks.append(next(self._order))
+
+        async def ask() -> Group:
+            return await self.on.group(
+                self._tasks[group],
+                self.config.group_size,
+                _key(group),
+                resources_id=self.asked[group],
+                published=group in self.published,
+                on_published=lambda: self.published.add(group),
+            )
+
+        self.running[asyncio.create_task(ask())] = group
+
+    def _take(self, ordinal: int, group: Group) -> None:
+        group, oldest = checked(group, self.on.lineage)
+        self.ended[ordinal] = group
+        self.pacing.end(ordinal, oldest)
+        keep = self.config.keep
+        if keep is not None and not keep(group) and sum(self.dropped.values()) < self.config.refill * self.pacing.batch:
+            self._drop(ordinal, "no_signal")
+
+    def _drop(self, group: int, reason: str) -> None:
+        self.dropped[reason] += 1
+        self.on.count(self.ended[group].members)
+        self.pacing.drop(group)
+        self._forget({group: self.ended[group]})
+
+    def _forget(self, groups: dict[int, Group]) -> None:
+        self.on.release(groups.values())
+        for group in groups:
+            del self.ended[group], self.asked[group]
+            self.published.discard(group)
+
+    def _report(
+        self,
+        version: str,
+        members: Sequence[FinishedRollout],
+        metrics: dict[str, float],
+        began: float,
+        waited: float,
+        updated: float,
+    ) -> StepReport:
+        summary = self.on.summary
+        return StepReport(
+            step=self.pacing.step - 1,
+            model_version=version,
+            reward=metrics["reward"],
+            rollouts=len(members),
+            failed=failures(members),
+            rollouts_per_second=summary.rollouts / self.on.seconds,
+            spans=summary.spans,
+            seconds=updated - began,
+            metrics=metrics,
+        )
+
+    # Validation
+
+    async def _validate(self) -> float:
+        await self._validate_meanwhile()
+        assert self.validation is not None
+        return await self.validation
+
+    async def _validate_meanwhile(self) -> None:
+        """Starts a validation of the current policy once the one before has ended."""
+        if self.validation is not None:
+            await self.validation
+
+        async def validate() -> float:
+            finished = await self.on.evaluate(self.on.experiment.val_tasks)
+            summary = self.on.summary
+            summary.validation_reward, summary.validation_failed = mean_reward(finished), failures(finished)
+            return summary.validation_reward
+
+        self.validation = asyncio.create_task(validate())
+
+    # What goes wrong
+
+    async def _roll_back(self, reason: str, gradual: bool) -> None:
+        step = self.pacing.step + 1
+        if self.rollbacks >= self.config.max_rollbacks:
+            raise Diverged(f"step {step} was bad: {reason}; {self.rollbacks} rollbacks did not help")
+        await self._end_tasks()
+        await self._give_up()
+        found = await self.on.roll_back(gradual)
+        logger.error("step %d was bad: %s; going on after step %d", step, reason, found.step)
+        await asyncio.to_thread(self.config.learner.load_state, found.algorithm_state)
+        upcoming, rollbacks = self.pacing.next, self.rollbacks + 1
+        self._load({**found.extra["loop"], "open": []})
+        # What the abandoned steps saw is not asked for again, and what they asked for is not used.
+        self.pacing.next, self.pacing.step, self.rollbacks = upcoming, found.step, rollbacks
+        self.dropped.clear()
+        await self.on.publish_weights(self.config.learner.weights(), self.pacing.step)
+
+    async def _end_tasks(self) -> None:
+        tasks = [*self.running, *([self.validation] if self.validation is not None else [])]
+        self.running.clear()
+        self.validation = None
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
+
+    async def _give_up(self) -> None:
+        """Cancels the rollouts of open groups."""
+        for group, resources_id in self.asked.items():
+            await self.on.give_up(self.config.group_size, _key(group), resources_id)
+        self.asked.clear()
+        self.ended.clear()
+        self.published.clear()
+        self.pacing.open.clear()
+        self.pacing.ended.clear()
+
+
+def can_be_trained_on(member: FinishedRollout) -> bool:
+    return member.end.status == status.SUCCEEDED and member.end.trainable and any(t.trainable for t in member.triplets)
+
+
+def why_none(members: Sequence[FinishedRollout]) -> str:
+    """Why none of these rollouts can be trained on: what most of them say."""
+    reasons = Counter(reason for member in members for reason in _reasons(member))
+    (reason, count), *_ = reasons.most_common()
+    return f"none of the {len(members)} rollouts of a step can be trained on; {count} say: {reason}"
+
+
+def _reasons(member: FinishedRollout) -> set[str]:
+    if member.end.reason is not None or member.end.status != status.SUCCEEDED:
+        return {member.end.reason or member.end.status}
+    refused = {triplet.reason or "no reason" for triplet in member.triplets if not triplet.trainable}
+    return refused or {"it has made no call through the proxy; does the agent use OPENAI_BASE_URL?"}
+
+
+def _key(group: int) -> str:
+    return f"train/{group}"

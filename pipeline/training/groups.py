@@ -1,0 +1,82 @@
+"""Groups of finished rollouts, what algorithms learn from; and which versions of the policy may have made them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from millstream.schemas.wire.records import RolloutEnd, Triplet
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedRollout:
+    """A rollout's end with the triplets of its deciding attempt, by turn."""
+
+    end: RolloutEnd
+    triplets: tuple[Triplet, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The members of one group, failures included."""
+
+    group_id: str
+    members: tuple[FinishedRollout, ...]
+
+
+@dataclass(slots=True)
+class Lineage:
+    """The versions of a run's policy, ``RUN.EPOCH.STEP``. An epoch ends where a rollback, or a resume from an earlier
+    checkpoint, abandons the steps after it; the next epoch counts on from there. So a version is never two sets of
+    weights."""
+
+    run: str
+    epoch: int = 0
+    step: int = 0
+    ends: dict[int, int] = field(default_factory=dict)  # earlier epoch → its last step that counts
+
+    @property
+    def version(self) -> str:
+        return f"{self.run}.{self.epoch}.{self.step}"
+
+    def restart(self, step: int) -> None:
+        """Abandons the steps after ``step``, in a new epoch."""
+        self.ends = {epoch: min(end, step) for epoch, end in self.ends.items()} | {self.epoch: step}
+        self.epoch, self.step = self.epoch + 1, step
+
+    def step_of(self, version: str) -> int:
+        """The step of a version of this run. Raises ValueError for any other, and says why."""
+        run, *rest = version.rsplit(".", 2)
+        if run != self.run or len(rest) != 2 or not all(part.isdecimal() for part in rest):
+            raise ValueError(f"it was made by version {version}, which is none of run {self.run}")
+        epoch, step = map(int, rest)
+        if epoch > self.epoch or (epoch == self.epoch and step > self.step):
+            raise ValueError(f"it was made by version {version}, newer than the trainer's {self.version}")
+        if step > self.ends.get(epoch, self.step):
+            raise ValueError(f"it was made by version {version}, which was abandoned")
+        return step
+
+    def to_json(self) -> dict[str, Any]:
+        ends = {str(epoch): step for epoch, step in self.ends.items()}
+        return {"run": self.run, "epoch": self.epoch, "step": self.step, "ends": ends}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Lineage":
+        return cls(value["run"], value["epoch"], value["step"], {int(k): v for k, v in value["ends"].items()})
+
+
+def checked(group: Group, lineage: Lineage) -> tuple[Group, int | None]:
+    """The group without the turns of versions that it must not have: they are no longer trainable, and say why. And the
+    oldest step that made one of the others; None if no turn names a version."""
+    steps: list[int] = []
+
+    def turn(triplet: Triplet) -> Triplet:
+        if not triplet.trainable or triplet.model_version is None:
+            return triplet
+        try:
+            steps.append(lineage.step_of(triplet.model_version))
+        except ValueError as error:
+            return replace(triplet, trainable=False, reason=f"turn {triplet.turn}: {error}")
+        return triplet
+
+    members = tuple(FinishedRollout(m.end, tuple(map(turn, m.triplets))) for m in group.members)
+    return Group(group.group_id, members), min(steps, default=None)
