@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from millstream.pipeline.algorithms.advantages import Turns, turn_rewards
-from millstream.pipeline.training.algorithm import FinishedRollout, Group
+from millstream.pipeline.training.groups import FinishedRollout, Group
 from millstream.schemas.wire import status
 from millstream.schemas.wire.prefixes import conversations
 from millstream.schemas.wire.records import Triplet

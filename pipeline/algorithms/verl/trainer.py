@@ -29,7 +29,7 @@ from millstream.pipeline.algorithms.advantages import advantages
 from millstream.pipeline.algorithms.verl.config import MARK, NAME, Job
 from millstream.pipeline.algorithms.verl.exchange import Exchange
 from millstream.pipeline.algorithms.verl.rows import GroupRows, Row, RowRules, rows_of, token_advantages, uid_of
-from millstream.pipeline.training.algorithm import Group
+from millstream.pipeline.training.groups import Group
 from millstream.producers.supervisor import Supervisor
 from millstream.schemas.errors import BackgroundFailed, MillstreamError
 

@@ -7,7 +7,7 @@ from factories import AFTER_A_BREAK, CONVERSATION, finished, tokens
 
 from millstream.pipeline.algorithms.advantages import advantages
 from millstream.pipeline.algorithms.verl.rows import GroupRows, RowRules, rows_of, token_advantages, uid_of
-from millstream.pipeline.training.algorithm import FinishedRollout, Group
+from millstream.pipeline.training.groups import FinishedRollout, Group
 
 MADE = {"run.0.3": 3, "run.0.4": 4}
 TURN = tokens([2, 5], [6, 7], [-1.0, -2.0]) | {"model_version": "run.0.3"}
