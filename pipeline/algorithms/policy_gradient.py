@@ -16,11 +16,12 @@ from millstream.pipeline.training.algorithm import Learner
 from millstream.pipeline.training.groups import FinishedRollout, Group, checked
 from millstream.pipeline.training.report import StepReport, failures, mean_reward
 from millstream.pipeline.training.run import Run, shuffled
-from millstream.schemas.errors import MillstreamError
+from millstream.schemas.errors import LogError, MillstreamError
 from millstream.schemas.wire import status
 
 logger = logging.getLogger(__name__)
 
+LEAVE_S: Final = 10.0  # for the log to take the cancellations of a run that ends
 REMEMBERED: Final = 200  # steps whose metrics the guards see
 
 
@@ -98,12 +99,9 @@ class _Loop:
                         break
                     self.rewards.clear()
                 await self._step()
-        except Exception:
-            await self._give_up()
-            raise
         finally:
             await self._end_tasks()
-        await self._give_up()
+            await self._leave()
 
     # Beginning, and beginning again
 
@@ -118,7 +116,8 @@ class _Loop:
             self.pacing.step = restored.step
             logger.info("going on after step %d, in epoch %d", restored.step, self.on.lineage.epoch)
         await self.on.publish_weights(self.config.learner.weights(), self.pacing.step)
-        for group in self.asked:
+        for group, resources_id in self.asked.items():
+            self.asked[group] = resources_id or self.on.resources_id
             self._ask(group)
 
     def _state(self) -> dict[str, Any]:
@@ -136,8 +135,9 @@ class _Loop:
     def _load(self, state: dict[str, Any]) -> None:
         self.pacing.next = state["next"]
         self.pacing.open = {each["group"]: each["step"] for each in state["open"]}
-        self.asked = {each["group"]: each["resources_id"] for each in state["open"]}
-        if self.on.continued:
+        # Of groups that were cancelled, or whose log is gone, nothing is left: they are asked for as new ones.
+        self.asked = {each["group"]: each["resources_id"] * self.on.continues for each in state["open"]}
+        if self.on.continues:
             self.published = {each["group"] for each in state["open"] if each["published"]}
         self.rewards, self.metrics, self.rollbacks = state["rewards"], state["metrics"], state["rollbacks"]
 
@@ -304,6 +304,17 @@ class _Loop:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
+
+    async def _leave(self) -> None:
+        """Nothing that was asked for runs on without a trainer. A trainer that is killed can't see to it: its successor
+        goes on with what it finds."""
+        if not self.asked:
+            return
+        self.on.note_abandoned()
+        try:
+            await asyncio.wait_for(self._give_up(), LEAVE_S)
+        except (LogError, TimeoutError) as error:
+            logger.warning("the run's open rollouts could not be cancelled: %s", error or "the log did not answer")
 
     async def _give_up(self) -> None:
         """Cancels the rollouts of open groups."""

@@ -125,7 +125,7 @@ class Run:
         self.restored = restored
         self.lineage = Lineage(experiment.name)
         self.summary = Summary(experiment.experiment_id)
-        self.continued = False  # on the log that the checkpoint's positions are of
+        self.continues = False  # what the checkpoint's trainer had asked for still runs, or has ended
         self._settings = settings
         self._topics = settings.topics
         self._server = server
@@ -139,7 +139,8 @@ class Run:
         self._started = time.monotonic()
         self._resources_id = ""
         self._next_resources_id = ""  # in the last checkpoint: of the version that it is the checkpoint of
-        self._durable = -1  # the last step with a checkpoint
+        self._saved_resources_id = ""  # of the last checkpoint
+        self._durable = -1  # its step
         self._saving: asyncio.Task[None] | None = None
         self._evaluations = 0
 
@@ -174,18 +175,20 @@ class Run:
         if self.restored is None:
             await self._collector.start()
         else:
-            self.continued = await self._collector.start(self.restored.positions)
+            self.continues = await self._collector.start(self.restored.positions)
             saved = self.restored.extra
             self.lineage = Lineage.from_json(saved["lineage"])
-            announced = self._announced()
+            announced, abandoned = self._noted()
             if announced is not None and (announced.epoch, announced.step) > (self.lineage.epoch, self.restored.step):
                 self.lineage = announced
                 self.lineage.restart(self.restored.step)
             elif self.restored.behind:
                 self.lineage.restart(self.restored.step)
             else:
-                self._next_resources_id, self._durable = saved["resources_id"], self.restored.step
-            self._evaluations = saved["evaluations"]
+                self._durable = self.restored.step
+                self._next_resources_id = "" if abandoned == saved["resources_id"] else saved["resources_id"]
+            self.continues = self.continues and abandoned != saved["resources_id"]
+            self._saved_resources_id, self._evaluations = saved["resources_id"], saved["evaluations"]
             self.summary = Summary.of(saved["summary"])
             self._started -= self.summary.seconds
         body = {
@@ -316,7 +319,7 @@ class Run:
         self.lineage.step = step
         version = self.lineage.version
         if weights is not None and step > self._durable:
-            await asyncio.to_thread(write_atomically, self._run_dir / ANNOUNCED, json_text(self.lineage.to_json()))
+            await asyncio.to_thread(self._note, None)
         if self._server is not None and weights is not None:
             async for attempt in AsyncRetrying(
                 retry=retry_if_exception(lambda error: isinstance(error, UpdateFailed) and error.passing),
@@ -348,7 +351,7 @@ class Run:
 
         if self._saving is not None:
             await self._saving
-        self._next_resources_id = new_id()
+        self._next_resources_id = self._saved_resources_id = new_id()
         self.summary.seconds = self.seconds
         lineage = dataclasses.replace(self.lineage, step=step)
         extra = {
@@ -377,13 +380,23 @@ class Run:
         if wait:
             await self._saving
 
-    def _announced(self) -> Lineage | None:
-        """The last version that may have been served although there is no checkpoint of it."""
+    def note_abandoned(self) -> None:
+        """The rollouts that the run has asked for are being cancelled: a run that goes on asks for others."""
+        self._note(self._saved_resources_id)
+
+    def _note(self, abandoned: str | None) -> None:
+        """Writes down what the last checkpoint can't say: a version that may be served although there is no checkpoint
+        of it, and that open rollouts are cancelled (by the resources version in that checkpoint)."""
+        note = {"lineage": self.lineage.to_json(), "abandoned": abandoned}
+        write_atomically(self._run_dir / NOTE, json_text(note))
+
+    def _noted(self) -> tuple[Lineage | None, str | None]:
         try:
-            found = Lineage.from_json(json.loads((self._run_dir / ANNOUNCED).read_text("utf-8")))
+            note = json.loads((self._run_dir / NOTE).read_text("utf-8"))
         except FileNotFoundError:
-            return None
-        return found if found.run == self.experiment.name else None
+            return None, None
+        found = Lineage.from_json(note["lineage"])
+        return (found, note["abandoned"]) if found.run == self.experiment.name else (None, None)
 
     async def roll_back(self, gradual: bool = False) -> "Checkpoint":
         """Goes back to the last checkpoint, or to the oldest that was kept, in a new epoch. The caller gives up its
@@ -399,7 +412,7 @@ class Run:
         return found
 
 
-CHECKPOINTS, ANNOUNCED = "checkpoints", "announced.json"  # within the run's folder
+CHECKPOINTS, NOTE = "checkpoints", "note.json"  # within the run's folder
 
 
 def shuffled(tasks: Sequence[str], seed: int) -> Iterator[str]:
