@@ -146,15 +146,25 @@ class Run:
 
     @classmethod
     @asynccontextmanager
-    async def connect(cls, settings: Settings, experiment: Experiment, resources_id: str) -> "AsyncIterator[Run]":
-        """A handle on a run of another process, over Kafka: for rollouts with the policy of ``resources_id``."""
+    async def connect(
+        cls, settings: Settings, experiment: Experiment, *, positions: Mapping[int, int] | None = None
+    ) -> "AsyncIterator[Run]":
+        """A handle on a run of another process, over Kafka: for rollouts with resources that it has published.
+        ``positions``: of a handle before, to find what its rollouts have ended with."""
         run = cls(settings, KafkaLog(settings), experiment)
-        run._resources_id = resources_id
-        await run._collector.start()
+        await run._collector.start(positions)
         try:
             yield run
         finally:
             await run.close()
+
+    @property
+    def settings(self) -> Settings:
+        return self._settings
+
+    @property
+    def run_dir(self) -> Path:
+        return self._run_dir
 
     @property
     def seed(self) -> int:
@@ -243,6 +253,10 @@ class Run:
             await self._publisher.publish(rollouts)
             on_published()
         return Group(ids[0], tuple(await self._collector.collect(ids)))
+
+    def positions(self) -> dict[int, int]:
+        """The next offset of triplets to read by partition, if the rollouts that are held were to be read again."""
+        return self._collector.positions()
 
     def release(self, groups: Iterable[Group]) -> None:
         """The groups are done with: a checkpoint no longer has to find them."""

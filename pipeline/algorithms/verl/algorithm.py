@@ -9,16 +9,19 @@ import json
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Sequence
+import time
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, Final
 
-from millstream.pipeline.algorithms.verl.config import Job, VerlOptions, check, latest_checkpoint
+from millstream.pipeline.algorithms.verl.config import Job, VerlOptions, check, checkpoint_of, mark_of
 from millstream.pipeline.algorithms.verl.exchange import Exchange
 from millstream.pipeline.models.vllm_process import die_with_parent
+from millstream.pipeline.training.report import StepReport, failures, mean_reward
+from millstream.pipeline.training.run import Run
 from millstream.schemas.config.settings import ENV_PREFIX, SECRETS, Settings
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.folders import make_folder
@@ -40,26 +43,23 @@ class Verl:
         self.model = self.options.model
         self._policy = policy
 
-    async def run(self, run: Any) -> None:
-        """Trains until the run's last step, or until it has reached what it was for. Continues from the last complete
-        checkpoint in the run's folder.
+    async def run(self, run: Run) -> None:
+        """See `Algorithm.run`.
 
         Raises `ConfigError` before the start if the options or the settings can't work; `MillstreamError` with the last
         lines of the job's log if the job fails.
         """
         job = await asyncio.to_thread(self._prepared, run)
         exchange = Exchange(job.folder, job.attempt)
+        progress = _Progress(run, job)
         async with self._process(run.settings.verl_python, job, run.settings) as process:
-            served, reported = -1, 0
+            served = -1
             while True:
                 ended = process.returncode is not None  # before the look into the folder: nothing comes after it
+                await progress.report()
                 if (newest := exchange.newest()) is not None and newest > served:
-                    await self._serve(run, exchange, newest)
+                    await self._serve(run, job, exchange, newest, progress)
                     served = newest
-                lines = await asyncio.to_thread(_metrics, job)
-                for line in lines[reported:]:
-                    _report(run, json.loads(line))
-                reported = len(lines)
                 if ended:
                     break
                 with suppress(TimeoutError):
@@ -68,33 +68,46 @@ class Verl:
             raise MillstreamError(
                 f"the verl job ended with exit code {process.returncode} ({_log(job)}):\n{self._last_lines(job)}"
             )
+        if run.experiment.val_tasks and progress.validated != served:
+            await progress.validate(served)
 
-    def _prepared(self, run: Any) -> Job:
+    def _prepared(self, run: Run) -> Job:
         """The job of this start, with its tasks in the run's folder."""
-        check(self.options, len(run.tasks))
-        python: Path = run.settings.verl_python
-        if not python.is_file():
-            raise ConfigError(f"no verl at {python} (setting verl_python); `make verl` sets it up")
+        check(self.options, len(run.experiment.tasks))
+        if not run.settings.verl_python.is_file():
+            raise ConfigError(f"no verl at {run.settings.verl_python} (setting verl_python); `make verl` sets it up")
         folder = make_folder((run.run_dir / "verl").resolve(), "run_dir")
+        resume_from = None if run.restored is None else checkpoint_of(folder, run.restored.step)
+        if resume_from is not None and mark_of(resume_from) is None:
+            raise ConfigError(
+                f"{resume_from} is not a complete checkpoint of verl: go on from another one (resume = …)"
+            )
         job = Job(
             options=self.options,
-            run=run.name,
-            experiment_id=run.experiment_id,
+            run=run.experiment.name,
+            experiment_id=run.experiment.experiment_id,
+            started_ns=run.experiment.started_ns,
             seed=run.seed,
-            steps=run.max_steps,
+            steps=run.experiment.stop.max_steps,
             attempt=token_hex(4),
             folder=folder,
-            resume_from=latest_checkpoint(folder),
+            resume_from=resume_from,
         )
-        job.tasks_file.write_text("".join(f"{task}\n" for task in run.tasks), "utf-8")
+        job.tasks_file.write_text("".join(f"{task}\n" for task in run.experiment.tasks), "utf-8")
         return job
 
-    async def _serve(self, run: Any, exchange: Exchange, step: int) -> None:
+    async def _serve(self, run: Run, job: Job, exchange: Exchange, step: int, progress: "_Progress") -> None:
+        """Serves the weights of a step. If verl has written its checkpoint of them, the run has one, too: it names the
+        step to go on from."""
         from safetensors.torch import load_file
 
-        tensors = await asyncio.to_thread(load_file, exchange.weights_of(step))
-        version = await run.publish_weights(tensors, step)
-        await asyncio.to_thread(exchange.acknowledge, step, version)
+        weights = await asyncio.to_thread(load_file, exchange.weights_of(step))
+        mark = await asyncio.to_thread(mark_of, checkpoint_of(job.folder, step))
+        if mark is not None and mark["attempt"] == job.attempt:
+            await run.checkpoint(step, {"weights": weights}, {}, keep=self.options.keep)
+        await run.publish_weights(weights, step)
+        stop = await progress.reached(step)
+        await asyncio.to_thread(exchange.acknowledge, step, run.resources_id, run.lineage, stop)
         await asyncio.to_thread(exchange.remove_before, step)
 
     @asynccontextmanager
@@ -130,17 +143,68 @@ class Verl:
         return "\n".join(_log(job).read_text(errors="replace").splitlines()[-self._policy.last_lines :])
 
 
-def _metrics(job: Job) -> Sequence[str]:
-    """What verl has logged: a line of JSON for each step."""
-    if not job.metrics_file.exists():
-        return []
-    return job.metrics_file.read_text().split("\n")[:-1]  # the last one may be being written
+@dataclass
+class _Progress:
+    """Reports what verl logs, a line of JSON for each step, and knows when the run has reached what it was for."""
 
+    run: Run
+    job: Job
+    reported: int = 0  # lines
+    validated: int = -1  # step
+    rewards: list[float] = field(default_factory=list)  # since the last validation that fell short
+    began: float = field(default_factory=time.monotonic)
 
-def _report(run: Any, entry: dict[str, Any]) -> None:
-    run.report(
-        {name: float(value) for name, value in entry["data"].items() if isinstance(value, int | float)}, entry["step"]
-    )
+    async def report(self) -> None:
+        lines = await asyncio.to_thread(self._lines)
+        for line in lines[self.reported :]:
+            entry = json.loads(line)
+            values = {name: float(v) for name, v in entry["data"].items() if isinstance(v, int | float)}
+            self._report(entry["step"], values)
+        self.reported = len(lines)
+
+    async def reached(self, step: int) -> bool:
+        """Whether the job may end, with the weights of ``step``; validates them if its rewards say so."""
+        stop = self.run.experiment.stop
+        if not stop.reached(self.rewards):
+            return False
+        if not self.run.experiment.val_tasks or stop.good_enough(await self.validate(step)):
+            return True
+        self.rewards.clear()
+        return False
+
+    async def validate(self, step: int) -> float:
+        finished = await self.run.evaluate(self.run.experiment.val_tasks)
+        self.validated = step
+        summary = self.run.summary
+        summary.validation_reward, summary.validation_failed = mean_reward(finished), failures(finished)
+        return summary.validation_reward
+
+    def _lines(self) -> list[str]:
+        if not self.job.metrics_file.exists():
+            return []
+        return self.job.metrics_file.read_text("utf-8").split("\n")[:-1]  # the last one may be being written
+
+    def _report(self, step: int, values: dict[str, float]) -> None:
+        summary = self.run.summary
+        rollouts = int(values.pop("millstream/rollouts"))
+        summary.rollouts += rollouts
+        summary.spans += int(values.pop("millstream/spans"))
+        self.rewards.append(values["millstream/reward"])
+        now = time.monotonic()
+        self.run.report(
+            StepReport(
+                step=step - 1,
+                model_version=replace(self.run.lineage, step=step - 1).version,
+                reward=values.pop("millstream/reward"),
+                rollouts=rollouts,
+                failed=int(values.pop("millstream/failed")),
+                rollouts_per_second=summary.rollouts / self.run.seconds,
+                spans=summary.spans,
+                seconds=now - self.began,
+                metrics=values,
+            )
+        )
+        self.began = now
 
 
 def _log(job: Job) -> Path:

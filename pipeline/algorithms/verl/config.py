@@ -91,6 +91,7 @@ class Job:
     options: VerlOptions
     run: str
     experiment_id: str
+    started_ns: int
     seed: int
     steps: int  # of the whole run
     attempt: str  # names this start: [0-9a-f]+
@@ -135,12 +136,18 @@ def check(options: VerlOptions, tasks: int) -> None:
         )
 
 
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint in a job's folder. One without our mark was being written when its job ended."""
-    found = [
-        mark.parent for mark in (folder / CHECKPOINTS).glob(f"global_step_*/{MARK}") if (mark.parent / "actor").is_dir()
-    ]
-    return max(found, key=lambda path: json.loads((path / MARK).read_text())["step"], default=None)
+def checkpoint_of(folder: Path, step: int) -> Path:
+    """Where verl writes its checkpoint of a step, within a job's folder."""
+    return folder / CHECKPOINTS / f"global_step_{step}"
+
+
+def mark_of(checkpoint: Path) -> dict[str, Any] | None:
+    """Our part of a checkpoint; None if it is not complete."""
+    try:
+        mark: dict[str, Any] = json.loads((checkpoint / MARK).read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    return mark
 
 
 def configuration(job: Job) -> dict[str, Any]:
@@ -217,8 +224,9 @@ def configuration(job: Job) -> dict[str, Any]:
         "trainer.experiment_name": job.run,
         "trainer.default_local_dir": str(job.folder / CHECKPOINTS),
         "trainer.save_freq": options.save_every,
-        "trainer.max_actor_ckpt_to_keep": options.keep,
-        "trainer.max_critic_ckpt_to_keep": options.keep,
+        # The run keeps ``keep`` of its own, which name verl's; the one that is being written is not among them.
+        "trainer.max_actor_ckpt_to_keep": options.keep + 1,
+        "trainer.max_critic_ckpt_to_keep": options.keep + 1,
         "trainer.resume_mode": "resume_path" if job.resume_from else "disable",
         "trainer.resume_from_path": str(job.resume_from) if job.resume_from else None,
         "trainer.v1.sampler.max_off_policy_threshold": options.max_staleness,

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from millstream.pipeline.algorithms.verl.config import WEIGHTS
+from millstream.pipeline.training.groups import Lineage
+from millstream.producers.files import private
 from millstream.schemas.errors import MillstreamError
-from millstream.schemas.folders import PRIVATE_FILE
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,16 +26,19 @@ class ExchangePolicy:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """A version that is served. ``stop``: the run has reached what it was for, so the job ends after this step."""
+    """The weights of a step, by one start of a job, that are served. ``resources_id`` is what their rollouts are asked
+    for with; ``lineage`` says which versions may be trained on from now on. ``stop``: the run has reached what it was
+    for, so the job ends."""
 
     attempt: str
     step: int
-    version: str
+    resources_id: str
+    lineage: Mapping[str, Any]
     stop: bool = False
 
 
 class Exchange:
-    """The folder of one run's job; ``attempt`` is the start of the job that it is used for."""
+    """The folder of one run's jobs; ``attempt`` is the start of the job that it is used for."""
 
     def __init__(self, folder: Path, attempt: str, policy: ExchangePolicy = ExchangePolicy()) -> None:
         self.policy = policy
@@ -58,50 +62,48 @@ class Exchange:
 
     def newest(self) -> int | None:
         """The last step that has weights."""
-        steps = [int(path.parent.name.removeprefix("step-")) for path in self._weights.glob(f"step-*/{WEIGHTS}")]
-        return max(steps, default=None)
+        return max(self._steps(), default=None)
 
     def remove_before(self, step: int) -> None:
         """Removes the weights of earlier steps of this start: they are served no longer."""
-        for path in self._weights.glob(f"step-*/{WEIGHTS}"):
-            if int(path.parent.name.removeprefix("step-")) < step:
+        for earlier in self._steps():
+            if earlier < step:
+                path = self.weights_of(earlier)
                 path.unlink()
                 path.parent.rmdir()
 
-    def acknowledge(self, step: int, version: str, stop: bool = False) -> None:
-        """Called in the trainer's process once the version is served."""
-        line = json.dumps(asdict(Served(self._attempt, step, version, stop))) + "\n"
-        descriptor = os.open(self._served, os.O_WRONLY | os.O_CREAT | os.O_APPEND, PRIVATE_FILE)
-        try:
-            os.write(descriptor, line.encode())
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    def acknowledge(self, step: int, resources_id: str, lineage: Lineage, stop: bool = False) -> None:
+        """Called in the trainer's process once the weights of a step are served."""
+        line = json.dumps(asdict(Served(self._attempt, step, resources_id, lineage.to_json(), stop)))
+        with open(self._served, "ab", buffering=0, opener=private) as file:
+            file.write(line.encode() + b"\n")
+            os.fsync(file.fileno())
 
     def served(self) -> list[Served]:
         """Everything that was ever served, in order."""
         if not self._served.exists():
             return []
-        lines = self._served.read_text().split("\n")[:-1]  # the last one may be being written
+        lines = self._served.read_text("utf-8").split("\n")[:-1]  # the last one may be being written
         return [Served(**json.loads(line)) for line in lines]
 
-    def versions(self) -> dict[str, int]:
-        """The step of each version that may be trained on. After a resume those that the run has gone back behind are
-        none of them: their weights are lost, and what they have sampled belongs to the start that was given up."""
-        steps: dict[str, int] = {}
-        for each in self.served():
-            steps = {version: step for version, step in steps.items() if step <= each.step} | {each.version: each.step}
-        return steps
+    def served_by(self, attempt: str, step: int) -> Served | None:
+        """What a start of the job has asked for rollouts with, after its updates up to a step."""
+        return next((each for each in reversed(self.served()) if (each.attempt, each.step) == (attempt, step)), None)
+
+    def lineage(self) -> Lineage:
+        """Of the version that is served now."""
+        return Lineage.from_json(self.served()[-1].lineage)
 
     def wait_until_served(self, step: int) -> Served:
         """Blocks until the weights of a step of this start are served. Raises `MillstreamError` after the policy's
         time."""
         deadline = time.monotonic() + self.policy.serve_s
-        while True:
-            for each in reversed(self.served()):
-                if (each.attempt, each.step) == (self._attempt, step):
-                    return each
+        while (found := self.served_by(self._attempt, step)) is None:
             if time.monotonic() > deadline:
                 late = f"were not served within {self.policy.serve_s:g} s"
                 raise MillstreamError(f"the weights of step {step} ({self.weights_of(step)}) {late}")
             time.sleep(self.policy.poll_s)
+        return found
+
+    def _steps(self) -> list[int]:
+        return [int(path.parent.name.removeprefix("step-")) for path in self._weights.glob(f"step-*/{WEIGHTS}")]

@@ -18,7 +18,8 @@ from verl.trainer.main_ppo import run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 
-from millstream.pipeline.algorithms.verl.config import Job, configuration
+from millstream.pipeline.algorithms.verl.config import Job, configuration, mark_of
+from millstream.pipeline.training.run import Experiment, Run
 from millstream.schemas.config.settings import Settings
 
 
@@ -91,12 +92,9 @@ class TaskRunner:
             tq.close()
 
 
-def connect(job: Job, settings: Settings) -> AbstractAsyncContextManager[Any]:
+def connect(job: Job, settings: Settings) -> AbstractAsyncContextManager[Run]:
     """The run of the trainer's process, from here."""
-    from millstream.pipeline.training import run
-
-    module: Any = run
-    connected: AbstractAsyncContextManager[Any] = module.Run.connect(
-        settings, job.experiment_id, run=job.run, seed=job.seed
-    )
-    return connected
+    experiment = Experiment(job.run, job.seed, experiment_id=job.experiment_id, started_ns=job.started_ns)
+    mark = None if job.resume_from is None else mark_of(job.resume_from)
+    positions = None if mark is None else {int(partition): offset for partition, offset in mark["positions"].items()}
+    return Run.connect(settings, experiment, positions=positions)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from millstream.pipeline.algorithms.advantages import Turns, turn_rewards
-from millstream.pipeline.training.groups import FinishedRollout, Group
+from millstream.pipeline.training.groups import FinishedRollout, Group, Lineage
 from millstream.schemas.wire import status
 from millstream.schemas.wire.prefixes import conversations
 from millstream.schemas.wire.records import Triplet
@@ -54,21 +54,27 @@ class GroupRows:
     reasons: tuple[str, ...]
 
 
-def uid_of(attempt: str, draw: int) -> str:
-    """The uid of the draw-th prompt (from 0) that a job has taken from its tasks. ``attempt`` names the start of the
-    job: prompts of a start that was given up have other uids than those that take their place."""
-    if SEPARATOR in attempt:
-        raise ValueError(f"attempt {attempt!r}: verl splits keys at {SEPARATOR!r}")
-    return f"{attempt}x{draw}"
+def uid_of(attempt: str, asked: int, draw: int) -> str:
+    """The uid of the draw-th prompt (from 0) of a run. ``attempt`` names the start of the job that has drawn it, and
+    ``asked`` the updates that its policy had then: both are needed to ask for the same rollouts once more."""
+    if not attempt.isalnum():
+        raise ValueError(f"attempt {attempt!r}: verl splits keys at {SEPARATOR!r}, and we at hyphens")
+    return f"{attempt}-{asked}-{draw}"
 
 
-def rows_of(group: Group, uid: str, step: int, versions: Mapping[str, int], rules: RowRules) -> GroupRows:
+def asked_with(uid: str) -> tuple[str, int]:
+    """``attempt`` and ``asked`` of a uid."""
+    attempt, asked, _ = uid.split("-")
+    return attempt, int(asked)
+
+
+def rows_of(group: Group, uid: str, step: int, lineage: Lineage, rules: RowRules) -> GroupRows:
     """The rows of a group that has ended. ``uid`` is verl's, ``step`` the training step that has asked for it,
-    ``versions`` the step of each model version that may be trained on."""
+    ``lineage`` says which model versions may be trained on."""
     members: list[tuple[int, list[Triplet]]] = []
     reasons = []
     for session, member in enumerate(group.members):
-        turns, reason = _trainable(member, versions, rules)
+        turns, reason = _trainable(member, lineage, rules)
         if reason is None:
             members.append((session, turns))
         else:
@@ -80,7 +86,7 @@ def rows_of(group: Group, uid: str, step: int, versions: Mapping[str, int], rule
         credit = turn_rewards([(t.turn, t.reward) for t in group.members[session].triplets])
         parts = list(conversations(turns)) if rules.merge_turns else [[turn] for turn in turns]
         for index, part in enumerate(parts):
-            rows.append(_row(f"{uid}{SEPARATOR}{session}{SEPARATOR}{index}", part, credit, len(turns), step, versions))
+            rows.append(_row(f"{uid}{SEPARATOR}{session}{SEPARATOR}{index}", part, credit, len(turns), step, lineage))
     return GroupRows(tuple(rows), tuple(reasons))
 
 
@@ -113,20 +119,18 @@ def token_advantages(
     return found
 
 
-def _trainable(
-    member: FinishedRollout, versions: Mapping[str, int], rules: RowRules
-) -> tuple[list[Triplet], str | None]:
+def _trainable(member: FinishedRollout, lineage: Lineage, rules: RowRules) -> tuple[list[Triplet], str | None]:
     """The turns that can be trained on, and why there are none."""
     if not member.end.trainable or member.end.status != status.SUCCEEDED:
         return [], member.end.reason or member.end.status
     turns = [triplet for triplet in member.triplets if triplet.trainable]
     for turn in turns:
-        if (reason := _unusable(turn, versions, rules)) is not None:
+        if (reason := _unusable(turn, lineage, rules)) is not None:
             return [], f"turn {turn.turn}: {reason}"
     return turns, None if turns else "none of its turns is trainable"
 
 
-def _unusable(triplet: Triplet, versions: Mapping[str, int], rules: RowRules) -> str | None:
+def _unusable(triplet: Triplet, lineage: Lineage, rules: RowRules) -> str | None:
     prompt, response, logprobs = triplet.prompt_token_ids, triplet.response_token_ids, triplet.response_logprobs
     if not (prompt and response and logprobs) or len(response) != len(logprobs):
         return (
@@ -139,14 +143,14 @@ def _unusable(triplet: Triplet, versions: Mapping[str, int], rules: RowRules) ->
         return f"token id {largest} is none of the model's {rules.vocabulary} tokens; was it sampled by another model?"
     if triplet.reward is not None and bad_reward(triplet.reward):
         return f"its reward is {triplet.reward:g}"
-    if triplet.model_version not in versions:
-        return f"model version {triplet.model_version!r} is none that this run has published"
+    try:
+        lineage.step_of(triplet.model_version or "")
+    except ValueError as error:
+        return str(error)
     return None
 
 
-def _row(
-    key: str, turns: Sequence[Triplet], credit: Turns, num_turns: int, step: int, versions: Mapping[str, int]
-) -> Row:
+def _row(key: str, turns: Sequence[Triplet], credit: Turns, num_turns: int, step: int, lineage: Lineage) -> Row:
     prompt = _ints(turns[0].prompt_token_ids)
     response: list[int] = []
     mask: list[int] = []
@@ -164,7 +168,7 @@ def _row(
         # What a critic sums up: what each turn was given itself. The last turn of a row is credited with what follows.
         reward = credit[turn.turn] if turn is turns[-1] else turn.reward or 0.0
         rewards += [0.0] * (len(between) + len(answer) - 1) + [reward]
-    made = [versions[turn.model_version or ""] for turn in turns]
+    made = [lineage.step_of(turn.model_version or "") for turn in turns]
     oldest, newest = min(made), max(made)
     uid, session, _ = key.split(SEPARATOR)
     fields = {

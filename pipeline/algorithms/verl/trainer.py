@@ -7,10 +7,9 @@ and `Mark` (``CheckpointCallback``) are three of verl's extension points; nothin
 import asyncio
 import json
 import logging
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, suppress
 from pathlib import Path
 from threading import Event
 from typing import Any, Protocol
@@ -26,10 +25,20 @@ from verl.utils.debug import marked_timer
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
 from millstream.pipeline.algorithms.advantages import advantages
-from millstream.pipeline.algorithms.verl.config import MARK, NAME, Job
+from millstream.pipeline.algorithms.verl.config import MARK, NAME, Job, mark_of
 from millstream.pipeline.algorithms.verl.exchange import Exchange
-from millstream.pipeline.algorithms.verl.rows import GroupRows, Row, RowRules, rows_of, token_advantages, uid_of
-from millstream.pipeline.training.groups import Group
+from millstream.pipeline.algorithms.verl.rows import (
+    GroupRows,
+    Row,
+    RowRules,
+    asked_with,
+    rows_of,
+    token_advantages,
+    uid_of,
+)
+from millstream.pipeline.training.groups import FinishedRollout, Group
+from millstream.pipeline.training.report import failures, mean_reward
+from millstream.producers.files import write_atomically
 from millstream.producers.supervisor import Supervisor
 from millstream.schemas.errors import BackgroundFailed, MillstreamError
 
@@ -47,7 +56,13 @@ TENSORS = {
 class Groups(Protocol):
     """The part of a run that rollouts come from."""
 
-    async def group(self, task: str, size: int, key: str) -> Group: ...
+    async def group(self, task: str, size: int, key: str, *, resources_id: str = "") -> Group: ...
+
+    def release(self, groups: Iterable[Group]) -> None: ...
+
+    async def give_up(self, size: int, key: str, resources_id: str) -> None: ...
+
+    def positions(self) -> dict[int, int]: ...
 
 
 class Rollouts:
@@ -64,8 +79,8 @@ class Rollouts:
         self._exchange = Exchange(job.folder, job.attempt)
         self._steps: dict[str, int] = {}  # open groups: the step that has asked for each
         self._reasons: Counter[str] = Counter()  # of groups that failed since the last one that didn't
-        self._rewards: list[float] = []  # of rollouts that have ended since the last step
-        self._ended = self._failed = 0
+        self._members: list[FinishedRollout] = []  # that have ended since the last step
+        self._dropped = 0  # groups, since the last step
         self._putting = asyncio.Lock()
         self._groups: Groups
         self._loop: asyncio.AbstractEventLoop
@@ -91,13 +106,23 @@ class Rollouts:
 
     def take_metrics(self) -> dict[str, float]:
         """Of the groups that have ended since the last call."""
-        rewards, self._rewards = self._rewards, []
-        metrics = {"millstream/groups": float(self._ended), "millstream/failed_groups": float(self._failed)}
-        self._ended = self._failed = 0
-        metrics["millstream/rollouts"] = float(len(rewards))
-        if rewards:
-            metrics["millstream/reward"] = sum(rewards) / len(rewards)
-        return metrics
+        members, self._members = self._members, []
+        dropped, self._dropped = self._dropped, 0
+        return {
+            "millstream/reward": mean_reward(members),
+            "millstream/rollouts": float(len(members)),
+            "millstream/failed": float(failures(members)),
+            "millstream/spans": float(sum(member.end.spans for member in members)),
+            "millstream/dropped_groups": float(dropped),
+        }
+
+    def positions(self) -> dict[int, int]:
+        """Where to read on, to find what the open groups have ended with."""
+
+        async def found() -> dict[int, int]:
+            return self._groups.positions()
+
+        return asyncio.run_coroutine_threadsafe(found(), self._loop).result()
 
     def close(self) -> None:
         """Leaves the groups that are open: a job that resumes asks for them again."""
@@ -117,29 +142,39 @@ class Rollouts:
 
     async def _group(self, uid: str, task: str, step: int) -> None:
         options = self._job.options
-        try:
+        attempt, asked = asked_with(uid)
+        served = self._exchange.served_by(attempt, asked)
+        assert served is not None  # a step's prompts are drawn once its weights are served
+        group, found = None, GroupRows((), (f"it has not ended within {options.group_timeout_s:g} s",))
+        with suppress(TimeoutError):
             async with asyncio.timeout(options.group_timeout_s):
-                group = await self._groups.group(task, options.group_size, uid)
-        except TimeoutError:
-            found = GroupRows((), (f"it has not ended within {options.group_timeout_s:g} s",))
-        else:
-            found = await asyncio.to_thread(rows_of, group, uid, step, self._exchange.versions(), self._rules)
-            self._rewards += [member.end.reward or 0.0 for member in group.members]
-        self._ended += 1
+                group = await self._groups.group(task, options.group_size, uid, resources_id=served.resources_id)
+        if group is not None:
+            found = await asyncio.to_thread(rows_of, group, uid, step, self._exchange.lineage(), self._rules)
         async with self._putting:  # verl's client is made for one thread at a time
             await asyncio.to_thread(_put, uid, step, found.rows)
-        self._steps.pop(uid, None)
+        del self._steps[uid]
+        if group is None:
+            await self._groups.give_up(options.group_size, uid, served.resources_id)
+        else:
+            self._members += group.members
+            self._groups.release([group])
         if found.rows:
             self._reasons.clear()
-            return
-        self._failed += 1
-        reason = Counter(each.partition(": ")[2] or each for each in found.reasons).most_common(1)
-        self._reasons[reason[0][0] if reason else "it has no members"] += 1
-        logger.warning("group %s is not trained on: %s", uid, "; ".join(found.reasons))
-        if (failures := self._reasons.total()) >= options.groups_per_step:
+        else:
+            self._dropped += 1
+            self._note_failure(uid, found.reasons)
+
+    def _note_failure(self, uid: str, reasons: Sequence[str]) -> None:
+        """Raises `MillstreamError` once as many groups in a row have failed as a step has."""
+        logger.warning("group %s is not trained on: %s", uid, "; ".join(reasons))
+        ((reason, _),) = Counter(each.partition(": ")[2] or each for each in reasons).most_common(1)
+        self._reasons[reason] += 1
+        failed = self._reasons.total()
+        if failed >= self._job.options.groups_per_step:
             ((commonest, times),) = self._reasons.most_common(1)
             raise MillstreamError(
-                f"none of the last {failures} groups could be trained on; commonest reason ({times} times): {commonest}"
+                f"none of the last {failed} groups could be trained on; commonest reason ({times} times): {commonest}"
             )
 
     def _give_up(self, failure: BackgroundFailed) -> None:
@@ -185,12 +220,14 @@ class Trainer(PPOTrainer):  # type: ignore[misc] # verl has no types
 
     def __init__(self, config: Any, job: Job) -> None:
         self.job = job
+        self.drawn = 0  # prompts
+        self.positions: dict[int, int] = {}  # at the checkpoint that is being written
         self._exchange = Exchange(job.folder, job.attempt)
-        self.drawn = 0
-        self._repeated = ""  # the start whose prompts are drawn again, for one step
+        self._draws_for = job.attempt
         if job.resume_from is not None:
-            mark = json.loads((job.resume_from / MARK).read_text())
-            self.drawn, self._repeated = mark["drawn"], mark["attempt"]
+            mark = mark_of(job.resume_from)
+            assert mark is not None
+            self.drawn, self._draws_for = mark["drawn"], mark["attempt"]
         super().__init__(config)
 
     def on_init_end(self) -> None:
@@ -204,7 +241,7 @@ class Trainer(PPOTrainer):  # type: ignore[misc] # verl has no types
     def on_step_end(self) -> None:
         with marked_timer("update_weights", self.timing_raw):
             metrics = self._publish()
-        self._repeated = ""
+        self._draws_for = self.job.attempt
         self._pending_sync_metrics = metrics | self.agent_loop_manager.take_metrics()
 
     def _publish(self) -> dict[str, float]:
@@ -226,10 +263,16 @@ class Trainer(PPOTrainer):  # type: ignore[misc] # verl has no types
         the start that has saved: they get the uids of then, so rollouts that have run since are recognised. Later steps
         had other weights then: what they have sampled is not used again."""
         batch = super()._fetch_one_gen_batch()
-        uids = [uid_of(self._repeated or self.job.attempt, self.drawn + n) for n in range(len(batch))]
+        asked = self.global_steps - 1  # updates
+        uids = [uid_of(self._draws_for, asked, self.drawn + n) for n in range(len(batch))]
         self.drawn += len(batch)
         tensordict_utils.assign_non_tensor_stack(batch, "uid", uids)
         return batch
+
+    def _save_checkpoint(self) -> None:
+        # Before verl saves what has ended: what ends meanwhile is read again.
+        self.positions = self.agent_loop_manager.positions()
+        super()._save_checkpoint()
 
     def _balance_batch(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """In the order of keys, whatever ended first: sums of floats depend on the order of rows."""
@@ -252,17 +295,11 @@ class Mark(CheckpointCallback):  # type: ignore[misc] # verl has no types
     """Writes our part of a checkpoint, last: a checkpoint that has it is complete."""
 
     def on_save(self, trainer: Trainer, global_step: int, checkpoint_dir: str, **_: Any) -> None:
-        path = Path(checkpoint_dir) / MARK
         mark = {
             "step": global_step,
             "attempt": trainer.job.attempt,
-            "experiment_id": trainer.job.experiment_id,
             "drawn": trainer.drawn,
             "open": trainer.agent_loop_manager.open,
+            "positions": trainer.positions,
         }
-        part = path.with_suffix(".part")
-        with part.open("w") as file:
-            file.write(json.dumps(mark))
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        write_atomically(Path(checkpoint_dir) / MARK, json.dumps(mark))

@@ -9,8 +9,9 @@ from millstream.pipeline.algorithms.verl.config import (
     Job,
     VerlOptions,
     check,
+    checkpoint_of,
     configuration,
-    latest_checkpoint,
+    mark_of,
 )
 from millstream.schemas.errors import ConfigError
 
@@ -20,6 +21,7 @@ def job(folder: Path = Path("/run"), **options: Any) -> Job:
         options=VerlOptions(model=Path("/model"), **options),
         run="run",
         experiment_id="e",
+        started_ns=0,
         seed=3,
         steps=5,
         attempt="a1",
@@ -89,10 +91,8 @@ def test_an_override_is_a_key_and_a_value() -> None:
 
 
 def test_a_checkpoint_without_our_mark_was_not_finished(tmp_path: Path) -> None:
-    assert latest_checkpoint(tmp_path) is None
-    for step in (2, 9, 10, 12):
-        (tmp_path / "checkpoints" / f"global_step_{step}" / "actor").mkdir(parents=True)
-    for step in (2, 9, 10):
-        mark = tmp_path / "checkpoints" / f"global_step_{step}" / "millstream.json"
-        mark.write_text(json.dumps({"step": step}))
-    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoints" / "global_step_10"
+    folder = checkpoint_of(tmp_path, 10)
+    folder.mkdir(parents=True)
+    assert mark_of(folder) is None
+    (folder / "millstream.json").write_text(json.dumps({"step": 10}))
+    assert mark_of(folder) == {"step": 10}

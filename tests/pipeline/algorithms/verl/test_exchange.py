@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from millstream.pipeline.algorithms.verl.exchange import Exchange, ExchangePolicy
+from millstream.pipeline.training.groups import Lineage
 from millstream.schemas.errors import MillstreamError
 
 pytestmark = pytest.mark.torch
@@ -39,26 +40,38 @@ def test_a_start_sees_no_weights_of_the_one_before(tmp_path: Path) -> None:
 
 def test_a_step_waits_until_its_weights_are_served(tmp_path: Path) -> None:
     exchange = Exchange(tmp_path, "b", ExchangePolicy(poll_s=0.001, serve_s=0.01))
-    Exchange(tmp_path, "a").acknowledge(3, "run.0.3")  # of the start before
+    Exchange(tmp_path, "a").acknowledge(3, "of-a", Lineage("run", step=3))  # of the start before
     with pytest.raises(MillstreamError, match=r"the weights of step 3 \(.*\) were not served within 0.01 s"):
         exchange.wait_until_served(3)
-    exchange.acknowledge(3, "run.1.3", stop=True)
+    exchange.acknowledge(3, "of-b", Lineage("run", epoch=1, step=3), stop=True)
     served = exchange.wait_until_served(3)
-    assert (served.version, served.stop) == ("run.1.3", True)
+    assert (served.resources_id, served.stop) == ("of-b", True)
+
+
+def test_what_an_earlier_start_asked_with_is_known(tmp_path: Path) -> None:
+    first, second = Exchange(tmp_path, "a"), Exchange(tmp_path, "b")
+    first.acknowledge(3, "of-a", Lineage("run", step=3))
+    second.acknowledge(3, "of-b", Lineage("run", epoch=1, step=3))
+    found = second.served_by("a", 3)
+    assert found is not None
+    assert found.resources_id == "of-a"
+    assert second.served_by("a", 4) is None
 
 
 def test_a_line_that_is_being_written_does_not_count(tmp_path: Path) -> None:
     exchange = Exchange(tmp_path, "a")
-    exchange.acknowledge(0, "run.0.0")
+    exchange.acknowledge(0, "r", Lineage("run"))
     with (tmp_path / "served.jsonl").open("a") as file:
         file.write('{"attempt": "a", "st')
-    assert exchange.versions() == {"run.0.0": 0}
+    assert [each.step for each in exchange.served()] == [0]
 
 
-def test_versions_that_a_resume_has_gone_back_behind_are_not_trained_on(tmp_path: Path) -> None:
-    first, second = Exchange(tmp_path, "a"), Exchange(tmp_path, "b")
-    for step in range(5):
-        first.acknowledge(step, f"run.0.{step}")
-    second.acknowledge(3, "run.1.3")  # resumed from step 3: version 0.4 is lost
-    second.acknowledge(4, "run.1.4")
-    assert second.versions() == {"run.0.0": 0, "run.0.1": 1, "run.0.2": 2, "run.0.3": 3, "run.1.3": 3, "run.1.4": 4}
+def test_the_lineage_is_that_of_the_version_served_last(tmp_path: Path) -> None:
+    first, second, lineage = Exchange(tmp_path, "a"), Exchange(tmp_path, "b"), Lineage("run")
+    for lineage.step in range(5):
+        first.acknowledge(lineage.step, "r", lineage)
+    lineage.restart(3)  # version 0.4 is lost
+    second.acknowledge(3, "r", lineage)
+    assert second.lineage().step_of("run.0.3") == second.lineage().step_of("run.1.3") == 3
+    with pytest.raises(ValueError, match="abandoned"):
+        second.lineage().step_of("run.0.4")

@@ -6,16 +6,16 @@ import pytest
 from factories import AFTER_A_BREAK, CONVERSATION, finished, tokens
 
 from millstream.pipeline.algorithms.advantages import advantages
-from millstream.pipeline.algorithms.verl.rows import GroupRows, RowRules, rows_of, token_advantages, uid_of
-from millstream.pipeline.training.groups import FinishedRollout, Group
+from millstream.pipeline.algorithms.verl.rows import GroupRows, RowRules, asked_with, rows_of, token_advantages, uid_of
+from millstream.pipeline.training.groups import FinishedRollout, Group, Lineage
 
-MADE = {"run.0.3": 3, "run.0.4": 4}
+LINEAGE = Lineage("run", step=4)
 TURN = tokens([2, 5], [6, 7], [-1.0, -2.0]) | {"model_version": "run.0.3"}
 PER_TOKEN = ("response_mask", "loss_mask", "rollout_log_probs", "rm_scores")
 
 
 def rows(*members: FinishedRollout, **rules: Any) -> GroupRows:
-    return rows_of(Group("g", members), "a1x0", 5, MADE, RowRules(vocabulary=100, **rules))
+    return rows_of(Group("g", members), "a1-4-0", 5, LINEAGE, RowRules(vocabulary=100, **rules))
 
 
 def with_version(turns: list[dict[str, Any]], *versions: str) -> list[dict[str, Any]]:
@@ -29,10 +29,10 @@ def two(**fields: Any) -> GroupRows:
 
 def test_a_row_per_turn_if_turns_do_not_continue_each_other() -> None:
     found = two()
-    assert [row.key for row in found.rows] == ["a1x0_0_0", "a1x0_0_1", "a1x0_1_0", "a1x0_1_1"]
+    assert [row.key for row in found.rows] == ["a1-4-0_0_0", "a1-4-0_0_1", "a1-4-0_1_0", "a1-4-0_1_1"]
     assert [row.fields["session_id"] for row in found.rows] == [0, 0, 1, 1]
     assert [row.fields["num_turns"] for row in found.rows] == [2, 2, 2, 2]
-    assert {row.fields["uid"] for row in found.rows} == {"a1x0"}
+    assert {row.fields["uid"] for row in found.rows} == {"a1-4-0"}
 
 
 def test_a_row_holds_what_the_model_server_has_sampled() -> None:
@@ -100,15 +100,15 @@ def test_the_last_reward_counts_for_the_turns_before_it() -> None:
         (finished("bad", [TURN | tokens([2], [100], [-1.0])]), "token id 100"),
         (finished("bad", [TURN | tokens([2], [6], [float("nan")])]), "not finite"),
         (finished("bad", [TURN | {"reward": float("inf")}]), "reward is inf"),
-        (finished("bad", [TURN | {"model_version": "mixed"}]), "'mixed' is none that this run has published"),
-        (finished("bad", [TURN | {"model_version": "run.0.5"}]), "'run.0.5' is none"),
-        (finished("bad", [TURN | {"model_version": None}]), "None is none"),
+        (finished("bad", [TURN | {"model_version": "mixed"}]), "version mixed, which is none of run run"),
+        (finished("bad", [TURN | {"model_version": "run.0.5"}]), "newer than the trainer's run.0.4"),
+        (finished("bad", [TURN | {"model_version": None}]), "which is none of run run"),
     ],
 )
 def test_a_member_that_cannot_be_trained_on_is_left_out_with_the_reason(bad: FinishedRollout, reason: str) -> None:
     good = [finished(name, [TURN]) for name in "ab"]
     found = rows(good[0], bad, good[1])
-    assert [row.key for row in found.rows] == ["a1x0_0_0", "a1x0_2_0"]
+    assert [row.key for row in found.rows] == ["a1-4-0_0_0", "a1-4-0_2_0"]
     (why,) = found.reasons
     assert why.startswith("rollout bad: ")
     assert reason in why
@@ -154,8 +154,8 @@ def test_groups_are_compared_with_themselves() -> None:
     rules = RowRules(vocabulary=100)
     found = [
         row
-        for uid, of in (("ax0", members), ("ax1", better))
-        for row in rows_of(Group(uid, tuple(of)), uid, 4, MADE, rules).rows
+        for uid, of in (("a-4-0", members), ("a-4-1", better))
+        for row in rows_of(Group(uid, tuple(of)), uid, 4, LINEAGE, rules).rows
     ]
     values = token_advantages([row.key for row in found], [row.tag for row in found], advantages)
     assert [row[0] for row in values] == [1.0, -1.0, 1.0, -1.0]
@@ -170,7 +170,8 @@ def test_padding_of_verl_is_worth_nothing() -> None:
     assert values[:-1] == token_advantages(keys[:-1], tags[:-1], advantages)
 
 
-def test_a_uid_has_no_separator_in_it() -> None:
-    assert uid_of("0f3c", 12) == "0f3cx12"
+def test_a_uid_says_how_its_rollouts_were_asked_for() -> None:
+    assert asked_with(uid_of("0f3c", 7, 12)) == ("0f3c", 7)
+    assert "_" not in uid_of("0f3c", 7, 12)
     with pytest.raises(ValueError, match="verl splits keys at '_'"):
-        uid_of("a_b", 0)
+        uid_of("a_b", 0, 0)
