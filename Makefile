@@ -8,6 +8,7 @@ CREWAI_STAMP := .venv-crewai/.ready
 VLLM_STAMP := .venv-vllm/.ready
 VERL_STAMP := .venv-verl/.ready
 UV := .venv-uv/bin/uv
+ON_CPU := PYTHONPATH=$(CURDIR)/tests/pipeline/algorithms/verl VERL_USE_EXTERNAL_MODULES=cpu_platform VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda
 export UV_COMPILE_BYTECODE := 1
 .PHONY: setup setup-crewai vllm verl demo demo-kafka demo-vllm demo-verl test test-verl test-all lint types bench chaos clean
 
@@ -60,12 +61,20 @@ demo-kafka: setup
 demo-vllm: setup vllm
 	@$(BIN)/python -m examples.calculator.demo --vllm --run-dir $(or $(RUN_DIR),runs/demo-vllm)
 
+# verl on a CPU: the platform that it runs on there is one of the tests' own.
+demo-verl: setup verl
+	@$(ON_CPU) $(BIN)/python -m examples.calculator.demo --verl --run-dir $(or $(RUN_DIR),runs/demo-verl)
+
 test: setup
 	$(BIN)/python -m pytest -m "not slow and not vllm"
 
+# Ray needs a machine that is not busy to start.
+test-verl: setup verl
+	$(BIN)/python -m pytest -m verl
+
 test-all: test setup-crewai vllm
 	$(CREWAI)/python -m pytest tests/frameworks/test_crewai_crew.py
-	$(BIN)/python -m pytest -m "slow or vllm"
+	$(BIN)/python -m pytest -m "(slow or vllm) and not verl"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -75,11 +75,32 @@ patience = 3
 seed = {seed}
 
 {model}
+{algorithm}
+"""
+GRPO = """\
 [grpo]
 model = "{run_dir}/model"
 groups_per_step = {groups}
 lr = {lr}
 seed = {seed}
+"""
+# One rank on this CPU.
+VERL = """\
+[verl]
+model = "{run_dir}/model"
+groups_per_step = {groups}
+minibatch = {minibatch}
+epochs = 2
+lr = {lr}
+entropy = 0.1
+device = "cpu"
+dtype = "float32"
+gpus_per_node = 1
+micro_batch = 64
+max_prompt = 64
+max_response = 64
+flash_attention = false
+overrides = ["ray_kwargs.ray_init.num_gpus=1", "ray_kwargs.ray_init.num_cpus=8"]
 """
 VLLM = """\
 [model]
@@ -102,6 +123,7 @@ def main(
     ],
     kafka: Annotated[bool, typer.Option(help="Over Kafka, with one process per role.")] = False,
     vllm: Annotated[bool, typer.Option(help="Serve the model with vLLM; `make vllm` installs it.")] = False,
+    verl: Annotated[bool, typer.Option(help="Train by a verl job on this CPU, over Kafka: `make demo-verl`.")] = False,
     max_steps: Annotated[int, typer.Option(min=1)] = 100,
     groups: Annotated[int, typer.Option(min=1, help="Questions per step, with eight rollouts each.")] = 16,
     lr: Annotated[float, typer.Option(min=0, help="0 is the control: the agent must not learn.")] = 5e-4,
@@ -117,7 +139,8 @@ def main(
     wait = f"; vLLM takes most of a minute to start, and logs in {run_dir}/vllm/log" if vllm else ""
     console.print(f"the run goes to {_from_here(run_dir)}{wait}", highlight=False, soft_wrap=True)
     try:
-        prepare(run_dir, "" if kafka else agent, vllm, max_steps, groups, lr, seed)
+        kafka = kafka or verl
+        prepare(run_dir, "" if kafka else agent, vllm, verl, max_steps, groups, lr, seed)
         settings = over_kafka(run_dir, agent, adapter) if kafka else in_process(run_dir, adapter)
         summary = close(run_dir, settings, time.monotonic() - began)
     except MillstreamError as error:
@@ -138,7 +161,9 @@ def main(
     raise typer.Exit(0 if learnt else 1)
 
 
-def prepare(run_dir: Path, agent: str, vllm: bool, max_steps: int, groups: int, lr: float, seed: int) -> None:
+def prepare(
+    run_dir: Path, agent: str, vllm: bool, verl: bool, max_steps: int, groups: int, lr: float, seed: int
+) -> None:
     """Writes model, tasks and ``train.toml``, and removes what an earlier run left. Without an agent: for Kafka. A
     validation has as many rollouts as a step."""
     from transformers.utils.logging import disable_progress_bar  # slow: it imports torch
@@ -146,7 +171,7 @@ def prepare(run_dir: Path, agent: str, vllm: bool, max_steps: int, groups: int, 
     from examples.calculator import model
 
     own_folder(run_dir, "--run-dir", "the calculator demo")
-    for name in ("store", "checkpoints", "model", "tokenizer", "vllm", "kafka", "log"):
+    for name in ("store", "checkpoints", "model", "tokenizer", "vllm", "verl", "kafka", "log"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in ("train.json", "summary.json"):
         (run_dir / name).unlink(missing_ok=True)
@@ -165,9 +190,10 @@ def prepare(run_dir: Path, agent: str, vllm: bool, max_steps: int, groups: int, 
             run_dir=run_dir,
             where=where,
             max_steps=max_steps,
-            groups=groups,
-            lr=lr,
             seed=seed,
+            algorithm=(VERL if verl else GRPO).format(
+                run_dir=run_dir, groups=groups, minibatch=max(groups // 2, 1), lr=lr, seed=seed
+            ),
             model=VLLM.format(run_dir=run_dir) if vllm else "",
         )
     )

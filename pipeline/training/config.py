@@ -8,10 +8,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 
 from millstream.consumers.log.port import Log
+from millstream.pipeline.algorithms.verl.config import VerlOptions
 from millstream.pipeline.models.server import ModelServer
 from millstream.pipeline.models.vllm_process import Transfer, VllmOptions
 from millstream.pipeline.services.role_process import role_process
@@ -76,7 +77,16 @@ class TrainConfig(BaseModel):
     patience: int = Field(3, ge=1)
     seed: int = 0
     model: ModelConfig = ModelConfig()
-    grpo: GrpoConfig
+    grpo: GrpoConfig | None = None
+    verl: VerlOptions | None = Field(None, description="Training by a verl job instead, over Kafka.")
+
+    @model_validator(mode="after")
+    def _one_algorithm(self) -> "TrainConfig":
+        if (self.grpo is None) == (self.verl is None):
+            raise ValueError("give one algorithm: a table [grpo] or [verl]")
+        if self.verl is not None and self.strategy != "kafka":
+            raise ValueError('[verl] needs strategy = "kafka": its job asks for rollouts from another process')
+        return self
 
 
 def with_probes(strategy: Strategy, health_port: int) -> Strategy:
@@ -127,7 +137,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
     make_folder(config.run_dir, "run_dir")
     with ProgressView(console or Console(), config.run) as view:
         trainer = Trainer(
-            algorithm=make_grpo(config.grpo),
+            algorithm=make_algorithm(config),
             agent=config.agent,
             strategy=with_probes(strategy_of(config.strategy), health_port),
             hooks=config.hooks,
@@ -153,10 +163,14 @@ def vllm_options(config: ModelConfig) -> VllmOptions | None:
     return VllmOptions(names=config.names, args=config.args, transfer=config.transfer, replicas=config.replicas)
 
 
-def make_grpo(config: GrpoConfig) -> Any:
+def make_algorithm(config: TrainConfig) -> Any:
     """Raises `ConfigError` without the `train` extra."""
     try:
         from millstream.pipeline.algorithms.grpo import GRPO
+        from millstream.pipeline.algorithms.verl.algorithm import Verl
     except ImportError as error:
         raise ConfigError(f"training needs torch: install millstream[train] ({error})") from error
-    return GRPO(**config.model_dump())
+    if config.verl is not None:
+        return Verl(**config.verl.model_dump())
+    assert config.grpo is not None
+    return GRPO(**config.grpo.model_dump())

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from secrets import token_hex
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from millstream.pipeline.algorithms.verl.config import Job, VerlOptions, check, checkpoint_of, mark_of
 from millstream.pipeline.algorithms.verl.exchange import Exchange
@@ -25,6 +25,9 @@ from millstream.pipeline.training.run import Run
 from millstream.schemas.config.settings import ENV_PREFIX, SECRETS, Settings
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.folders import make_folder
+
+if TYPE_CHECKING:  # needs the `train` extra
+    from torch import Tensor
 
 DRIVER: Final = "from millstream.pipeline.algorithms.verl.job import main; main()"
 
@@ -99,9 +102,7 @@ class Verl:
     async def _serve(self, run: Run, job: Job, exchange: Exchange, step: int, progress: "_Progress") -> None:
         """Serves the weights of a step. If verl has written its checkpoint of them, the run has one, too: it names the
         step to go on from."""
-        from safetensors.torch import load_file
-
-        weights = await asyncio.to_thread(load_file, exchange.weights_of(step))
+        weights = await asyncio.to_thread(self._read, exchange.weights_of(step))
         mark = await asyncio.to_thread(mark_of, checkpoint_of(job.folder, step))
         if mark is not None and mark["attempt"] == job.attempt:
             await run.checkpoint(step, {"weights": weights}, {}, keep=self.options.keep)
@@ -109,6 +110,16 @@ class Verl:
         stop = await progress.reached(step)
         await asyncio.to_thread(exchange.acknowledge, step, run.resources_id, run.lineage, stop)
         await asyncio.to_thread(exchange.remove_before, step)
+
+    def _read(self, path: Path) -> dict[str, "Tensor"]:
+        """Weights as a model server wants them: tied ones once. verl publishes an output layer in any case."""
+        from safetensors.torch import load_file
+        from transformers import AutoConfig
+
+        weights = load_file(path)
+        if AutoConfig.from_pretrained(self.model).get_text_config().tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        return weights
 
     @asynccontextmanager
     async def _process(self, python: Path, job: Job, settings: Settings) -> AsyncIterator[asyncio.subprocess.Process]:
