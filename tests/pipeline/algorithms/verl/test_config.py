@@ -13,7 +13,10 @@ from millstream.pipeline.algorithms.verl.config import (
     configuration,
     mark_of,
 )
+from millstream.pipeline.training.config import load_config
 from millstream.schemas.errors import ConfigError
+
+EXAMPLES = Path(__file__).parents[4] / "examples" / "verl"
 
 
 def job(folder: Path = Path("/run"), **options: Any) -> Job:
@@ -96,3 +99,13 @@ def test_a_checkpoint_without_our_mark_was_not_finished(tmp_path: Path) -> None:
     assert mark_of(folder) is None
     (folder / "millstream.json").write_text(json.dumps({"step": 10}))
     assert mark_of(folder) == {"step": 10}
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
+def test_the_examples_can_work(path: Path) -> None:
+    config = load_config(path)
+    assert config.verl is not None
+    check(config.verl, tasks=10_000)
+    ranks = config.verl.nodes * config.verl.gpus_per_node
+    assert config.verl.minibatch * config.verl.group_size // ranks >= config.verl.micro_batch
+    assert "UNTESTED" in path.read_text("utf-8")
