@@ -197,6 +197,7 @@ def configuration(job: Job) -> dict[str, Any]:
         f"{actor}.kl_loss_type": "low_var_kl",
         f"{actor}.use_dynamic_bsz": False,
         f"{actor}.data_loader_seed": job.seed,
+        f"{actor}.shuffle": True,  # verl pads a batch at its end: else the last optimizer step would see little else
         f"{ref}.log_prob_micro_batch_size_per_gpu": options.micro_batch,
         # Models
         "actor_rollout_ref.model.path": str(options.model),
