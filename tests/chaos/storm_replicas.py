@@ -115,7 +115,7 @@ class Vllm:
     TOKENS = 64
 
     def __init__(self, folder: Path) -> None:
-        sys.path += [str(TESTS / "support"), str(TESTS.parent)]
+        sys.path += [str(TESTS / "support"), str(TESTS / "support" / "vllm"), str(TESTS.parent)]
         import versioned_model
         from vllm_rig import ARGS, PYTHON
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import aiohttp
 
 ENGINE = "VLLM::EngineCor"  # what the kernel keeps of the name of the engine's process
-PYTHON = Path(__file__).parents[2] / ".venv-vllm/bin/python"
+PYTHON = Path(__file__).parents[3] / ".venv-vllm/bin/python"
 ARGS = (
     *("--dtype", "float32", "--max-model-len", "256", "--enforce-eager"),
     *("--kv-cache-memory-bytes", "134217728", "--gpu-memory-utilization", "0.2"),
