@@ -84,10 +84,12 @@ class TaskRunner:
                 least=2 if job.options.advantage == "turns" else 1,
             )
             rollouts = Rollouts(partial(connect, job, self._settings), job, rules)
+            done = False
             try:
                 trainer.fit(rollouts)
+                done = True
             finally:
-                rollouts.close()
+                rollouts.close(done)
         finally:
             tq.close()
 

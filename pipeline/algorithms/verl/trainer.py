@@ -124,12 +124,20 @@ class Rollouts:
 
         return asyncio.run_coroutine_threadsafe(found(), self._loop).result()
 
-    def close(self) -> None:
-        """Leaves the groups that are open: a job that resumes asks for them again."""
+    def close(self, done: bool) -> None:
+        """Cancels the open groups if the run is ``done``. Else they are left for a job that resumes."""
         self._supervisor.close()
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join()
+        if not self._thread.is_alive():
+            return
+        if done:
+            asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    async def _cancel(self) -> None:
+        for uid in self.open:
+            if (served := self._exchange.served_by(*asked_with(uid))) is not None:
+                await self._groups.give_up(self._job.options.group_size, uid, served.resources_id)
 
     async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
@@ -223,11 +231,13 @@ class Trainer(PPOTrainer):  # type: ignore[misc] # verl has no types
         self.drawn = 0  # prompts
         self.positions: dict[int, int] = {}  # at the checkpoint that is being written
         self._exchange = Exchange(job.folder, job.attempt)
-        self._draws_for = job.attempt
+        self._draws_for = job.attempt  # a start: this one, or for one step that which has drawn its prompts before
         if job.resume_from is not None:
             mark = mark_of(job.resume_from)
             assert mark is not None
-            self.drawn, self._draws_for = mark["drawn"], mark["attempt"]
+            self.drawn = mark["drawn"]
+            if self._exchange.served_by(mark["attempt"], mark["step"]) is not None:
+                self._draws_for = mark["attempt"]
         super().__init__(config)
 
     def on_init_end(self) -> None:
