@@ -12,7 +12,7 @@ from millstream.producers.log.port import Producer
 from millstream.producers.task_input import task_input
 from millstream.schemas.config.settings import MAX_ATTEMPTS, Settings, problems_of
 from millstream.schemas.errors import CodecError, ConfigError, TooLarge
-from millstream.schemas.ids import id_time_ms, new_id
+from millstream.schemas.ids import derived_seed, id_time_ms, new_id
 from millstream.schemas.spans import semconv
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import KIND_HEADER, ROLLOUT_HEADER, Headers
@@ -47,7 +47,7 @@ class TaskLine(BaseModel):
     timeout_s: float | None = Field(None, gt=0, le=LONGEST_ATTEMPT_S)
     lease_s: float | None = Field(None, gt=0, le=LONGEST_LEASE_S)
     unresponsive_s: float | None = Field(None, gt=0, le=LONGEST_ATTEMPT_S)
-    seed: int | None = None
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     agent: str | None = Field(None, min_length=1)  # module:attribute; other agents' runners refuse the task
     metadata: dict[str, str] = {}
 
@@ -55,7 +55,8 @@ class TaskLine(BaseModel):
 def group_of(
     line: TaskLine, settings: Settings, *, size: int = 1, priority: str = "normal", experiment_id: str = ""
 ) -> list[RolloutTask]:
-    """Creates the group of ``size`` rollouts for one prompt. Raises `ConfigError` naming what in it is not JSON."""
+    """Creates the group of ``size`` rollouts for one prompt. Of a line with a seed the first has that seed, each other
+    one a seed derived from it, so that they differ. Raises `ConfigError` naming what in it is not JSON."""
     group_id = line.group_id or new_id()
     now = time.time_ns()
     given = task_input(line.input)
@@ -76,12 +77,12 @@ def group_of(
             lease_s=line.lease_s or settings.lease_s,
             unresponsive_s=line.unresponsive_s,
             retry_on=tuple(line.retry_on),
-            seed=line.seed,
+            seed=line.seed if line.seed is None or not number else derived_seed(line.seed, number),
             experiment_id=experiment_id,
             metadata=line.metadata | ({} if line.agent is None else {semconv.AGENT_NAME: line.agent}),
             created_at=now,
         )
-        for _ in range(size)
+        for number in range(size)
     ]
 
 

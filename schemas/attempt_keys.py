@@ -12,7 +12,7 @@ from millstream.schemas.errors import MillstreamError
 # How long a key is valid beyond its attempt's time-out: calls may still be in flight, the attempt has to be closed, and
 # clocks may differ.
 KEY_GRACE_S: Final = 300.0
-_MARK: Final = "ms1"
+_MARK: Final = "ms2"
 MAC_CHARS: Final = 64  # hex
 TAG_CHARS: Final = 32
 
@@ -28,6 +28,7 @@ class Claims:
     issued: float  # s since the epoch
     expires: float
     resources_id: str  # the version that the attempt uses; empty without one
+    seed: int | None = None  # of the task, from which the proxy derives those of the attempt's model calls
 
 
 def attempt_path(rollout_id: str, attempt_id: str) -> str:
@@ -36,13 +37,22 @@ def attempt_path(rollout_id: str, attempt_id: str) -> str:
 
 
 def attempt_key(
-    secret: str, rollout_id: str, attempt_id: str, *, valid_s: float, resources_id: str = "", now: float | None = None
+    secret: str,
+    rollout_id: str,
+    attempt_id: str,
+    *,
+    valid_s: float,
+    resources_id: str = "",
+    seed: int | None = None,
+    now: float | None = None,
 ) -> str:
-    """The API key of an attempt: ``ms1.ISSUED.EXPIRES.RESOURCES.MAC``, where RESOURCES is percent-encoded and the MAC
-    is HMAC-SHA-256 of the path and of everything before it, under the deployment's proxy secret, followed by one of the
-    key so far, which `check_issued` reads. It is valid for ``valid_s`` plus `KEY_GRACE_S`."""
+    """The API key of an attempt: ``ms2.ISSUED.EXPIRES.SEED.RESOURCES.MAC``, where SEED may be empty, RESOURCES is
+    percent-encoded and the MAC is HMAC-SHA-256 of the path and of everything before it, under the deployment's proxy
+    secret, followed by one of the key so far, which `check_issued` reads. It is valid for ``valid_s`` plus
+    `KEY_GRACE_S`."""
     issued = time.time() if now is None else now
-    claims = f"{_MARK}.{issued:.0f}.{issued + valid_s + KEY_GRACE_S:.0f}.{quote(resources_id, safe='')}"
+    times = f"{issued:.0f}.{issued + valid_s + KEY_GRACE_S:.0f}"
+    claims = f"{_MARK}.{times}.{'' if seed is None else seed}.{quote(resources_id, safe='')}"
     return f"{claims}.{_mac(secret, rollout_id, attempt_id, claims)}"
 
 
@@ -51,9 +61,14 @@ def claims_of(secret: str, rollout_id: str, attempt_id: str, key: str, *, now: f
     claims, _, mac = key.rpartition(".")
     if not hmac.compare_digest(mac.encode(), _mac(secret, rollout_id, attempt_id, claims).encode()):
         raise BadKey(f"the API key does not belong to attempt {attempt_id}")
+    if not claims.startswith(f"{_MARK}."):
+        raise BadKey(
+            f"the API key of attempt {attempt_id} has the form of another version of Millstream: "
+            "let runners and proxies have the same one"
+        )
     try:
-        _, issued, expires, resources_id = claims.split(".", 3)  # an id may hold dots
-        found = Claims(int(issued), int(expires), unquote(resources_id))
+        _, issued, expires, seed, resources_id = claims.split(".", 4)  # an id may hold dots
+        found = Claims(int(issued), int(expires), unquote(resources_id), int(seed) if seed else None)
     except ValueError as error:
         raise BadKey(f"the API key of attempt {attempt_id} is malformed") from error
     if found.expires < (time.time() if now is None else now):

@@ -33,6 +33,11 @@ def rank(*parts: str) -> int:
     return int.from_bytes(digest, "big")
 
 
+def derived_seed(seed: int, number: int) -> int:
+    """A seed of 63 bits, always the same for the same seed and number: for one model call of a rollout, say."""
+    return rank("seed", str(seed), str(number)) >> 1
+
+
 def id_time_ms(value: str) -> int:
     """The time in a UUIDv7, in ms since the epoch. Raises ValueError for any other id."""
     parsed = uuid.UUID(value)

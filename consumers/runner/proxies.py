@@ -124,7 +124,12 @@ class Proxies:
         task = claim.task
         resources_id = claim.resources.resources_id if claim.resources is not None else ""
         return attempt_key(
-            self._secret, task.rollout_id, claim.attempt_id, valid_s=task.timeout_s, resources_id=resources_id
+            self._secret,
+            task.rollout_id,
+            claim.attempt_id,
+            valid_s=task.timeout_s,
+            resources_id=resources_id,
+            seed=task.seed,
         )
 
     async def close_attempt(self, claim: Claim, url: str, key: str) -> Calls:

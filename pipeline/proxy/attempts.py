@@ -1,6 +1,7 @@
 """The attempts that call models here: their keys, how many calls each has made, and which are closed."""
 
 import asyncio
+import heapq
 import hmac
 import math
 import time
@@ -12,6 +13,7 @@ from typing import Any
 from millstream.pipeline.proxy.limits import Limiter, limited
 from millstream.schemas.attempt_keys import BadKey, claims_of
 from millstream.schemas.config.upstreams import Limits
+from millstream.schemas.ids import derived_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +34,31 @@ class Load:
     calls: int = 0
 
 
+class CallSeeds:
+    """Seeds for an attempt's model calls, derived from that of its task and numbered in the order in which the calls
+    arrive. A call that fails returns its number, so that the call which repeats it has the same seed, and those behind
+    it have theirs."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._begun = 0
+        self._returned: list[int] = []  # a heap
+
+    def take(self) -> int:
+        """The number of a call that begins, from 1: the smallest that no other call has."""
+        if self._returned:
+            return heapq.heappop(self._returned)
+        self._begun += 1
+        return self._begun
+
+    def give_back(self, number: int) -> None:
+        heapq.heappush(self._returned, number)
+
+    def seed(self, number: int) -> int:
+        """63 bits."""
+        return derived_seed(self._seed, number)
+
+
 @dataclass(slots=True)
 class ProxiedAttempt:
     """One attempt, as this proxy knows it. Times are monotonic, in seconds."""
@@ -44,6 +71,7 @@ class ProxiedAttempt:
     load: Load
     resources_id: str = ""
     limiter: Limiter | None = None
+    seeds: CallSeeds | None = None  # None for a task without a seed
     spans: int = 0
     in_flight: int = 0
     closed: bool = False
@@ -135,8 +163,9 @@ class Attempts:
         clock = self._clock()
         claims = claims_of(self._secret, rollout_id, attempt_id, key, now=clock)
         expires, issued = now + claims.expires - clock, now + claims.issued - clock
+        seeds = None if claims.seed is None else CallSeeds(claims.seed)
         return ProxiedAttempt(
-            rollout_id, attempt_id, key.encode(), expires, issued, self._load, claims.resources_id, limiter
+            rollout_id, attempt_id, key.encode(), expires, issued, self._load, claims.resources_id, limiter, seeds
         )
 
     def _forget_old(self, now: float) -> None:

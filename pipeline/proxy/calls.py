@@ -69,6 +69,7 @@ class _Call:
     relay: Relay
     headers: dict[str, str]  # of the client's answer
     task: "asyncio.Task[Any]"
+    number: int | None = None  # by which it has its seed of the attempt's `CallSeeds`
     recorded: bool = False
     response: web.StreamResponse | None = None  # once something has been sent
 
@@ -107,8 +108,11 @@ class Calls:
         call = self._chosen(request, attempt, endpoint, body, asked)
         attempt.enter()
         attempt.asking.add(call.task)
+        answered = False
         try:
-            return await self._within_limits(call)
+            response = await self._within_limits(call)
+            answered = not call.answer.error
+            return response
         except Busy as error:
             raise CallError(429, str(error), {"Retry-After": str(math.ceil(error.retry_after_s))}) from error
         except (asyncio.CancelledError, _ClientGone) as error:
@@ -130,6 +134,8 @@ class Calls:
                 return await self._break_off(call, call.answer.error)
             raise CallError(500, call.answer.error) from error
         finally:
+            if attempt.seeds is not None and call.number is not None and not answered:
+                attempt.seeds.give_back(call.number)
             attempt.asking.discard(call.task)
             attempt.leave()
 
@@ -167,6 +173,11 @@ class Calls:
             relay = _relay(made, target)
         except BadRequest as error:
             raise CallError(400, str(error)) from error
+        number = None
+        if attempt.seeds is not None and made.policy and made.request.get("seed") is None:
+            number = attempt.seeds.take()
+            seed = {"seed": attempt.seeds.seed(number)}
+            made.asked, made.request = made.asked | seed, made.request | seed
         if made.request.get("model") != target.served_as:
             made.request = {**made.request, "model": target.served_as}
         if made.request is not given:
@@ -181,9 +192,8 @@ class Calls:
             resources_id=attempt.resources_id,
             stream=bool(asked.get("stream")),
         )
-        return _Call(
-            request, body, attempt, target, made, time.monotonic() + upstream.timeout_s, facts, relay, {}, _this_task()
-        )
+        deadline = time.monotonic() + upstream.timeout_s
+        return _Call(request, body, attempt, target, made, deadline, facts, relay, {}, _this_task(), number)
 
     async def _within_limits(self, call: _Call) -> web.StreamResponse:
         attempt, limiters = call.attempt, list(call.target.limiters)

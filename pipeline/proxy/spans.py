@@ -40,7 +40,7 @@ class CallFacts:
     """What a span records of a call besides the answer."""
 
     operation: str
-    asked: Json  # as the model was asked, without what the proxy added
+    asked: Json  # as the model was asked, without what the proxy needs to record the call
     messages: list[Any]
     upstream: str
     start: int  # ns since the epoch

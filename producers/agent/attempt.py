@@ -32,6 +32,7 @@ class RolloutInfo:
     mode: str  # train, val or test
     input: Any
     metadata: Mapping[str, str]
+    seed: int | None = None  # of the task. Nothing is seeded with it but the model's answers
 
 
 @dataclass(eq=False)
@@ -101,7 +102,13 @@ class AttemptContext:
     def rollout(self) -> RolloutInfo:
         task = self.task
         return RolloutInfo(
-            task.rollout_id, self.attempt_id, task.attempt, task.mode, json.loads(task.input), dict(task.metadata)
+            task.rollout_id,
+            self.attempt_id,
+            task.attempt,
+            task.mode,
+            json.loads(task.input),
+            dict(task.metadata),
+            task.seed,
         )
 
 

@@ -16,7 +16,7 @@ def attempt_environment() -> dict[str, str]:
     ``OPENAI_…`` and ``ANTHROPIC_…``: the attempt's URL at the proxy and its key. ``OTEL_…``: the endpoint of the OTLP
     exporter, its key, and the attempt as resource attributes; only if ``gateway_url`` is set. ``TRACEPARENT``: the
     current span, as the parent of the process's spans. Spans count only if the process flushes its exporter before the
-    agent returns.
+    agent returns. ``MILLSTREAM_SEED``: the task's seed, if it has one.
 
     Raises `OutsideRollout`.
     """
@@ -26,6 +26,8 @@ def attempt_environment() -> dict[str, str]:
     carrier: dict[str, str] = {}
     TraceContextTextMapPropagator().inject(carrier)
     variables = {"TRACEPARENT": carrier["traceparent"]} if carrier else {}
+    if attempt.task.seed is not None:
+        variables["MILLSTREAM_SEED"] = str(attempt.task.seed)
     if base := attempt.base_url:
         variables |= {
             "OPENAI_BASE_URL": f"{base}/v1",

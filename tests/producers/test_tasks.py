@@ -56,6 +56,7 @@ def test_a_line_becomes_a_group_with_the_settings_defaults(tmp_path: Path) -> No
         ('{"input": 1, "timeout_s": "5"}', "timeout_s"),
         ('{"input": 1, "metadata": {"a": 1}}', "metadata.a"),
         ('{"input": 1, "retry_on": ["succeeded"]}', "succeeded"),
+        ('{"input": 1, "seed": 9223372036854775808}', "seed"),
     ],
 )
 def test_a_broken_line_is_named_and_nothing_is_read(tmp_path: Path, line: str, why: str) -> None:
@@ -74,6 +75,17 @@ def test_a_broken_line_is_named_and_nothing_is_read(tmp_path: Path, line: str, w
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.jsonl"):
         read_tasks(tmp_path / "none.jsonl", SETTINGS)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_the_members_of_a_group_have_different_seeds(tmp_path: Path, seed: int) -> None:
+    """With one seed they would give the same answers, and nothing could be learnt from the group."""
+    file = write(tmp_path / "t.jsonl", json.dumps({"input": 1, "seed": seed}))
+    (first, *others), _ = read_tasks(file, SETTINGS, group_size=8)
+    assert first.seed == seed
+    assert len({task.seed for task in [first, *others]}) == 8
+    assert [t.seed for t in read_tasks(file, SETTINGS, group_size=8)[0]] == [first.seed, *(t.seed for t in others)]
+    assert read_tasks(file, SETTINGS)[0][0].seed == seed
 
 
 async def test_tasks_are_spread_evenly_over_the_partitions_of_their_priority(tmp_path: Path) -> None:

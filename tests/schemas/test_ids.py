@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.schemas.attempt_keys import KEY_GRACE_S, BadKey, Claims, attempt_key, attempt_path, claims_of
-from millstream.schemas.ids import derived_id, id_time_ms, new_id
+from millstream.schemas.attempt_keys import (
+    KEY_GRACE_S,
+    BadKey,
+    Claims,
+    attempt_key,
+    attempt_path,
+    check_issued,
+    claims_of,
+)
+from millstream.schemas.ids import derived_id, derived_seed, id_time_ms, new_id
 
 
 def test_a_new_id_is_a_uuid7_of_now() -> None:
@@ -67,9 +75,9 @@ def test_the_example_of_the_rfc() -> None:
 
 
 def test_an_attempts_key_fits_its_own_path_only() -> None:
-    key = attempt_key("secret", "r", "a", valid_s=60.0, resources_id="v1", now=1000.0)
+    key = attempt_key("secret", "r", "a", valid_s=60.0, resources_id="v1", seed=-7, now=1000.0)
     assert attempt_path("r", "a") == "/rollout/r/attempt/a"
-    assert claims_of("secret", "r", "a", key, now=1001.0) == Claims(1000.0, 1060.0 + KEY_GRACE_S, "v1")
+    assert claims_of("secret", "r", "a", key, now=1001.0) == Claims(1000.0, 1060.0 + KEY_GRACE_S, "v1", -7)
     for other in (("other", "r", "a"), ("secret", "r", "b"), ("secret", "s", "a")):
         with pytest.raises(BadKey, match=f"does not belong to attempt {other[2]}"):
             claims_of(*other, key, now=1001.0)
@@ -77,7 +85,7 @@ def test_an_attempts_key_fits_its_own_path_only() -> None:
         claims_of("secret", "r", "a", key, now=1061.0 + KEY_GRACE_S)
 
 
-@pytest.mark.parametrize("key", ["", "x", "ms1.1000.9999.", "ms1.1000.9999.v1." + "0" * 64, "é" * 9, "....", "a.b"])
+@pytest.mark.parametrize("key", ["", "x", "ms2.1000.9999.", "ms2.1000.9999..v1." + "0" * 64, "é" * 9, "....", "a.b"])
 def test_what_is_no_key_is_refused(key: str) -> None:
     with pytest.raises(BadKey):
         claims_of("secret", "r", "a", key)
@@ -85,7 +93,34 @@ def test_what_is_no_key_is_refused(key: str) -> None:
 
 def test_a_key_cant_be_given_more_time() -> None:
     key = attempt_key("secret", "r", "a", valid_s=60.0, now=1000.0)
-    mark, issued, expires, resources, mac = key.split(".")
-    longer = ".".join([mark, issued, str(int(expires) + 1), resources, mac])
-    with pytest.raises(BadKey, match="does not belong to attempt"):
-        claims_of("secret", "r", "a", longer, now=1001.0)
+    mark, issued, expires, seed, resources, mac = key.split(".")
+    longer = ".".join([mark, issued, str(int(expires) + 1), seed, resources, mac])
+    seeded = ".".join([mark, issued, expires, "1", resources, mac])
+    for forged in (longer, seeded):
+        with pytest.raises(BadKey, match="does not belong to attempt"):
+            claims_of("secret", "r", "a", forged, now=1001.0)
+
+
+@pytest.mark.parametrize("seed", [None, 0, -(2**63), 2**63 - 1])
+@pytest.mark.parametrize("resources_id", ["", "v1.2", "7"])
+def test_a_key_holds_its_tasks_seed(seed: int | None, resources_id: str) -> None:
+    key = attempt_key("secret", "r", "a", valid_s=60.0, resources_id=resources_id, seed=seed)
+    claims = claims_of("secret", "r", "a", key)
+    assert (claims.seed, claims.resources_id) == (seed, resources_id)
+    check_issued("secret", key)
+
+
+def test_a_key_of_another_version_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("millstream.schemas.attempt_keys._MARK", "ms1")
+    key = attempt_key("secret", "r", "a", valid_s=60.0)
+    monkeypatch.undo()
+    with pytest.raises(BadKey, match="another version of Millstream: let runners and proxies have the same one"):
+        claims_of("secret", "r", "a", key)
+
+
+def test_seeds_derived_from_one_are_different_and_always_the_same() -> None:
+    derived = {derived_seed(seed, number) for seed in (-1, 0, 1, 11) for number in range(100)}
+    assert len(derived) == 400
+    assert min(derived) >= 0
+    assert max(derived) < 2**63
+    assert derived_seed(1, 1) == 7924470993835915212

@@ -562,13 +562,14 @@ async def test_an_attempt_is_closed_at_its_proxy_and_both_counts_are_written() -
     async with proxy(answer) as url:
         settings = settings_for_tests(proxy_url=url, proxy_secret=SecretStr("s" * 32))
         async with running(lambda question: None, settings=settings) as rig:
-            await rig.publish([1])
+            await rig.publish([1], seed=11)
             (one,) = (await rig.ends(1)).values()
     rollout_id, attempt_id = one.task.rollout_id, one.last.attempt_id
     ((*ids, key),) = asked
     assert ids == [rollout_id, attempt_id]
     claims = claims_of("s" * 32, rollout_id, attempt_id, key.removeprefix("Bearer "))
     assert claims.expires >= claims.issued + one.task.timeout_s
+    assert claims.seed == 11
     assert one.last.span_counts == {"agent": 1, "proxy": 5}
 
 

@@ -33,6 +33,17 @@ def test_each_part_is_there_if_the_deployment_has_it(monkeypatch: pytest.MonkeyP
         )
 
 
+@pytest.mark.parametrize(
+    ("seed", "found"), [(None, {}), (0, {"MILLSTREAM_SEED": "0"}), (-7, {"MILLSTREAM_SEED": "-7"})]
+)
+def test_the_seed_of_the_task_is_there(seed: int | None, found: dict[str, str]) -> None:
+    attempt = AttemptContext(task(seed=seed), "a", [].append, [].append)
+    token = enter(attempt)
+    assert ms.attempt_environment() == found
+    leave(token)
+    assert attempt.rollout.seed == seed
+
+
 def test_outside_a_rollout_there_is_nothing_to_tell() -> None:
     with pytest.raises(OutsideRollout, match="attempt_environment"):
         ms.attempt_environment()
