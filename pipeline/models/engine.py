@@ -85,10 +85,21 @@ class _Job:
 class Engine:
     """Serves the model of a Hugging Face folder. All methods may be called from any thread."""
 
-    def __init__(self, model_dir: str | Path, *, version: str = "0", max_batch: int = 64, seed: int = 0) -> None:
-        """Raises `ConfigError` if the folder holds no model or no chat template."""
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        version: str = "0",
+        max_batch: int = 64,
+        seed: int = 0,
+        deterministic: bool = False,
+    ) -> None:
+        """``deterministic``: each answer is computed alone, so that one with a seed is always the same, in each bit of
+        its log-probabilities. In a batch, the number and the lengths of the other rows change their last bits, since
+        matrix products and sums are computed in other orders. Raises `ConfigError` if the folder holds no model or no
+        chat template."""
         self.name = Path(model_dir).resolve().name
-        self.max_batch = max_batch
+        self.max_batch = 1 if deterministic else max_batch
         self._model = load_model(model_dir).eval()
         self._tokenizer = load_tokenizer(model_dir)
         self._context: int = self._model.config.max_position_embeddings

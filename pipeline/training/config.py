@@ -50,6 +50,10 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     server: Literal["engine", "vllm"] = "engine"
+    deterministic: bool = Field(
+        default=False,
+        description="The demo engine computes each answer alone, so that the same seed gives the same bits; slower.",
+    )
     names: tuple[str, ...] = Field(default=("policy",), min_length=1, description="Model names that vLLM answers to.")
     args: tuple[str, ...] = Field(default=(), description='Further arguments of vLLM, such as "--dtype", "float32".')
     replicas: int = Field(
@@ -151,6 +155,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
             settings=settings,
             on_step=view.on_step,
             vllm=vllm_options(config.model),
+            deterministic=config.model.deterministic,
         )
         summary = trainer.fit(tasks, val_tasks)
     (config.run_dir / "train.json").write_text(json_text(dataclasses.asdict(summary)) + "\n")

@@ -119,7 +119,7 @@ async def _served_model(setup: Setup, url: str) -> AsyncIterator[tuple[ModelServ
         from millstream.pipeline.models.engine import Engine  # needs torch
         from millstream.pipeline.models.engine_http import engine_app
 
-        engine = await asyncio.to_thread(Engine, setup.model)
+        engine = await asyncio.to_thread(Engine, setup.model, deterministic=setup.deterministic)
         try:
             async with serve(engine_app(engine), url) as served:
                 yield engine, [served]

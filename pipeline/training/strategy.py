@@ -25,6 +25,7 @@ class Setup:
     model: Path | None = None
     hooks: Sequence[Hook | str] = ()
     vllm: VllmOptions | None = None
+    deterministic: bool = False  # of the demo engine
 
 
 # Entered, it runs the roles, and gives a log on which tasks are claimed and rollouts end, and the server of the model

@@ -34,7 +34,8 @@ class Trainer:
     ends after ``max_steps``, or when each of ``patience`` steps in a row, and then a validation, has a mean reward of
     at least ``stop_reward``. ``resume``: "auto" goes on from the last checkpoint in ``run_dir``, if there is one;
     "never" starts anew, and refuses a folder that has some; a checkpoint's folder, or its name such as "step-42", goes
-    on from that one. The demo engine serves the policy, or a vLLM of this process, as ``vllm`` says.
+    on from that one. The demo engine serves the policy, or a vLLM of this process, as ``vllm`` says. With
+    ``deterministic`` the engine computes each answer alone, so that seeds repeat answers bit by bit.
 
     Raises `ConfigError` for arguments that exclude each other.
     """
@@ -60,7 +61,10 @@ class Trainer:
         on_step: Callable[[StepReport], None] = lambda report: None,
         hooks: Sequence[Hook | str] = (),
         vllm: VllmOptions | None = None,
+        deterministic: bool = False,
     ) -> None:
+        if deterministic and vllm is not None:
+            raise ConfigError("deterministic is for the demo engine: drop it, or vllm")
         if runner is not None and agent is not None:
             raise ConfigError("agent and runner both name what runs: give one of them")
         self._agent = agent if runner is None else runner
@@ -68,6 +72,7 @@ class Trainer:
             raise ConfigError("hooks run where the agent does: give the runners --hook module:attribute")
         self._hooks = hooks
         self._vllm = vllm
+        self._deterministic = deterministic
         self._algorithm = algorithm
         self._strategy = strategy_of(strategy) if isinstance(strategy, str) else strategy
         self._tasks, self._val_tasks = tasks, val_tasks
@@ -127,6 +132,7 @@ class Trainer:
             model=self._algorithm.model if self._algorithm is not None else None,
             hooks=self._hooks,
             vllm=self._vllm,
+            deterministic=self._deterministic,
         )
         async with self._strategy(setup) as (log, server):
             run = Run(

@@ -123,6 +123,22 @@ async def test_a_seed_repeats_an_answer_in_any_batch(engine: Engine) -> None:
     assert other["choices"][0]["token_ids"] != alone["choices"][0]["token_ids"]
 
 
+@pytest.mark.parametrize("max_tokens", [1, 8])
+async def test_deterministic_answers_are_the_same_bit_by_bit_whatever_else_is_asked(
+    folder: Path, max_tokens: int
+) -> None:
+    """Also those that another engine gives, and after other requests without a seed."""
+    engine, other = (Engine(folder, version="v1", seed=seed, deterministic=True) for seed in (1, 2))
+    exact = {"seed": 5, "max_tokens": max_tokens, "request_id": "r", **EXACT}
+    alone = await body(other, **exact)
+    company = [body(engine, messages=(SHORT, LONG)[n % 2], max_tokens=1 + n % 3) for n in range(64)]
+    *_, among_others = await asyncio.gather(*company, body(engine, **exact))
+    assert among_others | {"created": 0} == alone | {"created": 0}
+    assert (engine.version, other.version) == ("v1", "v1")
+    for each in (engine, other):
+        await each.close()
+
+
 async def test_a_stop_text_ends_the_answer(engine: Engine) -> None:
     words = (await body(engine, seed=5, max_tokens=8))["choices"][0]["message"]["content"].split()
     choice = (await body(engine, seed=5, max_tokens=8, stop=[words[2]]))["choices"][0]

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -55,4 +56,34 @@ def test_hooks_of_the_file_surround_the_agent_of_the_file(tmp_path: Path, monkey
     assert (tmp_path / "notes").read_text() == "one succeeded"
     file.write_text(CONFIG.replace("AGENT", ""))
     with pytest.raises(ConfigError, match="hooks run where the agent does: give the runners --hook"):
+        train_from(file)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_engine_is_deterministic_if_the_file_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deterministic: bool
+) -> None:
+    from examples.calculator import model
+    from millstream.pipeline.models.engine import Engine
+
+    said: list[bool] = []
+    create = Engine.__init__
+
+    def noted(self: Engine, *args: Any, **given: Any) -> None:
+        said.append(given["deterministic"])
+        create(self, *args, **given)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Engine, "__init__", noted)
+    model.create(tmp_path / "model", 0)
+    (tmp_path / "around.py").write_text(CODE)
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({"input": "one"}))
+    file = tmp_path / "train.toml"
+    server = f"\n[model]\ndeterministic = {str(deterministic).lower()}\n"
+    file.write_text(CONFIG.replace("AGENT", 'agent = "around:agent"') + server)
+    train_from(file)
+    assert said == [deterministic]
+    file.write_text(CONFIG.replace("AGENT", "") + '\n[model]\ndeterministic = true\nserver = "vllm"\n')
+    with pytest.raises(ConfigError, match="deterministic is for the demo engine"):
         train_from(file)

@@ -182,7 +182,7 @@ def _without_ids(body):
 
 
 async def test_another_attempt_gets_the_same_answers_turn_by_turn(tmp_path):
-    """On the demo engine, among other rollouts."""
+    """On the demo engine, among other rollouts, with the same bits of log-probabilities."""
     pytest.importorskip("torch")
     from aiohttp.test_utils import TestServer
 
@@ -191,7 +191,7 @@ async def test_another_attempt_gets_the_same_answers_turn_by_turn(tmp_path):
     from millstream.pipeline.models.engine_http import engine_app
 
     model.create(tmp_path / "calculator", seed=1)
-    engine = Engine(tmp_path / "calculator", seed=3)
+    engine = Engine(tmp_path / "calculator", seed=3, deterministic=True)
     async with TestServer(engine_app(engine)) as server:
         async with rig_of(upstreams={"model": {"urls": [str(server.make_url("")).rstrip("/")]}}) as rig:
 
@@ -205,7 +205,7 @@ async def test_another_attempt_gets_the_same_answers_turn_by_turn(tmp_path):
                     )
                     said += [{"role": "assistant", "content": answer.choices[0].message.content}, said[0]]
                 spans = [span for span in await rig.spans() if span.attempt_id == attempt]
-                return said, [(s.response_token_ids, s.prompt_token_ids) for s in spans]
+                return said, [(s.response_token_ids, s.response_logprobs, s.prompt_token_ids) for s in spans]
 
             first = await conversation(rig.rollout, SEED)
             others = [conversation(new_id(), seed) for seed in range(2)]
