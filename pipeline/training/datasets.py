@@ -1,8 +1,8 @@
 """Triplets as data sets for other methods than reinforcement learning: fine-tuning, preferences, prompts.
 
 The functions take rollouts as lists of whole triplets (`prefixes.expand`) and leave out what is not trainable. A call
-without a reward gets the next one of its rollout, as in training (`credit.turn_rewards`). They raise `CodecError` with
-rollout and turn if a text does not hold messages.
+without a reward gets the next one of its rollout, as in training (`estimators.turn_rewards`). They raise `CodecError`
+with rollout and turn if a text does not hold messages.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Any, Literal
 from millstream.consumers.adapter.training_rules import NO_TOKENS
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
-from millstream.pipeline.algorithms.advantages import turn_rewards
+from millstream.pipeline.algorithms.estimators import turn_rewards
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.errors import CodecError
 from millstream.schemas.spans.text import json_text, parsed

@@ -29,7 +29,7 @@ from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.read_to_end import read_to_end
 from millstream.consumers.runner.runner import Runner
 from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
-from millstream.pipeline.algorithms.samples import samples_of, usable
+from millstream.pipeline.algorithms.rows import rows_of, usable
 from millstream.pipeline.cli import output
 from millstream.pipeline.cli.main import app
 from millstream.pipeline.store.clickhouse import ClickHouseStore
@@ -310,10 +310,10 @@ async def test_any_value_passes_every_role(bed, writer_to):
     # A trainer can use what is trainable.
     assert math.isfinite(mean_reward(finished))
     groups, _ = usable([Group("g", tuple(finished))], 100)
-    samples, _, dropped = samples_of(groups)
+    rows, _, dropped = rows_of(groups)
     assert dropped == 0
-    assert samples
-    assert all(math.isfinite(x) for sample in samples for x in (*sample.logprobs, *sample.advantages))
+    assert rows
+    assert all(math.isfinite(x) for row in rows for x in (*row.logprobs, *row.advantages))
 
     # The store holds all of them, and its JSON functions read what was written as JSON.
     assert len(store.rollouts()) == 2 * rollouts

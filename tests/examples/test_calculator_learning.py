@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 
 from examples.calculator import model
 from examples.calculator.tasks import make_tasks
-from millstream.pipeline.algorithms.grpo import GrpoLearner
+from millstream.pipeline.algorithms.torch_learner import TorchLearner
 from millstream.pipeline.models.engine import Engine
 from millstream.pipeline.training.groups import FinishedRollout, Group
 from millstream.schemas.wire.records import RolloutEnd, Triplet
@@ -35,7 +35,7 @@ class BareLoop:
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 0, **settings: Any) -> None:
         model.create(folder, seed)
         self.engine = Engine(folder, seed=seed)
-        self.algorithm = GrpoLearner(folder, seed=seed, **settings)
+        self.algorithm = TorchLearner(folder, seed=seed, **settings)
         self.local = threading.local()
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever)

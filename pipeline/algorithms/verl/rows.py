@@ -8,13 +8,13 @@ each token the advantage of its turn. Tags are part of verl's checkpoints.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
 
-from millstream.pipeline.algorithms.advantages import Turns, turn_rewards
+from millstream.pipeline.algorithms.estimators import Estimator, Turns, turn_rewards
 from millstream.pipeline.training.groups import FinishedRollout, Group, Lineage
 from millstream.schemas.wire import status
 from millstream.schemas.wire.prefixes import conversations
@@ -22,8 +22,6 @@ from millstream.schemas.wire.records import Triplet
 from millstream.schemas.wire.trainable import bad_reward, bad_tokens
 
 SEPARATOR: Final = "_"  # of the parts of a row's key
-# ``groups[g][m]``: rewards by turn of member m → advantages by turn; as `millstream.pipeline.algorithms.advantages`.
-Advantages = Callable[[Sequence[Sequence[Turns]]], list[list[Turns]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ def rows_of(group: Group, uid: str, step: int, lineage: Lineage, rules: RowRules
 
 
 def token_advantages(
-    keys: Sequence[str], tags: Sequence[Mapping[str, Any]], advantages: Advantages
+    keys: Sequence[str], tags: Sequence[Mapping[str, Any]], advantages: Estimator
 ) -> list[list[float]]:
     """For each row of a batch the advantages of its response's tokens; 0 between turns and in verl's padding.
 

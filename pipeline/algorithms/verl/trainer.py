@@ -24,7 +24,7 @@ from verl.utils import tensordict_utils
 from verl.utils.debug import marked_timer
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry
 
-from millstream.pipeline.algorithms.advantages import advantages
+from millstream.pipeline.algorithms.estimators import grpo
 from millstream.pipeline.algorithms.verl.config import MARK, NAME, Job, mark_of
 from millstream.pipeline.algorithms.verl.exchange import Exchange
 from millstream.pipeline.algorithms.verl.rows import (
@@ -295,7 +295,7 @@ class Trainer(PPOTrainer):  # type: ignore[misc] # verl has no types
         batch = super()._compute_advantage(batch, metrics)
         if self.job.options.advantage != "turns":
             return batch
-        found = [torch.tensor(row) for row in token_advantages(batch.keys, batch.tags, advantages)]
+        found = [torch.tensor(row) for row in token_advantages(batch.keys, batch.tags, grpo)]
         nested = torch.nested.as_nested_tensor(found, layout=torch.jagged)
         fields = TensorDict({"advantages": nested, "returns": nested}, batch_size=len(batch.keys))
         return tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 from factories import AFTER_A_BREAK, CONVERSATION, finished, tokens
 
 from examples.calculator import model
-from millstream.pipeline.algorithms.grpo import GrpoLearner
+from millstream.pipeline.algorithms.torch_learner import TorchLearner
 from millstream.pipeline.models.engine import Engine
 from millstream.pipeline.training.groups import Group
 from millstream.schemas.errors import ConfigError
@@ -47,7 +47,7 @@ async def sampled(folder: Path, count: int, max_tokens: int = 1, weights: Any = 
     return found
 
 
-def copied(algorithm: GrpoLearner) -> dict[str, torch.Tensor]:
+def copied(algorithm: TorchLearner) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in algorithm.weights().items()}
 
 
@@ -58,7 +58,7 @@ def group(turns: Sequence[dict[str, Any]]) -> Group:
 @pytest.mark.parametrize("max_tokens", [1, 5])
 async def test_the_engines_logprobs_are_the_algorithms_own(folder: Path, max_tokens: int) -> None:
     turns = await sampled(folder, 16, max_tokens)
-    metrics = GrpoLearner(folder).update([group(turns)])
+    metrics = TorchLearner(folder).update([group(turns)])
     assert metrics["turns"] == 16
     assert metrics["max_ratio_error"] < 1e-4
 
@@ -66,16 +66,16 @@ async def test_the_engines_logprobs_are_the_algorithms_own(folder: Path, max_tok
 async def test_a_wrong_token_shows_in_the_ratio(folder: Path) -> None:
     turns = await sampled(folder, 8)
     turns[0]["response_token_ids"] = struct.pack("<i", struct.unpack("<i", turns[0]["response_token_ids"])[0] ^ 1)
-    assert GrpoLearner(folder).update([group(turns)])["max_ratio_error"] > 1e-3
+    assert TorchLearner(folder).update([group(turns)])["max_ratio_error"] > 1e-3
 
 
 async def test_a_rewarded_answer_becomes_more_likely(folder: Path) -> None:
     add, other = 6, 7
     turns = await sampled(folder, 8)
-    base = GrpoLearner(folder, entropy=0.0)
+    base = TorchLearner(folder, entropy=0.0)
     prompt = list(struct.unpack(f"<{len(turns[0]['prompt_token_ids']) // 4}i", turns[0]["prompt_token_ids"]))
 
-    def logprob(algorithm: GrpoLearner, token: int) -> float:
+    def logprob(algorithm: TorchLearner, token: int) -> float:
         ids = torch.tensor([prompt])
         with torch.no_grad():
             return float(torch.log_softmax(algorithm._model(ids).logits[0, -1], -1)[token])
@@ -91,14 +91,14 @@ async def test_a_rewarded_answer_becomes_more_likely(folder: Path) -> None:
 
 
 async def test_without_a_learning_rate_the_weights_stay(folder: Path) -> None:
-    algorithm = GrpoLearner(folder, lr=0.0)
+    algorithm = TorchLearner(folder, lr=0.0)
     before = {name: tensor.clone() for name, tensor in algorithm.weights().items()}
     algorithm.update([group(await sampled(folder, 8))])
     assert all(torch.equal(before[name], tensor) for name, tensor in algorithm.weights().items())
 
 
 async def test_its_weights_fit_the_engine(folder: Path) -> None:
-    algorithm = GrpoLearner(folder)
+    algorithm = TorchLearner(folder)
     algorithm.update([group(await sampled(folder, 8))])
     later = await sampled(folder, 8, weights=algorithm.weights())
     assert algorithm.update([group(later)])["max_ratio_error"] < 1e-4
@@ -106,7 +106,7 @@ async def test_its_weights_fit_the_engine(folder: Path) -> None:
 
 async def test_going_on_from_a_state_is_exact(folder: Path) -> None:
     batches = [group(await sampled(folder, 8)), group(await sampled(folder, 8, 3))]
-    straight, stopped, resumed = (GrpoLearner(folder, minibatch=3, seed=5) for _ in range(3))
+    straight, stopped, resumed = (TorchLearner(folder, minibatch=3, seed=5) for _ in range(3))
     straight.update(batches[:1])
     stopped.update(batches[:1])
     resumed.load_state(stopped.state())
@@ -117,7 +117,7 @@ async def test_going_on_from_a_state_is_exact(folder: Path) -> None:
 
 def test_merged_turns_teach_the_same(folder: Path) -> None:
     groups = [Group("g", (finished("a", CONVERSATION), finished("b", AFTER_A_BREAK)))]
-    apart, merged = GrpoLearner(folder), GrpoLearner(folder, merge_turns=True)
+    apart, merged = TorchLearner(folder), TorchLearner(folder, merge_turns=True)
     before, one, other = copied(apart), apart.update(groups), merged.update(groups)
     assert (one["rows"], other["rows"]) == (4, 3)
     for name in ("loss", "entropy", "kl", "grad_norm"):
@@ -128,13 +128,13 @@ def test_merged_turns_teach_the_same(folder: Path) -> None:
 
 
 def test_a_step_without_any_data_changes_nothing(folder: Path) -> None:
-    metrics = GrpoLearner(folder).update([Group("g", (finished("r", [tokens([2, 5], [6], [-1.0])]),))])
+    metrics = TorchLearner(folder).update([Group("g", (finished("r", [tokens([2, 5], [6], [-1.0])]),))])
     assert metrics == {"dropped_groups": 1.0, "dropped_members": 0.0, "turns": 0.0, "rows": 0.0}
 
 
 def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=str(tmp_path)):
-        GrpoLearner(tmp_path)
+        TorchLearner(tmp_path)
 
 
 GOOD = tokens([2, 5], [6, 7], [-1.0, -2.0])
@@ -158,7 +158,7 @@ def test_a_member_that_cannot_be_learnt_from_is_dropped_with_its_reason(
 ) -> None:
     """A4: it ends no trainer, and the others of its group are learnt from."""
     turn, why = POISON[name]
-    algorithm = GrpoLearner(folder, lr=1e-2)
+    algorithm = TorchLearner(folder, lr=1e-2)
     before = copied(algorithm)
     good = [GOOD | {"reward": float(i % 2)} for i in range(4)]
     metrics = algorithm.update([group([turn, *good])])
@@ -171,7 +171,7 @@ def test_a_member_that_cannot_be_learnt_from_is_dropped_with_its_reason(
 
 def test_a_log_probability_of_another_model_is_clipped(folder: Path) -> None:
     """A4: a finite one, however small, makes no gradient infinite."""
-    algorithm = GrpoLearner(folder, lr=1e-2)
+    algorithm = TorchLearner(folder, lr=1e-2)
     far = [tokens([2], [3], [-3e38]) | {"reward": 0.0}, GOOD | {"reward": 1.0}]
     metrics = algorithm.update([group(far)])
     assert all(torch.isfinite(torch.tensor(value)) for value in metrics.values())

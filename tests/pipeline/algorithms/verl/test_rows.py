@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from factories import AFTER_A_BREAK, CONVERSATION, finished, tokens
 
-from millstream.pipeline.algorithms.advantages import advantages
+from millstream.pipeline.algorithms.estimators import grpo
 from millstream.pipeline.algorithms.verl.rows import GroupRows, RowRules, asked_with, rows_of, token_advantages, uid_of
 from millstream.pipeline.training.groups import FinishedRollout, Group, Lineage
 
@@ -135,16 +135,16 @@ def test_each_token_gets_the_advantage_of_its_turn() -> None:
         for name, rs in earned.items()
     ]
     found = rows(*members).rows
-    values = token_advantages([row.key for row in found], [row.tag for row in found], advantages)
-    first = advantages([[{0: 1.0, 1: 0.0}, {0: 0.0, 1: 0.0}]])[0][0][0]
+    values = token_advantages([row.key for row in found], [row.tag for row in found], grpo)
+    first = grpo([[{0: 1.0, 1: 0.0}, {0: 0.0, 1: 0.0}]])[0][0][0]
     assert first > 0
     assert values == [[first, 0.0, 0.0, 0.0, 0.0], [-first, 0.0, 0.0, 0.0, 0.0]]
 
 
 def test_advantages_do_not_depend_on_the_order_of_rows() -> None:
     found = two().rows
-    forth = token_advantages([row.key for row in found], [row.tag for row in found], advantages)
-    back = token_advantages([row.key for row in found[::-1]], [row.tag for row in found[::-1]], advantages)
+    forth = token_advantages([row.key for row in found], [row.tag for row in found], grpo)
+    back = token_advantages([row.key for row in found[::-1]], [row.tag for row in found[::-1]], grpo)
     assert forth == back[::-1] == [[1.0, 1.0], [1.0, 1.0], [-1.0, -1.0], [-1.0, -1.0]]
 
 
@@ -157,7 +157,7 @@ def test_groups_are_compared_with_themselves() -> None:
         for uid, of in (("a-4-0", members), ("a-4-1", better))
         for row in rows_of(Group(uid, tuple(of)), uid, 4, LINEAGE, rules).rows
     ]
-    values = token_advantages([row.key for row in found], [row.tag for row in found], advantages)
+    values = token_advantages([row.key for row in found], [row.tag for row in found], grpo)
     assert [row[0] for row in values] == [1.0, -1.0, 1.0, -1.0]
 
 
@@ -165,9 +165,9 @@ def test_padding_of_verl_is_worth_nothing() -> None:
     found = two().rows
     padding = dict(found[0].tag) | {"is_padding": True, "response_len": 1}
     keys, tags = [*(row.key for row in found), "pad1_0_0"], [*(row.tag for row in found), padding]
-    values = token_advantages(keys, tags, advantages)
+    values = token_advantages(keys, tags, grpo)
     assert values[-1] == [0.0]
-    assert values[:-1] == token_advantages(keys[:-1], tags[:-1], advantages)
+    assert values[:-1] == token_advantages(keys[:-1], tags[:-1], grpo)
 
 
 def test_a_uid_says_how_its_rollouts_were_asked_for() -> None:
