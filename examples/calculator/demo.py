@@ -96,7 +96,7 @@ entropy = 0.1
 device = "cpu"
 dtype = "float32"
 gpus_per_node = 1
-micro_batch = 64
+micro_batch = {rows}
 max_prompt = 64
 max_response = 64
 flash_attention = false
@@ -184,6 +184,7 @@ def prepare(
     for mode, count in (("train", TRAIN_TASKS), ("val", 8 * groups)):
         lines = [json.dumps({"input": task}) for task in make_tasks(count, mode, seed)]  # type: ignore[arg-type]
         (run_dir / f"{mode}.jsonl").write_text("\n".join(lines) + "\n")
+    minibatch = groups // 2 if groups % 2 == 0 else groups
     where = f'strategy = "memory"\nagent = "{agent}"' if agent else 'strategy = "kafka"'
     (run_dir / "train.toml").write_text(
         CONFIG.format(
@@ -192,7 +193,7 @@ def prepare(
             max_steps=max_steps,
             seed=seed,
             algorithm=(VERL if verl else GRPO).format(
-                run_dir=run_dir, groups=groups, minibatch=max(groups // 2, 1), lr=lr, seed=seed
+                run_dir=run_dir, groups=groups, minibatch=minibatch, rows=8 * minibatch, lr=lr, seed=seed
             ),
             model=VLLM.format(run_dir=run_dir) if vllm else "",
         )

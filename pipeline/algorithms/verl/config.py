@@ -129,10 +129,11 @@ def check(options: VerlOptions, tasks: int) -> None:
     if tasks < options.groups_per_step:
         raise ConfigError(f"{tasks} tasks are less than the {options.groups_per_step} of one step: give more tasks")
     ranks = options.nodes * options.gpus_per_node
-    if options.minibatch * options.group_size % ranks:
+    rollouts = options.minibatch * options.group_size
+    if rollouts % (ranks * options.micro_batch):
         raise ConfigError(
-            f"minibatch × group_size = {options.minibatch * options.group_size} rollouts can't be divided among "
-            f"{ranks} GPUs"
+            f"minibatch × group_size = {rollouts} rollouts can't be divided among {ranks} GPUs in parts of micro_batch "
+            f"= {options.micro_batch}"
         )
 
 

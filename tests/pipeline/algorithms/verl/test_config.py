@@ -77,6 +77,11 @@ def test_megatron_and_fsdp2_have_their_own_sections() -> None:
         ({"group_size": 1}, 100, "group_size 1 leaves nothing to compare"),
         ({}, 15, "15 tasks are less than the 16 of one step"),
         ({"nodes": 4, "minibatch": 1}, 100, "8 rollouts can't be divided among 32 GPUs"),
+        (
+            {"minibatch": 8, "micro_batch": 16},
+            100,
+            "64 rollouts can't be divided among 8 GPUs in parts of micro_batch = 16",
+        ),
     ],
 )
 def test_what_verl_would_refuse_late_is_refused_first(options: dict[str, Any], tasks: int, why: str) -> None:
@@ -85,7 +90,7 @@ def test_what_verl_would_refuse_late_is_refused_first(options: dict[str, Any], t
 
 
 def test_a_group_of_one_is_fine_with_a_critic() -> None:
-    check(VerlOptions(model=Path("/model"), group_size=1, advantage="gae"), 16)
+    check(VerlOptions(model=Path("/model"), group_size=1, micro_batch=2, advantage="gae"), 16)
 
 
 def test_an_override_is_a_key_and_a_value() -> None:
@@ -106,6 +111,4 @@ def test_the_examples_can_work(path: Path) -> None:
     config = load_config(path)
     assert config.verl is not None
     check(config.verl, tasks=10_000)
-    ranks = config.verl.nodes * config.verl.gpus_per_node
-    assert config.verl.minibatch * config.verl.group_size // ranks >= config.verl.micro_batch
     assert "UNTESTED" in path.read_text("utf-8")

@@ -31,7 +31,7 @@ OPTIONS: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
     "gpus_per_node": 1,
-    "micro_batch": 64,
+    "micro_batch": 16,
     "max_prompt": 64,
     "max_response": 64,
     "flash_attention": False,
