@@ -65,9 +65,11 @@ def train(run_dir: Path, learner: Any, *, steps: int = 6, max_staleness: int = 0
 
 
 def main(run_dir: str, given: str) -> None:
-    learner = Chain(update_s=0.05)
-    summary = train(Path(run_dir), learner, **json.loads(given))
+    learner, options = Chain(update_s=0.05), json.loads(given)
+    print("started", flush=True)
+    summary = train(Path(run_dir), learner, agent=None if options.get("strategy") == "kafka" else agent, **options)
     result = {"weight": learner.weight.item(), "ledger": learner.ledger, "steps": [s.step for s in summary.steps]}
+    result["oldest"] = max(step.metrics["max_staleness"] for step in summary.steps)
     Path(run_dir, "result.json").write_text(json.dumps(result))
 
 
