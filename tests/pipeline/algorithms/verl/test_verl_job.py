@@ -126,8 +126,10 @@ async def test_a_killed_run_goes_on_with_the_saved_weights_and_the_rollouts_that
     first = run(4, save_every=1)
     assert first.stdout is not None
     before: Entries = []
-    while "run.0.2" not in digests(before):  # then the rollouts of the third step are asked for
+    while "run.0.2" not in digests(before):
         before.append(json.loads(first.stdout.readline()))
+    while len(await ends(settings)) <= 2 * GROUPS * MEMBERS:
+        pass  # until some of the third step's rollouts have ended, while others run; each look takes a while
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     found = entries(run(4, save_every=1))
