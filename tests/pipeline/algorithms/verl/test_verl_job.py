@@ -47,6 +47,7 @@ def run(tmp_path: Path, settings: Settings) -> Iterator[Callable[..., subprocess
     variables = {
         "MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS": settings.kafka_bootstrap_servers,
         "MILLSTREAM_TOPIC_PREFIX": settings.topic_prefix,
+        "MILLSTREAM_KAFKA_PARTITIONS": str(settings.kafka_partitions),
         "MILLSTREAM_MODEL_URL": f"http://127.0.0.1:{free_port()}",
         "MILLSTREAM_CLICKHOUSE_DSN": f"chdb://{tmp_path / 'store'}",
         "MILLSTREAM_VERL_PYTHON": str(PYTHON),
