@@ -97,7 +97,8 @@ class Adapter:
         self._to_triplets = to_triplets
         self._clock = clock
         self._consumer = log.transactional_consumer(f"{topics.prefix}.adapter")
-        self._writer = TransactionWriter(log.transactional_producer(transactional_id), topics, policy.call_s)
+        producer = log.transactional_producer(transactional_id)
+        self._writer = TransactionWriter(producer, topics, policy.call_s, policy.budget)
         self._budget = Budget(policy.budget)
         self._metrics = AdapterMetrics(registry or CollectorRegistry())
         self._parts: dict[Partition, _Part] = {}

@@ -50,14 +50,17 @@ class Transaction:
 
 @dataclass(frozen=True, slots=True)
 class BudgetPolicy:
-    """How much one transaction holds. The brokers end one after 10 s (`ProducerPolicy.transaction_ms`), and fence its
-    producer."""
+    """How much one transaction holds, and for how long. The brokers end one after 10 s
+    (`ProducerPolicy.transaction_ms`), and fence its producer."""
 
     rollouts: int = 500
     first_bytes: int = 1 << 20  # takes a second on a link of 1 MB/s
     most_bytes: int = 32 << 20
     fast_s: float = 1.0  # a commit within this doubles the bytes of the next transaction
     slow_s: float = 3.0  # one that takes longer halves them, and so does an abort
+    send_s: float = 6.0  # for its records; then it is aborted, before the brokers do so
+    # How often a decision of at least ``first_bytes`` may fail so, all by itself: an outage can do it once or twice.
+    slow_tries: int = 3
 
 
 class Budget:
@@ -107,6 +110,10 @@ class Unwritable(Exception):
         self.offset = offset  # of the dead letter's record
 
 
+class TooSlow(TransactionAborted):
+    """The records were not acknowledged in time."""
+
+
 class RefusedTogether(TransactionAborted):
     """The brokers found records too large. Which decision they belong to is certain only if it is alone."""
 
@@ -118,10 +125,12 @@ class TransactionWriter:
     """``call_s``: the time limit of one call to the log. A call is repeated while its outcome is unknown: after a
     commit that timed out nothing else may follow. ``stopping``: once it is true, a call is not repeated."""
 
-    def __init__(self, producer: TransactionalProducer, topics: Topics, call_s: float) -> None:
+    def __init__(self, producer: TransactionalProducer, topics: Topics, call_s: float, policy: BudgetPolicy) -> None:
         self._producer = producer
         self._topics = topics
         self._call_s = call_s
+        self._policy = policy
+        self._slow: tuple[Owner | None, int] = None, 0  # what was too slow by itself, and how often in a row
         self._called: float | None = None
         self.stopping: Callable[[], bool] = lambda: False
 
@@ -158,6 +167,7 @@ class TransactionWriter:
             return partial(self._producer.send, on_ack=on_ack)
 
         self._repeat(self._producer.begin_transaction)
+        deadline = time.monotonic() + self._policy.send_s
         for partition, rollout_id, decision in work.decisions:
             try:
                 self._send_decision(sender((partition, rollout_id, -1)), partition.number, rollout_id, decision)
@@ -172,11 +182,43 @@ class TransactionWriter:
             headers = {KIND_HEADER: b"settled"}
             sender(None)(self._topics.settled, settled, partition=partition.number, headers=headers)
         # Flushed before the offsets: else outputs could land behind the watermark that a successor reads up to.
-        self._repeat(lambda: self._producer.flush(self._call_s))
+        try:
+            self._repeat(lambda: self._flush(deadline))
+        except TooSlow as error:
+            self._check_alone(work, error)
+            raise
+        self._slow = None, 0
         self._check(work, failed)
         if work.offsets:
             self._repeat(lambda: self._producer.send_offsets(work.offsets, group, self._call_s))
         self._repeat(lambda: self._producer.commit_transaction(self._call_s))
+
+    def _flush(self, deadline: float) -> None:
+        try:
+            self._producer.flush(max(0.0, min(self._call_s, deadline - time.monotonic())))
+        except LogUnavailable as error:
+            if time.monotonic() < deadline:
+                raise
+            raise TooSlow(f"its records took longer than {self._policy.send_s:g} s to send: {error}") from error
+
+    def _check_alone(self, work: Transaction, error: TooSlow) -> None:
+        """Raises `Unwritable` if this decision, or dead letter, can't be sent in time."""
+        alone: list[tuple[Owner, int]] = [
+            ((p, rollout_id, -1), decision.size) for p, rollout_id, decision in work.decisions
+        ]
+        alone += [((p, None, offset), len(letter.value or b"")) for p, offset, letter in work.dead]
+        if len(alone) != 1 or alone[0][1] < self._policy.first_bytes:
+            return
+        owner, size = alone[0]
+        tries = self._slow[1] + 1 if self._slow[0] == owner else 1
+        self._slow = owner, tries
+        if tries >= self._policy.slow_tries:
+            too_slow = TooLarge(
+                f"its {size:,} bytes could not be sent within {self._policy.send_s:g} s, in {tries} tries. The link to "
+                'the brokers, or their quota, is too slow for it: widen it, set compression = "zstd", or make the '
+                "rollout shorter"
+            )
+            raise Unwritable(*owner, too_slow) from error
 
     def _check(self, work: Transaction, failed: list[tuple[Owner | None, Exception]]) -> None:
         if not failed:

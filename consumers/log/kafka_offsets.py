@@ -2,12 +2,10 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import Future
-from contextlib import suppress
-from typing import Any
+from collections.abc import Iterable
+from contextlib import closing, suppress
 
-from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaException, TopicPartition
+from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from millstream.consumers.log.kafka_policy import ConsumerPolicy
@@ -56,16 +54,18 @@ class Watermarks:
 
         aiokafka must not be asked: it overlooks errors of the whole group (those of a coordinator that is loading or
         has moved, as after a broker's restart, or of a denied group) and reports that nothing has been committed.
+        Neither must librdkafka's admin client (2.16): an outage at that moment can abort the process.
         """
         asked = [TopicPartition(*p) for p in partitions]
-        if not asked:
-            return {}
+        return await asyncio.to_thread(self._committed, group, asked) if asked else {}
+
+    def _committed(self, group: str, asked: list[TopicPartition]) -> dict[Partition, int | None]:
         doing = f"reading the committed offsets of {group}"
-        request = [ConsumerGroupTopicPartitions(group, asked)]
-        answers = await self._answers(
-            lambda: self.client.list_consumer_group_offsets(request, request_timeout=self._policy.call_s), asked, doing
-        )
-        found = next(iter(answers.values())).topic_partitions
+        with closing(Consumer(librdkafka_config(self._settings, group_id=group))) as client:  # does not join the group
+            try:
+                found = client.committed(asked, timeout=self._policy.call_s)
+            except KafkaException as error:
+                raise raised(error, doing) from error
         for tp in found:
             if tp.error is not None:
                 raise log_error(tp.error, doing)
@@ -77,29 +77,20 @@ class Watermarks:
         spec: OffsetSpec,
         isolation: IsolationLevel = IsolationLevel.READ_UNCOMMITTED,
     ) -> dict[Partition, int]:
-        asked = [TopicPartition(*p) for p in partitions]
+        asked = list(partitions)
         if not asked:
             return {}
-        names = [f"{tp.topic}[{tp.partition}]" for tp in asked]
-        answers = await self._answers(
-            lambda: self.client.list_offsets(
-                dict.fromkeys(asked, spec), isolation_level=isolation, request_timeout=self._policy.call_s
-            ),
-            asked,
-            f"reading the offsets of {', '.join(names[:3])}{'…' if names[3:] else ''}",
-        )
-        return {Partition(tp.topic, tp.partition): answer.offset for tp, answer in answers.items()}
-
-    async def _answers(
-        self, request: Callable[[], Mapping[Any, Future[Any]]], asked: list[TopicPartition], doing: str
-    ) -> dict[Any, Any]:
-        """Repeats the request while its errors are those of a moving leader or coordinator."""
+        doing = f"reading the offsets of {', '.join(map(str, asked[:3]))}{'…' if asked[3:] else ''}"
         deadline = time.monotonic() + self._policy.call_s
         while True:
-            futures = request()
+            futures = self.client.list_offsets(
+                {TopicPartition(*p): spec for p in asked},
+                isolation_level=isolation,
+                request_timeout=self._policy.call_s,
+            )
             try:
                 answers = await asyncio.gather(*map(asyncio.wrap_future, futures.values()))
-                return dict(zip(futures, answers, strict=True))
+                return {Partition(tp.topic, tp.partition): a.offset for tp, a in zip(futures, answers, strict=True)}
             except KafkaException as failed:
                 error = raised(failed, doing)
                 if not error.retriable or time.monotonic() > deadline:
@@ -107,6 +98,6 @@ class Watermarks:
             # A leader has moved, or that of a new topic is starting. The client would use the leader and epoch that it
             # remembers for minutes: only an explicit request for metadata replaces them.
             await asyncio.sleep(self._policy.retry_s)
-            for topic in {tp.topic for tp in asked}:
+            for topic in {p.topic for p in asked}:
                 with suppress(KafkaException):
                     await asyncio.to_thread(self.client.list_topics, topic, timeout=1.0)

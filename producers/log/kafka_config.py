@@ -61,7 +61,10 @@ def log_error(error: KafkaError, doing: str) -> LogError:
     """The port's error for one of librdkafka; ``doing`` begins the message, as "sending to millstream.events"."""
     code, message = error.code(), f"{doing}: {error.str()} ({error.name()})"
     if code in _FENCED or error.fatal():
-        return Fenced(f"{message}: a newer process has replaced this one, or the client is broken; stop it")
+        return Fenced(
+            f"{message}: a newer process has replaced this one, the brokers have ended its transaction (it stood still, "
+            "or the link is slow), or the client is broken; start it again"
+        )
     if error.txn_requires_abort() or code in _LOST or code in _PURGED:
         return TransactionAborted(message)
     if code == KafkaError.MSG_SIZE_TOO_LARGE:

@@ -51,10 +51,10 @@ class Reader:
         self.partitions = [Partition(topic, n) for n in range(partitions)]
         self.found = []
 
-    async def until(self, condition):
+    async def until(self, condition, seconds=30):
         if not self.consumer.assignment():
             await self.consumer.assign(self.partitions, "beginning")
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(seconds):
             while not condition(self.found):
                 for record in await self.consumer.poll(100, 1.0):
                     assert isinstance(record, LogRecord)

@@ -4,8 +4,11 @@ import asyncio
 import json
 import math
 import random
+import re
 import struct
+import subprocess
 import sys
+import time
 
 import pytest
 from adapter_rig import Bed, Reader, adapter_on, counted, history, write
@@ -19,6 +22,7 @@ from millstream.consumers.adapter.triplets import to_triplets
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.memory_producer import MemoryTransactionalProducer
+from millstream.deploy.kafka.local import resolve_jars
 from millstream.schemas.errors import LogUnavailable, TooLarge
 from millstream.schemas.spans import semconv
 from millstream.schemas.wire import codec
@@ -303,6 +307,79 @@ async def test_a_transaction_is_bounded_in_bytes(bed):
     assert max(bed.log.transactions) < 500_000
 
 
+class SlowLog(MemoryLog):
+    """Its producers' link takes ``per_s`` bytes a second. ``outages``: flushes that time out all the same."""
+
+    def __init__(self, topics, per_s, outages=0):
+        super().__init__(topics)
+        self.per_s, self.outages = per_s, outages
+
+    def transactional_producer(self, transactional_id):
+        return SlowProducer(self, transactional_id)
+
+
+class SlowProducer(MemoryTransactionalProducer):
+    def begin_transaction(self):
+        super().begin_transaction()
+        self.left = 0
+
+    def send(self, topic, value, **options):
+        self.left += len(value if isinstance(value, bytes) else codec.encode(value))
+        super().send(topic, value, **options)
+
+    def flush(self, timeout_s):
+        if self._log.outages:
+            self._log.outages -= 1
+        elif (took := self.left / self._log.per_s) <= timeout_s:
+            time.sleep(took)
+            return super().flush(timeout_s)
+        time.sleep(timeout_s)
+        self.left -= self._log.per_s * timeout_s
+        raise LogUnavailable("records are not acknowledged")
+
+
+SLOW = AdapterPolicy(budget=BudgetPolicy(first_bytes=50_000, send_s=0.1, slow_tries=3))
+
+
+@pytest.mark.parametrize("bed", ["live"], indirect=True)
+async def test_a_rollout_that_takes_too_long_to_send_ends_and_says_so(bed):
+    """A3: its triplets would need a second; the brokers end a transaction before."""
+    bed.log = SlowLog(bed.topics, per_s=1_000_000)
+    of, beside = task(), task()
+    large = call(of, "a", "1", attributes={semconv.REQUEST_MESSAGES: json.dumps("y" * 1_000_000)})
+    registry = CollectorRegistry()
+    ends, triplets, innocents = await ends_of(bed, attempt(of, large), history(beside), registry=registry, policy=SLOW)
+    end = ends[of.rollout_id]
+    assert (end.status, end.trainable, end.turns) == ("succeeded", False, 0)
+    assert re.match(r"too_large: its 1,00\d,\d{3} bytes could not be sent within 0.1 s, in 3 tries", end.reason)
+    assert "compression" in end.reason
+    assert all(ends[other.rollout_id].trainable for other in (beside, *innocents))
+    assert of.rollout_id not in {t.rollout_id for t in triplets}
+
+
+@pytest.mark.parametrize("bed", ["live"], indirect=True)
+async def test_a_dead_letter_that_takes_too_long_to_send_goes_without_its_body(bed):
+    """A3: a sibling of triplets."""
+    bed.log = SlowLog(bed.topics, per_s=1_000_000)
+    letters, of = Reader(bed, bed.topics.dead, 1), task()
+    async with adapter_on(bed, policy=SLOW):
+        await write(bed, b"\xc3\x01" + b"g" * 1_000_000, *history(of))
+        (letter,) = await letters.until(lambda found: found)
+    assert letter.value is None
+
+
+@pytest.mark.parametrize("bed", ["live"], indirect=True)
+@pytest.mark.parametrize(("size", "outages"), [(20_000, 9), (90_000, 2)], ids=["small", "large"])
+async def test_an_outage_costs_no_rollout_its_triplets(bed, size, outages):
+    """A3: not even one that is large, while it is shorter than three tries."""
+    bed.log = SlowLog(bed.topics, per_s=10_000_000, outages=outages)
+    of = task()
+    call_ = call(of, "a", "1", attributes={semconv.REQUEST_MESSAGES: json.dumps("y" * size)})
+    ends, _, _ = await ends_of(bed, attempt(of, call_), policy=SLOW)
+    assert ends[of.rollout_id].reason is None
+    assert bed.log.outages == 0
+
+
 def test_the_budget_grows_while_commits_are_fast_and_halves_when_they_are_not():
     """A3."""
     budget = Budget(BudgetPolicy(first_bytes=100, most_bytes=400, rollouts=3))
@@ -384,3 +461,34 @@ async def test_a_topics_limit_below_the_setting_stops_no_adapter(kafka_settings,
     ends, _, innocents = await ends_of(bed, *records, *(history(of) for of in tasks[2:]))
     assert {ends[of.rollout_id].reason[:11] for of in large} == {"too_large: "}
     assert all(ends[of.rollout_id].trainable for of in (*tasks[2:], *innocents))
+
+
+@pytest.mark.slow
+@pytest.mark.kafka
+async def test_a_rollout_that_takes_too_long_to_send_stops_no_adapter(kafka_settings):
+    """A3: on real Kafka, with a quota of 100 kB/s. An abort has to wait for the requests that are under way."""
+    settings = kafka_settings(compression="none")
+    log = KafkaLog(settings)
+    await log.create_topics()
+    bed, tasks = Bed(log, settings.topics), [task() for _ in range(4)]
+    attributes = {semconv.REQUEST_MESSAGES: json.dumps("y" * 1_000_000)}
+    large = [call(tasks[0], "a", str(n), sequence=n, attributes=attributes) for n in range(4)]
+    await write(bed, *attempt(tasks[0], *large))
+    reader = Reader(bed, bed.topics.triplets)
+    throttle(settings, "--add-config", "producer_byte_rate=100000")
+    try:
+        async with adapter_on(bed, policy=AdapterPolicy(budget=BudgetPolicy(send_s=2.0, slow_tries=2))):
+            await write(bed, *(record for of in tasks[1:] for record in history(of)))
+            await reader.until(lambda found: sum(isinstance(v, RolloutEnd) for _, v in found) == len(tasks), 120)
+    finally:
+        throttle(settings, "--delete-config", "producer_byte_rate")
+    ends = {v.rollout_id: v for _, v in reader.found if isinstance(v, RolloutEnd)}
+    assert ends[tasks[0].rollout_id].reason.startswith("too_large: its 4,0")
+    assert all(ends[of.rollout_id].trainable for of in tasks[1:])
+
+
+def throttle(settings, *change):
+    """Of every client."""
+    command = ["java", "-XX:TieredStopAtLevel=1", "-cp", str(resolve_jars() / "*"), "kafka.admin.ConfigCommand"]
+    where = ["--bootstrap-server", settings.kafka_bootstrap_servers, "--entity-type", "clients", "--entity-default"]
+    subprocess.run([*command, *where, "--alter", *change], check=True, capture_output=True, timeout=60)
