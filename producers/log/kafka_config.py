@@ -62,8 +62,8 @@ def log_error(error: KafkaError, doing: str) -> LogError:
     code, message = error.code(), f"{doing}: {error.str()} ({error.name()})"
     if code in _FENCED or error.fatal():
         return Fenced(
-            f"{message}: a newer process has replaced this one, the brokers have ended its transaction (it stood still, "
-            "or the link is slow), or the client is broken; start it again"
+            f"{message}: a newer process has replaced this one, the brokers have ended its transaction (it stood "
+            "still, or the link is slow), or the client is broken; start it again"
         )
     if error.txn_requires_abort() or code in _LOST or code in _PURGED:
         return TransactionAborted(message)
