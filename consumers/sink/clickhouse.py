@@ -1,10 +1,9 @@
 """Stores records in ClickHouse: one insert per table and batch, by column."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
-from millstream.consumers.sink.encoded_spans import EncodedSpans
+from millstream.consumers.sink.encoded_spans import Broken, EncodedSpans
 from millstream.consumers.sink.port import Batch, Unusable
 from millstream.consumers.sink.rows import Inserter, Rows, RowsRefused, to_rows
 from millstream.schemas.config.settings import Settings
@@ -35,7 +34,7 @@ class ClickHouseSink:
     def close(self) -> None:
         self._writer.close()
 
-    def _insert(self, rows: Rows | EncodedSpans, token: str) -> Iterator[tuple[tuple[Any, ...], str, str]]:
+    def _insert(self, rows: Rows | EncodedSpans, token: str) -> Iterator[Broken]:
         """Inserts the rows, and in halves if some are refused; yields place, reason and error of each row that can't be
         stored."""
         try:
@@ -44,8 +43,7 @@ class ClickHouseSink:
             # Each part has a token of its own, the same each time: a retry of the whole does not store it again.
             good, broken = rows.sift()
             if broken:
-                for place, why in broken:
-                    yield place, "undecodable", why
+                yield from broken
                 if good:
                     yield from self._insert(good, f"{token}=")
                 return

@@ -8,6 +8,7 @@ left over. Format: Apache Avro 1.11, "Object Container Files".
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.records import Record, Span
 from millstream.schemas.wire.span_codec import binary, long, text
 
+Broken = tuple[tuple[Any, ...], str, str]  # place, reason and error of a row that can't be stored
 TABLE = "span_records"
 PREFIX = codec.CODECS[Span].prefix
 SYNC = b"millstream/spans"  # 16 bytes
@@ -60,16 +62,31 @@ class EncodedSpans:
             parts += (ONE_ROW, long(size), start, offset, body[codec.HEADER_SIZE :], offset, SYNC)
         return b"".join(parts)
 
-    def sift(self) -> tuple["EncodedSpans", list[tuple[tuple[Any, ...], str]]]:
-        """The spans that can be decoded; place and error of the others. Slow: for when a row was refused."""
-        good, broken = [], []
+    def sift(self) -> tuple["EncodedSpans", list[Broken]]:
+        """The spans that can be stored, and those that can't be decoded, or whose tokens end within a number. Slow: for
+        when a row was refused."""
+        good: list[tuple[LogRecord, bytes]] = []
+        broken: list[Broken] = []
         for record, body in self.records:
+            place = *record.partition, record.offset
             try:
-                codec.CODECS[Span].decode_dict(body)
-                good.append((record, body))
+                fields = codec.CODECS[Span].decode_dict(body)
             except CodecError as error:
-                broken.append(((*record.partition, record.offset), str(error)))
+                broken.append((place, "undecodable", str(error)))
+                continue
+            if (message := uneven({name: fields[name] for name in TOKEN_FIELDS})) is not None:
+                broken.append((place, "unstorable", message))
+            else:
+                good.append((record, body))
         return EncodedSpans(good), broken
+
+
+def uneven(fields: Mapping[str, Any]) -> str | None:
+    """Which of these bytes is no array of 4-byte numbers. None: all are."""
+    for name, value in fields.items():
+        if value is not None and len(value) % 4:
+            return f"{name}: {len(value):,} bytes end within a number"
+    return None
 
 
 def span_body(value: bytes | Record) -> bytes:
@@ -97,4 +114,5 @@ def _header() -> bytes:
 
 HEADER = _header()
 ONE_ROW = long(1)
+TOKEN_FIELDS = ("prompt_token_ids", "response_token_ids", "response_logprobs")
 COLUMNS = ("log_topic", "log_partition", "log_offset", *codec.CODECS[Span].field_names, "log_end")

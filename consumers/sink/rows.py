@@ -8,9 +8,17 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import compress
 from typing import Any, Protocol
 
-from millstream.consumers.sink.encoded_spans import EncodedInserter, EncodedSpans, span_body
+from millstream.consumers.sink.encoded_spans import (
+    TOKEN_FIELDS,
+    Broken,
+    EncodedInserter,
+    EncodedSpans,
+    span_body,
+    uneven,
+)
 from millstream.consumers.sink.port import Unusable
 from millstream.schemas.errors import CodecError, StoreError
 from millstream.schemas.ids import id_time_ms
@@ -68,9 +76,15 @@ class Rows:
     def insert(self, store: Inserter, token: str) -> None:
         store.insert(self.table, self.column_names, self.columns, token)
 
-    def sift(self) -> tuple["Rows", list[tuple[tuple[Any, ...], str]]]:
+    def sift(self) -> tuple["Rows", list[Broken]]:
         """As in `EncodedSpans`; these are decoded already."""
-        return self, []
+        tokens = {name: self.columns[at] for at, name in enumerate(self.column_names) if name in _TOKENS}
+        errors = [uneven(dict(zip(tokens, row, strict=True))) for row in zip(*tokens.values(), strict=True)]
+        broken = [(self.place(at), "unstorable", error) for at, error in enumerate(errors) if error is not None]
+        if not broken:
+            return self, []
+        kept = [error is None for error in errors]
+        return Rows(self.table, self.column_names, [list(compress(column, kept)) for column in self.columns]), broken
 
     def cut(self, start: int, stop: int) -> "Rows":
         return Rows(self.table, self.column_names, [column[start:stop] for column in self.columns])
@@ -201,12 +215,10 @@ def _first(fields: Fields) -> list[int]:
     return [-offset for offset in fields["log_offset"]]
 
 
-_TOKEN_FIELDS = ("prompt_token_ids", "response_token_ids", "response_logprobs")
-
 _DATE = {"date": _each("rollout_id", _day)}
 # As they are; the table turns them into arrays.
 _TOKENS = {
-    name: _field(f) for name, f in zip(("prompt_bytes", "response_bytes", "logprobs_bytes"), _TOKEN_FIELDS, strict=True)
+    name: _field(f) for name, f in zip(("prompt_bytes", "response_bytes", "logprobs_bytes"), TOKEN_FIELDS, strict=True)
 }
 _PLACE = {name: _field(source) for name, source in zip(PLACE, LOG_PLACE, strict=True)}
 
@@ -244,7 +256,7 @@ TABLES: dict[type[Record], Table] = {
     Triplet: Table(
         "triplets_raw",
         _DATE
-        | _copied(*(name for name in codec.CODECS[Triplet].field_names if name not in _TOKEN_FIELDS))
+        | _copied(*(name for name in codec.CODECS[Triplet].field_names if name not in TOKEN_FIELDS))
         | _TOKENS
         | _PLACE,
     ),

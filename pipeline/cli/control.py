@@ -1,11 +1,13 @@
 """Commands that publish tasks, and cancel, pause and resume what is published."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from millstream.consumers.control import read_pauses
+from millstream.consumers.control import find_experiment, read_pauses
 from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import with_log
 from millstream.pipeline.cli.output import Json, date, err, print_rows, say
@@ -18,7 +20,10 @@ from millstream.schemas.wire.records import Control
 
 app = typer.Typer()
 
-Experiment = Annotated[str, typer.Argument(help="Experiment id, as given to `millstream publish --experiment`.")]
+Experiment = Annotated[
+    str,
+    typer.Argument(help="Experiment: its id, as in `millstream publish --experiment`, or the name of its run."),
+]
 
 
 @app.command(epilog="Example: millstream publish tasks.jsonl --group-size 8 --priority high")
@@ -57,31 +62,32 @@ def publish(
 def cancel(
     rollout: Annotated[str, typer.Argument(help="Id of a rollout.")] = "",
     group: Annotated[str, typer.Option(help="All rollouts of a group.")] = "",
-    experiment: Annotated[str, typer.Option(help="All rollouts of an experiment.")] = "",
+    experiment: Annotated[str, typer.Option(help="All of an experiment: its id, or the name of its run.")] = "",
 ) -> None:
     """Cancel rollouts that are queued, running, or published later."""
     if sum(map(bool, (rollout, group, experiment))) != 1:
         raise ConfigError("cancel takes one of: the id of a rollout, --group, --experiment")
-    if rollout:
-        record, what = cancel_record("rollout", rollout), f"rollout {rollout}"
-    elif group:
-        record, what = cancel_record("group", group), f"group {group}"
-    else:
-        record, what = cancel_record("experiment", experiment), f"experiment {experiment}"
-    _publish(record, f"{what} is cancelled: what is queued, running or published later ends as cancelled")
+    kind: Literal["rollout", "group", "experiment"] = "rollout" if rollout else "group" if group else "experiment"
+    _publish(
+        kind,
+        rollout or group or experiment,
+        partial(cancel_record, kind),
+        "{} is cancelled: what is queued, running or published later ends as cancelled",
+    )
 
 
 @app.command(epilog="Example: millstream pause my-experiment")
 def pause(experiment: Experiment) -> None:
     """Stop claiming an experiment's tasks, and what is behind them on their partitions. Running attempts go on."""
-    said = f"experiment {experiment} is paused: its tasks wait until `millstream resume {experiment}`"
-    _publish(pause_record(experiment, True), said)
+    said = "{} is paused: its tasks wait until `millstream resume`"
+    _publish("experiment", experiment, partial(pause_record, paused=True), said)
 
 
 @app.command(epilog="Example: millstream resume my-experiment")
 def resume(experiment: Experiment) -> None:
     """Claim a paused experiment's tasks again."""
-    _publish(pause_record(experiment, False), f"experiment {experiment} is not paused: runners claim its tasks")
+    said = "{} is not paused: runners claim its tasks"
+    _publish("experiment", experiment, partial(pause_record, paused=False), said)
 
 
 @app.command(epilog="Example: millstream paused --json")
@@ -95,12 +101,15 @@ def paused(as_json: Json = False) -> None:
     print_rows(["experiment", "paused since"], [[pause.name, date(pause.created_at)] for pause in found], as_json)
 
 
-def _publish(record: Control, said: str) -> None:
+def _publish(kind: str, name: str, record: Callable[[str], Control], said: str) -> None:
+    """Publishes a record about a rollout, a group or an experiment, which may be named by its run."""
     settings = load_settings()
 
-    async def work(log: Log) -> None:
+    async def work(log: Log) -> str:
+        found = await find_experiment(log, settings.topics, name) if kind == "experiment" else name
         async with closing(log.producer()) as producer:
-            await publish_control(producer, settings.topics, record)
+            await publish_control(producer, settings.topics, record(found))
+        return found
 
-    with_log(settings, work)
-    say(said)
+    found = with_log(settings, work)
+    say(said.format(f"{kind} {found}" + (f" (run {name})" if found != name else "")))

@@ -11,6 +11,7 @@ from millstream.consumers.adapter.explanation import explained
 from millstream.consumers.adapter.read_trace import read_trace
 from millstream.consumers.adapter.replay import Replay, ToReward
 from millstream.consumers.adapter.triplets import TripletMaker
+from millstream.consumers.control import find_experiment
 from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import with_log
 from millstream.pipeline.cli.output import Json, out, print_json, print_rows
@@ -24,7 +25,7 @@ explain_app = typer.Typer(no_args_is_help=True, help="Explain what the adapter m
 
 @app.command(epilog="Example: millstream replay --experiment my-run --reward rewards:strict --to my-run.strict")
 def replay(
-    experiment: Annotated[str, typer.Option(help="Id of the experiment to replay.")],
+    experiment: Annotated[str, typer.Option(help="Experiment to replay: its id, or the name of its run.")],
     to: Annotated[str, typer.Option(help="New topic to write to.")],
     start: Annotated[
         str, typer.Option("--from", help="partition:offset,… on events, or a time (ISO 8601); default: the beginning.")
@@ -49,8 +50,9 @@ def replay(
     begin = Start.parse(start) if start else None
 
     async def work(log: Log) -> ReplaySummary:
+        found = await find_experiment(log, settings.topics, experiment)
         output = await open_output(to, log, settings)
-        return await run_replay(log, settings.topics, Replay(experiment, chosen, rewarded), output, begin)
+        return await run_replay(log, settings.topics, Replay(found, chosen, rewarded), output, begin)
 
     done = with_log(settings, work)
     columns = ("rollouts", "triplets", "trainable", "reward_mean", "incomplete", "open", "unreadable")

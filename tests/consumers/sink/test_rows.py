@@ -1,3 +1,4 @@
+from dataclasses import replace
 from io import BytesIO
 
 import factories
@@ -9,7 +10,7 @@ from millstream.consumers.sink.rows import TABLES, to_rows
 from millstream.schemas.ids import derived_id, new_id
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition
-from millstream.schemas.wire.records import DeadLetter, RolloutEnd
+from millstream.schemas.wire.records import DeadLetter, RolloutEnd, Triplet
 
 EVENTS = "millstream.events"
 BOTH = pytest.mark.parametrize("encoded", [False, True], ids=["live", "encoded"])
@@ -134,9 +135,28 @@ def test_a_broken_span_is_sifted_out_when_its_rows_were_refused():
     (rows,), unusable = to_rows(place([good, good[:-3], good + b"x", good], True), EVENTS)
     assert (len(rows), unusable) == (4, [])
     kept, broken = rows.sift()
-    assert [(at, "Span" in error) for at, error in broken] == [((EVENTS, 3, 11), True), ((EVENTS, 3, 12), True)]
+    assert [(at, reason, "Span" in error) for at, reason, error in broken] == [
+        ((EVENTS, 3, 11), "undecodable", True),
+        ((EVENTS, 3, 12), "undecodable", True),
+    ]
     assert [kept.place(n)[-1] for n in range(len(kept))] == [10, 13]
     assert [r["sequence"] for r in fastavro.reader(BytesIO(kept.cut(1, 2).file()))] == [7]
+
+
+@pytest.mark.parametrize("field", ["prompt_token_ids", "response_token_ids", "response_logprobs"])
+@pytest.mark.parametrize("encoded", [True, False])
+@pytest.mark.parametrize("kind", ["span", "triplet"])
+def test_rows_of_uneven_token_bytes_are_sifted_out_all_at_once(kind, encoded, field):
+    """Section A: halving a block until each is alone takes a minute for some hundred of them."""
+    of = factories.task()
+    ids = {"rollout_id": of.rollout_id, "attempt_id": "a", "group_id": "g", "span_id": "s"}
+    given = factories.span(of, "a") if kind == "span" else Triplet(**ids, turn=0, prompt="", response="")
+    found = [given, *(replace(given, **{field: bytes(size)}) for size in (4, 5, 8, 3)), given]
+    (rows,), _ = to_rows(place(found, encoded), EVENTS)
+    kept, broken = rows.sift()
+    assert [(at[-1], reason) for at, reason, _ in broken] == [(12, "unstorable"), (14, "unstorable")]
+    assert all("end within a number" in error for *_, error in broken)
+    assert [kept.place(n)[-1] for n in range(len(kept))] == [10, 11, 13, 15]
 
 
 def test_every_row_says_where_its_record_lies():

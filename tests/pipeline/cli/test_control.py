@@ -55,6 +55,19 @@ def test_a_cancel_says_what_it_does(log):
     assert "group g is cancelled" in run("cancel", "--group", "g").stdout
 
 
+def test_an_experiment_may_be_named_by_its_run(log):
+    """Entry C2: as in the commands that read."""
+    body = json.dumps({"run": "calculator"})
+    records = [Control(kind="experiment", name=f"id-{n}", body=body, created_at=n) for n in (1, 2)]
+    send(log, ms.load_settings().topics.control, *records)
+    assert "experiment id-2 (run calculator) is paused" in run("pause", "calculator").stdout
+    assert [row["experiment"] for row in json.loads(run("paused", "--json").stdout)] == ["id-2"]
+    assert "experiment id-2 (run calculator) is not paused" in run("resume", "calculator").stdout
+    assert "no experiment is paused" in run("paused").stderr
+    assert "experiment id-2 (run calculator) is cancelled" in run("cancel", "--experiment", "calculator").stdout
+    assert "group calculator is cancelled" in run("cancel", "--group", "calculator").stdout
+
+
 def test_lag_says_why_tasks_wait(log):
     """Entry C2."""
     send(log, ms.load_settings().topics.tasks("normal"), factories.task())
