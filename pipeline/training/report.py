@@ -23,6 +23,23 @@ class StepReport:
     spans: int  # since the run started
     seconds: float
     metrics: Mapping[str, float]  # the algorithm's
+    epoch: int = 0  # one more after each resume or rollback that abandons steps
+    reward_std: float = 0.0  # population standard deviation
+    validation_reward: float | None = None  # of the validation that ended during the step
+    groups: int = 0  # trained on
+    dropped: Mapping[str, int] = field(default_factory=dict)  # groups that were not, by reason
+    staleness_mean: float = 0.0  # updates between the policy that made a group and the one that learnt from it
+    staleness_max: int = 0
+    tokens: int = 0  # of responses that were trained on
+    phases: Mapping[str, float] = field(
+        default_factory=dict
+    )  # seconds; see `Stopwatch`. Empty until the step has ended
+
+    @property
+    def idle_share(self) -> float | None:
+        """Of the step's time, the share in which the trainer waited for rollouts. None until the step has ended."""
+        whole = sum(self.phases.values())
+        return self.phases["wait"] / whole if whole else None
 
 
 @dataclass(slots=True)
@@ -52,9 +69,19 @@ class Summary:
 def mean_reward(finished: Sequence[FinishedRollout]) -> float:
     """The mean over the rollouts that succeeded, 0 if none did. A rollout without a reward, or with one that can't be
     trained on, counts as 0."""
-    given = [member.end.reward for member in finished if member.end.status == status.SUCCEEDED]
-    rewards = [0.0 if reward is None or bad_reward(reward) else reward for reward in given]
+    rewards = _rewards(finished)
     return statistics.fmean(rewards) if rewards else 0.0
+
+
+def reward_spread(finished: Sequence[FinishedRollout]) -> float:
+    """The population standard deviation of the rewards of which `mean_reward` is the mean."""
+    rewards = _rewards(finished)
+    return statistics.pstdev(rewards) if rewards else 0.0
+
+
+def _rewards(finished: Sequence[FinishedRollout]) -> list[float]:
+    given = [member.end.reward for member in finished if member.end.status == status.SUCCEEDED]
+    return [0.0 if reward is None or bad_reward(reward) else reward for reward in given]
 
 
 def failures(finished: Sequence[FinishedRollout]) -> int:
