@@ -8,19 +8,9 @@ import typer
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from millstream.pipeline.cli import (
-    ask,
-    control,
-    dataset,
-    dead_letters,
-    kafka,
-    model,
-    replay,
-    roles,
-    sql,
-    workers,
-)
+from millstream.pipeline.cli import control, dead_letters, kafka, model, replay, roles, workers
 from millstream.pipeline.cli.output import err
+from millstream.pipeline.cli.questions import ask, dataset, experiments, sql, steps
 from millstream.pipeline.services.hidden_memory import hide_memory
 from millstream.schemas.errors import ConfigError, Fenced, MillstreamError
 from millstream.schemas.redaction import without_passwords
@@ -31,6 +21,7 @@ app.add_typer(roles.app)
 app.add_typer(control.app)
 app.add_typer(workers.app)
 app.add_typer(ask.app)
+app.add_typer(steps.app)
 app.add_typer(sql.app)
 app.add_typer(replay.app)
 app.add_typer(kafka.app, name="kafka")
@@ -38,6 +29,7 @@ app.add_typer(kafka.topics_app, name="topics")
 app.add_typer(dead_letters.app, name="dead")
 app.add_typer(replay.explain_app, name="explain")
 app.add_typer(dataset.app, name="dataset")
+app.add_typer(experiments.app, name="experiments")
 app.add_typer(model.app, name="model")
 
 

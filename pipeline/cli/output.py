@@ -1,12 +1,16 @@
 """Prints the output of commands: a table for people, JSON for programs. Texts of records can't control the terminal."""
 
 import re
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
 import typer
+from rich.bar import Bar
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.live import Live
 from rich.markup import escape
 from rich.segment import Segment
 from rich.table import Column, Table
@@ -36,6 +40,10 @@ MAX_PORT = 65535
 Mode = Literal["train", "val", "test"]
 Status = Literal["queued", "running", "retrying", "succeeded", "failed", "cancelled"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Watch = Annotated[bool, typer.Option("--watch", help="Refresh every two seconds, until Ctrl-C.")]
+
+WATCH_S: Final = 2.0
+BAR_WIDTH: Final = 40
 
 
 def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool, limit: int | None = None) -> None:
@@ -69,6 +77,30 @@ def table_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
     for row in rows:
         table.add_row(*("" if value is None else escape(str(value)) for value in row))
     return table
+
+
+def check_watch(watch: bool, as_json: bool) -> None:
+    if watch and as_json:
+        raise typer.BadParameter("--watch shows a table: leave out --json")
+
+
+def show_again(table: Callable[[], RenderableType]) -> None:
+    """Shows what ``table`` returns, again every two seconds, until Ctrl-C."""
+    with suppress(KeyboardInterrupt), Live(table(), console=out, auto_refresh=False) as live:
+        while True:
+            time.sleep(WATCH_S)
+            live.update(table(), refresh=True)
+
+
+def bar_range(values: Iterable[float]) -> tuple[float, float]:
+    """The lowest end of bars of these values, which begin at 0, and the length that they need."""
+    shown = [0.0, *values]
+    return min(shown), max(shown) - min(shown) or 1.0
+
+
+def bar_of(value: float, low: float, size: float) -> Bar:
+    """``low`` and ``size``: see `bar_range`."""
+    return Bar(size, min(value, 0) - low, max(value, 0) - low, width=BAR_WIDTH, color="green")
 
 
 def date(ns: int) -> str:

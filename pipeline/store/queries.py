@@ -41,6 +41,48 @@ GROUP BY experiment_id
 ORDER BY max(created_at) DESC
 """
 
+# Training runs with what became of them, the newest first. Abandoned steps don't count.
+TRAINING_RUNS: Final = """
+SELECT
+    e.experiment_id AS experiment_id,
+    run,
+    algorithm,
+    seed,
+    version,
+    toUnixTimestamp64Nano(created_at) AS created_at,
+    s.steps AS steps,
+    s.epochs AS epochs,
+    s.seconds AS seconds,
+    s.reward AS reward,
+    s.validation_reward AS validation_reward
+FROM experiments AS e
+LEFT JOIN (
+    SELECT
+        experiment_id,
+        maxIf(step, NOT abandoned) AS steps,
+        max(epoch) + 1 AS epochs,
+        sum(training_steps.seconds) AS seconds,
+        argMaxIf(reward_mean, step, NOT abandoned) AS reward,
+        argMaxIf(training_steps.validation_reward, step, NOT abandoned AND isNotNull(training_steps.validation_reward))
+            AS validation_reward
+    FROM training_steps
+    GROUP BY experiment_id
+) AS s ON e.experiment_id = s.experiment_id
+ORDER BY created_at DESC, experiment_id
+"""
+
+# The last steps of a training run, the newest first.
+STEPS: Final = """
+SELECT * REPLACE (toUnixTimestamp64Nano(started_at) AS started_at, toUnixTimestamp64Nano(ended_at) AS ended_at)
+FROM training_steps
+WHERE experiment_id = {experiment_id:String}
+ORDER BY epoch DESC, step DESC
+LIMIT {limit:UInt64}
+"""
+
+# The training run that last made a step.
+LATEST_TRAINING: Final = "SELECT experiment_id FROM training_steps ORDER BY ended_at DESC LIMIT 1"
+
 # The versions of a model side by side: rewards of the rollouts that succeeded (none given counts as 0), with the 95 %
 # confidence interval of the normal approximation. A rollout that met two versions counts as `mixed`.
 COMPARE_VERSIONS: Final = """

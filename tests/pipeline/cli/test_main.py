@@ -50,6 +50,7 @@ def test_all_families_of_commands_are_there():
         *("runner", "adapter", "sink", "proxy", "gateway", "train", "model serve"),
         *("publish", "cancel", "pause", "resume", "workers", "lag", "topics create", "kafka up", "dead list"),
         *("rollouts", "sql", "explain rollout", "dataset text", "replay"),
+        *("steps", "experiments list", "experiments show", "experiments diff"),
     }
 
 

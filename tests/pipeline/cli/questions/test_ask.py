@@ -12,7 +12,6 @@ import pytest
 from typer.testing import CliRunner
 
 import millstream as ms
-from millstream.pipeline.cli import ask as ask_module
 from millstream.pipeline.cli import output
 from millstream.pipeline.cli.main import app
 from millstream.pipeline.training.collector import Collector
@@ -258,7 +257,7 @@ def test_watching_asks_again_until_ctrl_c(ask, monkeypatch):
         if interrupt := next(waits):
             raise interrupt
 
-    monkeypatch.setattr(ask_module.time, "sleep", sleep)
+    monkeypatch.setattr(output.time, "sleep", sleep)
     assert ask("rollouts", "--watch").count(FAILED) == 1  # not a terminal: the last table only
     assert next(waits, "asked twice") == "asked twice"
     assert CliRunner().invoke(app, ["rollouts", "--watch", "--json"]).exit_code == 2

@@ -2,15 +2,11 @@
 
 import struct
 import textwrap
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.bar import Bar
-from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
@@ -20,21 +16,26 @@ from millstream.pipeline.cli.output import (
     Json,
     Mode,
     Status,
+    Watch,
+    bar_of,
+    bar_range,
+    check_watch,
     date,
     note,
     out,
     print_json,
     print_rows,
     say,
+    show_again,
     table_of,
 )
+from millstream.pipeline.cli.questions.experiments import known_experiment
 from millstream.pipeline.store.conversation import conversation
-from millstream.pipeline.store.queries import EXPERIMENTS
 from millstream.pipeline.store.results import Attempt, Rollout, RolloutOrder
 from millstream.pipeline.store.rollout_diff import Step, children, error_of, rollout_diff, token_counts
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.config.settings import load_settings
-from millstream.schemas.errors import ConfigError, StoreError
+from millstream.schemas.errors import StoreError
 from millstream.schemas.spans.dialects import normalised
 from millstream.schemas.wire.records import Span
 
@@ -45,11 +46,8 @@ app = typer.Typer()
 
 ID = "01890a5d-ac96-774b-bcce-b302099a8057"  # in examples
 
-WATCH_S = 2.0
 SHOWN_TEXT = 60
 SHOWN_STEPS = 8
-SHOWN_EXPERIMENTS = 5
-BAR_WIDTH = 40
 TOKENS = {"prompt_token_ids": "i", "response_token_ids": "i", "response_logprobs": "f"}  # little-endian, 4 bytes each
 
 RolloutId = Annotated[str, typer.Argument(help="Id, as `millstream rollouts` prints it.")]
@@ -68,14 +66,13 @@ def rollouts(
     sort: Annotated[RolloutOrder, typer.Option(help="Sort by this, largest first.")] = "created_at",
     ascending: Annotated[bool, typer.Option("--ascending", help="Smallest first.")] = False,
     limit: Limit = 50,
-    watch: Annotated[bool, typer.Option("--watch", help="Refresh every two seconds, until Ctrl-C.")] = False,
+    watch: Watch = False,
     as_json: Json = False,
 ) -> None:
     """List rollouts, newest first."""
-    if watch and as_json:
-        raise typer.BadParameter("--watch shows a table: leave out --json")
+    check_watch(watch, as_json)
     with open_store(load_settings()) as store:
-        experiment = experiment and _experiment(store, experiment)
+        experiment = experiment and known_experiment(store, experiment)
 
         def ask() -> list[Rollout]:
             return store.rollouts(
@@ -95,10 +92,7 @@ def rollouts(
         if as_json:
             print_json([asdict(r) | {"queued_s": r.queued_s, "duration_s": r.duration_s} for r in found])
         elif watch:
-            with suppress(KeyboardInterrupt), Live(_rollouts(ask()), console=out, auto_refresh=False) as live:
-                while True:
-                    time.sleep(WATCH_S)
-                    live.update(_rollouts(ask()), refresh=True)
+            show_again(lambda: _rollouts(ask()))
         elif found:
             out.print(_rollouts(found))
 
@@ -212,7 +206,7 @@ def triplets(
     with open_store(load_settings()) as store:
         if rollout is not None:
             _known(store, rollout)
-        experiment = experiment and _experiment(store, experiment)
+        experiment = experiment and known_experiment(store, experiment)
         found = store.triplets(
             None if rollout is None else [rollout],
             experiment_id=experiment,
@@ -260,7 +254,7 @@ def rewards(
                 _note_nothing("rewards", {"rollout": rollout})
             print_rows(["attempt_id", "time", "name", "value"], rows, as_json)
             return
-        experiment = experiment and _experiment(store, experiment)
+        experiment = experiment and known_experiment(store, experiment)
         found = store.sql(REWARDS_BY_VERSION, {"experiment_id": experiment or "", "mode": mode or ""})
     if not found.rows:
         _note_nothing("rewards", {"experiment": experiment, "mode": mode})
@@ -269,11 +263,10 @@ def rewards(
         return
     if not found.rows:
         return
-    low = min([0.0, *(row["mean"] for row in found.records())])
-    size = max([0.0, *(row["mean"] for row in found.records())]) - low or 1.0
+    low, size = bar_range(row["mean"] for row in found.records())
     table = Table(*found.columns, "")
     for row in found.records():
-        bar = Bar(size, min(row["mean"], 0) - low, max(row["mean"], 0) - low, width=BAR_WIDTH, color="green")
+        bar = bar_of(row["mean"], low, size)
         numbers = [_short(row[name]) for name in ("mean", "p10", "p50", "p90")]
         table.add_row(row["model_version"] or "", str(row["rollouts"]), *numbers, bar)
     out.print(table)
@@ -322,22 +315,6 @@ def _known(store: "ClickHouseStore", rollout_id: str) -> Rollout:
     if not found:
         raise StoreError(f"the store has no rollout {rollout_id!r}: `millstream rollouts` lists them")
     return found[0]
-
-
-def _experiment(store: "ClickHouseStore", wanted: str) -> str:
-    """The id of an experiment, which may be named by its run: then the newest. Raises `ConfigError`."""
-    rows = store.sql(EXPERIMENTS).records()
-    if any(wanted == row["experiment_id"] for row in rows):
-        return wanted
-    named = [row["experiment_id"] for row in rows if wanted == row["run"]]
-    if len(named) > 1:
-        note(f"{len(named)} experiments are of run {wanted}; this is the newest, {named[0]}")
-    if named:
-        return str(named[0])
-    known = [f"{row['experiment_id']} (run {row['run']})" if row["run"] else row["experiment_id"] for row in rows]
-    raise ConfigError(
-        f"the store has no experiment {wanted!r}; the newest are: {', '.join(known[:SHOWN_EXPERIMENTS]) or 'none'}"
-    )
 
 
 def _note_nothing(what: str, asked: dict[str, str | None]) -> None:

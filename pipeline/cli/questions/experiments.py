@@ -1,0 +1,109 @@
+"""``millstream experiments``: training runs, what they were started with, and how two of them differ."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from millstream.pipeline.cli.open import open_store
+from millstream.pipeline.cli.output import Json, date, note, print_json, print_rows, say
+from millstream.pipeline.store.queries import EXPERIMENTS, TRAINING_RUNS
+from millstream.schemas.config.settings import load_settings
+from millstream.schemas.errors import ConfigError, StoreError
+from millstream.schemas.spans.text import json_text, parsed
+
+if TYPE_CHECKING:
+    from millstream.pipeline.store.clickhouse import ClickHouseStore
+
+app = typer.Typer(no_args_is_help=True, help="Training runs: what they were started with, and what became of them.")
+
+SHOWN = 5  # of the experiments that there are, if one is unknown
+
+Name = Annotated[str, typer.Argument(help="Its id, or the name of its run: then the newest.")]
+
+
+@app.command("list", epilog="Example: millstream experiments list --limit 10")
+def experiments_list(
+    limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows.")] = 50, as_json: Json = False
+) -> None:
+    """List training runs, newest first, with their steps and rewards."""
+    with open_store(load_settings()) as store:
+        found = store.sql(TRAINING_RUNS).records()[:limit]
+    if not found:
+        note("the store has no experiments yet")
+    if as_json:
+        print_json(found)
+    elif found:
+        shown = [{**row, "created_at": date(row["created_at"]), "seconds": round(row["seconds"] or 0)} for row in found]
+        rounded = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in shown]
+        print_rows(list(found[0]), [list(row.values()) for row in rounded], False)
+
+
+@app.command("show", epilog="Example: millstream experiments show calculator")
+def experiments_show(experiment: Name, as_json: Json = False) -> None:
+    """Show what a training run was started with: algorithm, configuration, digests, versions, git commit, seeds."""
+    with open_store(load_settings()) as store:
+        experiment_id, configuration = _configuration(store, experiment)
+    if as_json:
+        print_json({"experiment_id": experiment_id, **configuration})
+        return
+    say(f"experiment {experiment_id}")
+    print_rows(["name", "value"], [[name, _shown(value)] for name, value in flat(configuration)], False)
+
+
+@app.command("diff", epilog="Example: millstream experiments diff calculator calculator-small")
+def experiments_diff(a: Name, b: Name, as_json: Json = False) -> None:
+    """Show where two training runs were started with different values."""
+    with open_store(load_settings()) as store:
+        sides = [_configuration(store, name) for name in (a, b)]
+    left, right = (dict(flat(configuration)) for _, configuration in sides)
+    names = [name for name in left | right if name not in left or name not in right or left[name] != right[name]]
+    if as_json:
+        print_json([{"name": name, "a": left.get(name), "b": right.get(name)} for name in names])
+        return
+    if not names:
+        say("They were started with the same values.")
+        return
+    rows = [[name, *("" if name not in side else _shown(side[name]) for side in (left, right))] for name in names]
+    print_rows(["name", *(experiment_id for experiment_id, _ in sides)], rows, False)
+
+
+def known_experiment(store: "ClickHouseStore", wanted: str) -> str:
+    """The id of an experiment, which may be named by its run: then the newest. Raises `ConfigError`."""
+    rows = store.sql(EXPERIMENTS).records()
+    if any(wanted == row["experiment_id"] for row in rows):
+        return wanted
+    named = [row["experiment_id"] for row in rows if wanted == row["run"]]
+    if len(named) > 1:
+        note(f"{len(named)} experiments are of run {wanted}; this is the newest, {named[0]}")
+    if named:
+        return str(named[0])
+    known = [f"{row['experiment_id']} (run {row['run']})" if row["run"] else row["experiment_id"] for row in rows]
+    raise ConfigError(f"the store has no experiment {wanted!r}; the newest are: {', '.join(known[:SHOWN]) or 'none'}")
+
+
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested objects with their paths, such as ``arguments.lr``. Lists are values."""
+    if not isinstance(value, dict) or not value:
+        yield name, value
+        return
+    for key, inner in value.items():
+        yield from flat(inner, f"{name}.{key}" if name else str(key))
+
+
+def _configuration(store: "ClickHouseStore", wanted: str) -> tuple[str, dict[str, Any]]:
+    """Raises `ConfigError` for an unknown experiment, `StoreError` for one that no training run has recorded."""
+    experiment_id = known_experiment(store, wanted)
+    query = "SELECT configuration FROM experiments WHERE experiment_id = {id:String}"
+    rows = store.sql(query, {"id": experiment_id}).rows
+    if not rows:
+        raise StoreError(f"experiment {experiment_id} was started by no trainer: its tasks were published with its id")
+    try:
+        found = parsed(rows[0][0])
+    except ValueError as error:
+        raise StoreError(f"the record of experiment {experiment_id} can't be read: {error}") from error
+    return experiment_id, found if isinstance(found, dict) else {"configuration": found}
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json_text(value)
