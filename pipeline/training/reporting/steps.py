@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import SupportsFloat
 
-from millstream.pipeline.training.algorithm import FinishedRollout, Group
+from millstream.pipeline.training.groups import FinishedRollout, Group
 from millstream.pipeline.training.report import StepReport
 from millstream.pipeline.training.reporting.stopwatch import Lap
 from millstream.schemas.wire import status

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from factories import CONVERSATION, finished, tokens
 
-from millstream.pipeline.training.algorithm import Group
+from millstream.pipeline.training.groups import Group
 from millstream.pipeline.training.report import StepReport, mean_reward, reward_spread
 from millstream.pipeline.training.reporting.steps import numbers, step_record, trained_rollouts, trained_tokens
 from millstream.pipeline.training.reporting.stopwatch import Lap
