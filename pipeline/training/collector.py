@@ -50,6 +50,8 @@ class Collector:
         self._ends: dict[str, asyncio.Future[FinishedRollout]] = {}  # of all that are held
         self._first: dict[str, tuple[int, int]] = {}  # rollout → partition and offset of its first record
         self._triplets: dict[str, list[Triplet]] = {}
+        self._early: dict[str, list[LogRecord]] = {}  # a predecessor's, read before they were expected
+        self._early_until: dict[int, int] = {}  # by partition: later records are of rollouts that were expected before
         self._reading: Background | None = None
 
     async def start(self, positions: Mapping[int, int] | None = None) -> bool:
@@ -73,6 +75,7 @@ class Collector:
                         first[partition] - 1,
                     )
                 await self._consumer.seek(partition, max(wanted, first[partition]))
+            self._early_until = {p.number: ends[p] for p in self._partitions} if continued else {}
         self._reading = supervisor().loop("collector", self._read())
         return continued
 
@@ -84,6 +87,8 @@ class Collector:
                 age_s = time.time() - written_since_ms(rollout_id) / 1000 if written_since_ms(rollout_id) else 0.0
                 self._outstanding[rollout_id] = time.monotonic() - age_s
                 self._ends[rollout_id] = asyncio.get_running_loop().create_future()
+                for record in self._early.pop(rollout_id, ()):
+                    self._take(record)
 
     @property
     def outstanding(self) -> frozenset[str]:
@@ -147,6 +152,10 @@ class Collector:
             self._give_up(rollout_id, f"its end was not read within {days:g} days; the log has dropped it by now")
 
     def _take(self, record: LogRecord) -> None:
+        early = record.offset < self._early_until.get(record.partition.number, 0)
+        if early and record.key is not None and record.key not in self._ends:
+            self._early.setdefault(record.key, []).append(record)
+            return
         try:
             value = codec.decode(record.value)
         except CodecError as error:

@@ -1,12 +1,14 @@
 """What the collector waits for, and what it gives up."""
 
+import asyncio
 from typing import Any
 
 import pytest
-from factories import task
+from factories import finished, task
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.pipeline.training.collector import Collector, CollectorPolicy
+from millstream.schemas.wire import codec
 from millstream.schemas.wire.topics import Topics
 
 TOPICS = Topics("t", partitions=2)
@@ -26,6 +28,22 @@ async def test_a_rollout_that_the_log_has_dropped_is_not_waited_for() -> None:
     assert (found.end.status, found.end.trainable, found.triplets) == ("failed", False, ())
     assert "the log has dropped it" in (found.end.reason or "")
     assert collector.outstanding == frozenset()
+
+
+async def test_an_end_that_is_read_before_its_rollout_is_expected_is_found() -> None:
+    """A run that goes on starts to read, and then asks for its predecessor's rollouts again."""
+    log = MemoryLog(TOPICS)
+    ended = [finished(task().rollout_id, []).end for _ in range(4)]
+    for end in ended:
+        log.producer().send(TOPICS.triplets, codec.encode(end), key=end.rollout_id)
+    collector = Collector(log, TOPICS, log.producer(), CollectorPolicy(poll_s=0.01))
+    assert await collector.start({0: 0, 1: 0})
+    while sum(collector.positions().values()) < len(ended):  # noqa: ASYNC110 - there is no event for what is ignored
+        await asyncio.sleep(0)
+    ids = [end.rollout_id for end in ended]
+    collector.expect(ids)
+    assert [found.end for found in await collector.collect(ids)] == ended
+    await collector.close()
 
 
 @pytest.mark.parametrize("body", [b"garbage", b"\xc3\x01newer...body"])
