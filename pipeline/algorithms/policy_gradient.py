@@ -14,7 +14,8 @@ from millstream.pipeline.algorithms.guards import GUARDS, Diverged, Guard
 from millstream.pipeline.algorithms.pacing import Pacing
 from millstream.pipeline.training.algorithm import Learner
 from millstream.pipeline.training.groups import FinishedRollout, Group, checked
-from millstream.pipeline.training.report import StepReport, failures, mean_reward
+from millstream.pipeline.training.report import StepReport, failures, mean_reward, reward_spread
+from millstream.pipeline.training.reporting.steps import trained_rollouts, trained_tokens
 from millstream.pipeline.training.run import Run, shuffled
 from millstream.schemas.errors import LogError, MillstreamError
 from millstream.schemas.wire import status
@@ -77,6 +78,7 @@ class _Loop:
     ended: dict[int, Group] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)  # since the last step, by reason
     validation: asyncio.Task[float] | None = None
+    validated: float | None = None  # what a validation found since the last step
 
     def __post_init__(self) -> None:
         config = self.config
@@ -148,24 +150,19 @@ class _Loop:
     # A step
 
     async def _step(self) -> None:
-        began = time.monotonic()
-        groups, staleness = await self._batch()
-        waited = time.monotonic()
+        began, watch = time.monotonic(), self.on.watch
+        with watch.phase("wait"):
+            groups, staleness = await self._batch()
         members = [member for group in groups.values() for member in group.members]
         if self.config.model is not None and not any(map(can_be_trained_on, members)):
             raise NothingToLearn(why_none(members))
         try:
-            metrics = await asyncio.to_thread(self.config.learner.update, list(groups.values()))
+            with watch.phase("update"):
+                metrics = await asyncio.to_thread(self.config.learner.update, list(groups.values()))
         except FloatingPointError as error:
             await self._roll_back(str(error), gradual=False)
             return
-        updated = time.monotonic()
-        metrics |= {
-            "reward": mean_reward(members),
-            "staleness": sum(staleness) / len(staleness),
-            "max_staleness": float(max(staleness)),
-            **{f"dropped_{reason}": float(count) for reason, count in self.dropped.items()},
-        }
+        metrics |= {"reward": mean_reward(members), "staleness": sum(staleness) / len(staleness)}
         for guard in self.config.guards:
             fault = guard([*self.metrics, metrics])
             if fault is not None:
@@ -173,14 +170,34 @@ class _Loop:
                 return
         self.metrics = [*self.metrics[1 - REMEMBERED :], metrics]
         self.rewards.append(metrics["reward"])
-        self.dropped.clear()
         self.on.count(members)
+        report = StepReport(
+            step=self.pacing.step,
+            model_version=self.on.lineage.version,
+            reward=metrics["reward"],
+            rollouts=len(members),
+            failed=failures(members),
+            rollouts_per_second=self.on.summary.rollouts / self.on.seconds,
+            spans=self.on.summary.spans,
+            seconds=time.monotonic() - began,
+            metrics=metrics,
+            epoch=self.on.lineage.epoch,
+            reward_std=reward_spread(members),
+            validation_reward=self.validated,
+            groups=len(groups),
+            dropped=dict(self.dropped),
+            staleness_mean=metrics["staleness"],
+            staleness_max=max(staleness),
+            tokens=trained_tokens(list(groups.values())),
+        )
+        self.on.add(report, trained_rollouts(list(groups.values())))
+        self.dropped.clear()
+        self.validated = None
         self._forget(groups)
         self.pacing.trained(list(groups))
-        version = self.on.lineage.version
-        self.on.report(self._report(version, members, metrics, began, waited, updated))
         if self.pacing.step % self.config.checkpoint_every == 0:
             await self._checkpoint(wait=self.config.checkpoint_every == 1)
+        await self.on.tell()
         await self.on.publish_weights(self.config.learner.weights(), self.pacing.step)
         if self.config.validate_every and self.pacing.step % self.config.validate_every == 0:
             # Without staleness, rollouts and training take turns.
@@ -236,34 +253,13 @@ class _Loop:
             del self.ended[group], self.asked[group]
             self.published.discard(group)
 
-    def _report(
-        self,
-        version: str,
-        members: Sequence[FinishedRollout],
-        metrics: dict[str, float],
-        began: float,
-        waited: float,
-        updated: float,
-    ) -> StepReport:
-        summary = self.on.summary
-        return StepReport(
-            step=self.pacing.step - 1,
-            model_version=version,
-            reward=metrics["reward"],
-            rollouts=len(members),
-            failed=failures(members),
-            rollouts_per_second=summary.rollouts / self.on.seconds,
-            spans=summary.spans,
-            seconds=updated - began,
-            metrics=metrics,
-        )
-
     # Validation
 
     async def _validate(self) -> float:
-        await self._validate_meanwhile()
-        assert self.validation is not None
-        return await self.validation
+        with self.on.watch.phase("wait"):
+            await self._validate_meanwhile()
+            assert self.validation is not None
+            return await self.validation
 
     async def _validate_meanwhile(self) -> None:
         """Starts a validation of the current policy once the one before has ended."""
@@ -273,8 +269,9 @@ class _Loop:
         async def validate() -> float:
             finished = await self.on.evaluate(self.on.experiment.val_tasks)
             summary = self.on.summary
-            summary.validation_reward, summary.validation_failed = mean_reward(finished), failures(finished)
-            return summary.validation_reward
+            self.validated = summary.validation_reward = mean_reward(finished)
+            summary.validation_failed = failures(finished)
+            return self.validated
 
         self.validation = asyncio.create_task(validate())
 
@@ -286,7 +283,7 @@ class _Loop:
             raise Diverged(f"step {step} was bad: {reason}; {self.rollbacks} rollbacks did not help")
         await self._end_tasks()
         await self._give_up()
-        found = await self.on.roll_back(gradual)
+        found = await self.on.roll_back(reason, gradual)
         logger.error("step %d was bad: %s; going on after step %d", step, reason, found.step)
         await asyncio.to_thread(self.config.learner.load_state, found.algorithm_state)
         upcoming, rollbacks = self.pacing.next, self.rollbacks + 1

@@ -41,6 +41,8 @@ class ProgressView:
         self._console.print(
             f"step {report.step:3d}  reward {report.reward:.3f}  {report.rollouts_per_second:6.1f} rollouts/s  "
             f"{report.spans} spans  policy {report.model_version}"
+            + (f"  idle {report.idle_share:.0%}" if report.idle_share is not None else "")
+            + (f"  {report.staleness_mean:.1f} versions old" * bool(report.staleness_max))
             + (f"  {report.failed} failed" * bool(report.failed)),
             highlight=False,
         )

@@ -24,16 +24,20 @@ from millstream.pipeline.models.server import ModelServer, UpdateFailed
 from millstream.pipeline.training.collector import Collector
 from millstream.pipeline.training.groups import FinishedRollout, Group, Lineage
 from millstream.pipeline.training.report import StepReport, Summary
+from millstream.pipeline.training.reporting.steps import step_record
+from millstream.pipeline.training.reporting.stopwatch import Stopwatch
 from millstream.producers.control import cancel_record, publish_control, publish_resources
 from millstream.producers.files import write_atomically
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskPublisher
+from millstream.producers.training import publish_step
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.control import LLM, Resource, Resources
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import derived_id, id_time_ms, new_id, rank
 from millstream.schemas.spans.text import json_text
-from millstream.schemas.wire.records import Control, RolloutTask
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.records import Control, RolloutTask, TrainingStep
 
 if TYPE_CHECKING:  # needs the `train` extra
     from millstream.pipeline.training.checkpoint import Checkpoint
@@ -143,6 +147,9 @@ class Run:
         self._durable = -1  # its step
         self._saving: asyncio.Task[None] | None = None
         self._evaluations = 0
+        self._restored_from = ""  # for the record of the next step
+        self._step: TrainingStep | None = None  # the last one
+        self.watch = Stopwatch()
 
     @classmethod
     @asynccontextmanager
@@ -198,6 +205,10 @@ class Run:
                 self._durable = self.restored.step
                 self._next_resources_id = "" if abandoned == saved["resources_id"] else saved["resources_id"]
             self.continues = self.continues and abandoned != saved["resources_id"]
+            self._restored_from = str(self.restored.path)
+            if saved["step"] is not None:  # its trainer may have been killed before it was published
+                step = codec.decode_as(TrainingStep, bytes.fromhex(saved["step"]))
+                await publish_step(self._producer, self._topics, step)
             self._saved_resources_id, self._evaluations = saved["resources_id"], saved["evaluations"]
             self.summary = Summary.of(saved["summary"])
             self._started -= self.summary.seconds
@@ -330,6 +341,10 @@ class Run:
     async def publish_weights(self, weights: "Mapping[str, Any] | None", step: int) -> str:
         """Has the weights after ``step`` updates served, then announces their version, which it returns: a version that
         is announced is served. Waits for a server that is restarting. Raises `UpdateFailed`."""
+        with self.watch.phase("publish"):
+            return await self._publish_weights(weights, step)
+
+    async def _publish_weights(self, weights: "Mapping[str, Any] | None", step: int) -> str:
         self.lineage.step = step
         version = self.lineage.version
         if weights is not None and step > self._durable:
@@ -347,9 +362,33 @@ class Run:
         await self.publish({"policy": LLM(model="policy", model_version=version, endpoints=self._endpoints)})
         return version
 
-    def report(self, report: StepReport) -> None:
+    def add(self, report: StepReport, trained: Sequence[str] = ()) -> None:
+        """Ends a step: its time, from the end of the one before, is divided among the phases. ``trained``: ids of the
+        rollouts that were trained on, for the ledger. Call it before `checkpoint`, and `tell` after it."""
+        lap = self.watch.lap()
+        report = dataclasses.replace(report, phases={str(phase): seconds for phase, seconds in lap.phases.items()})
+        self._step = step_record(
+            report,
+            lap,
+            experiment_id=self.experiment.experiment_id,
+            run=self.experiment.name,
+            model_version=dataclasses.replace(self.lineage, step=report.step + 1).version,
+            trained=trained,
+            restored_from=self._restored_from,
+        )
+        self._restored_from = ""
         self.summary.steps.append(report)
-        self._on_step(report)
+
+    async def tell(self) -> None:
+        """Publishes the record of the last step, and shows the step."""
+        assert self._step is not None
+        await publish_step(self._producer, self._topics, self._step)
+        self._on_step(self.summary.steps[-1])
+
+    async def report(self, report: StepReport, trained: Sequence[str] = ()) -> None:
+        """`add` and `tell`, for an algorithm that writes no checkpoints."""
+        self.add(report, trained)
+        await self.tell()
 
     # Going on
 
@@ -364,7 +403,8 @@ class Run:
         from millstream.pipeline.training import checkpoint  # needs torch
 
         if self._saving is not None:
-            await self._saving
+            with self.watch.phase("save"):
+                await self._saving
         self._next_resources_id = self._saved_resources_id = new_id()
         self.summary.seconds = self.seconds
         lineage = dataclasses.replace(self.lineage, step=step)
@@ -378,6 +418,7 @@ class Run:
             "lineage": lineage.to_json(),
             "resources_id": self._next_resources_id,
             "evaluations": self._evaluations,
+            "step": None if self._step is None else codec.encode(self._step).hex(),
             "outstanding": sorted(self._collector.outstanding),
             "summary": dataclasses.asdict(self.summary),
             "loop": dict(loop),
@@ -392,7 +433,8 @@ class Run:
 
         self._saving = asyncio.create_task(save())
         if wait:
-            await self._saving
+            with self.watch.phase("save"):
+                await self._saving
 
     def note_abandoned(self) -> None:
         """The rollouts that the run has asked for are being cancelled: a run that goes on asks for others."""
@@ -412,7 +454,7 @@ class Run:
         found = Lineage.from_json(note["lineage"])
         return (found, note["abandoned"]) if found.run == self.experiment.name else (None, None)
 
-    async def roll_back(self, gradual: bool = False) -> "Checkpoint":
+    async def roll_back(self, reason: str, gradual: bool = False) -> "Checkpoint":
         """Goes back to the last checkpoint, or to the oldest that was kept, in a new epoch. The caller gives up its
         groups. Raises `CheckpointDamaged`."""
         from millstream.pipeline.training import checkpoint  # needs torch
@@ -422,6 +464,7 @@ class Run:
         found = await asyncio.to_thread(checkpoint.go_back, self._run_dir / CHECKPOINTS, gradual)
         self.lineage.restart(found.step)
         self._next_resources_id, self._durable = "", -1
+        self._restored_from = f"{found.path}: {reason}"
         self.summary.steps = [step for step in self.summary.steps if step.step < found.step]
         return found
 

@@ -69,7 +69,7 @@ def main(run_dir: str, given: str) -> None:
     print("started", flush=True)
     summary = train(Path(run_dir), learner, agent=None if options.get("strategy") == "kafka" else agent, **options)
     result = {"weight": learner.weight.item(), "ledger": learner.ledger, "steps": [s.step for s in summary.steps]}
-    result["oldest"] = max(step.metrics["max_staleness"] for step in summary.steps)
+    result["oldest"] = max(step.staleness_max for step in summary.steps)
     Path(run_dir, "result.json").write_text(json.dumps(result))
 
 

@@ -170,7 +170,7 @@ class _Progress:
         for line in lines[self.reported :]:
             entry = json.loads(line)
             values = {name: float(v) for name, v in entry["data"].items() if isinstance(v, int | float)}
-            self._report(entry["step"], values)
+            await self._report(entry["step"], values)
         self.reported = len(lines)
 
     async def reached(self, step: int) -> bool:
@@ -195,14 +195,14 @@ class _Progress:
             return []
         return self.job.metrics_file.read_text("utf-8").split("\n")[:-1]  # the last one may be being written
 
-    def _report(self, step: int, values: dict[str, float]) -> None:
+    async def _report(self, step: int, values: dict[str, float]) -> None:
         summary = self.run.summary
         rollouts = int(values.pop("millstream/rollouts"))
         summary.rollouts += rollouts
         summary.spans += int(values.pop("millstream/spans"))
         self.rewards.append(values["millstream/reward"])
         now = time.monotonic()
-        self.run.report(
+        await self.run.report(
             StepReport(
                 step=step - 1,
                 model_version=replace(self.run.lineage, step=step - 1).version,

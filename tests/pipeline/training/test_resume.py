@@ -105,8 +105,8 @@ def test_no_group_is_trained_on_twice_when_rollouts_run_ahead(tmp_path: Path, ma
     trained = [number for step in learner.ledger for number in step]
     assert len(trained) == len(set(trained)) == 6 * PER_STEP
     assert all(len(ids) == len(set(ids)) == SIZE for step in learner.ledger for ids in step.values())
-    assert max(step.metrics["max_staleness"] for step in summary.steps) <= 2 * max_staleness
-    assert any(step.metrics["staleness"] > 0 for step in summary.steps)
+    assert max(step.staleness_max for step in summary.steps) <= 2 * max_staleness
+    assert any(step.staleness_mean > 0 for step in summary.steps)
 
 
 class Breaks(Chain):

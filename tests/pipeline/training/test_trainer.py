@@ -181,6 +181,20 @@ class TestLearning:
         assert row["n"] == 24
         assert row["ok"] == row["r"]
 
+    def test_steps_are_records_whose_phases_are_the_time_that_they_took(self, tmp_path, algorithm):
+        from millstream.pipeline.store.clickhouse import ClickHouseStore
+
+        summary = Trainer(algorithm=algorithm, agent=agent, run_dir=tmp_path, max_steps=3).fit(TASKS)
+        store = ClickHouseStore(load_settings(clickhouse_dsn=f"chdb://{tmp_path / 'store'}"))
+        query = "SELECT step, model_version, reward_mean, wait_s + update_s + save_s + publish_s + other_s AS whole, "
+        query += "(toUnixTimestamp64Nano(ended_at) - toUnixTimestamp64Nano(started_at)) / 1e9 AS took "
+        rows = store.sql(query + "FROM training_steps ORDER BY step").rows
+        store.close()
+        assert [row[:2] for row in rows] == [(n, f"run.0.{n}") for n in (1, 2, 3)]
+        assert [row[2] for row in rows] == pytest.approx([step.reward for step in summary.steps])
+        assert [row[3] for row in rows] == pytest.approx([row[4] for row in rows], rel=0.01)
+        assert all(0 < step.idle_share < 1 for step in summary.steps)
+
 
 def test_ctrl_c_ends_a_run_gracefully(tmp_path):
     """What asyncio.run does at Ctrl-C: it cancels the main task."""
