@@ -194,6 +194,7 @@ class _Loop:
         self.dropped.clear()
         self.validated = None
         self._forget(groups)
+        self.on.all_expected()
         self.pacing.trained(list(groups))
         if self.pacing.step % self.config.checkpoint_every == 0:
             await self._checkpoint(wait=self.config.checkpoint_every == 1)

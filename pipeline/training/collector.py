@@ -27,6 +27,7 @@ class CollectorPolicy:
     poll_records: int = 2000
     poll_s: float = 1.0  # how long a poll waits for records; it does not delay what is there
     retry_s: float = 0.5  # before the next poll after one that failed
+    early_rollouts: int = 10_000  # that are kept of a predecessor: more than a run has open
     # After it the log may have dropped a rollout's task or end: no end that has not been read will come.
     wait_s: float = LIFETIMES.record_s
 
@@ -50,14 +51,16 @@ class Collector:
         self._ends: dict[str, asyncio.Future[FinishedRollout]] = {}  # of all that are held
         self._first: dict[str, tuple[int, int]] = {}  # rollout → partition and offset of its first record
         self._triplets: dict[str, list[Triplet]] = {}
-        self._early: dict[str, list[LogRecord]] = {}  # a predecessor's, read before they were expected
-        self._early_until: dict[int, int] = {}  # by partition: later records are of rollouts that were expected before
+        self._experiment_id: str | None = None  # of a predecessor
+        self._early: dict[str, list[LogRecord]] = {}  # of its rollouts that are not expected yet
         self._reading: Background | None = None
 
-    async def start(self, positions: Mapping[int, int] | None = None) -> bool:
+    async def start(self, positions: Mapping[int, int] | None = None, experiment_id: str | None = None) -> bool:
         """Starts reading at the end of the topic, or at a predecessor's `positions`. Call it before the first task is
-        published: nothing after it is missed. False if the log is not the one of these positions: then it reads from
-        the beginning. Names a gap between a position and the first record that is left."""
+        published: nothing after it is missed. What it then reads of the predecessor's experiment before it is expected
+        is kept until `all_expected`. Names a gap between a position and the first record that is left.
+
+        False if the log is not the one of these positions: then it reads from the beginning."""
         await self._consumer.assign(self._partitions, "end" if positions is None else "beginning")
         continued = positions is not None
         if positions is not None:
@@ -75,7 +78,7 @@ class Collector:
                         first[partition] - 1,
                     )
                 await self._consumer.seek(partition, max(wanted, first[partition]))
-            self._early_until = {p.number: ends[p] for p in self._partitions} if continued else {}
+        self._experiment_id = experiment_id if continued else None
         self._reading = supervisor().loop("collector", self._read())
         return continued
 
@@ -89,6 +92,11 @@ class Collector:
                 self._ends[rollout_id] = asyncio.get_running_loop().create_future()
                 for record in self._early.pop(rollout_id, ()):
                     self._take(record)
+
+    def all_expected(self) -> None:
+        """Nothing of a predecessor will be expected any more."""
+        self._experiment_id = None
+        self._early.clear()
 
     @property
     def outstanding(self) -> frozenset[str]:
@@ -152,10 +160,6 @@ class Collector:
             self._give_up(rollout_id, f"its end was not read within {days:g} days; the log has dropped it by now")
 
     def _take(self, record: LogRecord) -> None:
-        early = record.offset < self._early_until.get(record.partition.number, 0)
-        if early and record.key is not None and record.key not in self._ends:
-            self._early.setdefault(record.key, []).append(record)
-            return
         try:
             value = codec.decode(record.value)
         except CodecError as error:
@@ -164,7 +168,13 @@ class Collector:
             if record.headers.get(KIND_HEADER) == b"end" and record.key in self._outstanding:
                 self._give_up(record.key, f"its end can't be read: {error}")
             return
-        if not isinstance(value, Triplet | RolloutEnd) or value.rollout_id not in self._outstanding:
+        if not isinstance(value, Triplet | RolloutEnd):
+            return
+        if value.rollout_id not in self._outstanding:
+            if value.experiment_id == self._experiment_id and value.rollout_id not in self._ends:
+                self._early.setdefault(value.rollout_id, []).append(record)
+                if len(self._early) > self._policy.early_rollouts:
+                    del self._early[next(iter(self._early))]
             return
         self._first.setdefault(value.rollout_id, (record.partition.number, record.offset))
         if isinstance(value, Triplet):

@@ -159,7 +159,7 @@ class Run:
         """A handle on a run of another process, over Kafka: for rollouts with resources that it has published.
         ``positions``: of a handle before, to find what its rollouts have ended with."""
         run = cls(settings, KafkaLog(settings), experiment)
-        await run._collector.start(positions)
+        await run._collector.start(positions, experiment.experiment_id)
         try:
             yield run
         finally:
@@ -192,7 +192,7 @@ class Run:
         if self.restored is None:
             await self._collector.start()
         else:
-            self.continues = await self._collector.start(self.restored.positions)
+            self.continues = await self._collector.start(self.restored.positions, self.experiment.experiment_id)
             saved = self.restored.extra
             self.lineage = Lineage.from_json(saved["lineage"])
             announced, abandoned = self._noted()
@@ -378,6 +378,10 @@ class Run:
         )
         self._restored_from = ""
         self.summary.steps.append(report)
+
+    def all_expected(self) -> None:
+        """Whatever the run's predecessor had asked for has been asked for again, or will not be."""
+        self._collector.all_expected()
 
     async def tell(self) -> None:
         """Publishes the record of the last step, and shows the step."""

@@ -37,7 +37,7 @@ async def test_an_end_that_is_read_before_its_rollout_is_expected_is_found() -> 
     for end in ended:
         log.producer().send(TOPICS.triplets, codec.encode(end), key=end.rollout_id)
     collector = Collector(log, TOPICS, log.producer(), CollectorPolicy(poll_s=0.01))
-    assert await collector.start({0: 0, 1: 0})
+    assert await collector.start({0: 0, 1: 0}, "")
     while sum(collector.positions().values()) < len(ended):  # noqa: ASYNC110 - there is no event for what is ignored
         await asyncio.sleep(0)
     ids = [end.rollout_id for end in ended]
