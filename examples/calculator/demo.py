@@ -78,7 +78,8 @@ seed = {seed}
 {algorithm}
 """
 GRPO = """\
-[grpo]
+[algorithm]
+type = "grpo"
 model = "{run_dir}/model"
 groups_per_step = {groups}
 lr = {lr}
@@ -86,7 +87,8 @@ seed = {seed}
 """
 # One rank on this CPU.
 VERL = """\
-[verl]
+[algorithm]
+type = "verl"
 model = "{run_dir}/model"
 groups_per_step = {groups}
 minibatch = {minibatch}

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rich.console import Console
 
 from millstream.consumers.log.port import Log
-from millstream.pipeline.algorithms.verl.config import VerlOptions
+from millstream.pipeline.algorithms.options import Options, algorithm_of
 from millstream.pipeline.models.server import ModelServer
 from millstream.pipeline.models.vllm_process import Transfer, VllmOptions
 from millstream.pipeline.services.role_process import role_process
@@ -26,22 +26,6 @@ from millstream.schemas.errors import ConfigError
 from millstream.schemas.folders import make_folder
 from millstream.schemas.import_path import load_object
 from millstream.schemas.spans.text import json_text, parsed
-
-
-class GrpoConfig(BaseModel):
-    """Arguments of `millstream.pipeline.algorithms.grpo.GRPO`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    model: Path = Field(description="Hugging Face folder of the policy.")
-    groups_per_step: int = Field(16, ge=1)
-    group_size: int = Field(8, ge=2)
-    lr: float = Field(5e-4, ge=0)
-    entropy: float = Field(0.1, ge=0)
-    epochs: int = Field(2, ge=1)
-    minibatch: int = Field(128, ge=1, description="Turns; rows with merge_turns.")
-    merge_turns: bool = Field(False, description="Merge turns that continue each other into one row.")
-    seed: int = 0
 
 
 class ModelConfig(BaseModel):
@@ -81,15 +65,27 @@ class TrainConfig(BaseModel):
     patience: int = Field(3, ge=1)
     seed: int = 0
     model: ModelConfig = ModelConfig()
-    grpo: GrpoConfig | None = None
-    verl: VerlOptions | None = Field(None, description="Training by a verl job instead, over Kafka.")
+    resume: str = Field(
+        "auto",
+        description='"auto": from the last checkpoint in run_dir; "never": refuses a folder with checkpoints; or a '
+        'checkpoint, such as "step-42".',
+    )
+    algorithm: Options
+
+    @model_validator(mode="before")
+    @classmethod
+    def _table_of_a_type(cls, given: Any) -> Any:
+        """``[grpo]`` and ``[verl]`` are short for ``[algorithm]`` with that type."""
+        for name in ("grpo", "verl"):
+            if isinstance(given, dict) and "algorithm" not in given and isinstance(given.get(name), dict):
+                rest = {key: value for key, value in given.items() if key != name}
+                return rest | {"algorithm": {**given[name], "type": name}}
+        return given
 
     @model_validator(mode="after")
-    def _one_algorithm(self) -> "TrainConfig":
-        if (self.grpo is None) == (self.verl is None):
-            raise ValueError("give one algorithm: a table [grpo] or [verl]")
-        if self.verl is not None and self.strategy != "kafka":
-            raise ValueError('[verl] needs strategy = "kafka": its job asks for rollouts from another process')
+    def _verl_over_kafka(self) -> "TrainConfig":
+        if self.algorithm.type == "verl" and self.strategy != "kafka":
+            raise ValueError('verl needs strategy = "kafka": its job asks for rollouts from another process')
         return self
 
 
@@ -141,7 +137,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
     make_folder(config.run_dir, "run_dir")
     with ProgressView(console or Console(), config.run) as view:
         trainer = Trainer(
-            algorithm=make_algorithm(config),
+            algorithm=algorithm_of(config.algorithm),
             agent=config.agent,
             strategy=with_probes(strategy_of(config.strategy), health_port),
             hooks=config.hooks,
@@ -150,6 +146,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
             patience=config.patience,
             run=config.run,
             run_dir=config.run_dir,
+            resume=config.resume,
             adapter=load_object("adapter", adapter, str(Path.cwd())) if adapter else None,
             seed=config.seed,
             settings=settings,
@@ -166,16 +163,3 @@ def vllm_options(config: ModelConfig) -> VllmOptions | None:
     if config.server == "engine":
         return None
     return VllmOptions(names=config.names, args=config.args, transfer=config.transfer, replicas=config.replicas)
-
-
-def make_algorithm(config: TrainConfig) -> Any:
-    """Raises `ConfigError` without the `train` extra."""
-    try:
-        from millstream.pipeline.algorithms.grpo import GRPO
-        from millstream.pipeline.algorithms.verl.algorithm import Verl
-    except ImportError as error:
-        raise ConfigError(f"training needs torch: install millstream[train] ({error})") from error
-    if config.verl is not None:
-        return Verl(**config.verl.model_dump())
-    assert config.grpo is not None
-    return GRPO(**config.grpo.model_dump())

@@ -82,7 +82,7 @@ def test_train_names_what_is_wrong_with_its_file(tmp_path):
     (tmp_path / "train.toml").write_text('tasks = "t.jsonl"\nsteps = 3\n[grpo]\nmodel = "m"\nlr = -1\n')
     result = millstream("train", "train.toml", cwd=tmp_path)
     assert result.returncode == 2
-    assert "train.toml: grpo.lr: Input should be greater than or equal to 0" in result.stderr
+    assert "train.toml: algorithm.grpo.lr: Input should be greater than or equal to 0" in result.stderr
     assert "steps: Extra inputs are not permitted" in result.stderr
 
 

@@ -109,6 +109,6 @@ def test_a_checkpoint_without_our_mark_was_not_finished(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.stem)
 def test_the_examples_can_work(path: Path) -> None:
     config = load_config(path)
-    assert config.verl is not None
-    check(config.verl, tasks=10_000)
+    assert isinstance(config.algorithm, VerlOptions)
+    check(config.algorithm, tasks=10_000)
     assert "UNTESTED" in path.read_text("utf-8")

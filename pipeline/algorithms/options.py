@@ -1,0 +1,185 @@
+"""The ``[algorithm]`` table of a training file: a type, and its options with their defaults. Needs no torch until an
+algorithm is made."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from millstream.pipeline.algorithms.verl.config import VerlOptions
+from millstream.schemas.errors import ConfigError
+
+if TYPE_CHECKING:
+    from millstream.pipeline.training.algorithm import Algorithm
+
+Clip = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
+
+
+class LoopOptions(BaseModel):
+    """Of `policy_gradient.PolicyGradient`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    groups_per_step: int = Field(16, ge=1, description="Tasks that a step trains on.")
+    group_size: int = Field(8, ge=2, description="Rollouts of each, which are compared with each other.")
+    max_staleness: int = Field(
+        0, ge=0, description="Steps whose rollouts are asked for in advance. 0: rollouts and training take turns."
+    )
+    drop_above: int | None = Field(
+        None, ge=0, description="Versions by which a rollout may be older than the policy. Default: 2 max_staleness."
+    )
+    validate_every: int = Field(0, ge=0, description="Steps between two validations. 0: only at the end.")
+    checkpoint_every: int = Field(1, ge=1, description="Steps. Above 1 it is written while training goes on.")
+    keep_checkpoints: int = Field(3, ge=1)
+
+
+class TorchOptions(LoopOptions):
+    """Of `torch_learner.TorchLearner`. The defaults suit a small model with random weights; for a pretrained one begin
+    with lr = 1e-6 and entropy = 0."""
+
+    choices: ClassVar[dict[str, Any]] = {}  # what makes the type: arguments of `TorchLearner`
+    varied: ClassVar[bool] = False  # leaves out groups whose members earned the same
+
+    model: Path = Field(description="Hugging Face folder of the policy.")
+    lr: float = Field(5e-4, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="The others fall to 0.")
+    warmup: int = Field(0, ge=0, description="Updates in which the learning rate rises.")
+    updates: int | None = Field(None, ge=1, description="At which the learning rate has fallen to 0.")
+    weight_decay: float = Field(0.0, ge=0, description="Above 0: AdamW.")
+    max_grad_norm: float = Field(1.0, gt=0)
+    epochs: int = Field(2, ge=1, description="Passes over a step's rows.")
+    minibatch: int = Field(128, ge=1, description="Turns per optimizer step; rows with merge_turns.")
+    microbatch: int | None = Field(None, ge=1, description="Rows evaluated at a time; bounds memory.")
+    merge_turns: bool = Field(False, description="Merge turns that continue each other into one row.")
+    clip: Clip = Field((0.2, 0.28), description="Distances from ratio 1, down and up; DAPO's (arXiv:2503.14476).")
+    entropy: float = Field(0.1, ge=0, description="Bonus. Random weights settle on one answer without it.")
+    kl: float = Field(0.0, ge=0, description="Weight of the distance to `reference`. 0: none is loaded.")
+    divergence: Literal["k2", "k3"] = "k3"
+    reference: Path | None = Field(None, description="Default: `model`.")
+    correction: Literal["bypass", "decoupled"] = Field(
+        "bypass", description="decoupled (AReaL, arXiv:2505.24298) needs fewer steps with old data, and one more pass."
+    )
+    device: str = Field("cpu", description='Or "cuda", "cuda:1", …')
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the forward pass.")
+    lora_rank: int = Field(0, ge=0, description="0: all weights are trained. Needs peft.")
+    lora_alpha: float = Field(32.0, gt=0)
+    seed: int = 0
+
+    def learner_arguments(self) -> dict[str, Any]:
+        given = self.model_dump(exclude={*LoopOptions.model_fields, "type", "lora_rank", "lora_alpha"})
+        return given | self.choices
+
+
+class Grpo(TorchOptions):
+    """Advantages within a group, turn by turn (arXiv:2402.03300; see `estimators.grpo`)."""
+
+    type: Literal["grpo"] = "grpo"
+
+
+class Dapo(TorchOptions):
+    """GRPO with dynamic sampling and a punishment of answers that are too long (arXiv:2503.14476)."""
+
+    varied = True
+
+    type: Literal["dapo"] = "dapo"
+    overlong_limit: int | None = Field(None, ge=1, description="The max_tokens of agents. None: no punishment.")
+    overlong_cache: int = Field(4096, ge=1, description="The last ones of these, over which the punishment grows.")
+
+    def learner_arguments(self) -> dict[str, Any]:
+        from millstream.pipeline.algorithms.rows import Overlong
+
+        given = super().learner_arguments()
+        limit, cache = given.pop("overlong_limit"), given.pop("overlong_cache")
+        return given | {"overlong": None if limit is None else Overlong(limit, cache)}
+
+
+class DrGrpo(TorchOptions):
+    """GRPO without its two divisions (arXiv:2503.20783): neither by the deviation nor by the answer's length."""
+
+    choices = {"estimator": "dr_grpo", "aggregation": "sequence-mean-token-sum-norm"}
+
+    type: Literal["dr_grpo"] = "dr_grpo"
+    norm_tokens: int = Field(ge=1, description="What sums over an answer's tokens are divided by: its max_tokens.")
+
+
+class Rloo(TorchOptions):
+    """Each member against the mean of the others (arXiv:2402.14740)."""
+
+    choices = {"estimator": "rloo"}
+
+    type: Literal["rloo"] = "rloo"
+
+
+class ReinforcePP(TorchOptions):
+    """Advantages over the whole batch (arXiv:2501.03262)."""
+
+    choices = {"estimator": "reinforce_pp"}
+
+    type: Literal["reinforce_pp"] = "reinforce_pp"
+    divergence: Literal["k2", "k3"] = "k2"  # the paper's
+
+
+class Gspo(TorchOptions):
+    """Ratios of whole answers (arXiv:2507.18071), which are far closer to 1 than a token's: so are the bounds."""
+
+    choices = {"estimator": "grpo_group", "loss": "gspo", "aggregation": "sequence-mean-token-mean"}
+
+    type: Literal["gspo"] = "gspo"
+    clip: Clip = (3e-4, 4e-4)
+
+
+class Cispo(TorchOptions):
+    """Clips the weight of a token, not its gradient (MiniMax-M1, arXiv:2506.13585)."""
+
+    choices = {"loss": "cispo"}
+
+    type: Literal["cispo"] = "cispo"
+    clip: Clip = (1.0, 0.28)  # no lower bound
+
+
+class Ppo(TorchOptions):
+    """Advantages of each token by a critic (arXiv:1707.06347; GAE, arXiv:1506.02438)."""
+
+    choices = {"estimator": "plain"}
+
+    type: Literal["ppo"] = "ppo"
+    clip: Clip = (0.2, 0.2)
+    critic_lr: float = Field(5e-4, ge=0)
+
+    def learner_arguments(self) -> dict[str, Any]:
+        from millstream.pipeline.algorithms.critic import CriticOptions
+
+        given = super().learner_arguments()
+        return given | {"critic": CriticOptions(lr=given.pop("critic_lr"))}
+
+
+class VerlTable(VerlOptions):
+    """Training by a verl job, over Kafka."""
+
+    type: Literal["verl"] = "verl"
+
+
+Torch = Grpo | Dapo | DrGrpo | Rloo | ReinforcePP | Gspo | Cispo | Ppo
+Options = Annotated[Torch | VerlTable, Field(discriminator="type")]
+
+
+def algorithm_of(options: Torch | VerlTable) -> "Algorithm":
+    """Raises `ConfigError` without the `train` extra, and for a model that can't be loaded."""
+    try:
+        from millstream.pipeline.algorithms import estimators
+        from millstream.pipeline.algorithms.policy_gradient import PolicyGradient
+        from millstream.pipeline.algorithms.rows import varied
+        from millstream.pipeline.algorithms.torch_learner import TorchLearner
+        from millstream.pipeline.algorithms.verl.algorithm import Verl
+        from millstream.pipeline.models.lora import LoraOptions
+    except ImportError as error:
+        raise ConfigError(f"training needs torch: install millstream[train] ({error})") from error
+    if isinstance(options, VerlTable):
+        return Verl(**options.model_dump(exclude={"type"}))
+    given = options.learner_arguments()
+    if "estimator" in given:
+        given["estimator"] = getattr(estimators, given["estimator"])
+    if options.lora_rank:
+        given["lora"] = LoraOptions(rank=options.lora_rank, alpha=options.lora_alpha)
+    loop = options.model_dump(include=set(LoopOptions.model_fields))
+    return PolicyGradient(TorchLearner(**given), keep=varied if options.varied else None, **loop)
