@@ -359,7 +359,9 @@ class Runner:
                     outcome = stopped_by(status.LOST, error.cause, str(error))
             final = await writer.finish(outcome, proxy_spans)
             if final.error is not None:
-                logger.warning("%s: %s, %s: %s", writer.name, final.status, final.error.type, final.error.message)
+                level = logging.INFO if final.status == status.CANCELLED else logging.WARNING
+                said = (writer.name, final.status, final.error.type, final.error.message)
+                logger.log(level, "%s: %s, %s: %s", *said)
         except LogError as error:
             logger.error("%s: its end can't be written, its lease will expire: %s", writer.name, error)
         except Exception:  # a fault of ours: it costs this attempt, not the runner with all others
