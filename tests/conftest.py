@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -11,6 +12,8 @@ from hypothesis import settings as hypothesis_settings
 
 hypothesis_settings.register_profile("noisy", deadline=None)  # machines are: how long an example takes says nothing
 hypothesis_settings.load_profile("noisy")
+
+MARKS = {"passed": "✓", "skipped": "skipped", "failed": "FAILED", "error": "FAILED"}  # the worst last
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +27,30 @@ if TYPE_CHECKING:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("kafka"):
         _require_kafka()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of frameworks and features. Here, since a run on several processes reports from one that loads no other
+    conftest."""
+    results: dict[str, dict[str, str]] = defaultdict(dict)
+    features: dict[str, None] = {}
+    for outcome, mark in MARKS.items():
+        for report in terminalreporter.getreports(outcome):
+            if report.when != "call" and outcome == "passed":
+                continue
+            for key, value in getattr(report, "user_properties", ()):
+                if key == "feature":
+                    framework, feature = value
+                    results[framework][feature] = mark  # of several tests of a feature the worst counts: it comes last
+                    features[feature] = None
+    if not results:
+        return
+    terminalreporter.section("frameworks")
+    width = max(map(len, results))
+    terminalreporter.write_line(" " * width + "  " + "  ".join(features))
+    for framework in sorted(results):
+        cells = [results[framework].get(feature, "–").ljust(len(feature)) for feature in features]
+        terminalreporter.write_line(f"{framework.ljust(width)}  {'  '.join(cells)}".rstrip())
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,7 @@
-"""The table of frameworks and features at the end of a run; without its extra, a test is skipped.
+"""Which feature of which framework a test is of; without its extra, a test is skipped.
 
 CrewAI has an environment of its own (`make test-all`): it wants another openai than the rest."""
 
-from collections import defaultdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ NEEDED = {
     "crewai": ("crewai",),
 }
 FOLDER = Path(__file__).parent
-MARKS = {"passed": "✓", "skipped": "skipped", "failed": "FAILED", "error": "FAILED"}  # the worst last
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,28 +33,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         name, *frameworks = feature.args
         for framework in frameworks or [item.path.stem.removeprefix("test_")]:
             item.user_properties.append(("feature", (framework, name)))
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    results: dict[str, dict[str, str]] = defaultdict(dict)
-    features: dict[str, None] = {}
-    for outcome, mark in MARKS.items():
-        for report in terminalreporter.getreports(outcome):
-            if report.when != "call" and outcome == "passed":
-                continue
-            for key, value in getattr(report, "user_properties", ()):
-                if key == "feature":
-                    framework, feature = value
-                    results[framework][feature] = mark  # of several tests of a feature the worst counts: it comes last
-                    features[feature] = None
-    if not results:
-        return
-    terminalreporter.section("frameworks")
-    width = max(map(len, results))
-    terminalreporter.write_line(" " * width + "  " + "  ".join(features))
-    for framework in sorted(results):
-        cells = [results[framework].get(feature, "–").ljust(len(feature)) for feature in features]
-        terminalreporter.write_line(f"{framework.ljust(width)}  {'  '.join(cells)}".rstrip())
 
 
 @pytest.fixture(scope="class")
