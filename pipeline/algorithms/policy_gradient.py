@@ -22,6 +22,7 @@ from millstream.schemas.wire import status
 
 logger = logging.getLogger(__name__)
 
+BEST, LAST, CANDIDATE = "best", "last", ".candidate"  # folders of the run: models as they are passed on
 LEAVE_S: Final = 10.0  # for the log to take the cancellations of a run that ends
 REMEMBERED: Final = 200  # steps whose metrics the guards see
 
@@ -78,6 +79,7 @@ class _Loop:
     ended: dict[int, Group] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)  # since the last step, by reason
     validation: asyncio.Task[float] | None = None
+    best: float | None = None  # validation so far
     validated: float | None = None  # what a validation found since the last step
 
     def __post_init__(self) -> None:
@@ -101,6 +103,7 @@ class _Loop:
                         break
                     self.rewards.clear()
                 await self._step()
+            await self._export(LAST)
         finally:
             await self._end_tasks()
             await self._leave()
@@ -132,6 +135,7 @@ class _Loop:
             "rewards": self.rewards,
             "metrics": self.metrics,
             "rollbacks": self.rollbacks,
+            "best": self.best,
         }
 
     def _load(self, state: dict[str, Any]) -> None:
@@ -142,6 +146,7 @@ class _Loop:
         if self.on.continues:
             self.published = {each["group"] for each in state["open"] if each["published"]}
         self.rewards, self.metrics, self.rollbacks = state["rewards"], state["metrics"], state["rollbacks"]
+        self.best = state["best"]
 
     async def _checkpoint(self, *, wait: bool) -> None:
         learner, keep = self.config.learner, self.config.keep_checkpoints
@@ -266,12 +271,16 @@ class _Loop:
         """Starts a validation of the current policy once the one before has ended."""
         if self.validation is not None:
             await self.validation
+        await self._export(CANDIDATE)
 
         async def validate() -> float:
             finished = await self.on.evaluate(self.on.experiment.val_tasks)
             summary = self.on.summary
             self.validated = summary.validation_reward = mean_reward(finished)
             summary.validation_failed = failures(finished)
+            if self.best is None or self.validated > self.best:
+                self.best = self.validated
+                await self.on.keep(CANDIDATE, BEST)
             return self.validated
 
         self.validation = asyncio.create_task(validate())
@@ -293,6 +302,10 @@ class _Loop:
         self.pacing.next, self.pacing.step, self.rollbacks = upcoming, found.step, rollbacks
         self.dropped.clear()
         await self.on.publish_weights(self.config.learner.weights(), self.pacing.step)
+
+    async def _export(self, name: str) -> None:
+        if self.config.model is not None:
+            await self.on.export(self.config.learner.weights(), self.config.model, name)
 
     async def _end_tasks(self) -> None:
         tasks = [*self.running, *([self.validation] if self.validation is not None else [])]

@@ -17,11 +17,13 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file, save_file
 
+from millstream.pipeline.models.weight_files import PICKLED
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.folders import PRIVATE_FILE, PRIVATE_FOLDER, make_folder
 from millstream.schemas.ids import new_id
 
 NAME: Final = re.compile(r"step-\d{8}")
+WEIGHT_FILES: Final = {*PICKLED, ".safetensors", ".gguf"}
 MANIFEST, WEIGHTS, STATE = "checkpoint.json", "weights.safetensors", "state.pt"
 
 
@@ -165,6 +167,28 @@ def load(path: Path) -> Checkpoint:
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointDamaged(_damage(path, f"{type(error).__name__}: {error}")) from error
+
+
+def export(weights: Mapping[str, torch.Tensor], model: Path, target: Path) -> None:
+    """Writes a Hugging Face folder, which transformers loads and vLLM serves: ``model`` with these weights in place of
+    its own. Replaces an earlier one as a whole. Other users may read it: it is made to be passed on."""
+    part = target.with_name(f".unfinished-{new_id()}")
+    part.mkdir(parents=True)
+    for file in model.iterdir():
+        if file.is_file() and file.suffix not in WEIGHT_FILES and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, part / file.name)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    move(part, target)
+
+
+def move(folder: Path, target: Path) -> None:
+    """In place of what was there."""
+    old = target.with_name(f".unfinished-{new_id()}")
+    if target.exists():
+        target.rename(old)
+    folder.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def copied(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -190,6 +190,7 @@ class Run:
     async def start(self, algorithm: str) -> None:
         """Announces the experiment, or goes on where its checkpoint was written."""
         if self.restored is None:
+            (self._run_dir / NOTE).unlink(missing_ok=True)  # of a run whose checkpoints are gone
             await self._collector.start()
         else:
             self.continues = await self._collector.start(self.restored.positions, self.experiment.experiment_id)
@@ -457,6 +458,19 @@ class Run:
             return None, None
         found = Lineage.from_json(note["lineage"])
         return (found, note["abandoned"]) if found.run == self.experiment.name else (None, None)
+
+    async def export(self, weights: Mapping[str, Any], model: Path, name: str) -> None:
+        """Writes a Hugging Face folder into the run's: ``model`` with these weights."""
+        from millstream.pipeline.training import checkpoint  # needs torch
+
+        await asyncio.to_thread(checkpoint.export, weights, model, self._run_dir / name)
+
+    async def keep(self, name: str, target: str) -> None:
+        """Gives a folder that was exported another name, if there is one."""
+        from millstream.pipeline.training import checkpoint  # needs torch
+
+        if (self._run_dir / name).exists():
+            await asyncio.to_thread(checkpoint.move, self._run_dir / name, self._run_dir / target)
 
     async def roll_back(self, reason: str, gradual: bool = False) -> "Checkpoint":
         """Goes back to the last checkpoint, or to the oldest that was kept, in a new epoch. The caller gives up its

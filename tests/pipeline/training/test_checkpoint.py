@@ -125,3 +125,23 @@ def test_folders_of_the_user_beside_the_checkpoints_stay_and_do_not_count(tmp_pa
     found = load_latest(tmp_path)
     assert found is not None
     assert found.step == 2
+
+
+def test_an_exported_model_is_one_that_transformers_load(tmp_path):
+    """Entry A4: weights without configuration and tokenizer were of no use."""
+    from transformers import AutoModelForCausalLM
+
+    from examples.calculator import model
+    from millstream.pipeline.models.policy import load_tokenizer, parameters
+    from millstream.pipeline.training.checkpoint import export
+
+    model.create(tmp_path / "model", 0)
+    model.create(tmp_path / "other", 1)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path / "other", dtype=torch.float32)
+    for _ in range(2):  # the second replaces the first
+        export(parameters(other), tmp_path / "model", tmp_path / "best")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "best", dtype=torch.float32)
+    ids = torch.arange(1, 9)[None]
+    assert torch.equal(loaded(ids).logits, other(ids).logits)
+    assert load_tokenizer(tmp_path / "best").chat_template
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best", "model", "other"]
