@@ -173,7 +173,7 @@ def prepare(
     from examples.calculator import model
 
     own_folder(run_dir, "--run-dir", "the calculator demo")
-    for name in ("store", "checkpoints", "model", "tokenizer", "vllm", "verl", "kafka", "log"):
+    for name in ("store", "checkpoints", "best", "last", "model", "tokenizer", "vllm", "verl", "kafka", "log"):
         shutil.rmtree(run_dir / name, ignore_errors=True)
     for name in ("train.json", "summary.json"):
         (run_dir / name).unlink(missing_ok=True)
