@@ -66,7 +66,7 @@ demo-verl: setup verl
 	@$(ON_CPU) $(BIN)/python -m examples.calculator.demo --verl --run-dir $(or $(RUN_DIR),runs/demo-verl)
 
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not vllm"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not vllm"
 
 # Ray needs a machine that is not busy to start.
 test-verl: setup verl
