@@ -33,6 +33,7 @@ from examples.calculator.tools import TOOLS
 
 SLOTS: Final = 256
 WAIT_MEAN_S: Final = 1.0
+QUICK: Final = 0.2  # of that, with --quick
 SIGMA: Final = 1.0
 STALENESS: Final = (0, 1, 4)
 LEARNT: Final = 0.9
@@ -52,7 +53,7 @@ async def agent(task: dict[str, Any], rollout: Any) -> None:
     result, *operands = task["numbers"]
     messages: list[Any] = [{"role": "user", "content": f"{task['question']} ?"}]
     for step, operand in enumerate(operands):
-        await asyncio.sleep(WAIT_MEAN_S * waits.lognormvariate(-SIGMA * SIGMA / 2, SIGMA))
+        await asyncio.sleep(task["wait_s"] * waits.lognormvariate(-SIGMA * SIGMA / 2, SIGMA))
         answer = await ask(model="calculator", messages=messages, max_tokens=1)
         word = (answer.choices[0].message.content or "").strip()
         if word in TOOLS:
@@ -62,7 +63,7 @@ async def agent(task: dict[str, Any], rollout: Any) -> None:
         messages.append({"role": "user", "content": f"result {result} . next ?"})
 
 
-def train(staleness: int, seed: int, steps: int, lr: float) -> dict[str, float]:
+def train(staleness: int, seed: int, steps: int, lr: float, wait_s: float) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         model.create(Path(folder, "model"), seed)
         trainer = ms.Trainer(
@@ -75,7 +76,7 @@ def train(staleness: int, seed: int, steps: int, lr: float) -> dict[str, float]:
             seed=seed,
             settings=ms.load_settings(runner_concurrency=SLOTS),
         )
-        summary = trainer.fit(make_tasks(2000, "train", seed))
+        summary = trainer.fit([{**task, "wait_s": wait_s} for task in make_tasks(2000, "train", seed)])
         store = ms.ClickHouseStore(ms.load_settings(clickhouse_dsn=f"chdb://{folder}/run/store"))
         ((busy,),) = store.sql("SELECT sum(duration_s) FROM rollouts").rows
         store.close()
@@ -102,12 +103,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    steps, seeds = (4, 1) if given.quick else (120, given.seeds)
+    steps, seeds, wait_s = (3, 1, WAIT_MEAN_S * QUICK) if given.quick else (120, given.seeds, WAIT_MEAN_S)
     found: dict[int, list[dict[str, float]]] = {staleness: [] for staleness in STALENESS}
     for seed in range(seeds):
         for staleness in STALENESS:
-            found[staleness].append(train(staleness, seed, steps, lr=5e-4))
-    control = train(STALENESS[-1], 0, min(steps, 15), lr=0.0)["reward"]
+            found[staleness].append(train(staleness, seed, steps, 5e-4, wait_s))
+    control = train(STALENESS[-1], 0, min(steps, 15), 0.0, wait_s)["reward"]
     medians = {s: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for s, runs in found.items()}
     names = [name for name in medians[0] if not (given.quick and name == "s_to_learn")]
     print(f"{'':20}" + "".join(f"{f'staleness {s}':>14}" for s in STALENESS))

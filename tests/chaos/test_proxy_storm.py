@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.kafka, pytest.mark.chaos]
     [
         (False, 8, 12),
         pytest.param(
-            *(True, 32, 24),
+            *(True, 32, 12),
             marks=[pytest.mark.vllm, pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(580)],
         ),
     ],

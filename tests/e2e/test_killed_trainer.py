@@ -25,7 +25,7 @@ from millstream.schemas.config.settings import Settings
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.chaos]
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("KILLS", "4"))  # 50 take about five minutes each
+KILLS = int(os.environ.get("KILLS", "3"))  # 50 take about five minutes each
 STEPS = 30
 LIVES_S = 2.5  # at most, of a trainer that has started
 

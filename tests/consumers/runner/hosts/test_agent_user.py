@@ -7,7 +7,9 @@ import pwd
 import subprocess
 import sys
 from contextlib import suppress
+from itertools import takewhile
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 from runner_rig import running, settings_for_tests, write_agent
@@ -42,7 +44,7 @@ WHO = """
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """That another user may enter."""
-    for each in (tmp_path, *tmp_path.parents[:2]):
+    for each in (tmp_path, *takewhile(lambda parent: parent != Path(gettempdir()), tmp_path.parents)):
         each.chmod(0o755)
     (tmp_path / "secret.toml").write_text("hunter2")
     (tmp_path / "secret.toml").chmod(0o600)
