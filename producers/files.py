@@ -17,12 +17,12 @@ def private(path: str, flags: int) -> int:
     return os.open(path, flags, PRIVATE_FILE)
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """Replaces a file of its owner's as a whole, and returns when it is on disk."""
     part = path.with_name(f"{path.name}.{token_hex(4)}.part")
     try:
-        with open(part, "w", encoding="utf-8", opener=private) as file:
-            file.write(text)
+        with open(part, "wb", opener=private) as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -54,15 +54,7 @@ class _Folder:
             return
         self._folder.mkdir(PRIVATE_FOLDER, parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f"{target.name}.{token_hex(4)}.part")
-        try:
-            with open(part, "wb", opener=private) as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(target)
-        finally:
-            part.unlink(missing_ok=True)
+        write_atomically(target, content)
 
     def read(self, path: str) -> bytes:
         return (self._folder / path).read_bytes()

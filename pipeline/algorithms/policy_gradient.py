@@ -13,7 +13,7 @@ from typing import Any, Final
 from millstream.pipeline.algorithms.guards import GUARDS, Diverged, Guard
 from millstream.pipeline.algorithms.pacing import Pacing
 from millstream.pipeline.training.algorithm import Learner
-from millstream.pipeline.training.groups import FinishedRollout, Group, checked
+from millstream.pipeline.training.groups import FinishedRollout, Group, checked, trainable_turns
 from millstream.pipeline.training.report import StepReport, failures, mean_reward, reward_spread
 from millstream.pipeline.training.reporting.steps import trained_rollouts, trained_tokens
 from millstream.pipeline.training.run import Run, shuffled
@@ -158,12 +158,13 @@ class _Loop:
         began, watch = time.monotonic(), self.on.watch
         with watch.phase("wait"):
             groups, staleness = await self._batch()
-        members = [member for group in groups.values() for member in group.members]
-        if self.config.model is not None and not any(map(can_be_trained_on, members)):
+        batch = list(groups.values())
+        members = [member for group in batch for member in group.members]
+        if self.config.model is not None and not any(map(trainable_turns, members)):
             raise NothingToLearn(why_none(members))
         try:
             with watch.phase("update"):
-                metrics = await asyncio.to_thread(self.config.learner.update, list(groups.values()))
+                metrics = await asyncio.to_thread(self.config.learner.update, batch)
         except FloatingPointError as error:
             await self._roll_back(str(error), gradual=False)
             return
@@ -193,9 +194,9 @@ class _Loop:
             dropped=dict(self.dropped),
             staleness_mean=metrics["staleness"],
             staleness_max=max(staleness),
-            tokens=trained_tokens(list(groups.values())),
+            tokens=trained_tokens(batch),
         )
-        self.on.add(report, trained_rollouts(list(groups.values())))
+        self.on.add(report, trained_rollouts(batch))
         self.dropped.clear()
         self.validated = None
         self._forget(groups)
@@ -274,10 +275,7 @@ class _Loop:
         await self._export(CANDIDATE)
 
         async def validate() -> float:
-            finished = await self.on.evaluate(self.on.experiment.val_tasks)
-            summary = self.on.summary
-            self.validated = summary.validation_reward = mean_reward(finished)
-            summary.validation_failed = failures(finished)
+            self.validated = await self.on.validate()
             if self.best is None or self.validated > self.best:
                 self.best = self.validated
                 await self.on.keep(CANDIDATE, BEST)
@@ -336,10 +334,6 @@ class _Loop:
         self.published.clear()
         self.pacing.open.clear()
         self.pacing.ended.clear()
-
-
-def can_be_trained_on(member: FinishedRollout) -> bool:
-    return member.end.status == status.SUCCEEDED and member.end.trainable and any(t.trainable for t in member.triplets)
 
 
 def why_none(members: Sequence[FinishedRollout]) -> str:

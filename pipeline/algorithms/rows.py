@@ -8,9 +8,8 @@ from typing import Final
 import numpy as np
 
 from millstream.pipeline.algorithms.estimators import Estimator, Turns, grpo, overlong_penalty, turn_rewards
-from millstream.pipeline.training.groups import FinishedRollout, Group
+from millstream.pipeline.training.groups import FinishedRollout, Group, trainable_turns
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.wire import status
 from millstream.schemas.wire.prefixes import conversations
 from millstream.schemas.wire.records import Triplet
 from millstream.schemas.wire.trainable import bad_reward, bad_tokens
@@ -64,7 +63,7 @@ def usable(groups: Sequence[Group], vocabulary: int) -> tuple[list[Group], int]:
     for group in groups:
         members = []
         for member in group.members:
-            reason = next((why for t in _trainable(member) if (why := _unusable(t, vocabulary))), None)
+            reason = next((why for t in trainable_turns(member) if (why := _unusable(t, vocabulary))), None)
             if reason is not None:
                 dropped += 1
                 logger.warning("rollout %s is not trained on: %s", member.end.rollout_id, reason)
@@ -98,7 +97,7 @@ def rows_of(
     """
     kept = []
     for group in groups:
-        members = [member for member in group.members if _trainable(member)]
+        members = [member for member in group.members if trainable_turns(member)]
         if len(members) >= 2:
             kept.append(members)
     earned = estimator([[_earned(member, overlong) for member in members] for members in kept])
@@ -107,9 +106,9 @@ def rows_of(
         for members, of_group in zip(kept, earned, strict=True)
         for member, credit in zip(members, of_group, strict=True)
         for rewards in [_own(member, overlong)]
-        for turns in (conversations(_trainable(member)) if merge_turns else [[t] for t in _trainable(member)])
+        for turns in (conversations(trainable_turns(member)) if merge_turns else [[t] for t in trainable_turns(member)])
     ]
-    turns = sum(len(_trainable(member)) for members in kept for member in members)
+    turns = sum(len(trainable_turns(member)) for members in kept for member in members)
     return rows, turns, len(groups) - len(kept)
 
 
@@ -120,7 +119,7 @@ def varied(group: Group) -> bool:
     return any(
         seen.setdefault(turn, reward) != reward
         for member in group.members
-        if _trainable(member)
+        if trainable_turns(member)
         for turn, reward in _earned(member).items()
     )
 
@@ -146,23 +145,17 @@ def _merged(turns: Sequence[Row]) -> Row:
     return row
 
 
-def _trainable(member: FinishedRollout) -> list[Triplet]:
-    if not member.end.trainable or member.end.status != status.SUCCEEDED:
-        return []
-    return [triplet for triplet in member.triplets if triplet.trainable]
-
-
 def _earned(member: FinishedRollout, overlong: Overlong | None = None) -> Turns:
     """The reward of each trainable turn. The reward of a turn that is not trainable counts for those before it."""
     rewards = turn_rewards([(triplet.turn, triplet.reward) for triplet in member.triplets])
-    return {triplet.turn: rewards[triplet.turn] + _penalty(triplet, overlong) for triplet in _trainable(member)}
+    return {triplet.turn: rewards[triplet.turn] + _penalty(triplet, overlong) for triplet in trainable_turns(member)}
 
 
 def _own(member: FinishedRollout, overlong: Overlong | None) -> Turns:
     """What was earned at each trainable turn, and at the untrainable ones that follow it: each reward once."""
     rewards: Turns = {}
     last = None
-    trainable = {triplet.turn for triplet in _trainable(member)}
+    trainable = {triplet.turn for triplet in trainable_turns(member)}
     for triplet in member.triplets:
         if triplet.turn in trainable:
             last = triplet.turn

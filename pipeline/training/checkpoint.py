@@ -17,7 +17,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file, save_file
 
-from millstream.pipeline.models.weight_files import PICKLED
+from millstream.pipeline.models.weight_files import FILE, PICKLED
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.folders import PRIVATE_FILE, PRIVATE_FOLDER, make_folder
 from millstream.schemas.ids import new_id
@@ -178,7 +178,7 @@ def export(weights: Mapping[str, torch.Tensor], model: Path, target: Path) -> No
         if file.is_file() and file.suffix not in WEIGHT_FILES and not file.name.endswith(".index.json"):
             shutil.copyfile(file, part / file.name)
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    save_file(tensors, part / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, part / FILE, metadata={"format": "pt"})
     move(part, target)
 
 

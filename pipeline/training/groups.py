@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from millstream.schemas.wire import status
 from millstream.schemas.wire.records import RolloutEnd, Triplet
 
 
@@ -21,6 +22,13 @@ class Group:
 
     group_id: str
     members: tuple[FinishedRollout, ...]
+
+
+def trainable_turns(member: FinishedRollout) -> list[Triplet]:
+    """The turns of a rollout that can be trained on: none, unless it has succeeded."""
+    if not member.end.trainable or member.end.status != status.SUCCEEDED:
+        return []
+    return [triplet for triplet in member.triplets if triplet.trainable]
 
 
 @dataclass(slots=True)

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from millstream.consumers.log.port import Log
 from millstream.pipeline.models.server import ModelServer, UpdateFailed
 from millstream.pipeline.training.collector import Collector
 from millstream.pipeline.training.groups import FinishedRollout, Group, Lineage
-from millstream.pipeline.training.report import StepReport, Summary
+from millstream.pipeline.training.report import StepReport, Summary, failures, mean_reward
 from millstream.pipeline.training.reporting.steps import step_record
 from millstream.pipeline.training.reporting.stopwatch import Stopwatch
 from millstream.producers.control import cancel_record, publish_control, publish_resources
@@ -72,7 +73,7 @@ class StopRule:
         return self.reward is not None and reward >= self.reward
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Experiment:
     """What a run is, from its start to its end, however often its trainer starts again. Tasks are JSON texts."""
 
@@ -84,7 +85,7 @@ class Experiment:
     experiment_id: str = dataclasses.field(default_factory=new_id)
     started_ns: int = dataclasses.field(default_factory=time.time_ns)
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of the tasks."""
         texts = "\n".join([*self.tasks, "", *self.val_tasks])
@@ -130,10 +131,10 @@ class Run:
         self.lineage = Lineage(experiment.name)
         self.summary = Summary(experiment.experiment_id)
         self.continues = False  # what the checkpoint's trainer had asked for still runs, or has ended
-        self._settings = settings
+        self.settings = settings
         self._topics = settings.topics
         self._server = server
-        self._run_dir = run_dir
+        self.run_dir = run_dir
         self._on_step = on_step
         self._endpoints = endpoints
         self._update_policy = update
@@ -166,14 +167,6 @@ class Run:
             await run.close()
 
     @property
-    def settings(self) -> Settings:
-        return self._settings
-
-    @property
-    def run_dir(self) -> Path:
-        return self._run_dir
-
-    @property
     def seed(self) -> int:
         return self.experiment.seed
 
@@ -190,7 +183,7 @@ class Run:
     async def start(self, algorithm: str) -> None:
         """Announces the experiment, or goes on where its checkpoint was written."""
         if self.restored is None:
-            (self._run_dir / NOTE).unlink(missing_ok=True)  # of a run whose checkpoints are gone
+            (self.run_dir / NOTE).unlink(missing_ok=True)  # of a run whose checkpoints are gone
             await self._collector.start()
         else:
             self.continues = await self._collector.start(self.restored.positions, self.experiment.experiment_id)
@@ -217,7 +210,7 @@ class Run:
             "run": self.experiment.name,
             "seed": self.seed,
             "algorithm": algorithm,
-            "settings": self._settings.model_dump(mode="json"),
+            "settings": self.settings.model_dump(mode="json"),
             "millstream": package_version("millstream"),
             "python": sys.version.split()[0],
         }
@@ -299,6 +292,13 @@ class Run:
         self.count(finished)
         return finished
 
+    async def validate(self) -> float:
+        """The mean reward of the validation tasks, which the summary has then, too."""
+        finished = await self.evaluate(self.experiment.val_tasks)
+        self.summary.validation_failed = failures(finished)
+        self.summary.validation_reward = mean_reward(finished)
+        return self.summary.validation_reward
+
     def count(self, finished: Sequence[FinishedRollout]) -> None:
         """Adds rollouts to the run's totals."""
         self.summary.rollouts += len(finished)
@@ -319,10 +319,10 @@ class Run:
                 mode=mode,
                 seed=rank(str(self.seed), key, str(k)) >> 1,
                 resources_id=resources_id,
-                max_attempts=self._settings.retry_max_attempts,
-                max_lost_attempts=self._settings.retry_max_lost_attempts,
-                timeout_s=self._settings.timeout_s,
-                lease_s=self._settings.lease_s,
+                max_attempts=self.settings.retry_max_attempts,
+                max_lost_attempts=self.settings.retry_max_lost_attempts,
+                timeout_s=self.settings.timeout_s,
+                lease_s=self.settings.lease_s,
                 experiment_id=self.experiment.experiment_id,
                 created_at=time.time_ns(),
             )
@@ -432,7 +432,7 @@ class Run:
         kept = state if wait else checkpoint.copied(state)
 
         async def save() -> None:
-            folder = self._run_dir / CHECKPOINTS
+            folder = self.run_dir / CHECKPOINTS
             await asyncio.to_thread(checkpoint.save, folder, step, kept, positions, extra, keep)
             self._durable = step
 
@@ -449,11 +449,11 @@ class Run:
         """Writes down what the last checkpoint can't say: a version that may be served although there is no checkpoint
         of it, and that open rollouts are cancelled (by the resources version in that checkpoint)."""
         note = {"lineage": self.lineage.to_json(), "abandoned": abandoned}
-        write_atomically(self._run_dir / NOTE, json_text(note))
+        write_atomically(self.run_dir / NOTE, json_text(note).encode())
 
     def _noted(self) -> tuple[Lineage | None, str | None]:
         try:
-            note = json.loads((self._run_dir / NOTE).read_text("utf-8"))
+            note = json.loads((self.run_dir / NOTE).read_text("utf-8"))
         except FileNotFoundError:
             return None, None
         found = Lineage.from_json(note["lineage"])
@@ -463,14 +463,14 @@ class Run:
         """Writes a Hugging Face folder into the run's: ``model`` with these weights."""
         from millstream.pipeline.training import checkpoint  # needs torch
 
-        await asyncio.to_thread(checkpoint.export, weights, model, self._run_dir / name)
+        await asyncio.to_thread(checkpoint.export, weights, model, self.run_dir / name)
 
     async def keep(self, name: str, target: str) -> None:
         """Gives a folder that was exported another name, if there is one."""
         from millstream.pipeline.training import checkpoint  # needs torch
 
-        if (self._run_dir / name).exists():
-            await asyncio.to_thread(checkpoint.move, self._run_dir / name, self._run_dir / target)
+        if (self.run_dir / name).exists():
+            await asyncio.to_thread(checkpoint.move, self.run_dir / name, self.run_dir / target)
 
     async def roll_back(self, reason: str, gradual: bool = False) -> "Checkpoint":
         """Goes back to the last checkpoint, or to the oldest that was kept, in a new epoch. The caller gives up its
@@ -479,7 +479,7 @@ class Run:
 
         if self._saving is not None:
             await self._saving
-        found = await asyncio.to_thread(checkpoint.go_back, self._run_dir / CHECKPOINTS, gradual)
+        found = await asyncio.to_thread(checkpoint.go_back, self.run_dir / CHECKPOINTS, gradual)
         self.lineage.restart(found.step)
         self._next_resources_id, self._durable = "", -1
         self._restored_from = f"{found.path}: {reason}"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Final
 from millstream.pipeline.algorithms.verl.config import Job, VerlOptions, check, checkpoint_of, mark_of
 from millstream.pipeline.algorithms.verl.exchange import Exchange
 from millstream.pipeline.models.vllm_process import die_with_parent
-from millstream.pipeline.training.report import StepReport, failures, mean_reward
+from millstream.pipeline.training.report import StepReport
 from millstream.pipeline.training.run import Run
 from millstream.schemas.config.settings import ENV_PREFIX, SECRETS, Settings
 from millstream.schemas.errors import ConfigError, MillstreamError
@@ -184,11 +184,9 @@ class _Progress:
         return False
 
     async def validate(self, step: int) -> float:
-        finished = await self.run.evaluate(self.run.experiment.val_tasks)
+        reward = await self.run.validate()
         self.validated = step
-        summary = self.run.summary
-        summary.validation_reward, summary.validation_failed = mean_reward(finished), failures(finished)
-        return summary.validation_reward
+        return reward
 
     def _lines(self) -> list[str]:
         if not self.job.metrics_file.exists():

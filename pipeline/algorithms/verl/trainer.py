@@ -312,4 +312,4 @@ class Mark(CheckpointCallback):  # type: ignore[misc] # verl has no types
             "open": trainer.agent_loop_manager.open,
             "positions": trainer.positions,
         }
-        write_atomically(Path(checkpoint_dir) / MARK, json.dumps(mark))
+        write_atomically(Path(checkpoint_dir) / MARK, json.dumps(mark).encode())

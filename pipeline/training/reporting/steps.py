@@ -3,11 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import SupportsFloat
 
-from millstream.pipeline.training.groups import FinishedRollout, Group
+from millstream.pipeline.training.groups import FinishedRollout, Group, trainable_turns
 from millstream.pipeline.training.report import StepReport
 from millstream.pipeline.training.reporting.stopwatch import Lap
-from millstream.schemas.wire import status
-from millstream.schemas.wire.records import TrainingStep, Triplet
+from millstream.schemas.wire.records import TrainingStep
 
 ID_BYTES = 4  # of a token
 
@@ -62,7 +61,9 @@ def trained_rollouts(groups: Sequence[Group]) -> list[str]:
 def trained_tokens(groups: Sequence[Group]) -> int:
     """Tokens of the responses of their turns."""
     return sum(
-        len(turn.response_token_ids or b"") // ID_BYTES for member in _trained(groups) for turn in _turns(member)
+        len(turn.response_token_ids or b"") // ID_BYTES
+        for member in _trained(groups)
+        for turn in trainable_turns(member)
     )
 
 
@@ -83,14 +84,6 @@ def _number(value: SupportsFloat) -> float:
 
 def _trained(groups: Sequence[Group]) -> Iterator[FinishedRollout]:
     for group in groups:
-        members = [member for member in group.members if _succeeded(member) and any(_turns(member))]
+        members = [member for member in group.members if trainable_turns(member)]
         if len(members) > 1:
             yield from members
-
-
-def _succeeded(member: FinishedRollout) -> bool:
-    return member.end.trainable and member.end.status == status.SUCCEEDED
-
-
-def _turns(member: FinishedRollout) -> Iterator[Triplet]:
-    return (turn for turn in member.triplets if turn.trainable)
