@@ -22,6 +22,7 @@ from millstream.pipeline.models.engine import Engine
 from millstream.pipeline.training.groups import FinishedRollout, Group
 from millstream.schemas.wire.records import RolloutEnd, Triplet
 
+GROUPS_PER_STEP, GROUP_SIZE = 16, 8
 pytestmark = [pytest.mark.torch, pytest.mark.slow]
 
 
@@ -91,7 +92,7 @@ class BareLoop:
         end = RolloutEnd(
             rollout_id="r",
             group_id=str(group),
-            group_size=8,
+            group_size=GROUP_SIZE,
             status="succeeded",
             attempts=1,
             reward=sum(self.local.rewards),
@@ -104,8 +105,8 @@ class BareLoop:
         return fmean(m.end.reward or 0.0 for m in self.pool.map(self.rollout, tasks, range(len(tasks))))
 
     def step(self, number: int, seed: int = 0) -> tuple[float, dict[str, float]]:
-        size = self.algorithm.group_size
-        tasks = make_tasks(self.algorithm.groups_per_step, "train", seed=1000 * seed + number)
+        size = GROUP_SIZE
+        tasks = make_tasks(GROUPS_PER_STEP, "train", seed=1000 * seed + number)
         jobs = [(task, g) for g, task in enumerate(tasks) for _ in range(size)]
         members = list(self.pool.map(self.rollout, *zip(*jobs, strict=True)))
         groups = [Group(str(g), tuple(members[g * size : (g + 1) * size])) for g in range(len(tasks))]
