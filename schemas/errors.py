@@ -43,6 +43,10 @@ class LogUnavailable(LogError):
     retriable = True
 
 
+class Denied(LogError):
+    """The brokers deny a right. The message names the right, and the user that needs it."""
+
+
 class BufferFull(LogError):
     """The producer's buffer stayed full for as long as a sender may wait."""
 

@@ -188,10 +188,8 @@ class Adapter:
             await self._begin()
             batch = await self._consumer.poll(self.policy.poll_records, self.policy.poll_s)
         except LogError as error:
-            if not self._consumer.polls.forgives(error):
-                raise
-            logger.warning("events can't be read, retrying: %s", error)
-            await asyncio.sleep(self.policy.poll_s)
+            text = "events can't be read, retrying: %s"
+            await self._consumer.polls.sit_out(error, logger.warning, text, self.policy.poll_s)
             return
         for item in batch:
             if (part := self._parts.get(item.partition)) is not None and part.load is None:
@@ -229,10 +227,8 @@ class Adapter:
                         self._load_record(part.fold, record, part.start)
                 part.loaded = True
             except LogError as error:
-                if not self._consumer.polls.forgives(error):
-                    raise
-                logger.warning("what has been settled can't be read, trying again: %s", error)
-                await asyncio.sleep(self.policy.probe_s)
+                text = "what has been settled can't be read, trying again: %s"
+                await self._consumer.polls.sit_out(error, logger.warning, text, self.policy.probe_s)
 
     async def _begin(self) -> None:
         """Begins to fold the partitions whose load has ended. Not while a poll runs, which may revoke them."""
@@ -266,9 +262,8 @@ class Adapter:
         try:
             ends = await self._consumer.end_offsets(partitions) if partitions else {}
         except LogError as error:
-            if not self._consumer.polls.forgives(error):
-                raise
-            logger.warning("the log doesn't answer; no lease expires meanwhile: %s", error)
+            text = "the log doesn't answer; no lease expires meanwhile: %s"
+            await self._consumer.polls.sit_out(error, logger.warning, text)
             return False
         for partition, end in ends.items():
             if (part := self._parts.get(partition)) and part.position is not None:

@@ -15,10 +15,12 @@ from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka import TopicPartition as AioPartition
 from aiokafka.errors import (
     CommitFailedError,
+    GroupAuthorizationFailedError,
     IllegalStateError,
     KafkaError,
     NoOffsetForPartitionError,
     OffsetOutOfRangeError,
+    TopicAuthorizationFailedError,
 )
 from aiokafka.structs import ConsumerRecord, OffsetAndMetadata
 
@@ -26,9 +28,9 @@ from millstream.consumers.log.kafka_offsets import Watermarks
 from millstream.consumers.log.kafka_policy import ConsumerPolicy
 from millstream.consumers.log.poll_times import PollTimes
 from millstream.consumers.log.port import RebalanceListener
-from millstream.producers.log.kafka_config import BATCH_OVERHEAD, aiokafka_config, limit_aiokafka_logs
+from millstream.producers.log.kafka_config import BATCH_OVERHEAD, aiokafka_config, limit_aiokafka_logs, missing_right
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.errors import LogError, LogUnavailable, TransactionAborted
+from millstream.schemas.errors import Denied, LogError, LogUnavailable, TransactionAborted
 from millstream.schemas.wire.log import LogRecord, Partition
 
 logger = logging.getLogger(__name__)
@@ -66,15 +68,6 @@ def place_to_continue(partition: Partition, wanted: int, first: int, end: int, g
         )
         return first, 0
     return max(wanted, first), 0
-
-
-def _aio_error(error: Exception, doing: str) -> LogError:
-    message = f"{doing}: {type(error).__name__}: {error}"
-    if isinstance(error, CommitFailedError | IllegalStateError):
-        return TransactionAborted(message)
-    if isinstance(error, TimeoutError | OSError) or getattr(error, "retriable", False):
-        return LogUnavailable(message)
-    return LogError(message)
 
 
 class AioConsumer:
@@ -139,9 +132,10 @@ class AioConsumer:
                     await self._find_place(client, error)
                     continue
                 except KafkaError as error:
-                    raise _aio_error(error, f"reading as {self._group or 'a reader without a group'}") from error
+                    raise self._error(error, f"reading as {self._group or 'a reader without a group'}") from error
                 records = self._hand_out(client, got)
                 if not records:
+                    await self._check_topics(client)
                     await self._catch_up(client)
             else:
                 records = []
@@ -189,6 +183,11 @@ class AioConsumer:
             self.polls.unread += unread
             with suppress(IllegalStateError):  # it has been lost meanwhile
                 client.seek(AioPartition(*partition), place)
+
+    async def _check_topics(self, client: AIOKafkaConsumer) -> None:
+        """Raises `LogError` if a topic is denied: aiokafka only logs it, and leaves the topic out."""
+        unseen = [topic for topic in client.subscription() if client.partitions_for_topic(topic) is None]
+        await self._watermarks.beginning(Partition(topic, 0) for topic in unseen)
 
     async def _catch_up(self, client: AIOKafkaConsumer) -> None:
         """Updates positions without records: of empty partitions, and behind transaction markers."""
@@ -249,7 +248,7 @@ class AioConsumer:
             async with asyncio.timeout(timeout_s):  # aiokafka itself retries forever
                 await client.commit({AioPartition(*p): OffsetAndMetadata(o, "") for p, o in offsets.items()})
         except (KafkaError, TimeoutError) as error:
-            raise _aio_error(error, f"committing as {self._group}") from error
+            raise self._error(error, f"committing as {self._group}") from error
 
     async def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]:
         if self._group is None:
@@ -278,6 +277,20 @@ class AioConsumer:
         if not stop.done() or stop.cancelled() or stop.exception() is not None:
             stop.cancel()
             logger.warning("could not leave group %s gracefully; its session will expire", self._group)
+
+    def _error(self, error: Exception, doing: str) -> LogError:
+        message = f"{doing}: {type(error).__name__}: {error}"
+        if isinstance(error, TopicAuthorizationFailedError | GroupAuthorizationFailedError):
+            denied = [("group", str(self._group))]
+            if isinstance(error, TopicAuthorizationFailedError):
+                topics = [error.args[0]] if isinstance(error.args[0], str) else sorted(error.args[0])
+                denied = [("topic", topic) for topic in topics]
+            return Denied(f"{message}: {missing_right(self._settings, 'Read', *denied)}")
+        if isinstance(error, CommitFailedError | IllegalStateError):
+            return TransactionAborted(message)
+        if isinstance(error, TimeoutError | OSError) or getattr(error, "retriable", False):
+            return LogUnavailable(message)
+        return LogError(message)
 
     def _joined(self) -> AIOKafkaConsumer:
         if self._client is None:
@@ -309,7 +322,7 @@ class AioConsumer:
                 await client.start()
         except (KafkaError, TimeoutError, OSError) as error:
             await client.stop()
-            raise _aio_error(error, f"connecting to {self._settings.kafka_bootstrap_servers}") from error
+            raise self._error(error, f"connecting to {self._settings.kafka_bootstrap_servers}") from error
         self._client = client
         return client
 

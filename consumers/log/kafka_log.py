@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -34,6 +34,8 @@ from millstream.schemas.wire.topics import Topic
 logger = logging.getLogger(__name__)
 
 SIZE_LIMIT: Final = "max.message.bytes"
+RETENTION: Final = "retention.ms"
+DAY_MS: Final = 86_400_000
 FRAMING: Final = 1024  # bytes of a batch around a single record
 
 
@@ -82,21 +84,24 @@ class KafkaLog:
         missing = await asyncio.to_thread(self._missing, self._policy.check_s / 2)
         if missing:
             names = ", ".join(topic.name for topic in missing)
-            raise ConfigError(f"topics do not exist: {names}; create them with `millstream topics create`")
-
+            raise ConfigError(
+                f"topics do not exist: {names}; create them with `millstream topics create`, or grant this user the "
+                "right to DESCRIBE them"
+            )
         await asyncio.to_thread(self._compare_limits)
 
     def _compare_limits(self) -> None:
-        """Notes topics with a limit below ``max_record_bytes``: producers then refuse what the brokers would."""
+        """Notes topics with a limit below ``max_record_bytes``: producers then refuse what the brokers would. Names the
+        topics that forget too early."""
         try:
-            limits = self._size_limits(self._settings.topics.all, self._policy.check_s / 2)
+            described = self._described(self._settings.topics.all, self._policy.check_s / 2)
         except KafkaException as error:
             logger.warning(
                 "the topics' limits can't be compared with max_record_bytes: %s", raised(error, "reading them")
             )
             return
-        for resource, limit in limits.items():
-            if limit < self._settings.max_record_bytes + FRAMING:
+        for topic, resource, config in described:
+            if (limit := int(config[SIZE_LIMIT])) < self._settings.max_record_bytes + FRAMING:
                 self._limits[resource.name] = limit - FRAMING
                 logger.error(
                     "topic %s takes records of %s bytes, but max_record_bytes is %s: a larger one ends its rollout as "
@@ -104,6 +109,14 @@ class KafkaLog:
                     resource.name,
                     f"{limit:,}",
                     f"{self._settings.max_record_bytes:,}",
+                )
+            if _forgets(topic, config):
+                logger.error(
+                    "topic %s keeps records for %.1f days, of the %g that each rollout needs to end exactly once. Run "
+                    "`millstream topics create` to lengthen its retention",
+                    topic.name,
+                    int(config[RETENTION]) / DAY_MS,
+                    topic.kept_s * 1000 / DAY_MS,
                 )
 
     async def check_connection(self) -> None:
@@ -192,34 +205,46 @@ class KafkaLog:
                 except KafkaException as error:
                     if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another process was faster
                         raise
-            self._set_size_limit([topic for topic in self._settings.topics.all if topic not in missing])
+            self._correct([topic for topic in self._settings.topics.all if topic not in missing])
             self._wait_for_metadata(more)
         except KafkaException as error:
             raise raised(error, "creating the topics") from error
         return missing
 
-    def _set_size_limit(self, existing: list[Topic]) -> None:
-        """Updates the limit: ``max_record_bytes`` may have changed since these topics were created."""
-        wanted, change = self._settings.max_record_bytes + BATCH_OVERHEAD, AlterConfigOpType.SET
-        limits = self._size_limits(existing, self._policy.check_s)
-        changed = [resource for resource, limit in limits.items() if limit != wanted]
-        for resource in changed:
-            resource.add_incremental_config(ConfigEntry(SIZE_LIMIT, str(wanted), incremental_operation=change))
+    def _correct(self, existing: list[Topic]) -> None:
+        """Updates size limits, since ``max_record_bytes`` may have changed, and lengthens a retention that is shorter
+        than `LIFETIMES` asks for."""
+        wanted, changed = self._settings.max_record_bytes + BATCH_OVERHEAD, []
+        for topic, resource, config in self._described(existing, self._policy.check_s):
+            change = {SIZE_LIMIT: str(wanted)} if int(config[SIZE_LIMIT]) != wanted else {}
+            if _forgets(topic, config):
+                change[RETENTION] = _retention_ms(topic)
+                logger.warning(
+                    "topic %s kept records for %s ms, now %s", topic.name, config[RETENTION], change[RETENTION]
+                )
+            for name, value in change.items():
+                entry = ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
+                resource.add_incremental_config(entry)
+            if change:
+                changed.append(resource)
         for altered in (self._watermarks.client.incremental_alter_configs(changed) if changed else {}).values():
             altered.result(self._policy.check_s)
 
-    def _size_limits(self, topics: Sequence[Topic], timeout_s: float) -> dict[ConfigResource, int]:
-        """Bytes of a batch that each topic takes."""
+    def _described(
+        self, topics: Sequence[Topic], timeout_s: float
+    ) -> list[tuple[Topic, ConfigResource, dict[str, str]]]:
+        """The configuration of each topic."""
         resources = [ConfigResource(ResourceType.TOPIC, topic.name) for topic in topics]
         described = self._watermarks.client.describe_configs(resources) if resources else {}
-        return {resource: int(config.result(timeout_s)[SIZE_LIMIT].value) for resource, config in described.items()}
+        configs = {r.name: (r, {e.name: e.value for e in d.result(timeout_s).values()}) for r, d in described.items()}
+        return [(topic, *configs[topic.name]) for topic in topics]
 
     def _topic_config(self, topic: Topic) -> dict[str, Any]:
         config = {
             "cleanup.policy": topic.cleanup,
             SIZE_LIMIT: str(self._settings.max_record_bytes + BATCH_OVERHEAD),
         }
-        return config | ({"retention.ms": str(int(topic.kept_s * 1000))} if topic.cleanup == "delete" else {})
+        return config | ({RETENTION: _retention_ms(topic)} if topic.cleanup == "delete" else {})
 
     def _wait_for_metadata(self, more: Sequence[Topic]) -> None:
         deadline = time.monotonic() + self._policy.create_s
@@ -229,6 +254,15 @@ class KafkaLog:
                     f"new topics are missing after {self._policy.create_s:.0f} s: see the brokers' logs"
                 )
             time.sleep(0.05)
+
+
+def _retention_ms(topic: Topic) -> str:
+    return str(int(topic.kept_s * 1000))
+
+
+def _forgets(topic: Topic, config: Mapping[str, str]) -> bool:
+    """Whether the topic's retention is shorter than `LIFETIMES` asks for; -1 is unlimited."""
+    return topic.cleanup == "delete" and 0 <= int(config[RETENTION]) < int(_retention_ms(topic))
 
 
 def _listens(address: str) -> bool:

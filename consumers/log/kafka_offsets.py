@@ -9,7 +9,7 @@ from confluent_kafka import Consumer, IsolationLevel, KafkaException, TopicParti
 from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from millstream.consumers.log.kafka_policy import ConsumerPolicy
-from millstream.producers.log.kafka_config import librdkafka_config, log_error, raised
+from millstream.producers.log.kafka_config import librdkafka_config, log_error, missing_right, raised
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.wire.log import Partition
 
@@ -61,14 +61,15 @@ class Watermarks:
 
     def _committed(self, group: str, asked: list[TopicPartition]) -> dict[Partition, int | None]:
         doing = f"reading the committed offsets of {group}"
+        right = missing_right(self._settings, "Read", ("group", group))
         with closing(Consumer(librdkafka_config(self._settings, group_id=group))) as client:  # does not join the group
             try:
                 found = client.committed(asked, timeout=self._policy.call_s)
             except KafkaException as error:
-                raise raised(error, doing) from error
+                raise raised(error, doing, right) from error
         for tp in found:
             if tp.error is not None:
-                raise log_error(tp.error, doing)
+                raise log_error(tp.error, doing, right)
         return {Partition(tp.topic, tp.partition): None if tp.offset < 0 else tp.offset for tp in found}
 
     async def _ask(
@@ -92,7 +93,8 @@ class Watermarks:
                 answers = await asyncio.gather(*map(asyncio.wrap_future, futures.values()))
                 return {Partition(tp.topic, tp.partition): a.offset for tp, a in zip(futures, answers, strict=True)}
             except KafkaException as failed:
-                error = raised(failed, doing)
+                topics = [("topic", topic) for topic in sorted({p.topic for p in asked})]
+                error = raised(failed, doing, missing_right(self._settings, "Read", *topics))
                 if not error.retriable or time.monotonic() > deadline:
                     raise error from failed
             # A leader has moved, or that of a new topic is starting. The client would use the leader and epoch that it

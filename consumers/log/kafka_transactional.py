@@ -18,7 +18,7 @@ from millstream.consumers.log.kafka_offsets import Watermarks
 from millstream.consumers.log.kafka_policy import ConsumerPolicy
 from millstream.consumers.log.poll_times import PollTimes
 from millstream.consumers.log.port import RebalanceListener
-from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, log_error, raised
+from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, log_error, missing_right, raised
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import LogError, LogUnavailable
 from millstream.schemas.wire.log import EndOfPartition, LogRecord, Partition
@@ -43,6 +43,8 @@ class KafkaTransactionalConsumer:
         self.polls = polls
         self._policy = policy
         self._group = group
+        self._settings = settings
+        self._right = ""
         self._watermarks = watermarks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="millstream-consumer")
         size = settings.max_record_bytes + BATCH_OVERHEAD
@@ -72,6 +74,8 @@ class KafkaTransactionalConsumer:
 
     async def subscribe(self, topics: Sequence[str], listener: RebalanceListener | None = None) -> None:
         self._listener = listener
+        resources = *(("topic", topic) for topic in topics), ("group", self._group)
+        self._right = missing_right(self._settings, "Read", *resources)
         self._unjoined = self.group_metadata()
         await self._run(
             "subscribing",
@@ -138,7 +142,7 @@ class KafkaTransactionalConsumer:
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
             self._stopped.add(partition)  # until the next read: here an error would leave it stopped
             return None
-        failed = log_error(error, f"reading {partition}")
+        failed = log_error(error, f"reading {partition}", self._right)
         if failed.retriable or error.code() == KafkaError._MAX_POLL_EXCEEDED:
             logger.warning("%s", failed)
             return None
@@ -149,7 +153,7 @@ class KafkaTransactionalConsumer:
         place = TopicPartition(*partition)
         (committed,) = self._client.committed([place], timeout=self._policy.call_s)
         if committed.error is not None:
-            raise log_error(committed.error, f"reading the committed offset of {partition} as {self._group}")
+            raise log_error(committed.error, f"reading the committed offset of {partition}", self._right)
         (current,) = self._client.position([place])
         wanted = max(committed.offset, current.offset)  # negative: none
         first, end = self._client.get_watermark_offsets(place, timeout=self._policy.call_s)
@@ -208,6 +212,6 @@ class KafkaTransactionalConsumer:
             async with asyncio.timeout(timeout_s):
                 return await asyncio.get_running_loop().run_in_executor(self._thread, call)
         except KafkaException as error:
-            raise raised(error, doing) from error
+            raise raised(error, doing, self._right) from error
         except TimeoutError as error:
             raise LogUnavailable(f"{doing}: no answer within {timeout_s} s") from error

@@ -1,10 +1,12 @@
 """When consumers polled, so that a health check can see a stuck role without wrapping its consumers."""
 
+import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Final
 
-from millstream.schemas.errors import Fenced, LogError
+from millstream.schemas.errors import Denied, Fenced, LogError
 
 # A permission that is replaced is away for seconds; a role that can't read for longer should end and say so.
 REFUSED_S: Final = 60.0
@@ -14,6 +16,7 @@ REFUSED_S: Final = 60.0
 class PollTimes:
     """Of one consumer, in seconds of ``time.monotonic``. Any thread may read them; a poll runs within ``with``."""
 
+    opened: float = field(default_factory=time.monotonic)
     last_poll: float | None = None  # when the last poll returned or found the log unavailable; None before the first
     polling_since: float | None = None  # when the current poll began; None between polls
     closed: bool = False
@@ -29,11 +32,20 @@ class PollTimes:
 
     def forgives(self, error: LogError) -> bool:
         """Whether to retry a call that the log refused with this error: the log is unavailable, or refuses what it
-        allowed within the last minute, as when a permission is replaced."""
+        allowed within the last minute, as when a permission is replaced. A right that is missing from the start is
+        waited for as long: a process that ends at once would be started again and again."""
         if error.retriable:
             return True
-        recent = self.last_poll is not None and time.monotonic() - self.last_poll < REFUSED_S
-        return recent and not isinstance(error, Fenced)
+        since = self.opened if self.last_poll is None and isinstance(error, Denied) else self.last_poll
+        return since is not None and time.monotonic() - since < REFUSED_S and not isinstance(error, Fenced)
+
+    async def sit_out(self, error: LogError, warn: Callable[..., None], text: str, wait_s: float = 0.0) -> None:
+        """Warns with ``text``, in which ``%s`` stands for the error, and waits. Raises an error that is not to be
+        retried."""
+        if not self.forgives(error):
+            raise error
+        warn(text, error)
+        await asyncio.sleep(wait_s)
 
 
 class OpenConsumers:

@@ -130,11 +130,9 @@ class Claims:
                 records = await self._hold_back(records)
             return await self._claim(records, polled) if records else []
         except LogError as error:
-            if not self._consumer.polls.forgives(error):
-                raise
-            logger.warning("no tasks can be claimed, retrying: %s", error)
+            text = "no tasks can be claimed, retrying: %s"
+            await self._consumer.polls.sit_out(error, logger.warning, text, self._policy.retry_s)
             self.starvation.reset()
-            await asyncio.sleep(self._policy.retry_s)
             return []
 
     async def stay(self, timeout_s: float) -> None:
@@ -143,10 +141,8 @@ class Claims:
         try:
             await self._consumer.poll(1, timeout_s, ())
         except LogError as error:
-            if not self._consumer.polls.forgives(error):
-                raise
-            logger.warning("the log does not answer: %s", error)
-            await asyncio.sleep(self._policy.retry_s)
+            text = "the log does not answer: %s"
+            await self._consumer.polls.sit_out(error, logger.warning, text, self._policy.retry_s)
 
     async def _check_lag(self) -> None:
         self._lag_checked = time.monotonic()

@@ -1,7 +1,11 @@
 """How an attempt ended, as its own side sees it: the agent returned, raised, or was stopped."""
 
 import asyncio
+import functools
 import inspect
+import logging
+import signal
+import threading
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass
@@ -15,6 +19,8 @@ from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans.text import json_text, safe_repr, utf8
 from millstream.schemas.wire import status
 from millstream.schemas.wire.records import ErrorInfo
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +43,24 @@ SIGNALS_HINT: Final = (
     "a sync agent runs in a thread, unless its process runs one attempt at a time: use --processes N --concurrency 1, "
     "or a time-out without signals"
 )
+
+
+def name_signals_in_threads() -> None:
+    """Logs the first `signal.signal` that fails in a thread, with what to do: agents often swallow the error, and their
+    rewards are then 0. For a process that runs agents in threads."""
+    set_handler, named = signal.signal, threading.Event()
+
+    @functools.wraps(set_handler)
+    def setting(number: Any, handler: Any) -> Any:
+        try:
+            return set_handler(number, handler)
+        except ValueError as error:
+            if _SIGNALS in str(error) and not named.is_set():
+                named.set()
+                logger.warning("an agent can't set a signal handler: %s (%s)", error, SIGNALS_HINT, stack_info=True)
+            raise
+
+    signal.signal = setting  # type: ignore[assignment]
 
 
 def stopped_by(how: str, cause: str, message: str) -> Outcome:

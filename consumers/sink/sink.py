@@ -219,10 +219,8 @@ class SinkRole:
         try:
             batch = await self._consumer.poll(room, timeout_s)
         except LogError as error:
-            if not self._consumer.polls.forgives(error):
-                raise
-            self._warn("the log can't be read, retrying: %s", error)
-            await asyncio.sleep(self._outage.retry_s)
+            text = "the log can't be read, retrying: %s"
+            await self._consumer.polls.sit_out(error, self._warn, text, self._outage.retry_s)
             return
         if not self._gathered.records:
             self._gathered.since = self._clock()
@@ -301,9 +299,8 @@ class SinkRole:
             )
             # The offsets of the other partitions are committed with the next batch.
         except LogError as error:
-            if not self._consumer.polls.forgives(error):
-                raise
-            self._warn("offsets are not committed, retrying with the next batch: %s", error)
+            text = "offsets are not committed, retrying with the next batch: %s"
+            await self._consumer.polls.sit_out(error, self._warn, text)
             return
         self._uncommitted.clear()
 

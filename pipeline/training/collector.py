@@ -147,10 +147,8 @@ class Collector:
         try:
             batch = await self._consumer.poll(self._policy.poll_records, self._policy.poll_s)
         except LogError as error:
-            if not self._consumer.polls.forgives(error):
-                raise
-            logger.warning("reading triplets failed, retrying: %s", error)
-            await asyncio.sleep(self._policy.retry_s)
+            text = "reading triplets failed, retrying: %s"
+            await self._consumer.polls.sit_out(error, logger.warning, text, self._policy.retry_s)
             return
         for record in batch:
             self._take(record)

@@ -12,7 +12,7 @@ from typing import Any
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 from confluent_kafka import Producer as Client
 
-from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, log_error, raised
+from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, log_error, missing_right, raised
 from millstream.producers.log.port import LINGER_MS, OnAck
 from millstream.producers.supervisor import supervisor
 from millstream.schemas.config.settings import Settings
@@ -52,6 +52,7 @@ class KafkaProducer:
         """Connects in the background: without a broker, records are not acknowledged. ``options`` of librdkafka
         override those set here. ``limits``: bytes of a record by topic, where they are below max_record_bytes."""
         self._policy = policy
+        self._settings = settings
         self._limits = {} if limits is None else limits
         self._limit = settings.max_record_bytes
         # Records without key and partition go round: librdkafka itself would keep a burst on one partition.
@@ -133,14 +134,17 @@ class KafkaProducer:
                     ) from None
                 self._client.poll(0.01)
             except KafkaException as error:
-                raise self._refused(error, f"sending to {topic}") from error
+                raise self._refused(error, f"sending to {topic}", ("topic", topic)) from error
 
-    def _refused(self, error: KafkaException, doing: str) -> LogError:
-        return raised(error, doing)
+    def _refused(self, error: KafkaException, doing: str, resource: tuple[str, str]) -> LogError:
+        return raised(error, doing, missing_right(self._settings, "Write", resource))
 
     def _delivered(self, topic: str, on_ack: OnAck | None, error: KafkaError | None, message: Message) -> None:
         try:
-            failed = None if error is None else log_error(error, f"sending to {topic}")
+            failed = None
+            if error is not None:
+                right = missing_right(self._settings, "Write", ("topic", topic))
+                failed = log_error(error, f"sending to {topic}", right)
             if on_ack is not None:
                 on_ack(failed, -1 if failed else message.offset() or 0)
             elif failed is not None:
@@ -209,8 +213,8 @@ class KafkaTransactionalProducer(KafkaProducer):
         self._id = transactional_id
         self._open = False
 
-    def _refused(self, error: KafkaException, doing: str) -> LogError:
-        failed = raised(error, doing)
+    def _refused(self, error: KafkaException, doing: str, resource: tuple[str, str]) -> LogError:
+        failed = super()._refused(error, doing, resource)
         if self._open and error.args[0].code() == KafkaError._STATE:  # an earlier error requires an abort
             return TransactionAborted(str(failed))
         return failed
@@ -246,4 +250,4 @@ class KafkaTransactionalProducer(KafkaProducer):
         try:
             function(*arguments)
         except KafkaException as error:
-            raise self._refused(error, f"{doing} ({self._id})") from error
+            raise self._refused(error, f"{doing} ({self._id})", ("transactional-id", self._id)) from error

@@ -12,7 +12,7 @@ from typing import Any, Final
 from confluent_kafka import KafkaError, KafkaException
 
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.errors import Fenced, LogError, LogUnavailable, TooLarge, TransactionAborted
+from millstream.schemas.errors import Denied, Fenced, LogError, LogUnavailable, TooLarge, TransactionAborted
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +54,35 @@ _PASSING = {  # an outage, or a leader or coordinator that is moving
     KafkaError.COORDINATOR_NOT_AVAILABLE,
     KafkaError.NOT_COORDINATOR,
 }
+_DENIED = {
+    KafkaError.TOPIC_AUTHORIZATION_FAILED,
+    KafkaError.GROUP_AUTHORIZATION_FAILED,
+    KafkaError.TRANSACTIONAL_ID_AUTHORIZATION_FAILED,
+    KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+}
 _NO_TOPIC = {KafkaError._UNKNOWN_TOPIC, KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_PARTITION}
 
 
-def log_error(error: KafkaError, doing: str) -> LogError:
-    """The port's error for one of librdkafka; ``doing`` begins the message, as "sending to millstream.events"."""
+def missing_right(settings: Settings, operation: str, *resources: tuple[str, str]) -> str:
+    """What to do if ``operation`` (as kafka-acls names it: "Read", "Write") is denied. ``resources``: kind ("topic",
+    "group", "transactional-id") and name of each that may be meant."""
+    name = settings.kafka_security_username
+    who, principal = (f"user {name}", f"User:{name}") if name else ("the user of this process", "User:…")
+    named = " and ".join(f"{kind} {it}" for kind, it in resources)
+    options = " ".join(f"--{kind} {it}" for kind, it in resources)
+    return (
+        f"{who} has no right to {operation.lower()} {named}. Grant it (kafka-acls --add --allow-principal {principal} "
+        f"--operation {operation} {options}), or correct the kafka_security_… settings"
+    )
+
+
+def log_error(error: KafkaError, doing: str, right: str = "") -> LogError:
+    """The port's error for one of librdkafka; ``doing`` begins the message, as "sending to millstream.events".
+    ``right``: what `missing_right` says, if it may be missing."""
     code, message = error.code(), f"{doing}: {error.str()} ({error.name()})"
+    if code in _DENIED:
+        message = f"{message}: {right or 'grant the right to it'}"
+        return TransactionAborted(message) if error.txn_requires_abort() else Denied(message)
     if code in _FENCED or error.fatal():
         return Fenced(
             f"{message}: a newer process has replaced this one, the brokers have ended its transaction (it stood "
@@ -76,9 +99,9 @@ def log_error(error: KafkaError, doing: str) -> LogError:
     return LogError(message)
 
 
-def raised(error: KafkaException, doing: str) -> LogError:
+def raised(error: KafkaException, doing: str, right: str = "") -> LogError:
     """`log_error` for an exception."""
-    return log_error(error.args[0], doing)
+    return log_error(error.args[0], doing, right)
 
 
 class RateLimit(logging.Filter):
@@ -148,6 +171,7 @@ def aiokafka_config(settings: Settings) -> dict[str, Any]:
     config: dict[str, Any] = {
         "bootstrap_servers": settings.kafka_bootstrap_servers,
         "security_protocol": settings.kafka_security_protocol,
+        "metadata_max_age_ms": 10_000,  # a topic that this user may read again is seen by then; else after five minutes
     }
     if settings.kafka_security_protocol.startswith("SASL"):
         config["sasl_mechanism"] = settings.kafka_security_mechanism

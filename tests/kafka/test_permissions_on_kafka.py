@@ -20,9 +20,10 @@ from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import LocalKafka
 from millstream.producers.control import cancel_record, publish_control
+from millstream.producers.log.acks import send_acknowledged
 from millstream.producers.supervisor import supervised
 from millstream.schemas.config.settings import Settings, load_settings
-from millstream.schemas.errors import LogError
+from millstream.schemas.errors import Denied, LogError
 from millstream.schemas.wire.log import Partition
 
 ACLS = {
@@ -110,6 +111,48 @@ async def test_a_runner_goes_on_after_reading_its_tasks_was_denied(
         await asyncio.to_thread(reading.allow)
         await rig.publish([2])
         await rig.read_until(lambda events: len(terminal(events)) == 2)
+
+
+@pytest.mark.kafka
+@pytest.mark.parametrize(
+    ("kind", "name", "said"),
+    [
+        (
+            ResourceType.TOPIC,
+            "denied.tasks.low",
+            "has no right to read topic denied.tasks.low. Grant it (kafka-acls",
+        ),
+        (ResourceType.GROUP, "denied.runner", "has no right to read group denied.runner. Grant it (kafka-acls"),
+    ],
+)
+async def test_a_runner_that_is_started_without_a_right_names_it_and_waits_for_it(
+    restricted: Settings, caplog: pytest.LogCaptureFixture, tmp_path: Path, kind: ResourceType, name: str, said: str
+) -> None:
+    """Section B1: a process that ends at once would be started again and again."""
+    settings = restricted.model_copy(update={"topic_prefix": "denied"})
+    log, reading = KafkaLog(settings), Permission(settings, name, kind)
+    await log.create_topics()
+    await asyncio.to_thread(reading.deny)
+    async with running(lambda task: None, tmp_path, log=log, settings=settings) as rig:
+        async with asyncio.timeout(30):
+            while said not in caplog.text:  # noqa: ASYNC110 - no event
+                await asyncio.sleep(0.05)
+        await asyncio.to_thread(reading.allow)
+        await rig.publish([1])
+        await rig.read_until(lambda events: len(terminal(events)) == 1)
+
+
+@pytest.mark.kafka
+async def test_writing_without_a_right_names_it(restricted: Settings) -> None:
+    log = KafkaLog(restricted)
+    await log.create_topics()
+    writing = Permission(restricted, restricted.topics.events, operation=AclOperation.WRITE)
+    await asyncio.to_thread(writing.deny)
+    producer = log.producer()
+    with pytest.raises(Denied, match=r"no right to write topic acl\.events.*--operation Write --topic acl\.events"):
+        await send_acknowledged(producer, restricted.topics.events, b"x")
+    await asyncio.to_thread(writing.allow)
+    await asyncio.to_thread(producer.close)
 
 
 @pytest.mark.kafka

@@ -24,7 +24,7 @@ from typing import Final
 from millstream.consumers.runner.agent import AgentConfig
 from millstream.consumers.runner.attempt import AttemptRunner, open_agent, run_forever
 from millstream.consumers.runner.hosts.frames import MAX_BYTES, Frame, FrameReader, Kind, pack
-from millstream.consumers.runner.outcome import Outcome, stopped_by
+from millstream.consumers.runner.outcome import Outcome, name_signals_in_threads, stopped_by
 from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.supervisor import supervised, supervisor
 from millstream.schemas.control import Resources
@@ -294,6 +294,8 @@ def _run() -> None:
             if config.one_at_a_time and not agent.attempts.is_async:
                 _run_on_main_thread(agent, loop)
             else:
+                if not agent.attempts.is_async:
+                    name_signals_in_threads()
                 _run_loop(agent, loop)
         finally:
             if os.getpid() != pid:

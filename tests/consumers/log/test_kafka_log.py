@@ -7,7 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from confluent_kafka.admin import AdminClient, ConfigResource, ResourceType  # type: ignore[attr-defined]
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AdminClient,
+    AlterConfigOpType,
+    ConfigEntry,
+    ConfigResource,
+    ResourceType,
+)
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import HOST, LocalKafka
@@ -69,6 +75,35 @@ async def test_topics_have_their_policy_and_follow_the_size_limit(kafka_settings
     larger = kafka_settings(topic_prefix=settings.topic_prefix, max_record_bytes=2 << 20)
     await KafkaLog(larger).create_topics()
     assert int(config_of(settings, settings.topics.events)["max.message.bytes"]) >= 2 << 20
+
+
+@pytest.mark.kafka
+async def test_a_retention_that_is_too_short_is_named_and_lengthened(
+    kafka_settings: MakeSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Entry C1: a topic that forgets early breaks the order of the three lifetimes."""
+    settings = kafka_settings()
+    log = KafkaLog(settings)
+    await log.create_topics()
+    short, kept, unlimited = settings.topics.settled, settings.topics.events, settings.topics.triplets
+    set_config(settings, short, "retention.ms", "3600000")
+    set_config(settings, kept, "retention.ms", "9999999999")
+    set_config(settings, unlimited, "retention.ms", "-1")
+    await log.check()
+    assert f"topic {short} keeps records for 0.0 days, of the 14 that" in caplog.text
+    assert f"topic {kept} keeps" not in caplog.text
+    assert f"topic {unlimited} keeps" not in caplog.text
+    await log.create_topics()
+    found = [config_of(settings, name)["retention.ms"] for name in (short, kept, unlimited)]
+    assert found == [str(14 * 86_400_000), "9999999999", "-1"]
+
+
+def set_config(settings: Settings, topic: str, name: str, value: str) -> None:
+    entry = ConfigEntry(name, value, incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap_servers})
+    for altered in admin.incremental_alter_configs([resource]).values():
+        altered.result(10)
 
 
 PASSWORD = "correct"

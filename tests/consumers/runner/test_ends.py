@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from aiohttp import web
 from runner_rig import Rig, assert_whole, running, settings_for_tests, terminal, write_agent
 
 import millstream as ms
+from millstream.consumers.runner.outcome import name_signals_in_threads
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.schemas.wire.records import AttemptEvent, Span
 
@@ -330,3 +333,27 @@ async def test_a_process_that_sends_what_can_not_be_read_is_ended_with_the_reaso
     assert one.last.error is not None
     assert (one.last.status, one.last.error.type) == ("failed", "frame")
     assert "of 167,772,160" in one.last.error.message
+
+
+def test_a_signal_that_an_agent_cant_set_in_a_thread_is_logged_although_it_swallows_the_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Entry D2: as with SIGALRM in math_verify's ``parse`` below ``except: return 0.0``."""
+    monkeypatch.setattr(signal, "signal", signal.signal)  # put back afterwards
+    name_signals_in_threads()
+    rewards: list[float] = []
+
+    def agent() -> None:
+        try:
+            signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        except ValueError:
+            rewards.append(0.0)
+
+    for _ in range(2):
+        thread = threading.Thread(target=agent)
+        thread.start()
+        thread.join()
+    assert rewards == [0.0, 0.0]
+    (record,) = caplog.records  # once a process
+    assert "--processes N --concurrency 1" in record.getMessage()
+    assert signal.signal(signal.SIGUSR1, signal.SIG_DFL) == signal.SIG_DFL  # in the main thread
