@@ -82,6 +82,7 @@ GRPO = """\
 type = "grpo"
 model = "{run_dir}/model"
 groups_per_step = {groups}
+max_staleness = {max_staleness}
 lr = {lr}
 seed = {seed}
 """
@@ -129,6 +130,9 @@ def main(
     max_steps: Annotated[int, typer.Option(min=1)] = 100,
     groups: Annotated[int, typer.Option(min=1, help="Questions per step, with eight rollouts each.")] = 16,
     lr: Annotated[float, typer.Option(min=0, help="0 is the control: the agent must not learn.")] = 5e-4,
+    max_staleness: Annotated[
+        int, typer.Option(min=0, help="Versions between sampling and training; above 0 the two overlap.")
+    ] = 0,
     adapter: Annotated[str, typer.Option(help="module:attribute in place of the adapter's, for another control.")] = "",
     agent: Annotated[str, typer.Option(help="module:attribute; see also langgraph_agent and autogen_team.")] = AGENT,
     seed: int = 0,
@@ -142,7 +146,7 @@ def main(
     console.print(f"the run goes to {_from_here(run_dir)}{wait}", highlight=False, soft_wrap=True)
     try:
         kafka = kafka or verl
-        prepare(run_dir, "" if kafka else agent, vllm, verl, max_steps, groups, lr, seed)
+        prepare(run_dir, "" if kafka else agent, vllm, verl, max_steps, groups, max_staleness, lr, seed)
         settings = over_kafka(run_dir, agent, adapter) if kafka else in_process(run_dir, adapter)
         summary = close(run_dir, settings, time.monotonic() - began)
     except MillstreamError as error:
@@ -164,7 +168,15 @@ def main(
 
 
 def prepare(
-    run_dir: Path, agent: str, vllm: bool, verl: bool, max_steps: int, groups: int, lr: float, seed: int
+    run_dir: Path,
+    agent: str,
+    vllm: bool,
+    verl: bool,
+    max_steps: int,
+    groups: int,
+    max_staleness: int,
+    lr: float,
+    seed: int,
 ) -> None:
     """Writes model, tasks and ``train.toml``, and removes what an earlier run left. Without an agent: for Kafka. A
     validation has as many rollouts as a step."""
@@ -195,7 +207,13 @@ def prepare(
             max_steps=max_steps,
             seed=seed,
             algorithm=(VERL if verl else GRPO).format(
-                run_dir=run_dir, groups=groups, minibatch=minibatch, rows=8 * minibatch, lr=lr, seed=seed
+                run_dir=run_dir,
+                groups=groups,
+                max_staleness=max_staleness,
+                minibatch=minibatch,
+                rows=8 * minibatch,
+                lr=lr,
+                seed=seed,
             ),
             model=VLLM.format(run_dir=run_dir) if vllm else "",
         )
@@ -241,12 +259,11 @@ def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
             for number in (1, 2):
                 # Attempts are left to drain only after Ctrl-C, when nothing needs them.
                 processes.start(f"runner-{number}", "runner", agent, "--drain-s", "0", *ledger)
-            trainer = processes.start("trainer", "train", str(run_dir / "train.toml"), inherit_output=True)
-            while trainer.poll() is None:
-                processes.check(besides="trainer")
+            processes.start("trainer", "train", str(run_dir / "train.toml"), inherit_output=True)
+            while (code := processes.check(job="trainer")) is None:
                 time.sleep(0.2)
-            if trainer.returncode != 0:
-                raise MillstreamError(f"the trainer ended with exit code {trainer.returncode}")
+            if code != 0:
+                raise MillstreamError(f"the trainer ended with exit code {code}")
             patience_s = STOP_S
         finally:
             processes.stop_all(patience_s)

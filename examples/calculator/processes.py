@@ -28,18 +28,23 @@ class Processes:
         self._say = say
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._argv: dict[str, Sequence[str]] = {}
+        self._visible: dict[str, bool] = {}
         self._born: dict[str, float] = {}
         self._young_deaths: dict[str, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, name: str, *arguments: str, inherit_output: bool = False) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *arguments: str, inherit_output: bool = False) -> None:
         """Starts ``millstream ARGUMENTS``, detached from the terminal's signals."""
         self._argv[name] = arguments
+        self._visible[name] = inherit_output
+        self._start(name)
+
+    def _start(self, name: str) -> None:
         self._born[name] = time.monotonic()
-        output = None if inherit_output else (self._folder / f"{name}.log").open("ab")
+        output = None if self._visible[name] else (self._folder / f"{name}.log").open("ab")
         try:
             self._running[name] = subprocess.Popen(
-                [sys.executable, "-m", "millstream.pipeline", *arguments],
+                [sys.executable, "-m", "millstream.pipeline", *self._argv[name]],
                 env=self._env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -51,20 +56,23 @@ class Processes:
             if output:
                 output.close()
         self._write_pids()
-        return self._running[name]
 
-    def check(self, besides: str = "") -> None:
-        """Restarts roles that have ended, except ``besides``. Raises `MillstreamError` with the end of the log if one
-        keeps ending right after its start."""
+    def check(self, job: str = "") -> int | None:
+        """Restarts roles that have ended, and ``job`` if it was killed; once it has ended by itself, returns its exit
+        code. Raises `MillstreamError` with the end of the log if one keeps ending right after its start."""
         for name, process in list(self._running.items()):
-            if name == besides or process.poll() is None:
+            code = process.poll()
+            if code is None:
                 continue
+            if name == job and code >= 0:
+                return code
             young = time.monotonic() - self._born[name] < YOUNG_S
             self._young_deaths[name] = self._young_deaths.get(name, 0) + 1 if young else 0
             if self._young_deaths[name] >= MAX_YOUNG_DEATHS:
                 raise MillstreamError(f"{name} keeps ending ({_how(process)}):\n{self._last_lines(name)}")
             self._say(f"{name} ended ({_how(process)}); restarting it")
-            self.start(name, *self._argv[name])
+            self._start(name)
+        return None
 
     def stop(self, name: str, patience_s: float = STOP_S) -> None:
         """Stops a role gracefully; kills it after ``patience_s``."""

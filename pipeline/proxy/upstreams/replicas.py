@@ -1,7 +1,8 @@
 """The replicas of a model server: which one is asked, and which one is left alone for a while.
 
-A replica that fails several times in a row is left alone (a circuit breaker), for longer each time. A policy's replica
-is back when its ``/health`` says so; any other when one call that tries it succeeds.
+A replica that fails several times in a row is left alone (a circuit breaker). A policy's replica is back when its
+``/health`` answers; any other when one call that tries it succeeds, after a pause that grows. While a policy has no
+replica, its calls wait: a trainer that was killed, or a vLLM, is started again within minutes.
 """
 
 import asyncio
@@ -36,6 +37,7 @@ class ReplicaPolicy:
     cooldown_s: float = 1.0  # of such a replica, doubled with each further failure
     max_cooldown_s: float = 30.0  # so that a server that is back is found within half a minute
     health_s: float = 2.0  # for an answer of /health, which takes milliseconds
+    away_s: float = 180.0  # for which calls wait while a policy has no replica; vLLM loads a model in a minute or two
     tries: int = 6  # of a call; the pauses between them add up to 8 s at most
     backoff_s: float = 0.25  # doubled with each try, and of that a random part ("full jitter")
     max_backoff_s: float = 8.0
@@ -70,6 +72,7 @@ class Replica:
     url: str
     server: Server
     max_failures: int
+    checked: bool = False  # its health tells when it is back
     in_flight: int = 0
     failures: int = 0  # in a row
     cooldown_until: float = 0.0
@@ -80,7 +83,7 @@ class Replica:
         return self.failures >= self.max_failures
 
     def usable(self, now: float) -> bool:
-        return not self.down or (now >= self.cooldown_until and not self.trying)
+        return not self.down or not (self.checked or self.trying or now < self.cooldown_until)
 
 
 class Replicas:
@@ -98,7 +101,10 @@ class Replicas:
         self.upstream = upstream
         self.policy = policy
         servers = (Server(url, upstream.max_connections, policy.connections) for url in upstream.urls)
-        self.all = [Replica(url, server, policy.failures) for url, server in zip(upstream.urls, servers, strict=True)]
+        self.all = [
+            Replica(url, server, policy.failures, upstream.trainable)
+            for url, server in zip(upstream.urls, servers, strict=True)
+        ]
         self.key = key
         self.clock = clock
         self._checks: dict[Replica, Background] = {}
@@ -124,9 +130,16 @@ class Replicas:
 
     def cooldown_left_s(self) -> float:
         """Until a replica may be tried again, when all are left alone."""
-        if self.upstream.trainable:  # its health is checked
-            return self.policy.cooldown_s
         return max(0.0, min(replica.cooldown_until for replica in self.all) - self.clock())
+
+    async def wait_for_one(self, deadline: float) -> bool:
+        """Whether one whose health is checked is back in time."""
+        deadline = min(deadline, self.clock() + self.policy.away_s)
+        while all(replica.down for replica in self.all):
+            if self.clock() + self.policy.cooldown_s > deadline:
+                return False
+            await asyncio.sleep(self.policy.cooldown_s)
+        return True
 
     def post(self, replica: Replica, path: str, body: bytes, headers: dict[str, str], deadline: float) -> "Post":
         exchange = replica.server.request("POST", path, headers, body)
@@ -175,8 +188,10 @@ class Replicas:
         policy = self.policy
         cooldown = min(policy.max_cooldown_s, policy.cooldown_s * 2 ** (replica.failures - policy.failures))
         replica.cooldown_until = self.clock() + cooldown
-        logger.warning("replica %s of %s is not used for %.0f s: %s", replica.url, self.name, cooldown, error)
-        if self.upstream.trainable and replica not in self._checks:
+        if not replica.checked:
+            logger.warning("replica %s of %s is not used for %.0f s: %s", replica.url, self.name, cooldown, error)
+        elif replica not in self._checks:
+            logger.warning("replica %s of %s is not used until its /health answers: %s", replica.url, self.name, error)
             check = self._supervisor.job(f"check of {replica.url}", self._until_healthy(replica))
             self._checks[replica] = check
             check.task.add_done_callback(lambda _: self._checks.pop(replica, None))
@@ -192,7 +207,7 @@ class Replicas:
                     asyncio.timeout(self.policy.health_s),
                     replica.server.request("GET", "/health", {}) as answer,
                 ):
-                    if answer.status == 200:
+                    if answer.status < 500:  # a server may have no such path
                         self.succeeded(replica)
                         logger.info("replica %s of %s is back", replica.url, self.name)
             except (HttpError, TimeoutError):

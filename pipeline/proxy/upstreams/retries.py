@@ -35,6 +35,8 @@ class Tries:
                 if self._clock() + pause > self._deadline:
                     return None
                 await asyncio.sleep(pause)
+            if self._replicas.upstream.trainable and not await self._replicas.wait_for_one(self._deadline):
+                return None
             self.number += 1
             avoid = () if self._replica is None else (self._replica,)
             self._replica = self._replicas.pick(self._rollout_id, avoid)

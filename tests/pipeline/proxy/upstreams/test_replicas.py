@@ -2,14 +2,17 @@
 
 import asyncio
 import time
+from dataclasses import replace
 
 import openai
 import pytest
 from aiohttp import web
-from policy_server import Fault
+from policy_server import Fault, PolicyServer
 from proxy_rig import ANYWHERE, SECRET, rig_of
 from pydantic import SecretStr
 
+from millstream.pipeline.addresses import free_port
+from millstream.pipeline.proxy.app import ProxyPolicy
 from millstream.pipeline.proxy.upstreams.replicas import Failed, ReplicaPolicy, Replicas, retry_after_s
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.producers.control import publish_control
@@ -63,6 +66,29 @@ async def test_an_unreachable_server_fails_the_call():
         with pytest.raises(openai.InternalServerError, match="model can't be reached"):
             await rig.client.chat.completions.create(**ASKED)
         assert (await rig.span()).status == "Error"
+
+
+QUICK = ReplicaPolicy(tries=4, backoff_s=0.01, cooldown_s=0.02)
+
+
+async def test_calls_wait_while_their_policy_has_no_server(caplog):
+    """As they do after the end of a trainer that serves the model itself."""
+    address = f"http://127.0.0.1:{free_port()}"
+    async with rig_of(policy=ProxyPolicy(replicas=QUICK), upstreams={"model": {"urls": [address]}}) as rig:
+        calls = [asyncio.create_task(rig.client.chat.completions.create(**ASKED)) for _ in range(4)]
+        done, _ = await asyncio.wait(calls, timeout=1.0)  # far longer than four tries take
+        assert not done
+        assert "is not used until its /health answers" in caplog.text
+        async with serve(PolicyServer().app, address):
+            assert {answer.choices[0].message.content for answer in await asyncio.gather(*calls)} == {"one"}
+            assert {span.status for span in await rig.spans()} == {"Ok"}
+
+
+async def test_a_server_that_stays_away_fails_the_call_at_last():
+    policy = ProxyPolicy(replicas=replace(QUICK, away_s=0.1))
+    async with rig_of(policy=policy, upstreams={"model": {"urls": [f"http://127.0.0.1:{free_port()}"]}}) as rig:
+        with pytest.raises(openai.InternalServerError, match="model can't be reached"):
+            await rig.client.chat.completions.create(**ASKED)
 
 
 async def test_a_server_that_hangs_fails_the_call_at_its_deadline():
