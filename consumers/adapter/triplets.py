@@ -28,6 +28,7 @@ from millstream.schemas.spans import semconv
 from millstream.schemas.spans.dialects import normalised
 from millstream.schemas.wire.records import RolloutTask, Span, Triplet
 from millstream.schemas.wire.trainable import bad_reward
+from millstream.schemas.wire.versions import MIXED
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,9 +159,9 @@ def total_reward(spans: Sequence[Span]) -> float | None:
 
 
 def trained_version(triplets: Sequence[Triplet]) -> str | None:
-    """The model version of the trainable calls, ``mixed`` if they differ."""
+    """The model version of the trainable calls, `MIXED` if they differ."""
     versions = {t.model_version for t in triplets if t.trainable}
-    return versions.pop() if len(versions) == 1 else "mixed" if versions else None
+    return versions.pop() if len(versions) == 1 else MIXED if versions else None
 
 
 def _first(rules: Sequence[Rule], call: Call) -> str | None:
@@ -194,4 +195,5 @@ def _triplet(trace: Trace, verdict: Verdict) -> Triplet:
         reason=verdict.reason,
         metadata=task.metadata,
         tools=span.attributes.get(semconv.TOOL_DEFINITIONS),
+        response_versions=span.attributes.get(semconv.RESPONSE_VERSIONS),
     )

@@ -2,7 +2,11 @@
 
 It names the weights that made each answer in the header ``x-model-version``: for a whole answer the version of all its
 tokens, or `mixed`; for a stream the version at its start, with comments ``: x-model-version=VERSION`` where it changes
-and, before the end, for its last token. And only with the supervisor's token it opens endpoints other than the model's.
+and, before the end, for its last token. A comment may come a piece of the stream too early or too late. If the weights
+changed within the only choice, ``x-model-versions`` (a header; at the end of a stream a comment) says exactly which
+version made which tokens, as JSON ``[[first token, version], …]``: vLLM's last output of a request lists it.
+
+And only with the supervisor's token it opens endpoints other than the model's.
 
 It runs in vLLM's environment, where millstream is not installed, and imports nothing of it.
 """
@@ -18,6 +22,7 @@ from typing import Any, Final
 TOKEN_VARIABLE: Final = "MILLSTREAM_VLLM_TOKEN"  # noqa: S105 - a variable's name
 TOKEN_HEADER: Final = b"x-millstream-admin"
 VERSION_HEADER: Final = b"x-model-version"
+RANGES_HEADER: Final = b"x-model-versions"
 MIXED: Final = "mixed"
 UNNAMED: Final = "default"  # vLLM's name for weights without a version
 PUBLIC: Final = {
@@ -40,6 +45,7 @@ class _Answer:
 
     def __init__(self, version: str) -> None:
         self.versions: list[str] = []
+        self.choices: list[list[tuple[int, str]]] = []  # of each, (first token, version)
         self.adapter = ""  # version of the requested LoRA adapter
         self._before = version  # when the request came
 
@@ -49,6 +55,13 @@ class _Answer:
 
     def last(self, now: str) -> str:
         return self.adapter or (self.versions or [now])[-1]
+
+    @property
+    def ranges(self) -> str:
+        """Empty unless several versions made the tokens of the only choice."""
+        if self.adapter or len(self.choices) != 1 or len(self.choices[0]) < 2:
+            return ""
+        return json.dumps(self.choices[0], separators=(",", ":"))
 
 
 _answer: contextvars.ContextVar[_Answer] = contextvars.ContextVar("answer")
@@ -100,7 +113,7 @@ class Versions:
                 if streamed:
                     held = message
                 else:
-                    await send(_headed(message, answer.whole(self._version)))
+                    await send(_headed(message, answer.whole(self._version), answer.ranges))
                 return
             if streamed and message["type"] == "http.response.body":
                 if held is not None:
@@ -114,7 +127,7 @@ class Versions:
                 if not ended and (last or body == DONE or body.endswith(b"\n" + DONE)):
                     ended = True
                     rest = DONE if body.endswith(DONE) else b""
-                    label = _label(answer.last(self._version))
+                    label = _label(answer.last(self._version), answer.ranges)
                     message = {**message, "body": body[: len(body) - len(rest)] + label + rest}
             await send(message)
 
@@ -129,7 +142,10 @@ def _watch(engine: Any) -> None:
         async with contextlib.aclosing(outputs):
             async for output in outputs:
                 if answer is not None:
-                    answer.versions += [v.version for c in output.outputs for v in c.weight_versions or ()]
+                    for choice in output.outputs:
+                        if choice.weight_versions:
+                            answer.versions += [span.version for span in choice.weight_versions]
+                            answer.choices.append([(span.start, span.version) for span in choice.weight_versions])
                 yield output
 
     def watched(*args: Any, **kwargs: Any) -> AsyncIterator[Any]:
@@ -141,12 +157,14 @@ def _watch(engine: Any) -> None:
     engine.generate = watched
 
 
-def _label(version: str) -> bytes:
-    return f": x-model-version={version}\n\n".encode()
+def _label(version: str, ranges: str = "") -> bytes:
+    detail = f": x-model-versions={ranges}\n\n" if ranges else ""
+    return f"{detail}: x-model-version={version}\n\n".encode()
 
 
-def _headed(start: dict[str, Any], version: str) -> dict[str, Any]:
-    return {**start, "headers": [*start["headers"], (VERSION_HEADER, version.encode())]}
+def _headed(start: dict[str, Any], version: str, ranges: str = "") -> dict[str, Any]:
+    added = [(VERSION_HEADER, version.encode()), *([(RANGES_HEADER, ranges.encode())] if ranges else [])]
+    return {**start, "headers": [*start["headers"], *added]}
 
 
 async def _refuse(scope: Any, send: Any, status: int, text: str) -> None:

@@ -1,7 +1,9 @@
 """A small inference engine: chat completions from a torch model in this process, in vLLM's form.
 
 It is for models that fit a laptop's CPU. Requests gather while a batch is generated. New weights go live between two
-batches, so each answer is made by exactly one version.
+tokens, and the answers under way are continued with them. What these have read so far is then computed again, so that
+each token's log-probability is that of one version: no token is sampled from old keys and values with new weights
+(AReaL does the same when it interrupts answers: Fu et al., arXiv:2505.24298, section 4.1).
 """
 
 import asyncio
@@ -9,9 +11,9 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ import torch
 from torch import Tensor
 
 from millstream.pipeline.models.policy import copy_weights, left_pad, load_model, load_tokenizer, one_thread
+from millstream.pipeline.protocols.model_version import of_tokens
 from millstream.producers.supervisor import supervisor
+from millstream.schemas.wire.versions import Versions
 
 READ = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "logprobs"} | {
     "return_token_ids",
@@ -49,7 +53,12 @@ class Completion:
 
     status: int
     body: dict[str, Any]
-    model_version: str | None  # of the weights that made the answer
+    versions: Versions = ()  # of the weights that made the answer's tokens
+
+    @property
+    def model_version(self) -> str | None:
+        """The only version, or `mixed`; None without an answer."""
+        return of_tokens(self.versions)
 
 
 class EngineClosed(Exception):
@@ -78,6 +87,7 @@ class _Job:
     future: "Future[Completion]" = field(default_factory=Future)
     tokens: list[int] = field(default_factory=list)
     token_logprobs: list[float] = field(default_factory=list)
+    versions: list[tuple[int, str]] = field(default_factory=list)  # (index of the first token, version)
     text: str = ""
     finish_reason: str | None = None
 
@@ -96,10 +106,11 @@ class Engine:
     ) -> None:
         """``deterministic``: each answer is computed alone, so that one with a seed is always the same, in each bit of
         its log-probabilities. In a batch, the number and the lengths of the other rows change their last bits, since
-        matrix products and sums are computed in other orders. Raises `ConfigError` if the folder holds no model or no
-        chat template."""
+        matrix products and sums are computed in other orders. New weights then go live between two answers. Raises
+        `ConfigError` if the folder holds no model or no chat template."""
         self.name = Path(model_dir).resolve().name
         self.max_batch = 1 if deterministic else max_batch
+        self._deterministic = deterministic
         self._model = load_model(model_dir).eval()
         self._tokenizer = load_tokenizer(model_dir)
         self._context: int = self._model.config.max_position_embeddings
@@ -107,7 +118,9 @@ class Engine:
         self._eos = frozenset(eos if isinstance(eos, list) else [eos])
         self._random = torch.Generator().manual_seed(seed)
         self._version = version
-        self._weights = threading.Lock()  # held for a whole batch
+        self._loads = 0
+        self._turn = threading.Lock()  # held while waiting for the weights, so that a load waits for one token at most
+        self._weights = threading.Lock()
         self._asking = threading.Lock()  # no job is queued behind the None that closes
         self._closed = False
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
@@ -115,17 +128,18 @@ class Engine:
 
     @property
     def version(self) -> str:
-        """The version of the weights that make the next batch."""
+        """The version of the weights that make the next token."""
         return self._version
 
     def load(self, weights: Mapping[str, Tensor], version: str) -> None:
-        """Copies new weights in, between two batches. Raises `ConfigError` and keeps the old ones if they don't fit."""
-        with self._weights:
+        """Copies new weights in, between two tokens. Raises `ConfigError` and keeps the old ones if they don't fit."""
+        with self._held():
             copy_weights(self._model, weights)
             self._version = version
+            self._loads += 1
 
     async def update(self, weights: Mapping[str, Tensor], version: str) -> None:
-        """`load`, without blocking the event loop during a batch."""
+        """`load`, without blocking the event loop while a token is computed."""
         await asyncio.to_thread(self.load, weights, version)
 
     async def chat(self, request: Mapping[str, Any]) -> Completion:
@@ -137,7 +151,7 @@ class Engine:
         try:
             job = self._job(request)
         except Unsupported as error:
-            return Completion(400, error.body, None)
+            return Completion(400, error.body)
         with self._asking:
             if self._closed:
                 raise EngineClosed("the engine is closed")
@@ -208,15 +222,24 @@ class Engine:
         while (first := self._jobs.get()) is not None:
             jobs = self._batch(first)
             try:
-                with self._weights, torch.inference_mode():
-                    version = self._version
+                with self._held() if self._deterministic else nullcontext(), torch.inference_mode():
                     self._generate(jobs)
             except Exception as error:
                 for job in jobs:
                     _settle(job, error)
             else:
                 for job in jobs:
-                    _settle(job, Completion(200, self._body(job), version))
+                    _settle(job, Completion(200, self._body(job), tuple(job.versions)))
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Exclusive access to the weights."""
+        with self._turn:
+            self._weights.acquire()
+        try:
+            yield
+        finally:
+            self._weights.release()
 
     def _batch(self, first: _Job) -> list[_Job]:
         jobs = [first]
@@ -233,11 +256,15 @@ class Engine:
         """Samples until every job of the batch is finished; finished rows are computed and ignored."""
         inputs = left_pad([job.prompt for job in jobs])
         longest = max(job.limit for job in jobs)
-        cache = None
+        cache, loads = None, self._loads
         while True:
-            out = self._model(**inputs, past_key_values=cache, use_cache=longest > 1, logits_to_keep=1)
+            with nullcontext() if self._deterministic else self._held():
+                if loads != self._loads:  # what was computed so far is of other weights
+                    inputs, cache, loads = left_pad([job.prompt + job.tokens for job in jobs]), None, self._loads
+                version = self._version
+                out = self._model(**inputs, past_key_values=cache, use_cache=longest > 1, logits_to_keep=1)
             cache = out.past_key_values
-            tokens = self._sample(jobs, out.logits[:, -1])
+            tokens = self._sample(jobs, out.logits[:, -1], version)
             if all(job.finish_reason for job in jobs):
                 return
             one = torch.ones_like(inputs["attention_mask"][:, :1])
@@ -247,7 +274,7 @@ class Engine:
                 "position_ids": inputs["position_ids"][:, -1:] + 1,
             }
 
-    def _sample(self, jobs: Sequence[_Job], logits: Tensor) -> Tensor:
+    def _sample(self, jobs: Sequence[_Job], logits: Tensor, version: str) -> Tensor:
         """One token per row, by the Gumbel-max trick: argmax(logits / temperature + noise) is a draw from the softmax.
         ``logits`` is (rows, vocabulary), the result (rows,)."""
         logprobs = torch.log_softmax(logits.float(), dim=-1)
@@ -263,10 +290,12 @@ class Engine:
         chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
         for job, token, logprob in zip(jobs, tokens.tolist(), chosen, strict=True):
             if not job.finish_reason:
-                self._append(job, token, logprob)
+                self._append(job, token, logprob, version)
         return tokens
 
-    def _append(self, job: _Job, token: int, logprob: float) -> None:
+    def _append(self, job: _Job, token: int, logprob: float, version: str) -> None:
+        if not job.versions or job.versions[-1][1] != version:
+            job.versions.append((len(job.tokens), version))
         job.tokens.append(token)
         job.token_logprobs.append(logprob)
         job.text = self._tokenizer.decode(job.tokens, skip_special_tokens=True)

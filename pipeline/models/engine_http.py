@@ -25,9 +25,9 @@ def engine_app(engine: Engine) -> web.Application:
             answer = await engine.chat(body)
         except EngineClosed as error:
             return web.json_response(error_body(str(error), 503), status=503)
-        headers = {model_version.HEADER: answer.model_version} if answer.model_version is not None else {}
         if stream and answer.status == 200:
-            return await _stream(request, answer, headers, bool(options.get("include_usage")))
+            return await _stream(request, answer, bool(options.get("include_usage")))
+        headers = model_version.headers(answer.model_version, answer.versions)
         return web.json_response(answer.body, status=answer.status, headers=headers)
 
     async def tokenize(request: web.Request) -> web.Response:
@@ -57,12 +57,13 @@ def engine_app(engine: Engine) -> web.Application:
     return app
 
 
-async def _stream(request: web.Request, answer: Completion, headers: dict[str, str], usage: bool) -> web.StreamResponse:
+async def _stream(request: web.Request, answer: Completion, usage: bool) -> web.StreamResponse:
     """A batch is generated as a whole, so the answer comes in one piece, in the form of a stream."""
-    response = web.StreamResponse(headers={**headers, "Content-Type": "text/event-stream"})
+    first, last = answer.versions[0][1], answer.versions[-1][1]
+    response = web.StreamResponse(headers={model_version.HEADER: first, "Content-Type": "text/event-stream"})
     await response.prepare(request)
     pieces = [sse.event(chunk) for chunk in chunks_of(answer.body) if chunk["choices"] or usage]
-    await response.write(b"".join(pieces) + model_version.comment(answer.model_version) + sse.DONE)
+    await response.write(b"".join(pieces) + model_version.comment(last, answer.versions) + sse.DONE)
     await response.write_eof()
     return response
 

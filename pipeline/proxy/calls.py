@@ -87,6 +87,7 @@ class _Call:
         self.recorded = True
         self.attempt.asking.discard(self.task)
         self.facts.model_version = self.relay.version or self.target.version or None
+        self.facts.response_versions = self.relay.versions
         return self.attempt, self.facts, self.answer, self.relay.client_id()
 
 
@@ -254,7 +255,7 @@ class Calls:
                     if upstream.status != 200:
                         raise Failed(f"the model server answered {upstream.status}", broken=False)
                     call.facts.continued += 1
-                    relay.start(upstream.headers.get(model_version.HEADER))
+                    _start(relay, upstream)
                     response = await self._stream(call, upstream)
             except Failed as error:
                 tries.failed(error)
@@ -266,7 +267,7 @@ class Calls:
     # --- Relay the answer
 
     async def _relayed(self, call: _Call, upstream: Exchange, key: bytes | None) -> web.StreamResponse:
-        call.relay.start(upstream.headers.get(model_version.HEADER))
+        _start(call.relay, upstream)
         if upstream.status != 200:
             body = await upstream.read()
             message = f"the model server answered {upstream.status}"
@@ -405,6 +406,10 @@ def _this_task() -> "asyncio.Task[Any]":
 
 def _relay(made: Plan, target: Target) -> Relay:
     return Relay(made, target.replicas.name, trainable=target.replicas.upstream.trainable)
+
+
+def _start(relay: Relay, upstream: Exchange) -> None:
+    relay.start(upstream.headers.get(model_version.HEADER), upstream.headers.get(model_version.RANGES))
 
 
 def _check(relay: Relay) -> None:

@@ -5,6 +5,7 @@ reads from a copy: an answer that it does not understand is passed on all the sa
 trained on. Only a translation needs to understand what it translates.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +15,7 @@ from millstream.pipeline.protocols.endpoints import MALFORMED, Plan
 from millstream.pipeline.protocols.json_text import dumps, loads_object
 from millstream.pipeline.protocols.openai import chunks_of
 from millstream.pipeline.proxy.migration import Remainder, can_migrate, remainder_of
+from millstream.schemas.wire.versions import MIXED, Versions, from_text, joined
 
 WEIGHT_UPDATE: Final = "a weight update ended the call"
 
@@ -47,6 +49,8 @@ class Relay:
         self._start_version: str | None = None
         self._end_version: str | None = None
         self._version_before: str | None = None  # of the servers before this one
+        self._noted: list[tuple[int, str]] = []  # (tokens of the answer so far, version that the server named then)
+        self._ranges: str | None = None  # versions of its own tokens, as the server said at the end
         self._remainder: Remainder | None = None  # what the present server was asked for, if others came before it
         self._head_read = False  # something other than pings and comments
         self._head_sent = False
@@ -61,7 +65,8 @@ class Relay:
         elif self._head_id is None:
             self._head_id = self.answer.id
         self._reader, self._events, self._held = self._plan.reader(), sse.Events(), []
-        self._start_version = self._end_version = self.failure = None
+        self._start_version = self._end_version = self._ranges = self.failure = None
+        self._noted = []
         self._unread = self._done = self._head_read = False
 
     @property
@@ -82,9 +87,28 @@ class Relay:
     @property
     def version(self) -> str | None:
         """Of the weights that made the answer, as the servers said."""
-        return model_version.of_answer(
+        said = model_version.of_answer(
             self._version_before, model_version.of_answer(self._start_version, self._end_version)
         )
+        return MIXED if len(self.versions) > 1 else said
+
+    @property
+    def versions(self) -> Versions:
+        """Of the weights that made the answer's tokens, as the server said of each token; else by the comments in its
+        stream, exact to one piece of it. Empty if it is not known."""
+        found, made = self._noted_versions(), len(self.answer.token_ids or ())
+        if not found or found[0][0] != 0 or found[-1][0] >= made:
+            return ()
+        return () if any(version in ("", MIXED) for _, version in found) else found
+
+    def _noted_versions(self) -> Versions:
+        before = 0 if self._remainder is None else self._remainder.made
+        if self._ranges is not None:
+            with suppress(ValueError):  # of a server that counts in another way
+                own = from_text(self._ranges, len(self.answer.token_ids or ()) - before)
+                others = [each for each in self._noted if each[0] < before]
+                return joined([*others, *((before + first, version) for first, version in own)])
+        return joined(self._noted)
 
     @property
     def translates(self) -> bool:
@@ -96,9 +120,10 @@ class Relay:
         answer_id = self.answer.id
         return self._writer.client_id(answer_id) if self._writer is not None and answer_id else answer_id
 
-    def start(self, version: str | None) -> None:
-        """A server begins to answer, with these weights."""
-        self._start_version = version
+    def start(self, version: str | None, ranges: str | None = None) -> None:
+        """A server begins to answer, with these weights; ``ranges``: which of them made which tokens, if it is over."""
+        self._start_version, self._ranges = version, ranges
+        self._noted.append((0 if self._remainder is None else self._remainder.made, version or ""))
 
     # --- Whole answers
 
@@ -205,7 +230,8 @@ class Relay:
         assert isinstance(self._reader, ChatReader)
         if remainder.made > (self._remainder.made if self._remainder is not None else 0):
             self._version_before = self.version
-        self._start_version = self._end_version = None
+        self._noted = [each for each in self._noted_versions() if each[0] < remainder.made]
+        self._start_version = self._end_version = self._ranges = None
         self._reader.go_on(remainder.dropped, ended=remainder.request is None)
         self._remainder, self._events, self.failure = remainder, sse.Events(), None
         self._done = False
@@ -273,11 +299,14 @@ class Relay:
         """Those for the client, as an event of their own: servers send comments to keep a connection alive."""
         passed = []
         for comment in sse.comments_of(event):
-            version = model_version.in_comment(comment)
-            if version is None:
-                passed.append(b":" + (b" " + comment if comment else b"") + b"\n")
-            else:
-                self._end_version = version
+            match model_version.in_comment(comment):
+                case None:
+                    passed.append(b":" + (b" " + comment if comment else b"") + b"\n")
+                case model_version.RANGES, ranges:
+                    self._ranges = ranges
+                case _, version:
+                    self._end_version = version
+                    self._noted.append((len(self.answer.token_ids or ()), version))
         return b"".join(passed) + b"\n" if passed else b""
 
     def _translated(self, data: Json) -> bytes:

@@ -13,6 +13,7 @@ from millstream.pipeline.protocols.answers import Answer, Json
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.text import as_text, utf8
 from millstream.schemas.wire.records import Span
+from millstream.schemas.wire.versions import Versions, to_text
 
 # Request fields that affect sampling, under OpenTelemetry's names or our own.
 _SAMPLING: Final = {
@@ -47,6 +48,7 @@ class CallFacts:
     traceparent: str
     first_token: int | None = None  # ns since the epoch
     model_version: str | None = None
+    response_versions: Versions = ()  # of the weights that made the answer's tokens, if it is known
     resources_id: str = ""
     stream: bool = False
     cached: bool = False
@@ -78,6 +80,8 @@ def call_span(
         found["gen_ai.request.stream"] = True
     if facts.cached:
         found[semconv.CACHED] = True
+    if len(facts.response_versions) > 1:
+        found[semconv.RESPONSE_VERSIONS] = to_text(facts.response_versions)
     if facts.continued:
         found[semconv.CONTINUED] = facts.continued
     if facts.resources_id:

@@ -8,6 +8,7 @@ from typing import Any, Final, TypeVar
 from millstream.pipeline.store.results import Result
 from millstream.schemas.control import Resources
 from millstream.schemas.wire.records import Control, Record, Span, SpanEvent, SpanLink, Triplet
+from millstream.schemas.wire.versions import to_text
 
 Ask = Callable[[str, Mapping[str, Any]], Result]
 R = TypeVar("R", bound=Record)
@@ -151,10 +152,11 @@ def read_spans(ask: Ask, filters: Mapping[str, Any]) -> list[Span]:
 
 def read_triplets(ask: Ask, filters: Mapping[str, Any], limit: int | None) -> list[Triplet]:
     """Triplets with whole prompts."""
-    names = ", ".join(f.name for f in fields(Triplet))
+    plain = {"response_versions": "arrayMap(part -> (part.first_token, part.version), response_versions)"}
+    names = ", ".join(plain.get(f.name, f.name) + f" AS {f.name}" for f in fields(Triplet))
     where, parameters = _conditions(filters)
     sql = f"SELECT {names} FROM triplets WHERE {where} ORDER BY rollout_id, attempt_id, turn"  # noqa: S608
-    found = [Triplet(**_with_token_bytes(row)) for row in ask(sql + _limit(limit), parameters).records()]
+    found = [Triplet(**_record_fields(row)) for row in ask(sql + _limit(limit), parameters).records()]
     going_on = {t.rollout_id for t in found if t.prefix_turn is not None}
     if not going_on:
         return found
@@ -237,8 +239,9 @@ def _span(row: dict[str, Any]) -> Span:
     return Span(**{**row, **tokens, "events": events, "links": links})
 
 
-def _with_token_bytes(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, **{name: value or None for name, value in _packed(row).items()}}
+def _record_fields(row: dict[str, Any]) -> dict[str, Any]:
+    versions = to_text(row["response_versions"]) if row["response_versions"] else None
+    return {**row, **{name: value or None for name, value in _packed(row).items()}, "response_versions": versions}
 
 
 def _packed(row: dict[str, Any]) -> dict[str, bytes]:

@@ -50,6 +50,8 @@ RESPONSE_MESSAGE: Final = "millstream.response.message"
 ROLLOUT_ID: Final = "millstream.rollout_id"
 ATTEMPT_ID: Final = "millstream.attempt_id"
 MODEL_VERSION: Final = "millstream.model_version"
+# Ours, of an answer that spans a weight update: which weights made which tokens (`schemas.wire.versions`).
+RESPONSE_VERSIONS: Final = "millstream.response_versions"
 # Ours, in the proxy's spans: who answered, from the cache perhaps; how often another replica has continued what one had
 # begun; the resources version of the attempt; why the tokens can't be learnt from.
 UPSTREAM: Final = "millstream.upstream"

@@ -161,6 +161,7 @@ class Triplet:
     prefix_turn: int | None = None
     prefix_tokens: int = 0
     prefix_characters: int = 0
+    response_versions: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import numpy as np
 
 from millstream.pipeline.algorithms.estimators import Estimator, Turns, turn_rewards
-from millstream.pipeline.training.groups import FinishedRollout, Group, Lineage
+from millstream.pipeline.training.groups import FinishedRollout, Group, Lineage, steps_of
 from millstream.schemas.wire import status
 from millstream.schemas.wire.prefixes import conversations
 from millstream.schemas.wire.records import Triplet
@@ -142,7 +142,7 @@ def _unusable(triplet: Triplet, lineage: Lineage, rules: RowRules) -> str | None
     if triplet.reward is not None and bad_reward(triplet.reward):
         return f"its reward is {triplet.reward:g}"
     try:
-        lineage.step_of(triplet.model_version or "")
+        steps_of(triplet, lineage)
     except ValueError as error:
         return str(error)
     return None
@@ -166,7 +166,7 @@ def _row(key: str, turns: Sequence[Triplet], credit: Turns, num_turns: int, step
         # What a critic sums up: what each turn was given itself. The last turn of a row is credited with what follows.
         reward = credit[turn.turn] if turn is turns[-1] else turn.reward or 0.0
         rewards += [0.0] * (len(between) + len(answer) - 1) + [reward]
-    made = [lineage.step_of(turn.model_version or "") for turn in turns]
+    made = [step for turn in turns for step in steps_of(turn, lineage)]
     oldest, newest = min(made), max(made)
     uid, session, _ = key.split(SEPARATOR)
     fields = {

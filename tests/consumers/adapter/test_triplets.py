@@ -89,6 +89,15 @@ def test_versions_that_differ_are_mixed():
     assert trained_version([]) is None
 
 
+def test_the_versions_of_an_answers_tokens_are_carried_over():
+    attributes = call(TASK, "a", "1").attributes | {semconv.RESPONSE_VERSIONS: '[[0,"r.0.1"],[1,"r.0.2"]]'}
+    mixed = call(TASK, "a", "1", model_version="mixed", attributes=attributes)
+    (first, second) = to_triplets(Trace(TASK, "a", [mixed, call(TASK, "a", "2")]))
+    assert (first.trainable, first.model_version) == (True, "mixed")
+    assert first.response_versions == '[[0,"r.0.1"],[1,"r.0.2"]]'
+    assert (second.model_version, second.response_versions) == ("run.0.1", None)
+
+
 @given(st.lists(st.one_of(st.just("call"), st.floats(-10, 10)), max_size=40))
 def test_every_reward_is_given_once_or_stands_before_the_first_call(history):
     spans = [call(TASK, "a", str(i)) if item == "call" else reward(TASK, "a", item) for i, item in enumerate(history)]

@@ -215,6 +215,26 @@ def test_a_query_for_one_rollout_reads_its_granules_alone(writer, store):
         assert re.findall(r"Granules: (\d+)/", str(plan.rows))[-1] == granules
 
 
+def test_which_version_made_which_tokens_can_be_queried(settings):
+    writer, store = ClickHouseWriter(settings), ClickHouseStore(settings)
+    writer.migrate()
+    said = ['[[0,"r.0.1"],[2,"r.0.2"],[3,"r.0.3"]]', None, "nonsense", '[[0,"r.0.2"],[1,"r.0.3"]]']
+    for turn, text in enumerate(said):
+        value = "NULL" if text is None else f"'{text}'"
+        writer.client.command(
+            "INSERT INTO triplets_raw (rollout_id, turn, response_bytes, response_versions) "
+            f"SELECT 'r', {turn}, unhex('{'07000000' * 4}'), {value}"
+        )
+    parts = "FROM triplets ARRAY JOIN response_versions AS part"
+    found = store.sql(f"SELECT turn, part.first_token, part.tokens, part.version {parts} ORDER BY turn, 2")
+    first = [(0, 0, 2, "r.0.1"), (0, 2, 1, "r.0.2"), (0, 3, 1, "r.0.3")]
+    assert found.rows == [*first, (3, 0, 1, "r.0.2"), (3, 1, 3, "r.0.3")]
+    tokens = store.sql(f"SELECT part.version, sum(part.tokens) {parts} GROUP BY 1 ORDER BY 1")
+    assert tokens.rows == [("r.0.1", 2), ("r.0.2", 2), ("r.0.3", 4)]
+    store.close()
+    writer.close()
+
+
 # --- migrations
 
 

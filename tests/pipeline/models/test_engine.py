@@ -1,8 +1,11 @@
 # ruff: noqa: E402 — torch comes with the `train` extra
 import asyncio
 import math
+import threading
+import time
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ torch = pytest.importorskip("torch")
 
 from examples.calculator import model
 from millstream.pipeline.models.engine import Completion, Engine, EngineClosed
-from millstream.pipeline.models.policy import left_pad, load_model, load_tokenizer, one_thread, parameters
+from millstream.pipeline.models.policy import copy_weights, left_pad, load_model, load_tokenizer, one_thread, parameters
 from millstream.schemas.errors import ConfigError
 
 pytestmark = pytest.mark.torch
@@ -197,29 +200,122 @@ async def test_unsupported_fields_are_named(engine: Engine, fields: dict[str, An
     assert answer.body["error"]["param"] == param
 
 
-async def test_each_answer_is_made_by_the_version_it_names(folder: Path, engine: Engine) -> None:
-    """Weights change under load; a greedy answer's log-probability shows which version made it."""
-    weights = [parameters(load_model(folder))]
-    weights.append({name: tensor * 1.5 for name, tensor in weights[0].items()})
-    request = ask(temperature=0, max_tokens=5, **EXACT)
+class Interrupted(Engine):
+    """Calls ``on_token`` with the tokens of an answer so far, in the thread that samples, between two passes."""
 
-    def mark(body: dict[str, Any]) -> float:
-        return sum(token["logprob"] for token in body["choices"][0]["logprobs"]["content"])
+    on_token: Callable[[list[int]], None] = staticmethod(lambda _: None)
 
-    marks = {}
-    for i in range(2):
-        await engine.update(weights[i], f"v{i}")
-        assert engine.version == f"v{i}"
-        marks[f"v{i}"] = mark((await engine.chat(request)).body)
-    assert marks["v0"] != pytest.approx(marks["v1"], abs=1e-2)
-    answers: list[Completion] = []
-    while {answer.model_version for answer in answers} != {"v0", "v1"}:  # at once, unless the machine is busy
-        asked = [asyncio.create_task(engine.chat(request)) for _ in range(200)]
-        for i in range(20):
-            await engine.update(weights[i % 2], f"v{i % 2}")
-        answers += await asyncio.gather(*asked)
+    def _append(self, job: Any, *token: Any) -> None:
+        super()._append(job, *token)
+        self.on_token(job.tokens)
+
+
+@pytest.fixture(scope="module")
+def versions(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Three sets of weights that say different things."""
+    weights = parameters(load_model(folder))
+    return {f"v{i}": {name: tensor * (1 + i / 2) for name, tensor in weights.items()} for i in range(3)}
+
+
+def recomputed(folder: Path, weights: dict[str, torch.Tensor], body: dict[str, Any]) -> list[float]:
+    """The log-probability of each token of an answer, all by the same weights."""
+    model = load_model(folder).eval()
+    copy_weights(model, weights)
+    prompt, made = body["prompt_token_ids"], body["choices"][0]["token_ids"]
+    with torch.inference_mode():
+        logits = model(**left_pad([prompt + made])).logits[0, len(prompt) - 1 : -1]
+    found: list[float] = torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(made)[:, None])[:, 0].tolist()
+    return found
+
+
+def check(folder: Path, versions: dict[str, dict[str, torch.Tensor]], answer: Completion) -> None:
+    """Each token's log-probability is the one that the named version gives it."""
+    said = [token["logprob"] for token in answer.body["choices"][0]["logprobs"]["content"]]
+    ends = [first for first, _ in answer.versions[1:]] + [len(said)]
+    for (first, version), end in zip(answer.versions, ends, strict=True):
+        assert said[first:end] == pytest.approx(recomputed(folder, versions[version], answer.body)[first:end], abs=1e-3)
+
+
+async def test_weights_that_change_within_an_answer_make_the_tokens_that_they_are_named_for(
+    folder: Path, versions: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    engine = Interrupted(folder, version="v0", seed=7)
+
+    def load(tokens: list[int]) -> None:
+        if len(tokens) in (3, 4):
+            number = len(tokens) - 2
+            engine.load(versions[f"v{number}"], f"v{number}")
+
+    engine.on_token = load
+    answer = await engine.chat(ask(max_tokens=8, temperature=0, **EXACT))
+    assert (answer.model_version, answer.versions) == ("mixed", ((0, "v0"), (3, "v1"), (4, "v2")))
+    check(folder, versions, answer)
+    others = [recomputed(folder, versions[version], answer.body) for version in versions]
+    assert all(abs(a - b) > 1e-2 for a, b in pairwise(each[5] for each in others))  # else nothing was compared
+    engine.on_token = lambda _: None
+    after = await engine.chat(ask(max_tokens=2, **EXACT))
+    assert (after.model_version, after.versions) == ("v2", ((0, "v2"),))
+    await engine.close()
+
+
+async def test_answers_of_one_batch_are_continued_with_new_weights_from_where_they_are(
+    folder: Path, versions: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    """Prompts of different lengths; one answer is over when the weights change, and names the first version alone."""
+    engine = Interrupted(folder, version="v0", seed=7)
+    gate = threading.Event()
+    engine.on_token = lambda _: gate.wait(60) and None
+    blocking = asyncio.create_task(engine.chat(ask()))
+    asked = [ask(messages, max_tokens=limit, **EXACT) for messages, limit in ((SHORT, 6), (LONG, 6), (SHORT, 2))]
+    tasks = [asyncio.create_task(engine.chat(request)) for request in asked]
+    await asyncio.sleep(0)  # let them be queued
+
+    def load(tokens: list[int]) -> None:
+        if len(tokens) == 4 and engine.version == "v0":  # of the first row: the second has still its fourth to come
+            engine.load(versions["v1"], "v1")
+
+    engine.on_token = load
+    gate.set()
+    await blocking
+    answers = await asyncio.gather(*tasks)
+    assert [answer.versions for answer in answers] == [((0, "v0"), (4, "v1"))] * 2 + [((0, "v0"),)]
     for answer in answers:
-        assert mark(answer.body) == pytest.approx(marks[answer.model_version or ""], abs=1e-3)
+        check(folder, versions, answer)
+    await engine.close()
+
+
+async def test_a_deterministic_answer_is_made_by_one_version_whatever_waits(
+    folder: Path, versions: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    engine = Interrupted(folder, version="v0", deterministic=True)
+    loading = threading.Thread(target=engine.load, args=(versions["v1"], "v1"))
+
+    def load(tokens: list[int]) -> None:
+        if len(tokens) == 2:
+            loading.start()
+            while not engine._turn.locked():  # until it waits for the weights
+                time.sleep(0.001)
+
+    engine.on_token = load
+    first = await engine.chat(ask(max_tokens=6, seed=1, **EXACT))
+    await asyncio.to_thread(loading.join)
+    second = await engine.chat(ask(max_tokens=1, seed=1, **EXACT))
+    assert (first.versions, second.versions) == (((0, "v0"),), ((0, "v1"),))
+    check(folder, versions, first)
+    await engine.close()
+
+
+async def test_every_token_is_of_the_version_it_is_named_for_under_load(
+    folder: Path, engine: Engine, versions: dict[str, dict[str, torch.Tensor]]
+) -> None:
+    """A load waits for one token at most, however many answers are asked for."""
+    await engine.update(versions["v0"], "v0")
+    asked = [asyncio.create_task(engine.chat(ask(max_tokens=5, **EXACT))) for _ in range(200)]
+    for i in range(1, 20):
+        await engine.update(versions[f"v{i % 3}"], f"v{i % 3}")
+    answers = await asyncio.gather(*asked)
+    for answer in answers[::10]:
+        check(folder, versions, answer)
 
 
 async def test_weights_that_do_not_fit_change_nothing(folder: Path, engine: Engine) -> None:

@@ -12,7 +12,9 @@ pytest.importorskip("torch")
 from examples.calculator import model
 from millstream.pipeline.models.engine import Engine
 from millstream.pipeline.models.engine_http import engine_app
+from millstream.pipeline.models.policy import parameters
 from millstream.pipeline.protocols import model_version
+from millstream.schemas.wire.versions import to_text
 
 pytestmark = pytest.mark.torch
 
@@ -39,6 +41,29 @@ async def test_over_http_as_in_process(engine: Engine, url: str) -> None:
     async with aiohttp.ClientSession() as session, session.post(f"{url}/v1/chat/completions", json=exact) as response:
         assert response.headers[model_version.HEADER] == "run.0.4"
         assert await response.json() | {"created": 0} == here.body | {"created": 0}
+
+
+async def test_versions_of_a_mixed_answer_are_in_the_header_and_at_the_end_of_a_stream(
+    engine: Engine, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(job: Any, *token: Any) -> None:
+        Engine._append(engine, job, *token)
+        version = f"run.0.{4 + len(job.tokens)}"
+        engine.load(parameters(engine._model), version)
+
+    monkeypatch.setattr(engine, "_append", load)
+    asked = REQUEST | {"temperature": 0, "max_tokens": 3}
+    async with aiohttp.ClientSession() as session:
+        async with session.post(f"{url}/v1/chat/completions", json=asked) as response:
+            assert response.headers[model_version.HEADER] == "mixed"
+            versions = ((0, "run.0.4"), (1, "run.0.5"), (2, "run.0.6"))
+            assert response.headers[model_version.RANGES] == to_text(versions)
+        engine.load(parameters(engine._model), "run.0.4")
+        async with session.post(f"{url}/v1/chat/completions", json=asked | {"stream": True}) as response:
+            assert response.headers[model_version.HEADER] == "run.0.4"
+            assert model_version.RANGES not in response.headers
+            text = await response.text()
+    assert text.endswith(model_version.comment("run.0.6", versions).decode() + "data: [DONE]\n\n")
 
 
 async def test_the_openai_client_is_served(url: str) -> None:

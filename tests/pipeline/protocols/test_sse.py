@@ -60,9 +60,17 @@ def test_an_event_without_an_end_is_too_large_at_some_point():
 
 
 def test_versions_travel_in_comments():
-    (text,) = sse.comments_of(model_version.comment("run.0.3"))
-    assert model_version.in_comment(text) == "run.0.3"
+    (text,) = sse.comments_of(model_version.comment("run.0.3", ((0, "run.0.3"),)))
+    assert model_version.in_comment(text) == ("x-model-version", "run.0.3")
+    several = sse.Events().feed(model_version.comment("b", ((0, "a"), (2, "b"))))
+    assert [model_version.in_comment(text) for event in several for text in sse.comments_of(event)] == [
+        ("x-model-versions", '[[0,"a"],[2,"b"]]'),
+        ("x-model-version", "b"),
+    ]
     assert model_version.in_comment(b"ping") is None
     assert model_version.of_answer("a", None) == model_version.of_answer("a", "a") == "a"
     assert model_version.of_answer("a", "b") == model_version.MIXED
     assert model_version.of_answer(None, "") is None
+    assert model_version.of_tokens(()) is None
+    assert model_version.of_tokens(((0, "a"),)) == "a"
+    assert model_version.of_tokens(((0, "a"), (1, "b"))) == model_version.MIXED

@@ -105,9 +105,9 @@ def relay(path="/v1/chat/completions", kind="vllm", **asked):
     return Relay(plan(ENDPOINTS[path], asked, kind), "the server", trainable=kind == "vllm")
 
 
-def read(found, *pieces):
-    """What is sent of a stream before its end."""
-    found.start("run.0.3")
+def read(found, *pieces, version="run.0.3"):
+    """What is sent of a stream before its end. ``version``: in the header."""
+    found.start(version)
     sent = b"".join([found.feed(piece) for piece in pieces])
     found.end()
     return sent
@@ -206,6 +206,64 @@ def test_token_ids_and_versions_are_read_and_not_passed_on():
     assert b"token_ids" not in sent
     assert b"x-model-version" not in sent
     assert sent.endswith(b"data: [DONE]\n\n")
+
+
+def test_which_version_made_which_tokens_is_noted_as_they_come():
+    """CHAT names run.0.4 after its first token; the comment at its end names another one, which made none of them."""
+    found = relay()
+    read(found, CHAT.replace(b": x-model-version=run.0.5\n\n", b""))
+    assert (found.version, found.versions) == ("mixed", ((0, "run.0.3"), (1, "run.0.4")))
+    found = relay()
+    read(found, CHAT)
+    assert (found.version, found.versions) == ("mixed", ())
+
+
+def test_versions_that_change_and_change_back_are_mixed():
+    found = relay()
+    read(found, stream(*[
+        chat_piece("a", token=10), ": x-model-version=run.0.4\n\n", chat_piece(" b", token=11),
+        ": x-model-version=run.0.3\n\n", chat_piece(" c", "stop", token=12), ": x-model-version=run.0.3\n\n",
+    ]))  # fmt: skip
+    assert (found.version, found.versions) == ("mixed", ((0, "run.0.3"), (1, "run.0.4"), (2, "run.0.3")))
+
+
+def test_a_server_that_knows_the_version_of_each_token_is_believed():
+    known = ': x-model-versions=[[0,"run.0.3"],[2,"run.0.4"]]\n\n'
+    for said, expected in (
+        (known, ((0, "run.0.3"), (2, "run.0.4"))),
+        (known.replace("[2", "[3"), ((0, "run.0.3"), (1, "run.0.4"))),  # the answer has three tokens: what was noted
+        (known.replace("]]", ""), ((0, "run.0.3"), (1, "run.0.4"))),
+    ):
+        found = relay()
+        sent = read(found, CHAT.replace(b": x-model-version=run.0.5\n\n", said.encode()))
+        assert (found.version, found.versions) == ("mixed", expected)
+        assert b"x-model-version" not in sent + found.rest()
+
+
+def test_a_whole_answers_versions_are_in_its_header():
+    choice = {"index": 0, "message": {"role": "assistant", "content": "a b"}, "finish_reason": "stop"}
+    body = json.dumps(HEAD | {"choices": [choice | {"token_ids": [10, 11]}]}).encode()
+    for version, ranges, expected in (
+        ("mixed", '[[0,"run.0.3"],[1,"run.0.4"]]', ((0, "run.0.3"), (1, "run.0.4"))),
+        ("mixed", None, ()),
+        ("mixed", "[[0", ()),
+        ("mixed", '[[0,"run.0.3"],[2,"run.0.4"]]', ()),
+        ("run.0.4", None, ((0, "run.0.4"),)),
+        (None, None, ()),
+    ):
+        found = relay()
+        found.start(version, ranges)
+        found.whole(body, as_stream=False)
+        assert (found.version, found.versions) == (version, expected)
+
+
+def test_nothing_of_a_try_that_failed_is_in_the_versions_of_the_next():
+    found = relay()
+    found.start("run.0.1")
+    found.feed(stream(chat_piece("", prompt_token_ids=[1]), ": x-model-version=run.0.2\n\n", done=""))
+    found.restart()
+    read(found, CHAT.replace(b"run.0.5", b"run.0.4"))
+    assert found.versions == ((0, "run.0.3"), (1, "run.0.4"))
 
 
 def test_a_stream_that_does_not_end_has_failed():
@@ -341,6 +399,7 @@ def test_another_server_goes_on_behind_what_was_sent():
     assert sse_text(sent) == sse_text(read(whole, CHAT)) == "a b ç"
     assert (found.answer.token_ids, found.answer.completion_tokens) == ([10, 11, 12], 3)
     assert found.version == "mixed"
+    assert found.versions == ((0, "run.0.3"), (2, "run.0.4"))
     assert b'"finish_reason":"stop"' in found.rest()
 
 

@@ -19,6 +19,7 @@ from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.records import RolloutEnd, SpanEvent, SpanLink, Triplet
 from millstream.schemas.wire.topics import Topics, partition_of
+from millstream.schemas.wire.versions import to_text
 
 TOPICS = Topics(partitions=2)
 T0 = factories.T0
@@ -247,7 +248,7 @@ async def test_triplets_by_what_they_are(store, pipe):
     written = [
         triplet(one, 0, **tokens, response_logprobs=struct.pack("<f", -0.25), reward=1.0, model_version="v"),
         triplet(one, 1, trainable=False, reason="no token ids", metadata={"a": "b"}),
-        triplet(two, 0, reward=-1.0),
+        triplet(two, 0, reward=-1.0, model_version="mixed", response_versions=to_text(((0, "r.0.1"), (3, "r/ü.0.2")))),
     ]
     await pipe.write_and_sink(*written[::-1], topic=TOPICS.triplets)
     assert store.triplets() == written

@@ -100,9 +100,10 @@ def test_the_last_reward_counts_for_the_turns_before_it() -> None:
         (finished("bad", [TURN | tokens([2], [100], [-1.0])]), "token id 100"),
         (finished("bad", [TURN | tokens([2], [6], [float("nan")])]), "not finite"),
         (finished("bad", [TURN | {"reward": float("inf")}]), "reward is inf"),
-        (finished("bad", [TURN | {"model_version": "mixed"}]), "version mixed, which is none of run run"),
+        (finished("bad", [TURN | {"model_version": "mixed"}]), "the model server did not say at which tokens"),
         (finished("bad", [TURN | {"model_version": "run.0.5"}]), "newer than the trainer's run.0.4"),
         (finished("bad", [TURN | {"model_version": None}]), "which is none of run run"),
+        (finished("bad", [TURN | {"response_versions": '[[0,"run.0.3"],[1,"run.0.5"]]'}]), "tokens 1 to 1: made by"),
     ],
 )
 def test_a_member_that_cannot_be_trained_on_is_left_out_with_the_reason(bad: FinishedRollout, reason: str) -> None:
@@ -175,3 +176,9 @@ def test_a_uid_says_how_its_rollouts_were_asked_for() -> None:
     assert "_" not in uid_of("0f3c", 7, 12)
     with pytest.raises(ValueError, match="verl splits keys at '_'"):
         uid_of("a_b", 0, 0)
+
+
+def test_the_tags_of_a_turn_that_several_versions_made_name_the_oldest_and_the_newest() -> None:
+    mixed = TURN | {"model_version": "mixed", "response_versions": '[[0,"run.0.1"],[1,"run.0.3"]]'}
+    found = rows(*(finished(name, [mixed]) for name in "ab"))
+    assert [(row.tag["min_global_steps"], row.tag["max_global_steps"]) for row in found.rows] == [(1, 3)] * 2
