@@ -1,4 +1,4 @@
-"""The processes of a deployment and the tasks that wait for them, read from the log on request."""
+"""The processes of a deployment, read from the log on request."""
 
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
@@ -6,7 +6,7 @@ from millstream.schemas.errors import CodecError
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import Worker
-from millstream.schemas.wire.topics import PRIORITIES, Topics
+from millstream.schemas.wire.topics import Topics
 
 GONE_S = 20.0  # without a report, after which a process counts as gone; it reports every five seconds
 
@@ -25,19 +25,3 @@ async def read_workers(log: Log, topics: Topics) -> list[Worker]:
 
 def is_alive(worker: Worker, now_ns: int) -> bool:
     return now_ns - worker.last_seen < GONE_S * 1e9
-
-
-async def unclaimed(log: Log, topics: Topics) -> dict[str, int]:
-    """Unclaimed tasks by priority: end offsets − offsets committed by the group ``PREFIX.runner``."""
-    consumer = log.consumer(f"{topics.prefix}.runner")
-    try:
-        waiting = {}
-        for priority in PRIORITIES:
-            partitions = [Partition(topics.tasks(priority), n) for n in range(topics.partitions)]
-            ends = await consumer.end_offsets(partitions)
-            starts = await consumer.beginning_offsets(partitions)
-            committed = await consumer.committed(partitions)
-            waiting[priority] = sum(ends[p] - max(committed[p] or 0, starts[p]) for p in partitions)
-        return waiting
-    finally:
-        await consumer.close()

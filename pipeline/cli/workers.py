@@ -8,7 +8,8 @@ import typer
 
 from millstream.consumers.control import read_pauses
 from millstream.consumers.log.port import Log
-from millstream.consumers.workers import is_alive, read_workers, unclaimed
+from millstream.consumers.unclaimed import unclaimed
+from millstream.consumers.workers import is_alive, read_workers
 from millstream.pipeline.cli.open import with_log
 from millstream.pipeline.cli.output import Json, date, print_rows, say
 from millstream.schemas.config.settings import load_settings

@@ -7,7 +7,8 @@ from runner_rig import Rig, running, settings_for_tests, write_agent
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.runner.runner import RunnerPolicy
-from millstream.consumers.workers import is_alive, read_workers, unclaimed
+from millstream.consumers.unclaimed import unclaimed
+from millstream.consumers.workers import is_alive, read_workers
 
 WAITS = """
     import asyncio
