@@ -69,6 +69,7 @@ class _Part:
     load: Background | None = None  # of what predecessors have settled; begins with that record
     loaded: bool = False
     position: int | None = None  # None until the load has ended
+    read_ms: int = 0  # timestamp of the last record that was folded, ms since the epoch
     caught_up_since: float | None = None
     committed: int = -1
     dead: dict[int, DeadLetter] = field(default_factory=dict)  # by offset, not yet written
@@ -128,6 +129,19 @@ class Adapter:
     def call_age_s(self) -> float:
         """Duration of the transaction's current call; above `AdapterPolicy.lost_call_s` it will never return."""
         return self._writer.call_age_s
+
+    @property
+    def open_rollouts(self) -> int:
+        """Claimed and not ended, on the partitions of this adapter. From any thread."""
+        return sum(len(part.fold.open) for part in tuple(self._parts.values()))
+
+    @property
+    def lag_s(self) -> float:
+        """About how old the first record is that is not folded yet: as old as the last one that is, of the partition
+        that is furthest behind. 0 if all are folded. From any thread."""
+        parts = tuple(self._parts.values())
+        behind = [p.read_ms for p in parts if p.read_ms and p.position is not None and p.position < p.high_watermark]
+        return max(time.time() - min(behind) / 1000, 0.0) if behind else 0.0
 
     @property
     def idle(self) -> bool:
@@ -254,6 +268,7 @@ class Adapter:
             if record.offset not in part.fold.refused:
                 part.dead[record.offset] = dead_letter(record, ROLE, "undecodable", str(error))
         part.position = record.offset + 1
+        part.read_ms = record.timestamp
 
     async def _probe(self) -> bool:
         """Whether the log answers for every partition. Notes which partitions are read as fast as they are written: an
@@ -310,6 +325,7 @@ class Adapter:
             await self._writer.write(work, self._group)
         except Unwritable as error:
             await self._writer.abort()
+            self._metrics.reduced()
             self._reduce(error)
         except TransactionAborted as error:
             # Nothing is rewound: the decisions stay, and are sent again unless their partition is lost meanwhile.
@@ -324,8 +340,9 @@ class Adapter:
             self._group = self._consumer.group_metadata()
             return False
         else:
-            self._budget.committed(self._clock() - began)
-            self._written(work)
+            took_s = self._clock() - began
+            self._budget.committed(took_s)
+            self._written(work, took_s)
         return True
 
     def _reduce(self, error: Unwritable) -> None:
@@ -340,8 +357,8 @@ class Adapter:
             logger.error("the dead letter of %s@%d can't be written: %s", error.partition, error.offset, error)
             del part.dead[error.offset]
 
-    def _written(self, work: Transaction) -> None:
-        self._metrics.committed(work)
+    def _written(self, work: Transaction, took_s: float) -> None:
+        self._metrics.committed(work, took_s)
         for partition, rollout_id, _ in work.decisions:
             if part := self._parts.get(partition):
                 part.fold.written(rollout_id)

@@ -168,6 +168,7 @@ class AioConsumer:
                 for r in batch
             )
             self._positions[partition] = batch[-1].offset + 1
+            self.polls.read_bytes += sum(r.serialized_value_size for r in batch)  # -1 without a value
         return records
 
     async def _find_place(self, client: AIOKafkaConsumer, error: KafkaError) -> None:

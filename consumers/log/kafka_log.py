@@ -21,9 +21,9 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 from millstream.consumers.log.kafka import AioConsumer
 from millstream.consumers.log.kafka_offsets import Watermarks
 from millstream.consumers.log.kafka_transactional import KafkaTransactionalConsumer
-from millstream.consumers.log.poll_times import OpenConsumers, PollTimes
+from millstream.consumers.log.poll_times import OpenConsumers, PollTimes, Traffic
 from millstream.consumers.log.port import Consumer, TransactionalConsumer
-from millstream.producers.log.kafka import KafkaProducer, KafkaTransactionalProducer, ProducerPolicy
+from millstream.producers.log.kafka import KafkaProducer, KafkaTransactionalProducer, ProducerPolicy, Sent
 from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, raised
 from millstream.producers.log.port import LINGER_MS, Producer, TransactionalProducer
 from millstream.schemas.config.settings import Settings
@@ -55,14 +55,19 @@ class KafkaLog:
         self._policy = policy
         self._watermarks = Watermarks(settings)
         self._open = OpenConsumers()
+        self._sent: list[Sent] = []  # by the producers
         self._limits: dict[str, int] = {}  # bytes of a record by topic, where they are below max_record_bytes
 
     def producer(self, *, linger_ms: float = LINGER_MS, room_s: float | None = None) -> Producer:
         policy = ProducerPolicy() if room_s is None else ProducerPolicy(buffer_wait_s=room_s)
-        return KafkaProducer(self._settings, linger_ms=linger_ms, policy=policy, limits=self._limits)
+        producer = KafkaProducer(self._settings, linger_ms=linger_ms, policy=policy, limits=self._limits)
+        self._sent.append(producer.sent)
+        return producer
 
     def transactional_producer(self, transactional_id: str) -> TransactionalProducer:
-        return KafkaTransactionalProducer(self._settings, transactional_id, limits=self._limits)
+        producer = KafkaTransactionalProducer(self._settings, transactional_id, limits=self._limits)
+        self._sent.append(producer.sent)
+        return producer
 
     def consumer(self, group: str | None = None) -> Consumer:
         return AioConsumer(self._settings, self._watermarks, self._open.add(), group)
@@ -72,6 +77,9 @@ class KafkaLog:
 
     def polls(self) -> list[PollTimes]:
         return self._open.polls()
+
+    def traffic(self) -> Traffic:
+        return self._open.traffic(sum(sent.bytes for sent in tuple(self._sent)))
 
     async def create_topics(self, more: Sequence[Topic] = ()) -> None:
         await self.check_connection()

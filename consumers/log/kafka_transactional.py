@@ -128,6 +128,7 @@ class KafkaTransactionalConsumer:
         partition = Partition(message.topic() or "", message.partition() or 0)
         offset = message.offset() or 0
         if error is None:
+            self.polls.read_bytes += len(message)
             headers: Any = message.headers() or []  # names and bytes; stubs allow what only producers accept
             return LogRecord(
                 partition,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from millstream.consumers.log.memory_consumer import MemoryConsumer, MemoryTransactionalConsumer
 from millstream.consumers.log.memory_producer import MemoryProducer, MemoryTransactionalProducer
 from millstream.consumers.log.memory_storage import MemoryStorage
-from millstream.consumers.log.poll_times import PollTimes
+from millstream.consumers.log.poll_times import PollTimes, Traffic
 from millstream.consumers.log.port import Consumer, TransactionalConsumer
 from millstream.producers.log.port import LINGER_MS, Producer, TransactionalProducer
 from millstream.schemas.errors import ConfigError
@@ -38,6 +38,10 @@ class MemoryLog(MemoryStorage):
 
     def polls(self) -> list[PollTimes]:
         return self.consumers.polls()
+
+    def traffic(self) -> Traffic:
+        """Nothing: records are the objects themselves."""
+        return self.consumers.traffic()
 
     async def create_topics(self, more: Sequence[Topic] = ()) -> None:
         """The deployment's own topics have existed since the log was made."""

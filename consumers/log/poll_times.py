@@ -1,6 +1,7 @@
-"""When consumers polled, so that a health check can see a stuck role without wrapping its consumers."""
+"""When consumers polled, and what they read, so that a role can be watched without wrapping its consumers."""
 
 import asyncio
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ class PollTimes:
     polling_since: float | None = None  # when the current poll began; None between polls
     closed: bool = False
     unread: int = 0  # records that retention had deleted before this consumer read them
+    read_bytes: int = 0  # of values
 
     def __enter__(self) -> None:
         self.polling_since = time.monotonic()
@@ -48,16 +50,38 @@ class PollTimes:
         await asyncio.sleep(wait_s)
 
 
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """What all clients of a log have done since it was made, closed ones included. Bytes are those of values."""
+
+    read_bytes: int = 0
+    unread: int = 0  # records that retention had deleted before they were read
+    written_bytes: int = 0
+
+
 class OpenConsumers:
     """The poll times of all consumers that a log has made and that are not closed."""
 
     def __init__(self) -> None:
         self._times: list[PollTimes] = []
+        self._lock = threading.Lock()
+        self._closed = PollTimes()  # the sums of those that were closed and are forgotten
 
     def add(self) -> PollTimes:
         times = PollTimes()
-        self._times = [*self.polls(), times]
+        with self._lock:
+            still_open = self.polls()
+            for closed in (each for each in self._times if each not in still_open):
+                self._closed.read_bytes += closed.read_bytes
+                self._closed.unread += closed.unread
+            self._times = [*still_open, times]
         return times
 
     def polls(self) -> list[PollTimes]:
         return [times for times in self._times if not times.closed]
+
+    def traffic(self, written_bytes: int = 0) -> Traffic:
+        with self._lock:
+            counted = [self._closed, *self._times]
+            read, unread = sum(each.read_bytes for each in counted), sum(each.unread for each in counted)
+        return Traffic(read, unread, written_bytes)

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from millstream.consumers.log.poll_times import PollTimes
+from millstream.consumers.log.poll_times import PollTimes, Traffic
 from millstream.producers.log.port import LINGER_MS, Producer, TransactionalProducer
 from millstream.schemas.wire.log import EndOfPartition, LogRecord, Partition
 from millstream.schemas.wire.topics import Topic
@@ -98,6 +98,9 @@ class Log(Protocol):
 
     def polls(self) -> list[PollTimes]:
         """The poll times of every consumer that this object has made and that is not closed. Any thread may call it."""
+
+    def traffic(self) -> Traffic:
+        """What all its clients have read and written. Any thread may call it."""
 
     async def create_topics(self, more: Sequence[Topic] = ()) -> None:
         """Creates the missing topics of the deployment and of ``more``. Raises `ConfigError` if a topic that is

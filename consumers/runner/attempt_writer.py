@@ -5,7 +5,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import CancelledError, Future, wait
 from dataclasses import replace
 from functools import cached_property
@@ -44,8 +44,20 @@ class AttemptWriter:
     """Call ``started``, ``content``, ``span``, ``save_state`` and ``calling`` from any thread, the rest on one event
     loop."""
 
-    def __init__(self, claim: Claim, producer: Producer, topics: Topics, worker_id: str, blobs: Blobs) -> None:
+    def __init__(
+        self,
+        claim: Claim,
+        producer: Producer,
+        topics: Topics,
+        worker_id: str,
+        blobs: Blobs,
+        *,
+        on_dead_letter: Callable[[str], None] = lambda _reason: None,
+    ) -> None:
+        """``on_dead_letter`` is called with the reason of each."""
         self.claim = claim
+        self.began = time.monotonic()
+        self._on_dead_letter = on_dead_letter
         self.verdict: Outcome | None = None  # the runner's decision; it overrules the agent's side
         self.proxy_url = self.proxy_key = ""  # of its model calls
         self.last_acknowledged = time.monotonic()  # when the last acknowledged heartbeat was sent
@@ -312,5 +324,6 @@ class AttemptWriter:
         letter = replace(dead_letter(record, ROLE, "too_large", f"a span of {self.name}: {error}"), value=None)
         try:
             send_dead_letter(self._producer.send, self._topics, letter)
+            self._on_dead_letter(letter.reason)
         except LogError as failure:
             logger.error("%s: no dead letter could be written: %s", self.name, failure)

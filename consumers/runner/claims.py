@@ -17,7 +17,7 @@ claim would be too large, and one that can't be decoded, if its header names the
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -94,7 +94,11 @@ class Claims:
         control: ControlFollower,
         worker_id: str,
         policy: ClaimPolicy = ClaimPolicy(),
+        *,
+        on_dead_letter: Callable[[str], None] = lambda _reason: None,
     ) -> None:
+        """``on_dead_letter`` is called with the reason of each."""
+        self._on_dead_letter = on_dead_letter
         self._topics = topics
         self._producer = producer
         self._control = control
@@ -287,6 +291,7 @@ class Claims:
     def _dead_letter(self, record: LogRecord, reason: str, error: Exception, sending: Acks) -> None:
         logger.error("%s can't be run, it goes to %s: %s", record.place, self._topics.dead, error)
         send_dead_letter(sending.send, self._topics, dead_letter(record, ROLE, reason, str(error)))
+        self._on_dead_letter(reason)
 
     async def _prepare(self, task: RolloutTask, sending: Acks, refused: Outcome | None) -> Claim:
         if task.resources_id is None:

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from prometheus_client import Metric
+from prometheus_client import CollectorRegistry, Metric
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.port import Log
@@ -29,6 +29,8 @@ from millstream.consumers.runner.hosts.agent_user import agent_user as find_user
 from millstream.consumers.runner.hosts.port import AgentHost, HostOptions, HostPolicy
 from millstream.consumers.runner.hosts.processes import ProcessHost, agent_environment
 from millstream.consumers.runner.hosts.threads import ThreadHost
+from millstream.consumers.runner.hosts.usage import Usage, usage_of
+from millstream.consumers.runner.metrics import RunnerMetrics
 from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.consumers.runner.proxies import Proxies, ProxiesPolicy, ProxyNotClosed
 from millstream.producers.agent.instrumentation import chosen, report
@@ -73,7 +75,8 @@ class Runner:
     With ``processes`` 0, and for a callable, attempts run in threads of this process, ``concurrency`` at a time; else
     in child processes, ``concurrency`` in each, which get the environment variables named by ``env`` besides the
     basics, may hold ``memory_limit`` MiB, run as ``agent_user``, and are replaced after ``max_attempts_per_process``.
-    ``hooks``: ``module:attribute``, or objects if attempts run in threads. ``instrument``: see `chosen`.
+    ``hooks``: ``module:attribute``, or objects if attempts run in threads. ``instrument``: see `chosen`. ``registry``
+    gets its metrics.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class Runner:
         agent_user: str | None = None,
         hooks: Sequence[Hook | str] = (),
         instrument: str | None = None,
+        registry: CollectorRegistry | None = None,
         policy: RunnerPolicy = RunnerPolicy(),
     ) -> None:
         self.worker_id = worker_id or new_worker_id()
@@ -105,6 +109,7 @@ class Runner:
         self._concurrency = concurrency or settings.runner_concurrency
         self._environment = agent_environment(env)
         self._drain_s = drain_s
+        self._metrics = RunnerMetrics(registry)
         self._policy = policy
         self._memory_limit = memory_limit
         self._max_attempts = max_attempts_per_process
@@ -126,6 +131,7 @@ class Runner:
         self._changed = asyncio.Event()
         self._claims: Claims | None = None
         self._collect: Callable[[], Iterable[Metric]] = tuple
+        self._pids: Callable[[], Sequence[int]] = tuple
 
     async def run(self, stop: asyncio.Event) -> None:
         """Works until ``stop`` is set, then waits ``drain_s`` for running attempts; the rest ends as lost.
@@ -139,8 +145,17 @@ class Runner:
         self._blobs = Blobs(self._settings.blob_url)
         self._host = self._make_host()
         self._collect = self._host.collect
+        self._pids = lambda: self._host.pids
         control = ControlFollower(self._log, self._topics, lambda: self._end_cancelled(control))
-        claims = Claims(self._log, self._topics, self._producer, control, self.worker_id, self._policy.claims)
+        claims = Claims(
+            self._log,
+            self._topics,
+            self._producer,
+            control,
+            self.worker_id,
+            self._policy.claims,
+            on_dead_letter=self._metrics.dead_letter,
+        )
         self._claims = claims
         try:
             await self._host.start()
@@ -169,7 +184,8 @@ class Runner:
     def heartbeat_age_s(self) -> float:
         """Age of the last acknowledged heartbeat, of the running attempt for which it is oldest."""
         writers = list(self._running)  # the probes' thread asks
-        return time.monotonic() - min((w.last_acknowledged for w in writers), default=time.monotonic())
+        oldest = min((w.last_acknowledged for w in writers), default=None)
+        return 0.0 if oldest is None else time.monotonic() - oldest
 
     @property
     def starving_s(self) -> float:
@@ -191,12 +207,23 @@ class Runner:
         """Prometheus' collector, from any thread: the metrics of hooks."""
         return self._collect()
 
+    def agents_usage(self) -> Usage | None:
+        """What its agent processes use, from any thread; None if agents run in threads of this process."""
+        return usage_of(self._pids()) if self._processes else None
+
     def load(self) -> tuple[int, int]:
         """Slots, and running attempts."""
         return self._concurrency * (self._processes or 1), len(self._running)
 
     def _make_host(self) -> AgentHost:
-        options = HostOptions(self._concurrency, self._changed.set, self._late_span, self._blobs.put, self._policy.host)
+        options = HostOptions(
+            self._concurrency,
+            self._changed.set,
+            self._late_span,
+            self._blobs.put,
+            self._policy.host,
+            self._metrics.process_ended,
+        )
         if self._processes == 0:
             if self._memory_limit or self._max_attempts or self._user:
                 raise ConfigError(
@@ -240,7 +267,9 @@ class Runner:
             await claims.stay(0)
 
     def _begin(self, claim: Claim) -> None:
-        writer = AttemptWriter(claim, self._producer, self._topics, self.worker_id, self._blobs)
+        writer = AttemptWriter(
+            claim, self._producer, self._topics, self.worker_id, self._blobs, on_dead_letter=self._metrics.dead_letter
+        )
         self._running[writer] = {}
         writer.outcome.add_done_callback(lambda outcome: self._finish_soon(writer, outcome.result()))
         if (refusal := self._refusal(claim)) is not None:
@@ -358,6 +387,7 @@ class Runner:
                 except ProxyNotClosed as error:
                     outcome = stopped_by(status.LOST, error.cause, str(error))
             final = await writer.finish(outcome, proxy_spans)
+            self._metrics.ended(final.status, time.monotonic() - writer.began, writer.spans)
             if final.error is not None:
                 level = logging.INFO if final.status == status.CANCELLED else logging.WARNING
                 said = (writer.name, final.status, final.error.type, final.error.message)
@@ -379,6 +409,7 @@ class Runner:
                 raise CodecError(f"its source is {span.source!r}")
             headers = {KIND_HEADER: span.kind.encode()}
             self._producer.send(self._topics.events, encoded, key=span.rollout_id, headers=headers)
+            self._metrics.late_span()
         except MillstreamError as error:
             logger.warning("a late span is not recorded: %s", error)
 

@@ -11,19 +11,25 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
+from prometheus_client import CollectorRegistry
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, wait_random_exponential
 
 from millstream.consumers.dead_letters import dead_letter, write_dead_letter
 from millstream.consumers.log.port import Log
 from millstream.consumers.sink.port import Batch, Sink, Unusable
+from millstream.producers.instruments import counter, histogram
 from millstream.producers.log.port import Producer
 from millstream.producers.supervisor import Background, supervisor
+from millstream.schemas import metrics
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import LogError, StoreError, TransactionAborted
 from millstream.schemas.wire.log import LogRecord, Partition
 
 logger = logging.getLogger(__name__)
+
+REASONS: Final = ("undecodable", "unstorable")  # as labels; a sink of one's own may give any others
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +77,7 @@ class _Gathered:
     records: int = 0
     bytes: int = 0
     since: float = 0.0
+    oldest_ms: int = 0  # timestamp of the oldest of the first records, ms since the epoch
 
     def add(self, record: LogRecord) -> None:
         self.parts.setdefault(record.partition, []).append(record)
@@ -90,8 +97,8 @@ class SinkRole:
     """Reads every topic as a member of the group ``PREFIX.sink[.NAME]``: each name gets all records, and sinks of the
     same name share them.
 
-    ``drain_s``: how long it reads on to the end of the log when it is stopped. The default is longer than an open
-    transaction holds up readers."""
+    ``registry`` gets its metrics. ``drain_s``: how long it reads on to the end of the log when it is stopped. The
+    default is longer than an open transaction holds up readers."""
 
     def __init__(
         self,
@@ -100,6 +107,7 @@ class SinkRole:
         settings: Settings,
         *,
         name: str = "",
+        registry: CollectorRegistry | None = None,
         flush: FlushPolicy | None = None,
         poll: PollPolicy = PollPolicy(),
         outage: OutagePolicy = OutagePolicy(),
@@ -114,12 +122,17 @@ class SinkRole:
         self._outage = outage
         self._drain_s = drain_s
         self._clock = clock
-        self._consumer = log.consumer(".".join(filter(None, (self._topics.prefix, "sink", name))))
+        self.group = ".".join(filter(None, (self._topics.prefix, "sink", name)))
+        self._consumer = log.consumer(self.group)
+        registry = registry or CollectorRegistry()
+        self._insert_s = histogram(metrics.SINK_INSERT_SECONDS, registry)
+        self._dead = counter(metrics.DEAD_LETTERS, registry)
         self._producer: Producer | None = None  # made for the first dead letter
         self._gathered = _Gathered()
         self._delivery: Background | None = None
         self._delivering = 0  # records
         self._delivering_since = 0.0
+        self._delivering_ms = 0  # as `_Gathered.oldest_ms`
         self._in_flight: dict[Partition, int] = {}  # next offsets, once the delivery is done
         self._uncommitted: dict[Partition, int] = {}  # stored; next offsets
         self._failure: Exception | None = None  # of the delivery's last try
@@ -132,6 +145,13 @@ class SinkRole:
     def waiting(self) -> int:
         """Records that have been read and are not stored yet."""
         return self._gathered.records + self._delivering
+
+    @property
+    def lag_s(self) -> float:
+        """Age of the oldest record that has been read and is not stored; 0 without any. From any thread."""
+        times = [self._delivering_ms if self._delivering else 0, self._gathered.oldest_ms]
+        oldest = min((time_ms for time_ms in times if time_ms), default=None)
+        return 0.0 if oldest is None else max(time.time() - oldest / 1000, 0.0)
 
     @property
     def outage_s(self) -> float:
@@ -224,6 +244,7 @@ class SinkRole:
             return
         if not self._gathered.records:
             self._gathered.since = self._clock()
+            self._gathered.oldest_ms = min((record.timestamp for record in batch), default=0)
         for record in batch:
             self._gathered.add(record)
 
@@ -231,6 +252,7 @@ class SinkRole:
         """Begins to store what is gathered."""
         gathered, self._gathered = self._gathered, _Gathered()
         self._in_flight = {partition: part[-1].offset + 1 for partition, part in gathered.parts.items()}
+        self._delivering_ms = gathered.oldest_ms
         self._delivering, self._delivering_since = gathered.records, self._clock()
         self._delivery = supervisor().job("delivery", self._store(gathered.batch()))
 
@@ -266,8 +288,10 @@ class SinkRole:
         self.stats.flushes += 1
 
     def _write(self, batch: Batch) -> list[Unusable]:
+        began = time.monotonic()
         unusable = self._sink.write(batch)
         self._sink.flush()
+        self._insert_s.observe(time.monotonic() - began)
         return unusable
 
     def _failed(self, state: RetryCallState) -> None:
@@ -287,6 +311,7 @@ class SinkRole:
         letter = dead_letter(item.record, "sink", item.reason, item.error)
         await write_dead_letter(self._producer, self._topics, letter)
         self.stats.dead_letters += 1
+        self._dead.labels("sink", item.reason if item.reason in REASONS else "other").inc()
 
     async def _commit(self) -> None:
         if not self._uncommitted:

@@ -8,13 +8,13 @@ import millstream as ms
 
 # Counted in the process that the agent runs in. The runner's /metrics adds up its processes.
 SECONDS = Histogram(
-    "millstream_agent_seconds",
+    "agent_seconds",
     "How long agents ran, by how they ended. The count gives attempts and error rate.",
     ["agent", "status"],
     buckets=(0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, 1800, 3600),
 )
-TOKENS = Counter("millstream_agent_tokens", "Tokens that agents' own spans report.", ["agent", "direction"])
-SLOW = Counter("millstream_agent_slow", "Attempts that ran for longer than the monitor's threshold.", ["agent"])
+TOKENS = Counter("agent_tokens", "Tokens that agents' own spans report.", ["agent", "direction"])
+SLOW = Counter("agent_slow", "Attempts that ran for longer than the monitor's threshold.", ["agent"])
 
 
 class Monitor(ms.Hook):

@@ -14,7 +14,7 @@ from millstream.pipeline.algorithms.guards import GUARDS, Diverged, Guard
 from millstream.pipeline.algorithms.pacing import Pacing
 from millstream.pipeline.training.algorithm import Learner
 from millstream.pipeline.training.groups import FinishedRollout, Group, checked, trainable_turns
-from millstream.pipeline.training.report import StepReport, failures, mean_reward, reward_spread
+from millstream.pipeline.training.report import StepReport, failures, flat_groups, mean_reward, reward_spread
 from millstream.pipeline.training.reporting.steps import trained_rollouts, trained_tokens
 from millstream.pipeline.training.run import Run, shuffled
 from millstream.schemas.errors import LogError, MillstreamError
@@ -191,6 +191,7 @@ class _Loop:
             reward_std=reward_spread(members),
             validation_reward=self.validated,
             groups=len(groups),
+            flat_groups=flat_groups(groups.values()),
             dropped=dict(self.dropped),
             staleness_mean=metrics["staleness"],
             staleness_max=max(staleness),

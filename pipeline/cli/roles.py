@@ -21,6 +21,7 @@ from millstream.pipeline.cli.output import MAX_PORT, Json, err, out, print_rows
 from millstream.producers.log.port import closing
 from millstream.schemas import metrics
 from millstream.schemas.config.settings import Settings, load_settings
+from millstream.schemas.spans import semconv
 
 if TYPE_CHECKING:
     from millstream.pipeline.services.health import Health
@@ -70,11 +71,17 @@ def runner(
             agent_user=agent_user,
             hooks=hook or (),
             instrument=instrument,
+            registry=health.registry,
         )
         health.export(metrics.SLOTS, lambda: role.load()[0])
         health.export(metrics.RUNNING, lambda: role.load()[1])
         health.export(metrics.HEARTBEAT_AGE, lambda: role.heartbeat_age_s)
         health.export(metrics.PROXY_AWAY, lambda: role.proxy_away_s)
+        health.export(metrics.AGENT_CPU, lambda: None if (used := role.agents_usage()) is None else used.cpu_s)
+        health.export(
+            metrics.AGENT_MEMORY, lambda: None if (used := role.agents_usage()) is None else used.resident_bytes
+        )
+        health.export(metrics.MEMORY_LIMIT, lambda: None if memory_limit is None else memory_limit << 20)
         health.check(metrics.STARVING, lambda: role.starving_s)
         health.trouble = lambda: role.trouble
         health.registry.register(role)
@@ -104,6 +111,8 @@ def adapter(
         registry = health.registry
         role = Adapter(log, topics, transactional_id=transactional_id, to_triplets=chosen, registry=registry)
         health.check(metrics.TRANSACTION_AGE, lambda: role.call_age_s, role.policy.lost_call_s)
+        health.export(metrics.OPEN_ROLLOUTS, lambda: role.open_rollouts)
+        health.export(metrics.CONSUMER_LAG, lambda: {(f"{topics.prefix}.adapter",): role.lag_s})
         if chosen is maker:
             health.export(metrics.CALLS_DROPPED, lambda: maker.calls_dropped)
             health.export(metrics.REWARDS_LEFT_OUT, lambda: maker.rewards_left_out)
@@ -143,13 +152,13 @@ def sink(
     async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
         opened = open_sink(kind, settings)
         try:
-            role = SinkRole(log, opened, settings, name=group, flush=policy)
+            role = SinkRole(log, opened, settings, name=group, registry=health.registry, flush=policy)
             health.trouble = lambda: role.trouble
             health.export(metrics.SINK_OUTAGE, lambda: role.outage_s)
             health.export(metrics.SINK_WAITING, lambda: role.waiting)
             health.export(metrics.SINK_STORED, lambda: role.stats.records)
             health.export(metrics.SINK_RETRIES, lambda: role.stats.retries)
-            health.export(metrics.SINK_DEAD, lambda: role.stats.dead_letters)
+            health.export(metrics.CONSUMER_LAG, lambda: {(role.group,): role.lag_s})
             with ExitStack() as stack:
                 if query_port:
                     from millstream.pipeline.store.read_server import serving_queries  # loads chDB
@@ -188,7 +197,8 @@ def proxy(
     check_open(settings, urlsplit(url).hostname or "")
 
     async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
-        front = Proxy(log, settings)
+        front = Proxy(log, settings, registry=health.registry)
+        health.export(metrics.SPANS, lambda: {(semconv.SOURCE_PROXY,): front.recorded})
         health.export(metrics.CALLS_IN_FLIGHT, lambda: front.in_flight)
         health.export(metrics.CALLS_UNRECORDED, lambda: front.unrecorded)
         async with serve(front.app, url, shutdown_s=drain_s, reuse_port=reuse_port):

@@ -16,6 +16,7 @@ from typing import Final
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
+from prometheus_client import CollectorRegistry
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.port import Log
@@ -29,7 +30,8 @@ from millstream.pipeline.proxy.attempts import AttemptPolicy, Attempts, ProxiedA
 from millstream.pipeline.proxy.cache import AnswerCache
 from millstream.pipeline.proxy.calls import Calls
 from millstream.pipeline.proxy.errors import CallError
-from millstream.pipeline.proxy.recorder import Recorder
+from millstream.pipeline.proxy.metrics import ProxyMetrics
+from millstream.pipeline.proxy.recorder import RecordedCalls, Recorder
 from millstream.pipeline.proxy.upstreams.replicas import Failed, ReplicaPolicy
 from millstream.pipeline.proxy.upstreams.targets import Targets
 from millstream.producers.blob_store import Blobs
@@ -60,8 +62,15 @@ class ProxyPolicy:
 class Proxy:
     """An aiohttp application, `app`."""
 
-    def __init__(self, log: Log, settings: Settings, policy: ProxyPolicy = ProxyPolicy()) -> None:
-        """Raises `ConfigError` naming the setting that does not fit."""
+    def __init__(
+        self,
+        log: Log,
+        settings: Settings,
+        policy: ProxyPolicy = ProxyPolicy(),
+        *,
+        registry: CollectorRegistry | None = None,
+    ) -> None:
+        """``registry`` gets its metrics. Raises `ConfigError` naming the setting that does not fit."""
         self._policy = policy
         self._log = log
         self._settings = settings
@@ -73,6 +82,8 @@ class Proxy:
             limits=settings.key_limits,
             policy=policy.attempts,
         )
+        self._metrics = ProxyMetrics(registry)
+        self._counts = RecordedCalls()
         self._recorder: Recorder
         self._calls: Calls
         self._producer: Producer
@@ -95,14 +106,19 @@ class Proxy:
     @property
     def unrecorded(self) -> int:
         """Calls whose span the log did not take."""
-        return self._recorder.unrecorded
+        return self._counts.unrecorded
+
+    @property
+    def recorded(self) -> int:
+        """Calls whose span the log has taken."""
+        return self._counts.recorded
 
     async def _lifespan(self, _app: web.Application) -> AsyncIterator[None]:
         self._producer = self._log.producer(linger_ms=PacePolicy().linger_ms, room_s=0.0)  # never waits on the loop
         blobs = Blobs(self._settings.blob_url)
-        self._recorder = Recorder(self._producer, self._settings.topics, blobs, self._policy.record_s)
+        self._recorder = Recorder(self._producer, self._settings.topics, blobs, self._policy.record_s, self._counts)
         cache = AnswerCache(self._settings.cache_ttl_s, self._policy.cache_bytes)
-        self._calls = Calls(self._targets, self._recorder, cache)
+        self._calls = Calls(self._targets, self._recorder, cache, self._metrics)
         await self._control.start()
         yield
         await self._recorder.close()

@@ -25,6 +25,7 @@ from millstream.pipeline.proxy.attempts import ProxiedAttempt
 from millstream.pipeline.proxy.cache import AnswerCache, cache_key
 from millstream.pipeline.proxy.errors import CallError, refusal
 from millstream.pipeline.proxy.limits import Busy, all_of
+from millstream.pipeline.proxy.metrics import BROKEN, CLIENT_LEFT, ProxyMetrics
 from millstream.pipeline.proxy.recorder import NotRecorded, Recorder
 from millstream.pipeline.proxy.relay import Relay
 from millstream.pipeline.proxy.spans import CallFacts
@@ -72,6 +73,8 @@ class _Call:
     number: int | None = None  # by which it has its seed of the attempt's `CallSeeds`
     recorded: bool = False
     response: web.StreamResponse | None = None  # once something has been sent
+    left: bool = False  # the client has gone, or its attempt has ended
+    sent: int = 0  # bytes of the answer
 
     @property
     def answer(self) -> Answer:
@@ -94,10 +97,11 @@ class _Call:
 class Calls:
     """Makes model calls for clients."""
 
-    def __init__(self, targets: Targets, recorder: Recorder, cache: AnswerCache) -> None:
+    def __init__(self, targets: Targets, recorder: Recorder, cache: AnswerCache, metrics: ProxyMetrics) -> None:
         self._targets = targets
         self._recorder = recorder
         self._cache = cache
+        self._metrics = metrics
 
     async def make(
         self, request: web.Request, attempt: ProxiedAttempt, endpoint: Endpoint, body: bytes, asked: Json
@@ -106,7 +110,28 @@ class Calls:
         there is no answer."""
         if self._recorder.full:
             raise _busy("the call could not be recorded: the log has taken no records for a while")
+        began = time.monotonic()
         call = self._chosen(request, attempt, endpoint, body, asked)
+        code = CLIENT_LEFT
+        try:
+            response = await self._made(call)
+            if not call.left:
+                code = BROKEN if call.response is not None and call.answer.error else str(response.status)
+            if isinstance(response, web.Response) and isinstance(response.body, bytes):
+                call.sent = len(response.body)
+            return response
+        except CallError as error:
+            code = str(error.status)
+            raise
+        finally:
+            facts = call.facts
+            first_token_s = None if facts.first_token is None else max(facts.first_token - facts.start, 0) / 1e9
+            seconds = time.monotonic() - began
+            self._metrics.ended(facts.upstream, code, seconds, first_token_s, call.answer, cached=facts.cached)
+            self._metrics.passed(len(body), call.sent)
+
+    async def _made(self, call: _Call) -> web.StreamResponse:
+        attempt = call.attempt
         attempt.enter()
         attempt.asking.add(call.task)
         answered = False
@@ -115,8 +140,10 @@ class Calls:
             answered = not call.answer.error
             return response
         except Busy as error:
+            self._metrics.limited(error.limit)
             raise CallError(429, str(error), {"Retry-After": str(math.ceil(error.retry_after_s))}) from error
         except (asyncio.CancelledError, _ClientGone) as error:
+            call.left = True
             if not call.recorded:
                 call.answer.error = "its attempt has ended" if attempt.closed else "the client has gone"
                 call.answer.finish_reasons = ["abort"]
@@ -221,6 +248,7 @@ class Calls:
         tries = Tries(replicas, call.attempt.rollout_id, call.deadline)
         while (replica := await tries.next()) is not None:
             if tries.number > 1:
+                self._metrics.retried(replicas.name)
                 call.restart()
             try:
                 async with replicas.post(replica, call.plan.path, body, headers, call.deadline) as upstream:
@@ -245,6 +273,7 @@ class Calls:
                 await self._send(call, held)
             if (replica := await tries.next()) is None:
                 break
+            self._metrics.retried(replicas.name)
             try:
                 if "max_tokens" not in request:
                     model = call.target.served_as
@@ -381,6 +410,7 @@ class Calls:
                 await response.prepare(call.request)
                 call.response = response
             await call.response.write(data)
+            call.sent += len(data)
         except ConnectionError as error:
             raise _ClientGone from error
 

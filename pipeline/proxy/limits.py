@@ -13,6 +13,7 @@ class Busy(Exception):
 
     def __init__(self, what: str, retry_after_s: float) -> None:
         super().__init__(f"too many calls for {what}; try again in {retry_after_s:.0f} s")
+        self.limit = what.partition(" ")[0]  # what is limited: attempt, model or upstream
         self.retry_after_s = retry_after_s
 
 

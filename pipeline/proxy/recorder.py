@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from dataclasses import dataclass
 
 from millstream.pipeline.protocols.answers import Answer
 from millstream.pipeline.proxy.attempts import ProxiedAttempt
@@ -26,17 +27,25 @@ class NotRecorded(Exception):
         self.too_large = too_large
 
 
+@dataclass(slots=True)
+class RecordedCalls:
+    """How many calls the log has taken, and has not."""
+
+    recorded: int = 0
+    unrecorded: int = 0
+
+
 class Recorder:
     """Writes the spans of this proxy."""
 
-    def __init__(self, producer: Producer, topics: Topics, blobs: Blobs, ack_s: float) -> None:
+    def __init__(self, producer: Producer, topics: Topics, blobs: Blobs, ack_s: float, counts: RecordedCalls) -> None:
         """``ack_s``: how long a span may take to be acknowledged."""
         self._producer = PacedProducer(producer, PacePolicy(timeout_s=ack_s))
         self._topic = topics.events
         self._blobs = blobs
         self._background: set[asyncio.Task[None]] = set()
         self._supervisor = supervisor()
-        self.unrecorded = 0
+        self._counts = counts
 
     @property
     def full(self) -> bool:
@@ -51,8 +60,9 @@ class Recorder:
             span = await self._blobs.keep(span)
             headers = {KIND_HEADER: span.kind.encode()}
             await send_acknowledged(self._producer, self._topic, span, key=attempt.rollout_id, headers=headers)
+            self._counts.recorded += 1
         except (BlobError, LogError, TimeoutError) as error:
-            self.unrecorded += 1
+            self._counts.unrecorded += 1
             raise NotRecorded(str(error) or "time-out", too_large=isinstance(error, TooLarge)) from error
 
     async def try_record(self, attempt: ProxiedAttempt, facts: CallFacts, answer: Answer, response_id: str) -> None:

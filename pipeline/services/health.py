@@ -7,21 +7,22 @@ GET /metrics    Prometheus
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
-from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-from prometheus_client.core import Metric as MetricFamily
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
 from millstream.consumers.log.poll_times import PollTimes
+from millstream.producers.instruments import Exported, Values
 from millstream.producers.supervisor import Supervisor
-from millstream.schemas.metrics import BACKGROUND_AGE, POLL_AGE, RECORDS_UNREAD, Metric
+from millstream.schemas.metrics import BACKGROUND_AGE, POLL_AGE, Metric
+
+T = TypeVar("T")
 
 READS: Final = 100  # of a value that changes meanwhile; one of them nearly always succeeds
 CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -68,6 +69,7 @@ class Health:
     ) -> None:
         self.policy = policy
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)  # process_*: CPU, memory, file descriptors
         self.trouble: Callable[[], str | None] = lambda: None  # what keeps the role from working; from any thread
         self._polls = polls
         self._stop = stop
@@ -75,17 +77,20 @@ class Health:
         self._background = background or Supervisor()
         self._checks: list[Check] = []
         self.check(POLL_AGE, self._poll_age_s)
-        self.export(RECORDS_UNREAD, lambda: sum(poll.unread for poll in self._polls()))
         self.check(BACKGROUND_AGE, lambda: self._background.age_s, policy.background_s)
 
-    def export(self, metric: Metric, value: Callable[[], float]) -> None:
-        """Exports a gauge or counter. ``value`` is called at each scrape, from any thread."""
-        self.registry.register(_Exported(metric, partial(_stable, value)))
+    def export(self, metric: Metric, values: Callable[[], Values]) -> None:
+        """Exports a gauge or counter. ``values`` is called at each scrape, from any thread."""
+        self.registry.register(Exported(metric, partial(_stable, values)))
 
     def check(self, metric: Metric, age_s: Callable[[], float], limit_s: float | None = None) -> None:
         """Exports an age, above whose limit (`HealthPolicy.stuck_s` if None) the process is stuck."""
-        self._checks = [*self._checks, Check(metric, partial(_stable, age_s), limit_s or self.policy.stuck_s)]
-        self.export(metric, age_s)
+
+        def age() -> float:
+            return max(_stable(age_s), 0.0)  # what it is counted from may be newer than this look at the clock
+
+        self._checks = [*self._checks, Check(metric, age, limit_s or self.policy.stuck_s)]
+        self.export(metric, age)
 
     def _poll_age_s(self) -> float:
         now, polls = time.monotonic(), self._polls()
@@ -119,22 +124,10 @@ class Health:
         return Response(body, http_status, media_type=CONTENT_TYPE)
 
 
-def _stable(value: Callable[[], float]) -> float:
+def _stable(value: Callable[[], T]) -> T:
     """A role's value, asked for from another thread: a dictionary may change while it is summed up, and is then summed
     up again."""
     for _ in range(READS - 1):
         with suppress(RuntimeError):
             return value()
     return value()
-
-
-class _Exported:
-    """A collector of one value. Prometheus' own counters can't be set."""
-
-    def __init__(self, metric: Metric, value: Callable[[], float]) -> None:
-        self._metric = metric
-        self._value = value
-
-    def collect(self) -> Iterable[MetricFamily]:
-        family = CounterMetricFamily if self._metric.type == "counter" else GaugeMetricFamily
-        yield family(self._metric.name, self._metric.meaning, self._value())

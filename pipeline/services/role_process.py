@@ -11,6 +11,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
+from functools import partial
+from importlib.metadata import version as package_version
 from typing import Final
 
 from starlette.applications import Starlette
@@ -19,11 +21,12 @@ from starlette.routing import Route
 from millstream.consumers.log.port import Log
 from millstream.pipeline.services.health import Health, HealthPolicy
 from millstream.pipeline.services.serve_asgi import bounded, listen, served_in_thread
+from millstream.producers.instruments import Values
 from millstream.producers.supervisor import supervised, supervisor
 from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import BackgroundFailed, LogUnavailable
-from millstream.schemas.metrics import LOOP_AGE
+from millstream.schemas.metrics import BUILD_INFO, LOG_BYTES, LOOP_AGE, RECORDS_UNREAD
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +60,9 @@ async def role_process(
         background = stack.enter_context(supervised())
         health = Health(log.polls, stop, policy or HealthPolicy(), allow_idle=allow_idle, background=background)
         health.check(LOOP_AGE, lambda: time.monotonic() - loop_ran)
+        health.export(BUILD_INFO, lambda: {(package_version("millstream"), role): 1.0})
+        health.export(RECORDS_UNREAD, lambda: log.traffic().unread)
+        health.export(LOG_BYTES, partial(_log_bytes, log))
         if port:
             stack.enter_context(probes_answered(health, settings.health_host, port))
         stack.enter_context(_ended_if_stuck(health))
@@ -64,6 +70,11 @@ async def role_process(
         if report:
             await stack.enter_async_context(_reported(log, settings, role))
         yield health
+
+
+def _log_bytes(log: Log) -> Values:
+    traffic = log.traffic()
+    return {("read",): traffic.read_bytes, ("written",): traffic.written_bytes}
 
 
 @contextmanager

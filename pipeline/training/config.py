@@ -18,7 +18,8 @@ from millstream.pipeline.models.vllm_process import Transfer, VllmOptions
 from millstream.pipeline.services.role_process import role_process
 from millstream.pipeline.training.deployment import strategy_of
 from millstream.pipeline.training.progress import ProgressView
-from millstream.pipeline.training.report import Summary
+from millstream.pipeline.training.report import StepReport, Summary
+from millstream.pipeline.training.reporting.metrics import TrainingMetrics
 from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.pipeline.training.trainer import Trainer
 from millstream.schemas.config.settings import Settings, load_settings, problems_of
@@ -89,16 +90,19 @@ class TrainConfig(BaseModel):
         return self
 
 
-def with_probes(strategy: Strategy, health_port: int) -> Strategy:
-    """The strategy of a trainer that is a process: serves health probes, and ends the process if it is stuck."""
+def with_probes(strategy: Strategy, health_port: int, metrics: TrainingMetrics | None = None) -> Strategy:
+    """The strategy of a trainer that is a process: serves health probes and metrics, and ends the process if it is
+    stuck."""
 
     @asynccontextmanager
     async def running(setup: Setup) -> AsyncIterator[tuple[Log, ModelServer | None]]:
         async with (
             strategy(setup) as (log, server),
             # Idle is fine: a step of training may take any time.
-            role_process(log, setup.settings, "trainer", health_port, asyncio.Event(), allow_idle=True),
+            role_process(log, setup.settings, "trainer", health_port, asyncio.Event(), allow_idle=True) as health,
         ):
+            if metrics is not None:
+                health.registry.register(metrics)
             yield log, server
 
     return running
@@ -135,11 +139,17 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
     tasks = read_inputs(config.tasks, settings)
     val_tasks = read_inputs(config.val_tasks, settings) if config.val_tasks else []
     make_folder(config.run_dir, "run_dir")
+    metrics = TrainingMetrics()
     with ProgressView(console or Console(), config.run) as view:
+
+        def on_step(report: StepReport) -> None:
+            view.on_step(report)
+            metrics.ended(report)
+
         trainer = Trainer(
             algorithm=algorithm_of(config.algorithm),
             agent=config.agent,
-            strategy=with_probes(strategy_of(config.strategy), health_port),
+            strategy=with_probes(strategy_of(config.strategy), health_port, metrics),
             hooks=config.hooks,
             max_steps=config.max_steps,
             stop_reward=config.stop_reward,
@@ -150,7 +160,7 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
             adapter=load_object("adapter", adapter, str(Path.cwd())) if adapter else None,
             seed=config.seed,
             settings=settings,
-            on_step=view.on_step,
+            on_step=on_step,
             vllm=vllm_options(config.model),
             deterministic=config.model.deterministic,
         )

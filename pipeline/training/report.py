@@ -1,11 +1,11 @@
 """What a training run reports: one `StepReport` a step, and a `Summary` at the end."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from millstream.pipeline.training.groups import FinishedRollout
+from millstream.pipeline.training.groups import FinishedRollout, Group
 from millstream.schemas.wire import status
 from millstream.schemas.wire.trainable import bad_reward
 
@@ -27,10 +27,12 @@ class StepReport:
     reward_std: float = 0.0  # population standard deviation
     validation_reward: float | None = None  # of the validation that ended during the step
     groups: int = 0  # trained on
+    flat_groups: int = 0  # of those, how many taught nothing: all their rewards are alike
     dropped: Mapping[str, int] = field(default_factory=dict)  # groups that were not, by reason
     staleness_mean: float = 0.0  # updates between the policy that made a group and the one that learnt from it
     staleness_max: int = 0
     tokens: int = 0  # of responses that were trained on
+    experiment_id: str = ""  # set when the step has ended, as the phases are
     phases: Mapping[str, float] = field(
         default_factory=dict
     )  # seconds; see `Stopwatch`. Empty until the step has ended
@@ -82,6 +84,11 @@ def reward_spread(finished: Sequence[FinishedRollout]) -> float:
 def _rewards(finished: Sequence[FinishedRollout]) -> list[float]:
     given = [member.end.reward for member in finished if member.end.status == status.SUCCEEDED]
     return [0.0 if reward is None or bad_reward(reward) else reward for reward in given]
+
+
+def flat_groups(groups: Iterable[Group]) -> int:
+    """How many have rewards that are all alike."""
+    return sum(len(set(_rewards(group.members))) < 2 for group in groups)
 
 
 def failures(finished: Sequence[FinishedRollout]) -> int:

@@ -367,7 +367,8 @@ class Run:
         """Ends a step: its time, from the end of the one before, is divided among the phases. ``trained``: ids of the
         rollouts that were trained on, for the ledger. Call it before `checkpoint`, and `tell` after it."""
         lap = self.watch.lap()
-        report = dataclasses.replace(report, phases={str(phase): seconds for phase, seconds in lap.phases.items()})
+        phases = {str(phase): seconds for phase, seconds in lap.phases.items()}
+        report = dataclasses.replace(report, phases=phases, experiment_id=self.experiment.experiment_id)
         self._step = step_record(
             report,
             lap,

@@ -37,6 +37,13 @@ class ProducerPolicy:
     transaction_ms: int = 10_000  # a frozen process delays the readers of its open transaction by this much
 
 
+@dataclass(slots=True)
+class Sent:
+    """What a producer was given to send. Outlives it."""
+
+    bytes: int = 0  # of values
+
+
 class KafkaProducer:
     """An idempotent producer, acknowledged by all replicas."""
 
@@ -74,6 +81,7 @@ class KafkaProducer:
             )
             | dict(options or {})
         )
+        self.sent = Sent()
         self._unsettled = 0
         self._settled = threading.Condition()
         self._closed = threading.Event()
@@ -104,6 +112,7 @@ class KafkaProducer:
             partition = -1 if rounds is None else next(rounds) % self._partitions[topic]
         with self._settled:
             self._unsettled += 1
+            self.sent.bytes += len(body)
         try:
             self._produce(topic, body, raw_key, partition, headers, bind(self._delivered, topic, on_ack))
         except BaseException:

@@ -30,6 +30,7 @@ UNSUPERVISED = {
     ("pipeline.blocking", "noted"),
     ("pipeline.blocking", "run_blocking"),
     ("pipeline.models.role", "run"),
+    ("pipeline.services.fleet_load", "read"),
     ("pipeline.models.vllm_replica", "_until_down"),
     ("pipeline.models.vllm_server", "start"),
     ("pipeline.training.deployment", "_local_roles"),

@@ -1,6 +1,7 @@
 """Every role as a process: its probes, its reports, and how it stops."""
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from exposition import checked
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.workers import read_workers
@@ -56,9 +58,18 @@ async def test_every_role_has_probes_and_reports_itself(
                 while (await get(role, "/readyz"))[0] != 200:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 assert (await get(role, "/livez"))[0] == 200
-                assert "# HELP millstream_poll_age_seconds" in (await get(role, "/metrics"))[1]
+                samples = checked((await get(role, "/metrics"))[1])
+                assert samples["millstream_poll_age_seconds"][()] >= 0
+                (labels,) = samples["millstream_build_info"]
+                assert dict(labels)["role"] == role
             async with http.post(f"http://127.0.0.1:{ports['gateway']}/tasks", json={"input": 1}) as published:
                 assert published.status == 202
+            load = {"work": 0}
+            while load["work"] != 1:  # an answer is given again for two seconds
+                load = json.loads((await get("gateway", "/load"))[1])
+            assert (load["unclaimed"]["normal"], load["running"], load["slots"], load["load"]) == (1, 0, 0, None)
+            samples = checked((await get("gateway", "/metrics"))[1])
+            assert samples["millstream_unclaimed_tasks"][(("priority", "normal"),)] == 1
             while len(found := await read_workers(log, settings.topics)) < len(ports):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
         assert {worker.role for worker in found} == set(ports)

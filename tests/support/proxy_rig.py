@@ -9,6 +9,7 @@ import aiohttp
 import anthropic
 import openai
 from policy_server import PolicyServer
+from prometheus_client import CollectorRegistry
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.pipeline.proxy import Proxy
@@ -59,7 +60,11 @@ class Rig:
 
 @asynccontextmanager
 async def rig_of(
-    log: MemoryLog | None = None, models: int = 1, policy: ProxyPolicy = DEFAULT_POLICY, **settings: Any
+    log: MemoryLog | None = None,
+    models: int = 1,
+    policy: ProxyPolicy = DEFAULT_POLICY,
+    registry: CollectorRegistry | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Rig]:
     """``models``: policy servers, replicas of one upstream unless the settings say otherwise; `Rig.model` is the first
     of them. In the settings ``{url}`` stands for its address."""
@@ -70,7 +75,7 @@ async def rig_of(
         upstreams = {"model": {"urls": urls}}
         found = load_settings(**fixed | {"upstreams": upstreams, "routes": {"*": "model"}} | _filled(settings, urls[0]))
         log = log or MemoryLog(found.topics)
-        proxy = Proxy(log, found, policy)
+        proxy = Proxy(log, found, policy, registry=registry)
         url = await stack.enter_async_context(serve(proxy.app, ANYWHERE))
         rig = Rig(url, servers, log, proxy, found.topics)
         yield rig

@@ -1,6 +1,6 @@
 """The port for places where agents run, with the options and limits that all hosts share."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +28,10 @@ class AgentHost(Protocol):
     @property
     def starving_s(self) -> float:
         """How long no agent process has lived because none can be started."""
+
+    @property
+    def pids(self) -> Sequence[int]:
+        """Of the agent processes that live; empty if agents run in threads. From any thread."""
 
     async def start(self) -> None:
         """Raises `ConfigError` if the agent can't be imported."""
@@ -68,3 +72,4 @@ class HostOptions:
     on_late_span: Callable[[bytes], None]  # an encoded span of an attempt that has ended
     on_late_content: Callable[[str, bytes], object]  # likewise, a content by its digest
     policy: HostPolicy
+    on_process_ended: Callable[[str], None] = lambda _reason: None  # see `schemas.metrics.AGENT_PROCESSES_ENDED`

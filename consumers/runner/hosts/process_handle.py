@@ -74,11 +74,18 @@ class AgentChild(asyncio.Protocol):
         self._dead: Background | None = None
         self._killed = False
         self._cause: Outcome | None = None  # why it was killed, if its attempts are the reason
+        self._stopping = False  # as planned
         self._supervisor = supervisor()
 
     @property
     def alive(self) -> bool:
         return self._ready.done() and not self._disconnected.is_set() and not self._killed
+
+    @property
+    def pid(self) -> int | None:
+        """None before its start and after its end."""
+        process = self._process
+        return None if process is None or process.returncode is not None else process.pid
 
     @property
     def free(self) -> int:
@@ -168,6 +175,7 @@ class AgentChild(asyncio.Protocol):
     async def close(self) -> None:
         if self._dead is None:
             return
+        self._stopping = not self._killed
         self._killed = True
         if self._running:
             self.kill()
@@ -260,12 +268,22 @@ class AgentChild(asyncio.Protocol):
         if self._transport is not None:
             self._transport.write(data)
 
+    def _reason(self, code: int) -> str:
+        if self._stopping:
+            return "stopped"
+        if self._cause is not None and self._cause.error is not None:
+            return self._cause.error.type
+        if self._killed:
+            return "killed"
+        return "signal" if code < 0 else "exit"
+
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Waits until the process is dead and all it sent has been read; then ends its attempts."""
         code = await process.wait()
         self._kill_group(process.pid)  # its own children may hold the socket open
         with suppress(TimeoutError):
             await asyncio.wait_for(self._disconnected.wait(), self._options.policy.stop_s)
+        self._options.on_process_ended(self._reason(code))
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         if not self._ready.done():
             because = "" if self._cause is None or self._cause.error is None else f": {self._cause.error.message}"

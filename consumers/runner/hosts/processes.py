@@ -108,6 +108,10 @@ class ProcessHost:
         since = self._failing_since  # read once: other threads call this
         return 0.0 if since is None or any(child.alive for child in tuple(self._children)) else time.monotonic() - since
 
+    @property
+    def pids(self) -> Sequence[int]:
+        return [pid for child in tuple(self._children) if (pid := child.pid) is not None]
+
     async def start(self) -> None:
         for _ in range(self._processes):
             self._children.append(self._child())

@@ -1,7 +1,7 @@
 """Runs agents in threads of the runner."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from threading import Thread
@@ -47,8 +47,13 @@ class ThreadHost:
         self._attempts = open_agent(self._config, self._loop)
         self._thread = supervisor().thread("millstream-agents", self._run_loop)
 
+    @property
+    def pids(self) -> Sequence[int]:
+        return ()
+
     def collect(self) -> Iterable[Metric]:
-        return REGISTRY.collect()
+        # The runner's registry has the process's own metrics; Prometheus refuses a page that holds a series twice.
+        return (metric for metric in REGISTRY.collect() if not metric.name.startswith("process_"))
 
     def run(self, writer: AttemptWriter, *, alone: bool = False) -> None:
         assert self._attempts is not None, "start() first"

@@ -1,15 +1,21 @@
 """What the adapter counts, and when: each decision once, with the values that its end holds."""
 
+import asyncio
+import time
 from dataclasses import replace
 
-from factories import task
+from adapter_rig import Bed, Reader, adapter_on, history, write
+from exposition import checked, text_of
+from factories import event, task
 from prometheus_client import CollectorRegistry
 
 from millstream.consumers.adapter.decision import Decision, Retry, end_of
 from millstream.consumers.adapter.metrics import AdapterMetrics
 from millstream.consumers.adapter.transaction import Transaction
+from millstream.consumers.log.memory_log import MemoryLog
 from millstream.schemas.wire.log import LogRecord, Partition
-from millstream.schemas.wire.records import AttemptEvent, DeadLetter
+from millstream.schemas.wire.records import AttemptEvent, DeadLetter, RolloutEnd
+from millstream.schemas.wire.topics import Topics
 
 EVENTS = Partition("t.events", 0)
 S = 1_000_000_000
@@ -37,10 +43,13 @@ def test_ends_durations_retries_and_dead_letters_have_the_values_of_their_decisi
         decided(task(mode="train"), "lost", queued_s=50, seconds=400, dead=[(record, "lost_attempts_exhausted", "x")]),
         decided(first, "timeout", queued_s=5, seconds=9, retry=True),
     ]
-    metrics.committed(Transaction(decisions, [(EVENTS, 0, letter)]))
+    metrics.committed(Transaction(decisions, [(EVENTS, 0, letter)]), 0.02)
     second = replace(first, attempt=2)  # its claim is not the rollout's first
-    metrics.committed(Transaction([decided(second, "succeeded", queued_s=30, seconds=40)]))
+    metrics.committed(Transaction([decided(second, "succeeded", queued_s=30, seconds=40)]), 2.0)
+    foreign = task(mode="a-mode-of-its-own")
+    metrics.committed(Transaction([decided(foreign, "succeeded", queued_s=1, seconds=1)]), 0.5)
     metrics.aborted()
+    metrics.reduced()
     metrics.late("late_span")
 
     assert value("millstream_rollouts_ended_total", {"mode": "train", "status": "succeeded"}) == 1
@@ -55,7 +64,45 @@ def test_ends_durations_retries_and_dead_letters_have_the_values_of_their_decisi
     assert value("millstream_queued_seconds_sum", {"mode": "val"}) == 5
     assert value("millstream_retries_total", {"status": "timeout"}) == 1
     assert value("millstream_lost_attempts_total") == 1
-    assert value("millstream_dead_letters_total", {"reason": "lost_attempts_exhausted"}) == 1
-    assert value("millstream_dead_letters_total", {"reason": "undecodable"}) == 1
-    assert value("millstream_transactions_aborted_total") == 1
+    assert value("millstream_dead_letters_total", {"role": "adapter", "reason": "lost_attempts_exhausted"}) == 1
+    assert value("millstream_dead_letters_total", {"role": "adapter", "reason": "undecodable"}) == 1
+    assert value("millstream_rollouts_ended_total", {"mode": "other", "status": "succeeded"}) == 1
+    assert value("millstream_transactions_total", {"result": "committed"}) == 3
+    assert value("millstream_transactions_total", {"result": "aborted"}) == 1
+    assert value("millstream_transactions_total", {"result": "reduced"}) == 1
+    assert value("millstream_transaction_seconds_sum") == 2.52
+    assert value("millstream_transaction_seconds_bucket", {"le": "0.03"}) == 1
     assert value("millstream_late_records_total", {"kind": "late_span"}) == 1
+
+
+async def test_an_adapter_that_starts_again_counts_only_what_it_decides_itself():
+    """Defect 4: what is read again is not counted again, however many processes have read it."""
+    topics = Topics("t", 4)
+    bed = Bed(MemoryLog(topics), topics)
+    reader = Reader(bed, topics.triplets)
+    registries = [CollectorRegistry(), CollectorRegistry()]
+    for registry, rollouts in zip(registries, (5, 3), strict=True):
+        async with adapter_on(bed, registry=registry):
+            before = len(reader.found)
+            await write(bed, *(record for _ in range(rollouts) for record in history(task())))
+            ends = lambda found: sum(isinstance(v, RolloutEnd) for _, v in found[before:])  # noqa: B023, E731
+            await reader.until(lambda found: ends(found) == rollouts)  # noqa: B023
+    labels = {"mode": "train", "status": "succeeded"}
+    assert [r.get_sample_value("millstream_rollouts_ended_total", labels) for r in registries] == [5, 3]
+    for registry in registries:
+        checked(text_of(registry))
+
+
+async def test_the_lag_is_the_age_of_what_is_not_folded_yet():
+    topics = Topics("t", 1)
+    bed = Bed(MemoryLog(topics), topics)
+    async with adapter_on(bed) as adapter:
+        of = task()
+        await write(bed, event(of, "a", "preparing"))
+        async with asyncio.timeout(10):
+            while not (adapter.open_rollouts and adapter.idle):  # noqa: ASYNC110
+                await asyncio.sleep(0)
+        assert adapter.lag_s == 0
+        (part,) = adapter._parts.values()
+        part.high_watermark, part.read_ms = 100, round(time.time() * 1000) - 7000
+        assert 6.99 < adapter.lag_s < 9

@@ -1,12 +1,16 @@
 """When the role stores what it has gathered, and what a `Sink` gets."""
 
 import asyncio
+import time
 
 import factories
 import pytest
+from exposition import checked, text_of
+from prometheus_client import CollectorRegistry
 from sink_rig import eventually, run_to_the_end
 
 from millstream.consumers.log.memory_log import MemoryLog
+from millstream.consumers.sink.port import Unusable
 from millstream.consumers.sink.sink import FlushPolicy, SinkRole
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.wire import codec
@@ -99,3 +103,36 @@ async def test_an_error_that_is_no_store_error_ends_the_sink_and_commits_nothing
     kept.unflushed = []
     await run_to_the_end(SinkRole(log, kept, settings))
     assert kept.sizes == [50]
+
+
+async def test_inserts_lag_and_dead_letters_are_exported(log, settings):
+    """The lag is the age of the oldest record that is not stored, from the log's own timestamps."""
+    registry, kept, stop = CollectorRegistry(), Kept(), asyncio.Event()
+
+    class Choosy(Kept):
+        def write(self, batch):
+            super().write(batch)
+            events = [record for record in batch.records if record.partition.topic == settings.topics.events]
+            return [Unusable(record, f"because-{record.offset}", "no") for record in events]
+
+    sink = SinkRole(log, kept, settings, registry=registry, flush=FlushPolicy(rows=100, age_s=9.0))
+    running = asyncio.create_task(sink.run(stop))
+    assert (sink.group, sink.lag_s) == ("millstream.sink", 0)
+    began = time.time()
+    send_spans(log, settings, 10)
+    await eventually(lambda: sink.waiting == 10)
+    assert 0 <= sink.lag_s <= time.time() - began + 0.002
+    sink._gathered.oldest_ms -= 7000
+    assert 6.99 < sink.lag_s <= time.time() - began + 7.002
+    send_spans(log, settings, 90)
+    await eventually(lambda: kept.sizes == [100])
+    await eventually(lambda: sink.waiting == 0)
+    assert sink.lag_s == 0
+    stop.set()
+    await running
+    samples = checked(text_of(registry))
+    assert samples["millstream_sink_insert_seconds_count"] == {(): 1}
+    other = CollectorRegistry()
+    await run_to_the_end(SinkRole(log, Choosy(), settings, name="choosy", registry=other))
+    found = checked(text_of(other))["millstream_dead_letters_total"]
+    assert found == {(("reason", "other"), ("role", "sink")): 100}

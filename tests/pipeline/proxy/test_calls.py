@@ -6,7 +6,9 @@ import json
 import aiohttp
 import openai
 import pytest
+from exposition import checked, text_of
 from policy_server import LOGPROB, Fault, ids
+from prometheus_client import CollectorRegistry
 from proxy_rig import float32, int32, rig_of
 
 from millstream.consumers.log.memory_log import MemoryLog
@@ -246,3 +248,108 @@ async def test_bad_requests_are_answered_in_openais_form(rig, path, body, status
         assert response.status == status
         assert message in (await response.json())["error"]["message"]
     assert rig.model.requests == []
+
+
+# What is counted
+
+UPSTREAM = ("upstream", "model")
+
+
+def counted(registry):
+    """By code."""
+    found = checked(text_of(registry)).get("millstream_model_calls_total", {})
+    return {dict(labels)["code"]: value for labels, value in found.items()}
+
+
+async def test_calls_seconds_tokens_and_bytes_have_the_values_of_the_calls():
+    registry = CollectorRegistry()
+    async with rig_of(registry=registry) as rig:
+        await rig.client.chat.completions.create(**ASKED)
+        async for _ in await rig.client.chat.completions.create(**ASKED, stream=True):
+            pass
+        assert rig.proxy.recorded == 2
+    samples = checked(text_of(registry))
+    assert samples["millstream_model_calls_total"] == {(("code", "200"), UPSTREAM): 2}
+    assert samples["millstream_model_call_seconds_count"] == {(UPSTREAM,): 2}
+    assert 0 < samples["millstream_model_call_seconds_sum"][(UPSTREAM,)] < 60
+    assert samples["millstream_first_token_seconds_count"] == {(UPSTREAM,): 1}  # of the stream
+    assert samples["millstream_tokens_total"] == {
+        (("kind", "prompt"), UPSTREAM): 2 * 5,  # "user say one two three"
+        (("kind", "response"), UPSTREAM): 2 * 3,
+    }
+    passed = {dict(labels)["direction"]: n for labels, n in samples["millstream_proxy_bytes_total"].items()}
+    assert passed["received"] > 2 * len(ASKED["messages"][0]["content"])
+    assert passed["sent"] > 2 * len("one two three")
+
+
+@pytest.mark.parametrize(
+    ("fault", "stream", "code"),
+    [
+        (Fault(status=400, body={"error": {"message": "no"}}), False, "400"),
+        (Fault(status=400, body={"error": {"message": "no"}}), True, "400"),
+        (Fault(status=404, body={"error": {"message": "no"}}), False, "404"),
+        (Fault(error_after=1), True, "broken"),
+    ],
+)
+async def test_a_call_that_fails_is_counted_by_what_its_client_got(fault, stream, code):
+    registry = CollectorRegistry()
+    async with rig_of(registry=registry) as rig:
+        rig.model.faults.extend([fault, *[Fault(status=500, body={})] * 10])  # no replica goes on with a stream
+        with pytest.raises(openai.APIError):
+            await _ask(rig, stream=stream)
+    assert counted(registry) == {code: 1}
+
+
+async def test_tries_beyond_the_first_are_counted():
+    registry = CollectorRegistry()
+    async with rig_of(registry=registry) as rig:
+        rig.model.faults.append(Fault(status=503, body={}))
+        await rig.client.chat.completions.create(**ASKED)
+    samples = checked(text_of(registry))
+    assert samples["millstream_model_retries_total"] == {(UPSTREAM,): 1}
+    assert counted(registry) == {"200": 1}
+
+
+@pytest.mark.parametrize(
+    ("setting", "limit"),
+    [("key_limits", "attempt"), ("route_limits", "model"), ("upstreams", "upstream")],
+)
+async def test_a_call_that_a_limit_refuses_is_counted_by_what_is_limited(setting, limit):
+    registry, limits = CollectorRegistry(), {"max_concurrency": 1, "max_queue": 0}
+    values = {
+        "key_limits": limits,
+        "route_limits": {"*": limits},
+        "upstreams": {"model": {"urls": ["{url}"], "limits": limits}},
+    }
+    async with rig_of(registry=registry, **{setting: values[setting]}) as rig:
+        rig.model.gate.clear()
+        first = asyncio.create_task(_ask(rig))
+        await rig.model.asked.wait()
+        with pytest.raises(openai.RateLimitError):
+            await _ask(rig)
+        rig.model.gate.set()
+        await first
+    samples = checked(text_of(registry))
+    assert samples["millstream_limited_total"] == {(("limit", limit),): 1}
+    assert counted(registry) == {"200": 1, "429": 1}
+
+
+async def test_a_client_that_leaves_is_counted_apart():
+    registry = CollectorRegistry()
+    async with rig_of(registry=registry) as rig:
+        rig.model.gate.clear()
+        asking = asyncio.create_task(_ask(rig))
+        await rig.model.asked.wait()
+        asking.cancel()
+        async with asyncio.timeout(10):
+            while not counted(registry):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        rig.model.gate.set()
+    assert counted(registry) == {"499": 1}
+
+
+async def _ask(rig, *, stream=False):
+    answer = await rig.client.chat.completions.create(**ASKED, stream=stream)
+    if stream:
+        async for _ in answer:
+            pass

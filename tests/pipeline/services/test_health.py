@@ -5,12 +5,13 @@ import time
 from collections.abc import Callable
 
 import pytest
+from exposition import checked
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.poll_times import PollTimes
 from millstream.pipeline.services.health import Health, HealthPolicy
 from millstream.producers.supervisor import Supervisor
-from millstream.schemas.metrics import CALLS_DROPPED, RUNNING, STARVING, TRANSACTION_AGE
+from millstream.schemas.metrics import CALLS_DROPPED, MEMORY_LIMIT, RUNNING, STARVING, TRANSACTION_AGE, UNCLAIMED
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.topics import Topics
 
@@ -38,7 +39,11 @@ def test_metrics_are_exported_by_type() -> None:
     health.export(RUNNING, lambda: 3)
     health.export(CALLS_DROPPED, lambda: 4)
     text = health.answer("/metrics")[1].decode()
-    for line in ("millstream_running 3.0", "millstream_calls_dropped_total 4.0", "# TYPE millstream_running gauge"):
+    for line in (
+        "millstream_runner_running 3.0",
+        "millstream_calls_dropped_total 4.0",
+        "# TYPE millstream_runner_running gauge",
+    ):
         assert line in text
     assert "# HELP millstream_poll_age_seconds" in text
 
@@ -95,7 +100,7 @@ def test_a_value_that_changes_while_it_is_read_does_not_fail_the_metrics() -> No
         return sum(calls.values())
 
     health.export(RUNNING, value)
-    assert "millstream_running 1.0" in health.answer("/metrics")[1].decode()
+    assert "millstream_runner_running 1.0" in health.answer("/metrics")[1].decode()
     assert len(calls) == 5
 
 
@@ -109,3 +114,30 @@ def test_a_background_task_without_success_for_too_long_fails_the_probes(monkeyp
     assert health.answer("/livez")[0] == 503
     assert "millstream_background_age_seconds 601.0" in health.answer("/metrics")[1].decode()
     assert health.answer("/readyz")[0] == 503
+
+
+def test_an_age_is_never_negative() -> None:
+    """Defect 7: what it is counted from may be newer than the look at the clock."""
+    health = Health(list, asyncio.Event())
+    health.check(STARVING, lambda: -3e-06)
+    assert b"\nmillstream_starving_seconds 0.0\n" in health.answer("/metrics")[1]
+    assert b"-" not in health.answer("/livez")[1]
+    later = Health(lambda: [PollTimes(last_poll=time.monotonic() + 5)], asyncio.Event())
+    assert b"\nmillstream_poll_age_seconds 0.0\n" in later.answer("/metrics")[1]
+
+
+def test_values_have_labels_or_are_absent() -> None:
+    health = Health(list, asyncio.Event())
+    health.export(UNCLAIMED, lambda: {("low",): 2, ("high",): 1})
+    health.export(MEMORY_LIMIT, lambda: None)
+    text = health.answer("/metrics")[1].decode()
+    samples = checked(text)
+    assert samples["millstream_unclaimed_tasks"] == {(("priority", "high"),): 1, (("priority", "low"),): 2}
+    assert "millstream_memory_limit_bytes" not in text
+
+
+def test_two_metrics_of_one_name_are_refused() -> None:
+    health = Health(list, asyncio.Event())
+    health.export(RUNNING, lambda: 1)
+    with pytest.raises(ValueError, match="millstream_runner_running"):
+        health.export(RUNNING, lambda: 2)

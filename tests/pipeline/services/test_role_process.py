@@ -7,11 +7,13 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import pytest
+from exposition import checked, text_of
 
 from millstream.consumers.adapter.triplets import to_triplets
 from millstream.consumers.log.memory_log import MemoryLog
@@ -93,6 +95,24 @@ async def test_a_role_is_reported_while_it_runs() -> None:
         assert "millstream_event_loop_age_seconds 0." in (await asyncio.to_thread(get, port, "/livez"))[1]
     with pytest.raises(URLError):
         await asyncio.to_thread(get, port, "/livez")
+
+
+async def test_a_process_exports_what_it_uses_what_it_runs_and_what_it_reads() -> None:
+    """Defect 8: CPU and memory of the process, its version and role."""
+    log = MemoryLog(TOPICS)
+    async with role_process(log, load_settings(), "sink", 0, asyncio.Event(), report=False) as health:
+        read = log.consumers.add()
+        read.read_bytes, read.unread = 100, 3
+        samples = checked(text_of(health.registry))
+        read.closed = True
+        log.consumers.add().read_bytes = 11  # the closed one is forgotten, not what it has read
+        later = checked(text_of(health.registry))
+    assert samples["process_resident_memory_bytes"][()] > 1 << 20
+    assert samples["process_cpu_seconds_total"][()] > 0
+    assert samples["millstream_build_info"] == {(("role", "sink"), ("version", version("millstream"))): 1}
+    assert samples["millstream_log_bytes_total"] == {(("direction", "read"),): 100, (("direction", "written"),): 0}
+    assert later["millstream_log_bytes_total"][(("direction", "read"),)] == 111
+    assert later["millstream_unread_records_total"][()] == 3
 
 
 @asynccontextmanager
