@@ -4,6 +4,7 @@
     POST /cancel {"rollout" | "group" | "experiment": id}
     POST /pause, /resume {"experiment": id}
     POST /v1/traces                                       spans by OTLP, from agents' own processes
+    GET  /load                                            what waits and who works, for autoscalers
     GET  /rollouts/{id}, /metrics, /asyncapi.json, /livez, /readyz
 
 It keeps no state: several gateways may serve one deployment.
@@ -12,6 +13,7 @@ It keeps no state: several gateways may serve one deployment.
 import asyncio
 import hmac
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Final, Literal
@@ -27,18 +29,25 @@ from starlette.routing import Route
 from millstream.consumers.log.port import Log
 from millstream.pipeline.addresses import is_loopback
 from millstream.pipeline.services.asyncapi import asyncapi_document
+from millstream.pipeline.services.fleet_load import FleetLoad, FleetLoadReader, LoadPolicy
 from millstream.pipeline.services.health import Health
 from millstream.pipeline.services.otlp_receiver import PATH as TRACES
 from millstream.pipeline.services.otlp_receiver import OtlpPolicy, OtlpReceiver
 from millstream.pipeline.services.rollout_status import read_rollout_status
 from millstream.pipeline.services.serve_asgi import body_of, for_this_machine
 from millstream.producers.control import cancel_record, pause_record, publish_control
+from millstream.producers.instruments import Values
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskLine, TaskPublisher, group_of
+from millstream.schemas import metrics
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import CodecError, ConfigError, MillstreamError, TooLarge
+from millstream.schemas.metrics import Metric
+from millstream.schemas.spans import semconv
 from millstream.schemas.wire.log import Partition
 from millstream.schemas.wire.records import RolloutTask
+
+logger = logging.getLogger(__name__)
 
 OR_SQL: Final = "for rollouts that have ended ask the store: `millstream rollouts`"
 OPEN_PATHS: Final = ("/livez", "/readyz", TRACES)  # probes have no token, attempts have keys
@@ -54,6 +63,7 @@ class GatewayPolicy:
     status_s: float = 10.0  # for reading a rollout's status; the older the rollout, the more of the log is read
     status_reads: int = 4  # at a time; each holds a connection to Kafka
     otlp: OtlpPolicy = field(default_factory=OtlpPolicy)
+    load: LoadPolicy = field(default_factory=LoadPolicy)
 
 
 class PublishOptions(BaseModel):
@@ -95,6 +105,11 @@ class Gateway:
         self._tasks = TaskPublisher(producer, settings)
         self._policy = policy
         self._status_reads = asyncio.Semaphore(policy.status_reads)
+        self._load = FleetLoadReader(log, self._topics, policy.load)
+        self._health = health
+        receiver = OtlpReceiver(producer, settings, policy.otlp)
+        health.export(metrics.SPANS, lambda: {(semconv.SOURCE_OTLP,): receiver.stored})
+        self._export_load()
         topics = Response(asyncapi_document(self._topics), media_type="application/json")
         token = settings.gateway_token.get_secret_value()
         self.app = Starlette(
@@ -103,15 +118,37 @@ class Gateway:
                 Route("/cancel", self._cancel, methods=["POST"]),
                 Route("/pause", self._pause, methods=["POST"]),
                 Route("/resume", self._pause, methods=["POST"]),
-                Route(TRACES, OtlpReceiver(producer, settings, policy.otlp).receive, methods=["POST"]),
+                Route(TRACES, receiver.receive, methods=["POST"]),
                 Route("/rollouts/{rollout_id}", self._rollout),
-                *(Route(path, health.respond) for path in ("/livez", "/metrics")),
+                Route("/load", self._answer_load),
+                Route("/metrics", self._metrics),
+                Route("/livez", health.respond),
                 Route("/readyz", self._is_ready),
                 Route("/asyncapi.json", topics),
             ],
             middleware=[Middleware(BaseHTTPMiddleware, dispatch=_gate(token))],
             exception_handlers={Refused: _refused, MillstreamError: _failed},
         )
+
+    def _export_load(self) -> None:
+        def export(metric: Metric, values: Callable[[FleetLoad], Values]) -> None:
+            """What the last scrape has read; absent if the log could not be read."""
+            self._health.export(metric, lambda: None if (load := self._load.last) is None else values(load))
+
+        export(metrics.UNCLAIMED, lambda load: {(priority,): n for priority, n in load.unclaimed.tasks.items()})
+        export(metrics.OLDEST_UNCLAIMED, lambda load: load.unclaimed.oldest_s)
+        export(metrics.FLEET_SLOTS, lambda load: load.slots)
+        export(metrics.FLEET_RUNNING, lambda load: load.running)
+
+    async def _answer_load(self, _: Request) -> Response:
+        return JSONResponse((await self._load.read()).to_json())
+
+    async def _metrics(self, request: Request) -> Response:
+        try:
+            await self._load.read()
+        except MillstreamError as error:
+            logger.warning("the load of the deployment is missing among the metrics: %s", error)
+        return await self._health.respond(request)
 
     async def _publish(self, request: Request) -> Response:
         options = _checked(OPTIONS, dict(request.query_params))

@@ -68,6 +68,7 @@ class OtlpReceiver:
         self._blobs = Blobs(settings.blob_url)
         self._policy = policy
         self._free = asyncio.Semaphore(policy.requests)
+        self.stored = 0  # spans
 
     async def receive(self, request: Request) -> Response:
         form = request.headers.get("content-type", "").partition(";")[0].strip()
@@ -145,6 +146,7 @@ class OtlpReceiver:
             spans = [kept for span in spans if (kept := await self._kept(span, rejected)) is not None]
             await asyncio.to_thread(self._send, written, spans, rejected)
             await asyncio.wait_for(written.wait(), self._policy.record_s)
+            self.stored += written.sent
         except (BlobError, LogError, TimeoutError) as error:
             raise _Refused(503, f"the spans can't be stored, send them again: {error or 'time-out'}") from error
 
