@@ -17,6 +17,18 @@ Rule = Callable[[Call], str | None]
 """Why not to train on a call, or None. Pure."""
 
 NO_TOKENS: Final = "no token ids or no logprobs"
+# What a request may ask of the sampler, with the value that changes nothing. With any other the tokens come from another
+# distribution than the one whose log-probabilities servers return by default and learners compute.
+NEUTRAL: Final = {
+    "gen_ai.request.temperature": (1.0,),
+    "gen_ai.request.top_p": (1.0,),
+    "gen_ai.request.top_k": (0.0, -1.0),
+    "gen_ai.request.frequency_penalty": (0.0,),
+    "gen_ai.request.presence_penalty": (0.0,),
+    "millstream.request.min_p": (0.0,),
+    "millstream.request.repetition_penalty": (1.0,),
+    "millstream.request.logit_bias": (),  # only if it is empty
+}
 ABORTED: Final = ("abort", "aborted", "cancelled", "error", "content_filter")  # finish reasons of half an answer
 
 
@@ -119,6 +131,18 @@ def counts(call: Call) -> str | None:
     return None if tokens == logprobs else f"{tokens} response tokens, but {logprobs} logprobs"
 
 
+def sampling(call: Call) -> str | None:
+    """Whether the request changed the distribution that tokens are drawn from (see `NEUTRAL`). A ratio of policies would
+    then compare with a policy that has sampled nothing. For rollouts that are trained on; a validation may be greedy."""
+    attributes = call.span.attributes
+    for name, neutral in NEUTRAL.items():
+        value = attributes.get(name)
+        if value is not None and not _is_one_of(value, neutral):
+            field = name.rpartition(".")[2]
+            return f"sampled with {field} {value}: its log-probabilities are those without; leave {field} out of the request"
+    return None
+
+
 def too_long(most: int) -> Rule:
     def rule(call: Call) -> str | None:
         span = call.span
@@ -126,6 +150,15 @@ def too_long(most: int) -> Rule:
         return None if tokens <= most else f"{tokens} tokens, {most} are allowed"
 
     return rule
+
+
+def _is_one_of(text: str, values: Sequence[float]) -> bool:
+    if text in ("", "{}"):
+        return True
+    try:
+        return float(text) in values
+    except ValueError:
+        return False
 
 
 def _content(message: object) -> list[object]:

@@ -21,7 +21,7 @@ from millstream.consumers.adapter.reward_matching import (
     match,
     rewards_of,
 )
-from millstream.consumers.adapter.training_rules import Rule, repeats, selection, validation
+from millstream.consumers.adapter.training_rules import Rule, repeats, sampling, selection, validation
 from millstream.schemas.config.triplet_rules import TripletRules
 from millstream.schemas.import_path import load_object
 from millstream.schemas.spans import semconv
@@ -109,12 +109,15 @@ class TripletMaker:
         """
         rules, tree = self.rules, SpanTree(trace.spans)
         repeated = repeats(rules)
+        validation = self._validation
+        if rules.require_tokens and trace.task.mode == "train":
+            validation = [*validation, sampling]
         verdicts = [Verdict(call) for call in calls_of(trace.spans, tree)]
         for verdict in verdicts:
             verdict.reason = _first(self._selection, verdict.call)
             verdict.selected = verdict.reason is None
             if verdict.selected:
-                verdict.reason = _first(self._validation, verdict.call) or repeated(verdict.call)
+                verdict.reason = _first(validation, verdict.call) or repeated(verdict.call)
         chosen = [verdict for verdict in verdicts if verdict.selected]
         left_out = self._give(rewards_of(trace.spans), Candidates([v.call for v in chosen], tree), verdicts)
         credit = credited([earned(verdict.rewards, rules) for verdict in chosen], rules)

@@ -16,7 +16,7 @@ def weather(city: str) -> str:
 
 
 model = OpenAIChatCompletionsModel(MODEL, AsyncOpenAI(max_retries=0))
-settings = ModelSettings(temperature=0.5, include_usage=True)
+settings = ModelSettings(include_usage=True)
 forecaster = Agent(name="forecaster", model=model, tools=[weather], model_settings=settings)
 triage = Agent(name="triage", model=model, handoffs=[forecaster], model_settings=settings)
 

@@ -138,6 +138,44 @@ def test_limits_are_said():
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "trained"),
+    [
+        ("gen_ai.request.temperature", "1", True),
+        ("gen_ai.request.temperature", "1.0", True),
+        ("gen_ai.request.temperature", "0.7", False),
+        ("gen_ai.request.temperature", "0", False),
+        ("gen_ai.request.temperature", "warm", False),
+        ("gen_ai.request.top_p", "1", True),
+        ("gen_ai.request.top_p", "0.95", False),
+        ("gen_ai.request.top_k", "-1", True),
+        ("gen_ai.request.top_k", "0", True),
+        ("gen_ai.request.top_k", "20", False),
+        ("gen_ai.request.frequency_penalty", "0.0", True),
+        ("gen_ai.request.frequency_penalty", "0.5", False),
+        ("gen_ai.request.presence_penalty", "0", True),
+        ("gen_ai.request.presence_penalty", "-0.5", False),
+        ("millstream.request.min_p", "0", True),
+        ("millstream.request.min_p", "0.05", False),
+        ("millstream.request.repetition_penalty", "1.0", True),
+        ("millstream.request.repetition_penalty", "1.1", False),
+        ("millstream.request.logit_bias", "{}", True),
+        ("millstream.request.logit_bias", '{"7": 1}', False),
+        ("gen_ai.request.seed", "7", True),
+        ("gen_ai.request.max_tokens", "16", True),
+    ],
+)
+def test_tokens_of_another_distribution_than_their_logprobs_are_not_trained_on(name, value, trained):
+    """Servers return the model's own log-probabilities, before temperature and truncation."""
+    made = call(TASK, "a", "1")
+    made = replace(made, attributes=made.attributes | {name: value})
+    field = name.rpartition(".")[2]
+    why = f"sampled with {field} {value}: its log-probabilities are those without; leave {field} out of the request"
+    assert reasons([made]) == [None if trained else why]
+    validated = TripletMaker(TripletRules())(Trace(replace(TASK, mode="val"), "a", [made]))
+    assert [t.trainable for t in validated] == [True], "a validation may be greedy"
+
+
 def test_from_text_alone_a_call_needs_words_or_tool_calls():
     def said(message):
         attributes = {semconv.RESPONSE_ID: message, semconv.RESPONSE_MESSAGE: message}
