@@ -2,15 +2,30 @@
 algorithm is made."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from millstream.pipeline.algorithms.verl.config import VerlOptions
 from millstream.schemas.errors import ConfigError
 
 if TYPE_CHECKING:
     from millstream.pipeline.training.algorithm import Algorithm
+
+# Defaults of a preset, where they differ from the fields'. "pretrained" is DAPO's training (arXiv:2503.14476, section
+# 4.1): AdamW at a constant 1e-6 after a warm-up of 20 steps, each rollout seen once, no KL, no entropy bonus. Weight
+# decay is that of verl's recipe of it; the critic's rate verl's for PPO.
+PRESETS: Final[dict[str, dict[str, Any]]] = {
+    "random": {},
+    "pretrained": {
+        "lr": 1e-6,
+        "warmup": 20,
+        "weight_decay": 0.1,
+        "epochs": 1,
+        "entropy": 0.0,
+        "critic_lr": 1e-5,
+    },
+}
 
 Clip = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 
@@ -34,13 +49,14 @@ class LoopOptions(BaseModel):
 
 
 class TorchOptions(LoopOptions):
-    """Of `torch_learner.TorchLearner`. The defaults suit a small model with random weights; for a pretrained one begin
-    with lr = 1e-6 and entropy = 0."""
+    """Of `torch_learner.TorchLearner`. The defaults suit a small model with random weights; those of a ``preset`` take
+    their place, and what is given takes precedence."""
 
     choices: ClassVar[dict[str, Any]] = {}  # what makes the type: arguments of `TorchLearner`
     varied: ClassVar[bool] = False  # leaves out groups whose members earned the same
 
     model: Path = Field(description="Hugging Face folder of the policy.")
+    preset: Literal["random", "pretrained"] = Field("random", description="The model's weights at the beginning.")
     lr: float = Field(5e-4, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="The others fall to 0.")
     warmup: int = Field(0, ge=0, description="Updates in which the learning rate rises.")
@@ -65,8 +81,14 @@ class TorchOptions(LoopOptions):
     lora_alpha: float = Field(32.0, gt=0)
     seed: int = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, given: Any) -> Any:
+        defaults = PRESETS.get(str(given.get("preset")), {}) if isinstance(given, dict) else {}
+        return {name: value for name, value in defaults.items() if name in cls.model_fields} | given
+
     def learner_arguments(self) -> dict[str, Any]:
-        given = self.model_dump(exclude={*LoopOptions.model_fields, "type", "lora_rank", "lora_alpha"})
+        given = self.model_dump(exclude={*LoopOptions.model_fields, "type", "preset", "lora_rank", "lora_alpha"})
         return given | self.choices
 
 

@@ -94,6 +94,27 @@ def test_options_of_the_loop_reach_it(folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_preset_for_a_pretrained_model_is_what_was_published(folder: Path, kind: str) -> None:
+    """lr, warm-up, one epoch, no entropy bonus and no KL as in DAPO (arXiv:2503.14476)."""
+    given = {"type": kind, "model": folder, **TYPES[kind]}
+    loop = algorithm_of(OPTIONS.validate_python(given | {"preset": "pretrained"}))
+    assert isinstance(loop, PolicyGradient)
+    learner: Any = loop.learner
+    assert (learner.lr, learner.warmup, learner.epochs, learner.entropy) == (1e-6, 20, 1, 0.0)
+    assert learner.kl == TYPES[kind].get("kl", 0.0)
+    assert learner._optimizer.param_groups[0]["weight_decay"] == 0.1
+    random = OPTIONS.validate_python(given)
+    assert OPTIONS.validate_python(given | {"preset": "random"}) == random
+    assert (random.lr, random.warmup, random.epochs, random.entropy) == (5e-4, 0, 2, 0.1)
+
+
+def test_what_is_given_takes_precedence_over_the_preset(folder: Path) -> None:
+    given = {"type": "ppo", "model": folder, "preset": "pretrained", "lr": 3e-6, "epochs": 4}
+    options = OPTIONS.validate_python(given)
+    assert (options.lr, options.epochs, options.entropy, options.critic_lr) == (3e-6, 4, 0.0, 1e-5)
+
+
 def test_verl_is_a_type(tmp_path: Path) -> None:
     assert isinstance(algorithm_of(OPTIONS.validate_python({"type": "verl", "model": tmp_path})), Verl)
 
@@ -105,6 +126,7 @@ def test_verl_is_a_type(tmp_path: Path) -> None:
         ({"model": "m"}, "type"),
         ({"type": "grpo", "model": "m", "learning_rate": 1}, "learning_rate"),
         ({"type": "dr_grpo", "model": "m"}, "norm_tokens"),
+        ({"type": "grpo", "model": "m", "preset": "tuned"}, "preset"),
     ],
 )
 def test_what_is_wrong_is_named(given: dict[str, Any], says: str) -> None:
