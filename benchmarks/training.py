@@ -51,16 +51,17 @@ async def agent(task: dict[str, Any], rollout: Any) -> None:
     waits = random.Random(rollout.seed)
     ask = client(asyncio.get_running_loop()).chat.completions.create
     result, *operands = task["numbers"]
-    messages: list[Any] = [{"role": "user", "content": f"{task['question']} ?"}]
-    for step, operand in enumerate(operands):
+    messages: list[Any] = []
+    for step, part in enumerate(task["question"].split(" then ")):
+        asked = f"result {result} . then {part} ?" if step else f"{part} ?"
+        messages.append({"role": "user", "content": asked})
         await asyncio.sleep(task["wait_s"] * waits.lognormvariate(-SIGMA * SIGMA / 2, SIGMA))
         answer = await ask(model="calculator", messages=messages, max_tokens=1)
         word = (answer.choices[0].message.content or "").strip()
         if word in TOOLS:
-            result = TOOLS[word](result, operand)
+            result = TOOLS[word](result, operands[step])
         ms.emit_reward(0.5 * (word == task["tools"][step]))
         messages.append({"role": "assistant", "content": word})
-        messages.append({"role": "user", "content": f"result {result} . next ?"})
 
 
 def train(staleness: int, seed: int, steps: int, lr: float, wait_s: float) -> dict[str, float]:

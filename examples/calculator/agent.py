@@ -13,14 +13,15 @@ client = openai.OpenAI()
 def agent(task: dict[str, Any], rollout: Any = None) -> int:
     """Works a question out, step by step; returns the number it arrives at."""
     result, *operands = task["numbers"]
-    messages: list[Any] = [{"role": "user", "content": f"{task['question']} ?"}]
-    for step, operand in enumerate(operands):
+    messages: list[Any] = []
+    for step, part in enumerate(task["question"].split(" then ")):
+        asked = f"result {result} . then {part} ?" if step else f"{part} ?"
+        messages.append({"role": "user", "content": asked})
         completion = client.chat.completions.create(model="calculator", messages=messages, max_tokens=1)
         word = (completion.choices[0].message.content or "").strip()
         tool_called(word, known=word in TOOLS)
         if word in TOOLS:
-            result = TOOLS[word](result, operand)
+            result = TOOLS[word](result, operands[step])
         score(step, word == task["tools"][step], rollout)
         messages.append({"role": "assistant", "content": word})
-        messages.append({"role": "user", "content": f"result {result} . next ?"})
     return result

@@ -63,7 +63,9 @@ class Calculator(AssistantAgent):
             arguments = {"a": sheet.result, "b": task["numbers"][self._step + 1]}
             sheet.result = await tools[word].run_json(arguments, cancellation_token)
         score(self._step, word == task["tools"][self._step], sheet.rollout)
-        return TextMessage(content=f"{word} result {sheet.result} . next ?", source=self.name)
+        following = task["question"].split(" then ")[self._step + 1 :][:1]
+        content = " . ".join([f"{word} result {sheet.result}", *(f"then {part} ?" for part in following)])
+        return TextMessage(content=content, source=self.name)
 
 
 async def agent(task: dict[str, Any], rollout: Any = None) -> int:
@@ -71,5 +73,6 @@ async def agent(task: dict[str, Any], rollout: Any = None) -> int:
     sheet = Sheet(task, rollout, task["numbers"][0])
     everybody = [Calculator(step, sheet) for step in range(len(NAMES))]
     team = RoundRobinGroupChat(everybody, termination_condition=MaxMessageTermination(1 + len(NAMES)))  # type: ignore[arg-type] # invariant
-    await team.run(task=f"{task['question']} ?")
+    first, *_ = task["question"].split(" then ")
+    await team.run(task=f"{first} ?")
     return sheet.result

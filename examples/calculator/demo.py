@@ -70,8 +70,8 @@ run_dir = "{run_dir}"
 tasks = "{run_dir}/train.jsonl"
 val_tasks = "{run_dir}/val.jsonl"
 max_steps = {max_steps}
-stop_reward = 0.95
-patience = 3
+stop_reward = 0.92
+patience = 1
 seed = {seed}
 
 {model}
@@ -127,9 +127,9 @@ def main(
     kafka: Annotated[bool, typer.Option(help="Over Kafka, with one process per role.")] = False,
     vllm: Annotated[bool, typer.Option(help="Serve the model with vLLM; `make vllm` installs it.")] = False,
     verl: Annotated[bool, typer.Option(help="Train by a verl job on this CPU, over Kafka: `make demo-verl`.")] = False,
-    max_steps: Annotated[int, typer.Option(min=1)] = 100,
+    max_steps: Annotated[int, typer.Option(min=1)] = 60,
     groups: Annotated[int, typer.Option(min=1, help="Questions per step, with eight rollouts each.")] = 16,
-    lr: Annotated[float, typer.Option(min=0, help="0 is the control: the agent must not learn.")] = 5e-4,
+    lr: Annotated[float, typer.Option(min=0, help="0 is the control: the agent must not learn.")] = 1e-3,
     max_staleness: Annotated[
         int, typer.Option(min=0, help="Versions between sampling and training; above 0 the two overlap.")
     ] = 0,

@@ -37,7 +37,9 @@ def call(state: State) -> dict[str, Any]:
     if word in tools:
         result = tools[word].invoke({"a": result, "b": task["numbers"][step + 1]})
     score(step, word == task["tools"][step], state["rollout"])
-    return {"result": result, "step": step + 1, "messages": [HumanMessage(f"result {result} . next ?")]}
+    following = task["question"].split(" then ")[step + 1 :][:1]
+    messages = [HumanMessage(f"result {result} . then {part} ?") for part in following]
+    return {"result": result, "step": step + 1, "messages": messages}
 
 
 def more(state: State) -> str:
@@ -55,6 +57,7 @@ calculator = graph.compile(name="calculator")
 
 def agent(task: dict[str, Any], rollout: Any = None) -> int:
     """Works a question out, step by step; returns the number it arrives at."""
-    question = [HumanMessage(f"{task['question']} ?")]
+    first, *_ = task["question"].split(" then ")
+    question = [HumanMessage(f"{first} ?")]
     begin = {"task": task, "rollout": rollout, "messages": question, "result": task["numbers"][0], "step": 0}
     return int(calculator.invoke(begin)["result"])  # type: ignore[call-overload]

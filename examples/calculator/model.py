@@ -6,14 +6,15 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.pre_tokenizers import Digits, Sequence, WhitespaceSplit
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from examples.calculator.tasks import FIRST, RESULTS, SECOND
+from examples.calculator.tasks import FIRST, SECOND
 
+DIGITS = "-0123456789"  # numbers are read digit by digit: fewer words to choose an answer from
 UNKNOWN, PAD, START, END = "<unk>", "<pad>", "<|im_start|>", "<|im_end|>"
 # Roles, and what agents and tasks add to phrasings and numbers.
-PROMPT_WORDS = "system user assistant choose a tool first second then result . next ?"
+PROMPT_WORDS = "system user assistant choose a tool first second then result . ?"
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     f"{START} {{{{ message['role'] }}}} {{{{ message['content'] }}}} {END} "
@@ -26,7 +27,7 @@ def vocabulary() -> list[str]:
     """Every word of every conversation, special tokens first."""
     phrases = [phrase for table in (FIRST, SECOND) for phrases in table.values() for phrase in phrases]
     words = {word for phrase in [PROMPT_WORDS, *FIRST, *phrases] for word in phrase.split() if not word.startswith("{")}
-    return [UNKNOWN, PAD, START, END, *sorted(words), *map(str, RESULTS)]
+    return [UNKNOWN, PAD, START, END, *sorted(words), *DIGITS]
 
 
 def create(folder: str | Path, seed: int = 0) -> None:
@@ -38,7 +39,7 @@ def create(folder: str | Path, seed: int = 0) -> None:
         hidden_size=128,
         num_attention_heads=4,
         num_key_value_heads=4,
-        num_hidden_layers=2,
+        num_hidden_layers=1,
         intermediate_size=256,
         max_position_embeddings=512,
         initializer_range=0.05,
@@ -62,7 +63,7 @@ def create_tokenizer(folder: str | Path) -> None:
 
 def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     core = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token=UNKNOWN))
-    core.pre_tokenizer = WhitespaceSplit()
+    core.pre_tokenizer = Sequence([WhitespaceSplit(), Digits(individual_digits=True)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         unk_token=UNKNOWN,

@@ -14,7 +14,6 @@ Mode = Literal["train", "val"]
 Task = dict[str, Any]
 
 NUMBERS = range(1, 10)
-RESULTS = range(NUMBERS[0] - NUMBERS[-1], NUMBERS[-1] ** 2 + 1)  # of any first step, wrong tools included
 
 FIRST = {
     "add": ("add {y} to {x}", "{x} plus {y}", "the sum of {x} and {y}"),

@@ -112,6 +112,6 @@ def test_the_model_is_small_and_its_seed_decides(tmp_path: Path) -> None:
     a, b, c = (parameters(load_model(tmp_path / name)) for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["model.embed_tokens.weight"], c["model.embed_tokens.weight"])
-    assert 300_000 <= sum(tensor.numel() for tensor in a.values()) <= 350_000
+    assert 150_000 <= sum(tensor.numel() for tensor in a.values()) <= 200_000
     assert "lm_head.weight" not in a  # tied
-    assert 125 <= a["model.embed_tokens.weight"].shape[0] <= 135
+    assert 50 <= a["model.embed_tokens.weight"].shape[0] <= 60

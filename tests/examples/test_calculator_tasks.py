@@ -5,7 +5,7 @@ import sys
 from itertools import product
 from typing import Any
 
-from examples.calculator.tasks import FIRST, NUMBERS, RESULTS, SECOND, make_tasks
+from examples.calculator.tasks import FIRST, NUMBERS, SECOND, make_tasks
 
 MANY = 20_000  # enough to meet every combination of numbers and of phrasings
 
@@ -51,11 +51,6 @@ def test_a_question_says_what_its_task_is() -> None:
     assert task["question"].startswith(f"subtract {y} from {x} then ")
     assert str(z) in task["question"].split(" then ")[1]
     assert task["tools"][0] == "subtract"
-
-
-def test_results_hold_whatever_a_first_step_can_give() -> None:
-    for x, y in product(NUMBERS, NUMBERS):
-        assert {x, x + y, x - y, x * y} <= set(RESULTS)
 
 
 def test_the_seed_decides() -> None:

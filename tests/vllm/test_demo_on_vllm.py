@@ -51,16 +51,16 @@ def test_the_agent_learns_with_new_weights_after_each_step(tmp_path):
 
 @pytest.mark.kafka
 def test_over_kafka_it_begins_to_learn_as_well(tmp_path):
-    _, summary, calls = run_demo(tmp_path, "--kafka", "--max-steps", "16")
+    _, summary, calls = run_demo(tmp_path, "--kafka", "--max-steps", "10")
     assert_new_weights_after_each_step(summary, calls)
     rewards = [row["mean_reward"] for row in summary["by_version"]]
-    assert len(rewards) == 16
+    assert len(rewards) == 10
     assert max(rewards[:2]) < 0.1
     assert min(rewards[-3:]) > 0.2  # without a learning rate it stays below 0.1: see the next test
 
 
 def test_without_a_learning_rate_nothing_is_learnt(tmp_path):
-    code, summary, calls = run_demo(tmp_path, "--lr", "0", "--max-steps", "8")
+    code, summary, calls = run_demo(tmp_path, "--lr", "0", "--max-steps", "6")
     assert code == 1
     assert max(row["mean_reward"] for row in summary["by_version"]) < 0.1
-    assert len(calls) == 9  # new versions all the same: of eight steps, and of the validation
+    assert len(calls) == 7  # new versions all the same: of six steps, and of the validation
