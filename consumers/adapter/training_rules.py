@@ -17,8 +17,8 @@ Rule = Callable[[Call], str | None]
 """Why not to train on a call, or None. Pure."""
 
 NO_TOKENS: Final = "no token ids or no logprobs"
-# What a request may ask of the sampler, with the value that changes nothing. With any other the tokens come from another
-# distribution than the one whose log-probabilities servers return by default and learners compute.
+# What a request may ask of the sampler, with the value that changes nothing. With any other the tokens come from
+# another distribution than the one whose log-probabilities servers return by default and learners compute.
 NEUTRAL: Final = {
     "gen_ai.request.temperature": (1.0,),
     "gen_ai.request.top_p": (1.0,),
@@ -132,14 +132,15 @@ def counts(call: Call) -> str | None:
 
 
 def sampling(call: Call) -> str | None:
-    """Whether the request changed the distribution that tokens are drawn from (see `NEUTRAL`). A ratio of policies would
-    then compare with a policy that has sampled nothing. For rollouts that are trained on; a validation may be greedy."""
+    """Whether the request changed the distribution that tokens are drawn from (see `NEUTRAL`). A ratio of policies
+    would then compare with a policy that has sampled nothing. For rollouts that are trained on: a validation may be
+    greedy."""
     attributes = call.span.attributes
     for name, neutral in NEUTRAL.items():
         value = attributes.get(name)
         if value is not None and not _is_one_of(value, neutral):
             field = name.rpartition(".")[2]
-            return f"sampled with {field} {value}: its log-probabilities are those without; leave {field} out of the request"
+            return f"sampled with {field} {value}: its logprobs are those without; leave {field} out of the request"
     return None
 
 

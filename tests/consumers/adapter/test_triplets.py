@@ -170,7 +170,7 @@ def test_tokens_of_another_distribution_than_their_logprobs_are_not_trained_on(n
     made = call(TASK, "a", "1")
     made = replace(made, attributes=made.attributes | {name: value})
     field = name.rpartition(".")[2]
-    why = f"sampled with {field} {value}: its log-probabilities are those without; leave {field} out of the request"
+    why = f"sampled with {field} {value}: its logprobs are those without; leave {field} out of the request"
     assert reasons([made]) == [None if trained else why]
     validated = TripletMaker(TripletRules())(Trace(replace(TASK, mode="val"), "a", [made]))
     assert [t.trainable for t in validated] == [True], "a validation may be greedy"
