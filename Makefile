@@ -74,7 +74,8 @@ test-verl: setup verl
 
 test-all: test setup-crewai vllm
 	$(CREWAI)/python -m pytest tests/frameworks/test_crewai_crew.py
-	$(BIN)/python -m pytest -m "(slow or vllm) and not verl"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not vllm and not verl"
+	$(BIN)/python -m pytest -m "vllm and not verl"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -34,6 +34,10 @@ FIGURES = {
         *("one_rollout_p50_ms", "one_rollout_p99_ms", "scan_by_name_ms", "bytes_per_span"),
     },
     "tracing": SPAN | CALL,
+    "virtual_time": {
+        *("async_to_sync_step", "control_reward"),
+        *(f"staleness_{n}.{figure}" for n in (0, 1, 4) for figure in ("s_per_step", "trainer_idle_share", "reward")),
+    },
     "training": {
         *("async_to_sync_step", "control_reward"),
         *(f"staleness_{n}.{figure}" for n in (0, 1, 4) for figure in ("s_per_step", "trainer_idle_share")),

@@ -200,6 +200,7 @@ class _Progress:
         summary.spans += int(values.pop("millstream/spans"))
         self.rewards.append(values["millstream/reward"])
         now = time.monotonic()
+        trained = await asyncio.to_thread(Exchange(self.job.folder, self.job.attempt).trained, step)
         await self.run.report(
             StepReport(
                 step=step - 1,
@@ -211,7 +212,9 @@ class _Progress:
                 spans=summary.spans,
                 seconds=now - self.began,
                 metrics=values,
-            )
+                groups=len(trained),
+            ),
+            [rollout for rollouts in trained.values() for rollout in rollouts],
         )
         self.began = now
 

@@ -7,14 +7,14 @@ rollouts are asked for only when that line is there, so a version that trains is
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from millstream.pipeline.algorithms.verl.config import WEIGHTS
 from millstream.pipeline.training.groups import Lineage
-from millstream.producers.files import private
+from millstream.producers.files import private, write_atomically
 from millstream.schemas.errors import MillstreamError
 
 
@@ -44,6 +44,7 @@ class Exchange:
         self.policy = policy
         self._attempt = attempt
         self._weights = folder / "weights" / attempt
+        self._trained = folder / "trained" / attempt
         self._served = folder / "served.jsonl"
 
     def weights_of(self, step: int) -> Path:
@@ -71,6 +72,16 @@ class Exchange:
                 path = self.weights_of(earlier)
                 path.unlink()
                 path.parent.rmdir()
+
+    def note_trained(self, step: int, rollouts: Mapping[str, Sequence[str]]) -> None:
+        """Called in the job: the ids of the rollouts that a step trains on, by the uid of their group."""
+        self._trained.mkdir(parents=True, exist_ok=True)
+        write_atomically(self._trained / f"step-{step:08d}.json", json.dumps(rollouts).encode())
+
+    def trained(self, step: int) -> dict[str, list[str]]:
+        """See `note_trained`."""
+        found: dict[str, list[str]] = json.loads((self._trained / f"step-{step:08d}.json").read_bytes())
+        return found
 
     def acknowledge(self, step: int, resources_id: str, lineage: Lineage, stop: bool = False) -> None:
         """Called in the trainer's process once the weights of a step are served."""

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from hydra import compose, initialize_config_module
 from omegaconf import DictConfig, OmegaConf
+from verl.single_controller.ray.base import ResourcePoolManager
 from verl.trainer.main_ppo import run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
@@ -21,6 +22,9 @@ from verl.utils.config import validate_config
 from millstream.pipeline.algorithms.verl.config import Job, configuration, mark_of
 from millstream.pipeline.training.run import Experiment, Run
 from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import ConfigError
+
+OTHER_CPUS = 3  # of the task runner, and of TransferQueue's controller and storage
 
 
 def main() -> None:
@@ -77,6 +81,7 @@ class TaskRunner:
         tq.init(config.transfer_queue)
         try:
             trainer = Trainer(config, job)
+            check_cpus(config.trainer.nnodes, config.trainer.n_gpus_per_node)
             trainer.init()
             rules = RowRules(
                 vocabulary=AutoConfig.from_pretrained(job.options.model).get_text_config().vocab_size,
@@ -92,6 +97,19 @@ class TaskRunner:
                 rollouts.close(done)
         finally:
             tq.close()
+
+
+def check_cpus(nodes: int, gpus: int) -> None:
+    """Raises `ConfigError` if Ray has too few CPUs for verl's workers, which would be waited for without a word; verl
+    itself checks the GPUs."""
+    each = ResourcePoolManager.max_colocate_count * gpus
+    cpus = [node["Resources"].get("CPU", 0.0) for node in ray.nodes() if node["Alive"]]
+    if sum(count >= each for count in cpus) < nodes or sum(cpus) < each * nodes + OTHER_CPUS:
+        raise ConfigError(
+            f"verl needs {nodes} Ray nodes with {each} CPUs each, and {OTHER_CPUS} CPUs more; Ray has nodes with "
+            f"{', '.join(f'{count:g}' for count in cpus)}: set ray_kwargs.ray_init.num_cpus in `overrides` for a Ray "
+            "that the trainer starts, or take fewer GPUs"
+        )
 
 
 def connect(job: Job, settings: Settings) -> AbstractAsyncContextManager[Run]:

@@ -117,6 +117,15 @@ def token_advantages(
     return found
 
 
+def rollouts_of(keys: Sequence[str], tags: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """The ids of the rollouts of a batch's rows, by uid. verl's padding has none."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for key, tag in zip(keys, tags, strict=True):
+        if not tag.get("is_padding"):
+            found[key.split(SEPARATOR)[0]].add(tag["rollout_id"])
+    return {uid: sorted(ids) for uid, ids in sorted(found.items())}
+
+
 def _trainable(member: FinishedRollout, lineage: Lineage, rules: RowRules) -> tuple[list[Triplet], str | None]:
     """The turns that can be trained on, and why there are none."""
     if not member.end.trainable or member.end.status != status.SUCCEEDED:
@@ -196,6 +205,7 @@ def _row(key: str, turns: Sequence[Triplet], credit: Turns, num_turns: int, step
         "min_global_steps": oldest,
         "max_global_steps": newest,
         "credit": spans,
+        "rollout_id": turns[0].rollout_id,
     }
     return Row(key, fields, tag)
 

@@ -32,6 +32,7 @@ from millstream.pipeline.algorithms.verl.rows import (
     Row,
     RowRules,
     asked_with,
+    rollouts_of,
     rows_of,
     token_advantages,
     uid_of,
@@ -293,6 +294,7 @@ class Trainer(PPOTrainer):  # type: ignore[misc] # verl has no types
         """Replaces the advantages of verl's GRPO, which takes the last row of a rollout for all of it, by ours. What
         verl adds to a batch here besides (penalties, importance weights) stays."""
         batch = super()._compute_advantage(batch, metrics)
+        self._exchange.note_trained(self.global_steps, rollouts_of(batch.keys, batch.tags))
         if self.job.options.advantage != "turns":
             return batch
         found = [torch.tensor(row) for row in token_advantages(batch.keys, batch.tags, grpo)]

@@ -75,3 +75,8 @@ def test_the_lineage_is_that_of_the_version_served_last(tmp_path: Path) -> None:
     assert second.lineage().step_of("run.0.3") == second.lineage().step_of("run.1.3") == 3
     with pytest.raises(ValueError, match="abandoned"):
         second.lineage().step_of("run.0.4")
+
+
+def test_what_a_step_trains_on_is_known_to_its_start(tmp_path: Path) -> None:
+    Exchange(tmp_path, "a").note_trained(3, {"a-2-1": ["r1", "r2"]})
+    assert Exchange(tmp_path, "a").trained(3) == {"a-2-1": ["r1", "r2"]}

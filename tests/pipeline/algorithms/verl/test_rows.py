@@ -6,7 +6,15 @@ import pytest
 from factories import AFTER_A_BREAK, CONVERSATION, finished, tokens
 
 from millstream.pipeline.algorithms.estimators import grpo
-from millstream.pipeline.algorithms.verl.rows import GroupRows, RowRules, asked_with, rows_of, token_advantages, uid_of
+from millstream.pipeline.algorithms.verl.rows import (
+    GroupRows,
+    RowRules,
+    asked_with,
+    rollouts_of,
+    rows_of,
+    token_advantages,
+    uid_of,
+)
 from millstream.pipeline.training.groups import FinishedRollout, Group, Lineage
 
 LINEAGE = Lineage("run", step=4)
@@ -33,6 +41,13 @@ def test_a_row_per_turn_if_turns_do_not_continue_each_other() -> None:
     assert [row.fields["session_id"] for row in found.rows] == [0, 0, 1, 1]
     assert [row.fields["num_turns"] for row in found.rows] == [2, 2, 2, 2]
     assert {row.fields["uid"] for row in found.rows} == {"a1-4-0"}
+
+
+def test_a_batch_names_its_rollouts_once() -> None:
+    found = two().rows
+    keys, tags = [row.key for row in found], [row.tag for row in found]
+    padding = {**tags[0], "is_padding": True, "rollout_id": "none"}
+    assert rollouts_of([*keys, keys[0]], [*tags, padding]) == {"a1-4-0": ["0.0", "1.0"]}
 
 
 def test_a_row_holds_what_the_model_server_has_sampled() -> None:

@@ -22,7 +22,7 @@ from millstream.pipeline.addresses import free_port
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import Partition
-from millstream.schemas.wire.records import RolloutEnd
+from millstream.schemas.wire.records import RolloutEnd, TrainingStep
 
 pytestmark = [pytest.mark.verl, pytest.mark.slow, pytest.mark.kafka, pytest.mark.timeout(900)]
 
@@ -94,15 +94,23 @@ def digests(found: Entries) -> dict[str, str]:
     return {entry["version"]: entry["digest"] for entry in found if "version" in entry}
 
 
+async def values_of(settings: Settings, topic: str, count: int) -> list[Any]:
+    partitions = [Partition(topic, number) for number in range(count)]
+    return [codec.decode(record.value) async for record in read_to_end(KafkaLog(settings), partitions)]
+
+
 async def ends(settings: Settings) -> Counter[str]:
     """How often each training rollout has ended."""
-    found: Counter[str] = Counter()
-    partitions = [Partition(settings.topics.triplets, number) for number in range(settings.topics.partitions)]
-    async for record in read_to_end(KafkaLog(settings), partitions):
-        value = codec.decode(record.value)
-        if isinstance(value, RolloutEnd) and value.mode == "train":
-            found[value.rollout_id] += 1
-    return found
+    values = await values_of(settings, settings.topics.triplets, settings.topics.partitions)
+    return Counter(v.rollout_id for v in values if isinstance(v, RolloutEnd) and v.mode == "train")
+
+
+async def trained(settings: Settings) -> Counter[str]:
+    """How often each rollout was trained on. The first record of a step counts."""
+    steps: dict[int, TrainingStep] = {}
+    for value in await values_of(settings, settings.topics.training, 1):
+        steps.setdefault(value.step, value)
+    return Counter(rollout for step in steps.values() for rollout in step.trained)
 
 
 def test_the_agent_learns_from_what_its_own_weights_have_sampled(run: Callable[..., subprocess.Popen[str]]) -> None:
@@ -141,6 +149,14 @@ async def test_a_killed_run_goes_on_with_the_saved_weights_and_the_rollouts_that
     ended = await ends(settings)
     assert set(ended.values()) == {1}
     assert len(ended) == 4 * GROUPS * MEMBERS
+    assert await trained(settings) == ended
+
+
+def test_too_few_cpus_are_said_at_once(run: Callable[..., subprocess.Popen[str]], tmp_path: Path) -> None:
+    """verl would wait for them without a word."""
+    trainer = run(1, overrides=["ray_kwargs.ray_init.num_gpus=1", "ray_kwargs.ray_init.num_cpus=4"])
+    assert trainer.wait() == 1
+    assert "verl needs 1 Ray nodes with 3 CPUs each, and 3 CPUs more" in (tmp_path / "verl" / "job.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ OPTIONS: dict[str, Any] = {
     "save_every": 1000,
     "overrides": [
         "ray_kwargs.ray_init.num_gpus=2",  # in name only
-        "ray_kwargs.ray_init.num_cpus=8",
+        "ray_kwargs.ray_init.num_cpus=9",
         "ray_kwargs.ray_init.include_dashboard=false",
         "ray_kwargs.ray_init.object_store_memory=200000000",
     ],
