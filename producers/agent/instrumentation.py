@@ -1,9 +1,10 @@
 """Instruments the frameworks that agents use. A missing or failing instrumentation only logs a warning."""
 
+import inspect
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial, wraps
 from importlib import import_module, metadata
@@ -134,6 +135,7 @@ def _instrument(provider: TracerProvider, framework: Framework, module: ModuleTy
     where, _, name = framework.instrumentor.partition(":")
     try:
         instrumentor = getattr(import_module(where), name)()
+        _guard_calls(where)
         instrumentor.instrument(tracer_provider=provider, raise_exception_on_conflict=True, **framework.options)
         _guard_streams()
     except Exception as error:  # a third-party beta release may raise anything
@@ -144,6 +146,78 @@ def _instrument(provider: TracerProvider, framework: Framework, module: ModuleTy
             error,
             framework.requirement,
         )
+
+
+def _guard_calls(package: str) -> None:
+    """Keeps a fault in the instrumentation of a call from the agent that makes it: in what it reads of the request
+    before the call, and of the answer after it. For the wrappers that the package's modules install from now on."""
+    for name, module in list(sys.modules.items()):
+        wrap = getattr(module, "wrap_function_wrapper", None) if f"{name}.".startswith(f"{package}.") else None
+        if wrap is not None and not hasattr(wrap, "__wrapped__"):
+            module.wrap_function_wrapper = _guarding(wrap)  # type: ignore[attr-defined]
+
+
+def _guarding(wrap: Callable[[Any, str, Callable[..., Any]], Any]) -> Callable[[Any, str, Callable[..., Any]], Any]:
+    @wraps(wrap)
+    def guarding(target: Any, name: str, wrapper: Callable[..., Any]) -> Any:
+        def guarded(wrapped: Callable[..., Any], _instance: Any, args: Any, kwargs: Any) -> Any:
+            call = _Call(wrapped)
+            try:
+                result = wrapper(call.run, _instance, args, kwargs)
+            except Exception as error:
+                return call.instead_of(error, args, kwargs)
+            return call.awaited(result, args, kwargs) if inspect.iscoroutine(result) else result
+
+        return wrap(target, name, guarded)
+
+    return guarding
+
+
+class _Call:
+    """One call of an instrumented function. ``run`` calls the function, and its outcome is known afterwards."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._outcome: Callable[[], Any] | None = None  # returns or raises what the function did
+        self.run = wraps(function)(lambda *args, **kwargs: self._run(*args, **kwargs))
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            result = self._function(*args, **kwargs)
+        except BaseException as error:
+            self._outcome = partial(_raise, error)
+            raise
+        if inspect.iscoroutine(result):
+            return self._wait(result)
+        self._outcome = lambda: result
+        return result
+
+    async def _wait(self, running: Coroutine[Any, Any, Any]) -> Any:
+        try:
+            result = await running
+        except BaseException as error:
+            self._outcome = partial(_raise, error)
+            raise
+        self._outcome = lambda: result
+        return result
+
+    async def awaited(self, traced: Coroutine[Any, Any, Any], args: Any, kwargs: Any) -> Any:
+        try:
+            return await traced
+        except Exception as error:
+            result = self.instead_of(error, args, kwargs)
+            return await result if inspect.iscoroutine(result) else result
+
+    def instead_of(self, error: Exception, args: Any, kwargs: Any) -> Any:
+        """The function's own outcome. If an error came before the call, the call is made."""
+        if self._outcome is not None and getattr(self._outcome, "args", ()) == (error,):
+            raise error
+        logger.warning("a call is not fully traced, its instrumentation failed: %s: %s", type(error).__name__, error)
+        return self._function(*args, **kwargs) if self._outcome is None else self._outcome()
+
+
+def _raise(error: BaseException) -> Any:
+    raise error
 
 
 def _guard_streams() -> None:

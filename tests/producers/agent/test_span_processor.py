@@ -5,10 +5,11 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -322,3 +323,96 @@ async def test_a_fault_of_an_instrumentation_costs_its_span_and_never_the_agents
     assert names == ["add"]
     assert "its instrumentation failed: TypeError" in caplog.text
     assert spans[-1].status != "Error"
+
+
+COMPLETION: dict[str, Any] = {"id": "c", "object": "chat.completion", "created": 1, "model": "m"}
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Callable[[dict[str, Any], int], str]]:
+    """Answers with the body and status that it is called with, which gives the base URL."""
+    now: list[tuple[dict[str, Any], int]] = []
+
+    async def answer(_: web.Request) -> web.Response:
+        return web.json_response(now[-1][0], status=now[-1][1])
+
+    app = web.Application()
+    app.add_routes([web.post("/v1/{rest:.*}", answer)])
+    async with serve(app, "http://127.0.0.1:0") as url:
+
+        def answering(body: dict[str, Any], status: int = 200) -> str:
+            now.append((body, status))
+            return f"{url}/v1"
+
+        yield answering
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "assistant", "content": None, "tool_calls": [5]},
+        {"role": "assistant", "content": None, "tool_calls": {"id": "c1"}},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "c1", "function": {"name": {}, "arguments": []}}]},
+        "hello",
+        ["hello"],
+    ],
+)
+@pytest.mark.parametrize("concurrent", [False, True])
+async def test_a_fault_of_an_instrumentation_costs_the_agent_no_answer(
+    served: Callable[..., str], message: object, concurrent: bool
+) -> None:
+    """Entry D6, in whole answers: the agent gets what it gets without instrumentation."""
+    url = served(COMPLETION | {"choices": [{"index": 0, "message": message, "finish_reason": "stop"}]})
+    asked: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "?"}]}
+    with an_attempt():
+        if concurrent:
+            async with openai.AsyncOpenAI(base_url=url, api_key="k") as client:
+                answer = await client.chat.completions.create(**asked)
+        else:
+            with openai.OpenAI(base_url=url, api_key="k") as one:
+                answer = await asyncio.to_thread(one.chat.completions.create, **asked)
+    assert answer.model_dump(warnings=False)["choices"][0]["message"] is not None
+    assert answer.id == "c"
+
+
+@pytest.mark.parametrize("fault", ["before the call", "after it", "of an error"])
+@pytest.mark.parametrize("concurrent", [False, True])
+async def test_an_instrumentation_that_fails_changes_neither_answer_nor_error(
+    served: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fault: str,
+    concurrent: bool,
+) -> None:
+    """Entry D6: wherever in the call it fails. The call is made once."""
+    from opentelemetry.instrumentation.genai.openai import patch
+    from opentelemetry.util.genai.invocation import InferenceInvocation
+
+    def broken(*_: object, **__: object) -> None:
+        raise TypeError("a beta release")
+
+    if fault == "before the call":
+        monkeypatch.setattr(patch, "create_chat_invocation", broken)
+    elif fault == "after it":
+        monkeypatch.setattr(patch, "_set_response_properties", broken)
+    else:
+        monkeypatch.setattr(InferenceInvocation, "fail", broken)
+    choice = {"index": 0, "message": {"role": "assistant", "content": "yes"}, "finish_reason": "stop"}
+    body, status = COMPLETION | {"choices": [choice]}, 400 if fault == "of an error" else 200
+    url = served(body, status)
+    asked: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "?"}]}
+
+    async def ask() -> Any:
+        if concurrent:
+            async with openai.AsyncOpenAI(base_url=url, api_key="k") as client:
+                return await client.chat.completions.create(**asked)
+        with openai.OpenAI(base_url=url, api_key="k") as one:
+            return await asyncio.to_thread(one.chat.completions.create, **asked)
+
+    with an_attempt():
+        if status == 400:
+            with pytest.raises(openai.BadRequestError):
+                await ask()
+        else:
+            assert (await ask()).choices[0].message.content == "yes"
+    assert "a call is not fully traced, its instrumentation failed: TypeError: a beta release" in caplog.text
