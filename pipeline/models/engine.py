@@ -7,6 +7,7 @@ each token's log-probability is that of one version: no token is sampled from ol
 """
 
 import asyncio
+import math
 import queue
 import threading
 import time
@@ -19,17 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 
 from millstream.pipeline.models.policy import copy_weights, left_pad, load_model, load_tokenizer, one_thread
 from millstream.pipeline.protocols.model_version import of_tokens
 from millstream.producers.supervisor import supervisor
+from millstream.schemas.spans.text import safe_repr, utf8
 from millstream.schemas.wire.versions import Versions
 
 READ = {"model", "messages", "max_tokens", "max_completion_tokens", "temperature", "seed", "stop", "logprobs"} | {
     "return_token_ids",
     "request_id",
 }
+GREEDY = 1e-5  # temperatures below it count as 0, as in vLLM: dividing by them overflows
 IGNORED = {"user", "metadata", "store"}  # without effect on the answer
 # What the engine does not support, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -44,6 +48,15 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "response_format": ({"type": "text"},),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePolicy:
+    """How much one engine takes."""
+
+    waiting: int = 1000  # requests that wait for a batch; a proxy sends 512 at a time
+    stops: int = 16  # texts of a request: each is looked for after each token; OpenAI takes 4
+    shown: int = 200  # characters of a wrong value in its error
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +78,16 @@ class EngineClosed(Exception):
     """The engine answers no more requests."""
 
 
+class TooManyWaiting(Exception):
+    """More requests wait than an engine takes."""
+
+
 class Unsupported(Exception):
     """A request that this engine can't answer because of the field ``param``."""
 
     def __init__(self, message: str, param: str | None, code: str = "unsupported_parameter") -> None:
-        super().__init__(message)
-        self.body = {"error": {"message": message, "type": "invalid_request_error", "param": param, "code": code}}
+        super().__init__(utf8(message))
+        self.body = {"error": {"message": utf8(message), "type": "invalid_request_error", "param": param, "code": code}}
 
 
 @dataclass(slots=True)
@@ -103,11 +120,13 @@ class Engine:
         max_batch: int = 64,
         seed: int = 0,
         deterministic: bool = False,
+        policy: EnginePolicy = EnginePolicy(),
     ) -> None:
         """``deterministic``: each answer is computed alone, so that one with a seed is always the same, in each bit of
         its log-probabilities. In a batch, the number and the lengths of the other rows change their last bits, since
         matrix products and sums are computed in other orders. New weights then go live between two answers. Raises
         `ConfigError` if the folder holds no model or no chat template."""
+        self._policy = policy
         self.name = Path(model_dir).resolve().name
         self.max_batch = 1 if deterministic else max_batch
         self._deterministic = deterministic
@@ -146,7 +165,7 @@ class Engine:
         """Answers a chat completion request; status 400 with OpenAI's error body for what this engine can't do.
 
         The log-probability of a token is the model's own, before temperature (vLLM's default). Raises
-        `EngineClosed` if the engine has been closed.
+        `EngineClosed` if the engine has been closed, and `TooManyWaiting` beyond the policy's limit.
         """
         try:
             job = self._job(request)
@@ -155,6 +174,11 @@ class Engine:
         with self._asking:
             if self._closed:
                 raise EngineClosed("the engine is closed")
+            if self._jobs.qsize() >= self._policy.waiting:
+                raise TooManyWaiting(
+                    f"{self._policy.waiting:,} requests are waiting, the most that this engine takes: retry, or send "
+                    "fewer at a time"
+                )
             self._jobs.put(job)
         return await asyncio.wrap_future(job.future)
 
@@ -172,10 +196,12 @@ class Engine:
         request = {key: value for key, value in given.items() if value is not None}
         for key, value in request.items():
             if key not in READ | IGNORED and value not in NEUTRAL.get(key, ()):
-                raise Unsupported(f"this engine does not support {key}={value!r}", key)
+                raise Unsupported(f"this engine does not support {key}={self._shown(value)}", utf8(key))
         prompt = self.render(request.get("messages"))
         room = self._context - len(prompt)
-        limit = _number(request, "max_completion_tokens", _number(request, "max_tokens", max(room, 1), int, 1), int, 1)
+        limit = self._number(
+            request, "max_completion_tokens", self._number(request, "max_tokens", max(room, 1), int, 1), int, 1
+        )
         if limit > room:
             raise Unsupported(
                 f"the prompt has {len(prompt)} tokens and max_tokens is {limit}, "
@@ -185,22 +211,51 @@ class Engine:
             )
         stop = request.get("stop", [])
         stop = [stop] if isinstance(stop, str) else stop
-        if not isinstance(stop, list) or not all(isinstance(text, str) and text for text in stop):
-            raise Unsupported("stop must be a text or a list of texts", "stop", "invalid_value")
+        most = self._policy.stops
+        if not isinstance(stop, list) or len(stop) > most or not all(isinstance(text, str) and text for text in stop):
+            raise Unsupported(f"stop must be a text or a list of at most {most} texts", "stop", "invalid_value")
         random = None
         if "seed" in request:
-            random = torch.Generator().manual_seed(_number(request, "seed", 0, int))
+            random = torch.Generator().manual_seed(self._number(request, "seed", 0, int, -(1 << 63), (1 << 64) - 1))
+        temperature = self._number(request, "temperature", 1.0, float, 0.0, 1e6)
         return _Job(
             request_id=str(request.get("request_id") or uuid.uuid4().hex),
-            model=str(request.get("model") or self.name),
+            model=self._typed(request, "model", str, "") or self.name,
             prompt=prompt,
             limit=limit,
-            temperature=_number(request, "temperature", 1.0, float, 0.0),
+            temperature=0.0 if temperature < GREEDY else float(temperature),
             stop=tuple(stop),
             random=random,
-            logprobs=bool(request.get("logprobs")),
-            return_token_ids=bool(request.get("return_token_ids")),
+            logprobs=self._typed(request, "logprobs", bool, False),
+            return_token_ids=self._typed(request, "return_token_ids", bool, False),
         )
+
+    def _typed(self, request: Mapping[str, Any], key: str, kind: type[Any], default: Any) -> Any:
+        value = request.get(key, default)
+        if not isinstance(value, kind):
+            name = {bool: "true or false", str: "a text"}[kind]
+            raise Unsupported(f"{key} must be {name}, not {self._shown(value)}", key, "invalid_value")
+        return value
+
+    def _number(
+        self,
+        request: Mapping[str, Any],
+        key: str,
+        default: Any,
+        kind: type[int] | type[float],
+        least: float,
+        most: float = math.inf,
+    ) -> Any:
+        value = request.get(key, default)
+        if not isinstance(value, (int, kind)) or isinstance(value, bool) or not least <= value <= most:
+            limit = f"of at least {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            message = f"{key} must be {'an integer' if kind is int else 'a number'} {limit}, not {self._shown(value)}"
+            raise Unsupported(message, key, "invalid_value")
+        return value
+
+    def _shown(self, value: Any) -> str:
+        text = safe_repr(value)
+        return text if len(text) <= self._policy.shown else f"{text[: self._policy.shown]}…"
 
     def render(self, messages: Any) -> list[int]:
         """The token ids of a prompt. Raises `Unsupported`."""
@@ -211,8 +266,14 @@ class Engine:
             text = _text(message.get("content")) if isinstance(message, dict) else None
             if text is None or not isinstance(message.get("role"), str) or message.get("tool_calls"):
                 raise Unsupported(f"messages[{i}] needs a role, and text as its content", "messages", "invalid_value")
-            plain.append({"role": message["role"], "content": text})
-        ids = self._tokenizer.apply_chat_template(plain, add_generation_prompt=True, tokenize=True, return_dict=False)
+            plain.append({"role": utf8(message["role"]), "content": utf8(text)})  # tokenizers refuse half characters
+        try:
+            ids = self._tokenizer.apply_chat_template(
+                plain, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:  # such as roles in an order that the model does not know
+            message = f"the model's chat template refuses the messages: {error}"
+            raise Unsupported(message, "messages", "invalid_value") from error
         return list(ids)
 
     # The worker thread
@@ -220,7 +281,9 @@ class Engine:
     def _work(self) -> None:
         one_thread()
         while (first := self._jobs.get()) is not None:
-            jobs = self._batch(first)
+            jobs = [job for job in self._batch(first) if not job.future.cancelled()]
+            if not jobs:
+                continue
             try:
                 with self._held() if self._deterministic else nullcontext(), torch.inference_mode():
                     self._generate(jobs)
@@ -346,17 +409,6 @@ def _text(content: Any) -> str | None:
     texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
     found = [text for text in texts if isinstance(text, str)]
     return "".join(found) if len(found) == len(texts) else None
-
-
-def _number(
-    request: Mapping[str, Any], key: str, default: Any, kind: type[int] | type[float], least: float | None = None
-) -> Any:
-    value = request.get(key, default)
-    fits = isinstance(value, (int, kind)) and not isinstance(value, bool)
-    if not fits or (least is not None and not value >= least):
-        limit = "" if least is None else f" of at least {least:g}"
-        raise Unsupported(f"{key} must be a {kind.__name__}{limit}, not {value!r}", key, "invalid_value")
-    return value
 
 
 def _settle(job: _Job, result: Completion | Exception) -> None:

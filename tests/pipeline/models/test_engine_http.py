@@ -1,3 +1,8 @@
+import asyncio
+import gzip
+import itertools
+import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,8 +15,8 @@ from aiohttp.test_utils import TestServer
 pytest.importorskip("torch")
 
 from examples.calculator import model
-from millstream.pipeline.models.engine import Engine
-from millstream.pipeline.models.engine_http import engine_app
+from millstream.pipeline.models.engine import Engine, EnginePolicy
+from millstream.pipeline.models.engine_http import EngineHttpPolicy, engine_app
 from millstream.pipeline.models.policy import parameters
 from millstream.pipeline.protocols import model_version
 from millstream.schemas.wire.versions import to_text
@@ -77,14 +82,162 @@ async def test_the_openai_client_is_served(url: str) -> None:
             await client.chat.completions.create(model="calculator", n=2, **REQUEST)
 
 
-async def test_a_body_that_is_not_a_request(url: str) -> None:
-    async with aiohttp.ClientSession() as session:
-        for data in (b"{", b"[]"):
-            async with session.post(f"{url}/v1/chat/completions", data=data) as response:
-                assert response.status == 400
-                assert "JSON" in (await response.json())["error"]["message"]
-        async with session.get(f"{url}/health") as response:
-            assert await response.json() == {"model_version": "run.0.4"}
+async def post(url: str, data: bytes, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, Any]:
+    async with aiohttp.ClientSession() as session, session.post(f"{url}{path}", data=data, headers=headers) as response:
+        return response.status, await response.json()
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "JSON"),
+        (b"{", "JSON"),
+        (b"[]", "JSON object"),
+        (b"null", "JSON object"),
+        (b"[" * 100_000, "JSON"),
+        (b'{"messages": "\xff"}', "messages must be a list"),
+        (b'{"messages": [], "a": ' + b"9" * 5000 + b"}", "not JSON"),
+        (b"{}", "messages must be a list"),
+        (b'{"messages": {"role": "user"}}', "messages must be a list"),
+        (b'{"messages": [5]}', "messages[0] needs a role"),
+        (b'{"messages": [{"role": 1, "content": "x"}]}', "messages[0] needs a role"),
+        (b'{"messages": [{"role": "user"}]}', "messages[0] needs a role"),
+        (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "messages[0] needs a role"),
+    ],
+)
+async def test_a_body_that_is_not_a_request_is_refused_with_the_reason(
+    url: str, path: str, body: bytes, says: str
+) -> None:
+    status, answer = await post(url, body, path)
+    assert status == 400
+    assert says in answer["error"]["message"]
+    async with aiohttp.ClientSession() as session, session.get(f"{url}/health") as response:
+        assert await response.json() == {"model_version": "run.0.4"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", "NaN"),
+        ("temperature", "Infinity"),
+        ("temperature", "-1"),
+        ("temperature", '"1"'),
+        ("temperature", "true"),
+        ("temperature", "1" + "0" * 400),
+        ("max_tokens", "0"),
+        ("max_tokens", "1.5"),
+        ("max_tokens", "1e400"),
+        ("max_completion_tokens", "[1]"),
+        ("seed", "18446744073709551616"),
+        ("seed", "-9223372036854775809"),
+        ("seed", "0.5"),
+        ("seed", '"1"'),
+        ("stop", "5"),
+        ("stop", '[""]'),
+        ("stop", '["a", null]'),
+        ("stop", "[" + ", ".join(['"a"'] * 17) + "]"),
+        ("logprobs", "1"),
+        ("logprobs", '"false"'),
+        ("return_token_ids", "{}"),
+        ("model", "{}"),
+        ("stream", '"yes"'),
+        ("stream_options", "1"),
+        ("n", "2"),
+        ("top_p", "NaN"),
+        ("tools", "[1]"),
+        ("else", '"' + "x" * 100_000 + '"'),
+    ],
+)
+async def test_a_wrong_value_is_refused_by_its_field(url: str, field: str, value: str) -> None:
+    """Sections A4 and E2: no number or text ends a batch, which others share."""
+    wrong = json.dumps(REQUEST)[:-1] + f', "{field}": {value}}}'
+    (status, answer), (other, _) = await asyncio.gather(
+        post(url, wrong.encode()), post(url, json.dumps(REQUEST).encode())
+    )
+    assert (status, other) == (400, 200)
+    assert field in answer["error"]["message"]
+    assert len(answer["error"]["message"]) < 500
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"messages": [{"role": "user", "content": "half \ud83d"}]},
+        {"messages": [{"role": "\ud83d", "content": "x"}]},
+        {"stop": "\ud83d"},
+        {"temperature": 5e-324},
+        {"temperature": 1000000},
+        {"seed": (1 << 64) - 1},
+        {"seed": -(1 << 63)},
+        {"stream": None, "stream_options": None, "logprobs": None, "model": None, "stop": None},
+        {"model": "\ud83d"},
+        {"request_id": {"any": 1}},
+    ],
+)
+async def test_odd_values_are_answered(url: str, more: dict[str, Any]) -> None:
+    status, answer = await post(url, json.dumps(REQUEST | {"max_tokens": 1} | more).encode())
+    assert status == 200, answer
+    assert answer["usage"]["completion_tokens"] == 1
+
+
+async def test_bodies_are_bounded_in_size_and_time(engine: Engine) -> None:
+    """Sections B3 and E12: as they come, and unpacked."""
+    whole = json.dumps(REQUEST).encode()
+    async with TestServer(engine_app(engine, EngineHttpPolicy(body_bytes=1000, body_s=0.2))) as server:
+        url = str(server.make_url("")).rstrip("/")
+        assert (await post(url, whole))[0] == 200
+        for data, headers in [(b" " * 1001, {}), (gzip.compress(b" " * 100_000), {"Content-Encoding": "gzip"})]:
+            status, answer = await post(url, data, **headers)
+            assert (status, answer["error"]["message"]) == (413, "the request is larger than 1,000 bytes")
+        assert (await post(url, b"no gzip", **{"Content-Encoding": "gzip"}))[0] == 400
+        assert (await post(url, gzip.compress(whole), **{"Content-Encoding": "gzip"}))[0] == 200
+
+        async def endless() -> AsyncIterator[bytes]:
+            yield b"{"
+            await asyncio.Event().wait()
+
+        async with aiohttp.ClientSession() as http, http.post(f"{url}/tokenize", data=endless()) as response:
+            assert response.status == 408
+            assert "did not arrive within 0.2 s" in await response.text()
+
+
+async def test_only_names_of_this_machine_and_known_paths_are_answered(url: str) -> None:
+    """Entry F4: a web page can make its own name resolve to loopback, but not send another name."""
+    body = json.dumps(REQUEST).encode()
+    for host in ["evil.example", "", "[::1", "127.0.0.1.evil.example"]:
+        assert (await post(url, body, Host=host))[0] == 403
+    assert (await post(url, body, Host="localhost:5"))[0] == 200
+    assert (await post(url, body, "/v1/completions"))[0] == 404
+    assert (await post(url, body, "/health"))[0] == 405
+
+
+async def test_beyond_its_queue_the_engine_asks_for_a_pause(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No queue is without a bound. What waits is answered."""
+    free, asked = threading.Event(), threading.Event()
+    generate = engine._generate
+
+    def slow(jobs: Any) -> None:
+        asked.set()
+        assert free.wait(30)
+        generate(jobs)
+
+    monkeypatch.setattr(engine, "_generate", slow)
+    monkeypatch.setattr(engine, "_policy", EnginePolicy(waiting=2))
+    body = json.dumps(REQUEST).encode()
+    async with TestServer(engine_app(engine)) as server:
+        url = str(server.make_url("")).rstrip("/")
+        first = asyncio.create_task(post(url, body))
+        assert await asyncio.to_thread(asked.wait, 30)
+        waiting = [asyncio.create_task(post(url, body)) for _ in range(5)]
+        refused = [await each for each in itertools.islice(asyncio.as_completed(waiting), 3)]
+        assert [status for status, _ in refused] == [429] * 3
+        assert "2 requests are waiting, the most that this engine takes" in refused[0][1]["error"]["message"]
+        async with aiohttp.ClientSession() as http, http.post(f"{url}/v1/chat/completions", data=body) as response:
+            assert response.headers["Retry-After"] == "1"
+        free.set()
+        answers = await asyncio.gather(first, *waiting)
+    assert sorted(status for status, _ in answers) == [200] * 3 + [429] * 3
 
 
 async def test_a_stream_equals_a_whole_answer_and_names_its_weights_at_the_end(url: str) -> None:
