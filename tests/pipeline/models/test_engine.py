@@ -263,9 +263,15 @@ async def test_answers_of_one_batch_are_continued_with_new_weights_from_where_th
 ) -> None:
     """Prompts of different lengths; one answer is over when the weights change, and names the first version alone."""
     engine = Interrupted(folder, version="v0", seed=7)
-    gate = threading.Event()
-    engine.on_token = lambda _: gate.wait(60) and None
+    taken, gate = threading.Event(), threading.Event()
+
+    def block(_: list[int]) -> None:
+        taken.set()
+        gate.wait(60)
+
+    engine.on_token = block
     blocking = asyncio.create_task(engine.chat(ask()))
+    assert await asyncio.to_thread(taken.wait, 60)  # else the others could be of its batch
     asked = [ask(messages, max_tokens=limit, **EXACT) for messages, limit in ((SHORT, 6), (LONG, 6), (SHORT, 2))]
     tasks = [asyncio.create_task(engine.chat(request)) for request in asked]
     await asyncio.sleep(0)  # let them be queued
