@@ -75,7 +75,13 @@ class Broker(KafkaBroker):
     """FastStream's Kafka broker. A subscriber with a ``group_id`` starts at the oldest record, reads committed records
     and handles each at least once. If its handler raises, the record is read again, up to ``tries`` times in all, and
     then becomes a dead letter with the handler's name as its role. A subscriber without a group only watches: it starts
-    at the next record, commits nothing, and logs what it can't use."""
+    at the next record, commits nothing, and logs what it can't use.
+
+    A group also starts at the oldest record where its committed offset has been deleted by retention, and where
+    aiokafka finds none although there is one, as may happen while a restarted broker loads its offsets (our own
+    consumers ask librdkafka: see `Watermarks.committed`). So no record that the log still holds is skipped, but up to
+    seven days of them may be handled once more: handlers have to be idempotent, as at-least-once delivery asks anyway.
+    Records that retention has deleted before the group read them are not named."""
 
     def __init__(self, settings: Settings, tries: int = TRIES) -> None:
         self._settings = settings
