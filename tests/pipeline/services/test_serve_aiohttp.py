@@ -2,9 +2,11 @@
 
 import asyncio
 
+import pytest
 from aiohttp import web
 
 from millstream.pipeline.services.serve_aiohttp import serve
+from millstream.schemas.errors import ConfigError
 
 GET = b"GET /%s HTTP/1.1\r\nHost: x\r\n\r\n"
 
@@ -43,3 +45,18 @@ async def test_connections_are_bounded_and_idle_ones_make_room() -> None:
         free.set()
         for reader, _ in [*busy, (idle, writer)]:
             assert (await reader.readuntil(b"slow")).startswith(b"HTTP/1.1 200")
+
+
+async def test_a_port_is_shared_only_by_those_that_ask_for_it() -> None:
+    """Section F1: another process of the same user could take a part of the calls."""
+    async with serve(web.Application(), "http://127.0.0.1:0") as url:
+        for reuse_port in [False, True]:
+            with pytest.raises(ConfigError, match="another process may have the port"):
+                async with serve(web.Application(), url, reuse_port=reuse_port):
+                    pass
+    async with serve(web.Application(), "http://127.0.0.1:0", reuse_port=True) as url:
+        async with serve(web.Application(), url, reuse_port=True) as same:
+            assert same == url
+        with pytest.raises(ConfigError):
+            async with serve(web.Application(), url):
+                pass
