@@ -10,12 +10,13 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from exposition import checked
+from exposition import checked, exported
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.workers import read_workers
 from millstream.pipeline.addresses import free_port
 from millstream.schemas.config.settings import Settings
+from millstream.schemas.metrics import CATALOGUE
 
 pytestmark = pytest.mark.kafka
 
@@ -58,7 +59,10 @@ async def test_every_role_has_probes_and_reports_itself(
                 while (await get(role, "/readyz"))[0] != 200:  # noqa: ASYNC110
                     await asyncio.sleep(0.05)
                 assert (await get(role, "/livez"))[0] == 200
-                samples = checked((await get(role, "/metrics"))[1])
+                wanted = {metric.exported for metric in CATALOGUE[role.title()]}
+                while not wanted <= exported(text := (await get(role, "/metrics"))[1]):  # noqa: ASYNC110
+                    await asyncio.sleep(0.05)  # a sink first opens its store
+                samples = checked(text)
                 assert samples["millstream_poll_age_seconds"][()] >= 0
                 (labels,) = samples["millstream_build_info"]
                 assert dict(labels)["role"] == role

@@ -13,10 +13,12 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
+from exposition import checked, exported
 from runner_rig import Rig, by_input, terminal, write_agent
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.schemas.config.settings import Settings
+from millstream.schemas.metrics import CATALOGUE
 from millstream.schemas.wire.records import Span
 
 pytestmark = pytest.mark.kafka
@@ -96,6 +98,14 @@ async def test_cancel_pause_workers_lag_and_a_second_interrupt(
         counted = await asyncio.to_thread(_get, port, "/metrics")
         assert 'my_ended_total{status="succeeded"} 4.0' in counted
         assert 'my_ended_total{status="cancelled"} 1.0' in counted
+        samples = checked(counted)
+        assert exported(counted) >= {m.exported for m in CATALOGUE["Runner"]} - {"millstream_memory_limit_bytes"}
+        ended = samples["millstream_attempts_total"]
+        assert {dict(labels)["status"]: n for labels, n in ended.items()} == {"succeeded": 4, "cancelled": 1}
+        assert samples["millstream_runner_slots"] == {(): 2}
+        assert samples["millstream_agent_process_cpu_seconds_total"][()] > 0
+        assert samples["millstream_log_bytes_total"][(("direction", "written"),)] > 1000
+        assert samples["millstream_log_bytes_total"][(("direction", "read"),)] > 1000
         alive = await asyncio.to_thread(_get, port, "/livez")
         assert [line.split()[0] for line in alive.splitlines()] == [
             "millstream_poll_age_seconds",

@@ -16,6 +16,11 @@ def text_of(registry: CollectorRegistry) -> str:
     return generate_latest(registry).decode()
 
 
+def exported(text: str) -> set[str]:
+    """The names of all families, those without a sample included."""
+    return {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE ")}
+
+
 def checked(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
     """Samples by name and labels. Every family must be in the catalogue with its type, meaning and labels, every series
     there once; promtool, where it is installed, must find nothing."""
