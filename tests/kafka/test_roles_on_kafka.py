@@ -45,7 +45,7 @@ async def test_every_role_has_probes_and_reports_itself(
         for role, port in ports.items()
     }
     try:
-        async with aiohttp.ClientSession() as http, asyncio.timeout(60):
+        async with aiohttp.ClientSession() as http, asyncio.timeout(120):
 
             async def get(role: str, path: str) -> tuple[int, str]:
                 try:
