@@ -86,6 +86,7 @@ class TorchLearner:
         critic: CriticOptions | None = None,
         seed: int = 0,
     ) -> None:
+        self.arguments = {name: value for name, value in locals().items() if name != "self"}  # for the record
         self.model = Path(model)
         self.estimator, self.merge_turns, self.overlong = estimator, merge_turns, overlong
         self.epochs = epochs

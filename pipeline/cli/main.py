@@ -8,7 +8,7 @@ import typer
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from millstream.pipeline.cli import control, dead_letters, kafka, model, replay, roles, workers
+from millstream.pipeline.cli import control, dead_letters, kafka, model, replay, roles, training, workers
 from millstream.pipeline.cli.output import err
 from millstream.pipeline.cli.questions import ask, dataset, experiments, sql, steps
 from millstream.pipeline.services.hidden_memory import hide_memory
@@ -18,6 +18,7 @@ from millstream.schemas.spans.text import utf8
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train AI agents over an event stream.")
 app.add_typer(roles.app)
+app.add_typer(training.app)
 app.add_typer(control.app)
 app.add_typer(workers.app)
 app.add_typer(ask.app)

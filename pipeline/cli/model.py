@@ -59,6 +59,24 @@ def deploy(
     _ask(command, wait_s)
 
 
+@app.command(epilog="Example: millstream model export runs/calculator runs/exported --version calculator.0.42")
+def export(
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The run's folder (run_dir).")],
+    target: Annotated[Path, typer.Argument(help="A new Hugging Face folder.")],
+    version: Annotated[
+        str, typer.Option(help="run.epoch.step, or the checkpoint's name, such as step-42. Default: the last one.")
+    ] = "",
+    base: Annotated[
+        Path | None, typer.Option("--model", help="Its configuration and tokenizer. Default: the run's model.")
+    ] = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face folder, for transformers and vLLM."""
+    from millstream.pipeline.training.reporting.export import export_checkpoint  # needs torch
+
+    found = export_checkpoint(run, target, version, base)
+    out.print(f"{target}: version {found}", highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command(epilog="Example: millstream model rollback policy --to policy.0.6")
 def rollback(
     model: Model,

@@ -17,7 +17,7 @@ from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.port import Log
 from millstream.pipeline.addresses import LOOPBACK
 from millstream.pipeline.cli.model import app as model_app
-from millstream.pipeline.cli.output import MAX_PORT, Json, err, out, print_rows
+from millstream.pipeline.cli.output import MAX_PORT
 from millstream.producers.log.port import closing
 from millstream.schemas import metrics
 from millstream.schemas.config.settings import Settings, load_settings
@@ -260,22 +260,6 @@ def gateway(
             await uvicorn_server(role.app).serve([listener])  # until SIGTERM or SIGINT
 
     _run_role(settings, "gateway", 0, work)
-
-
-@app.command(epilog="Example: millstream train examples/calculator/train.toml")
-def train(
-    config: Annotated[Path, typer.Argument(help="TOML file; see examples/calculator/train.toml.")],
-    health_port: HealthPort = 0,
-    as_json: Json = False,
-) -> None:
-    """Train with a configuration file; show progress, then a summary. Needs the `train` extra."""
-    from millstream.pipeline.training.config import train_from
-
-    summary = train_from(config, err if as_json else out, health_port=health_port)
-    values = summary.first_reward, summary.validation_reward, summary.rollouts, summary.rollouts_per_second
-    columns = ["steps", "first_reward", "validation_reward", "rollouts", "rollouts_per_second", "seconds"]
-    rounded = [value if value is None else round(value, 3) for value in (*values, summary.seconds)]
-    print_rows(columns, [[len(summary.steps), *rounded]], as_json)
 
 
 def _run_role(

@@ -23,7 +23,15 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from millstream.pipeline.models.policy import copy_weights, left_pad, load_model, load_tokenizer, one_thread
+from millstream.pipeline.models.policy import (
+    copy_weights,
+    digest,
+    left_pad,
+    load_model,
+    load_tokenizer,
+    one_thread,
+    parameters,
+)
 from millstream.pipeline.protocols.model_version import of_tokens
 from millstream.producers.supervisor import supervisor
 from millstream.schemas.spans.text import safe_repr, utf8
@@ -156,6 +164,11 @@ class Engine:
             copy_weights(self._model, weights)
             self._version = version
             self._loads += 1
+
+    def digest(self) -> tuple[str, str]:
+        """The version and the digest of the weights that are served, read between two tokens."""
+        with self._held():
+            return self._version, digest(parameters(self._model))
 
     async def update(self, weights: Mapping[str, Tensor], version: str) -> None:
         """`load`, without blocking the event loop while a token is computed."""

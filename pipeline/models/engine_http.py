@@ -25,8 +25,8 @@ class EngineHttpPolicy:
 
 def engine_app(engine: Engine, policy: EngineHttpPolicy = EngineHttpPolicy()) -> web.Application:
     """``POST /v1/chat/completions`` (also streamed; `model_version` says how it names its weights), ``POST /tokenize``,
-    ``GET /v1/models`` and ``GET /health``. Every error is in OpenAI's form; requests to other names than this machine's
-    are refused, since there is no key. The caller closes the engine."""
+    ``GET /v1/models``, ``GET /health`` and ``GET /weights`` (version and digest). Every error is in OpenAI's form;
+    requests to other names than this machine's are refused, since there is no key. The caller closes the engine."""
 
     async def chat(request: web.Request) -> web.StreamResponse:
         body = await _body(request, policy)
@@ -63,6 +63,10 @@ def engine_app(engine: Engine, policy: EngineHttpPolicy = EngineHttpPolicy()) ->
     async def health(_: web.Request) -> web.Response:
         return web.json_response({"model_version": engine.version})
 
+    async def weights(_: web.Request) -> web.Response:
+        version, sha256 = await asyncio.to_thread(engine.digest)
+        return web.json_response({"model_version": version, "sha256": sha256})
+
     app = web.Application(client_max_size=policy.body_bytes, middlewares=[_errors])
     app.add_routes(
         [
@@ -70,6 +74,7 @@ def engine_app(engine: Engine, policy: EngineHttpPolicy = EngineHttpPolicy()) ->
             web.post("/tokenize", tokenize),
             web.get("/v1/models", models),
             web.get("/health", health),
+            web.get("/weights", weights),
         ]
     )
     return app

@@ -1,5 +1,6 @@
 """The torch policy, loaded and batched in the same way by the engine that samples and the algorithm that trains."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,16 @@ def left_pad(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
 def parameters(model: Any) -> dict[str, Tensor]:
     """The model's weights by name; tied ones once."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def digest(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names, types, shapes and bytes: the same for equal weights, wherever they lie."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def copy_weights(model: Any, weights: Mapping[str, Tensor]) -> None:

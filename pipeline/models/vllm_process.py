@@ -58,6 +58,12 @@ class VllmPolicy:
 DEFAULT_POLICY: Final = VllmPolicy()
 
 
+def check_vllm(python: Path) -> None:
+    """Raises `ConfigError` if there is no such interpreter."""
+    if not python.is_file():
+        raise ConfigError(f"no vLLM at {python} (setting vllm_python); `make vllm` sets it up")
+
+
 class VllmProcess:
     """One process at a time, at one address. Its output goes to a file in ``folder``."""
 
@@ -90,8 +96,7 @@ class VllmProcess:
 
     async def start(self) -> None:
         """Returns when it answers. Raises `MillstreamError`, with the end of its log if it ends before."""
-        if not self._python.is_file():
-            raise ConfigError(f"no vLLM at {self._python} (setting vllm_python); `make vllm` sets it up")
+        check_vllm(self._python)
         with self.log.open("ab") as output:
             self._process = await asyncio.create_subprocess_exec(
                 self._python,

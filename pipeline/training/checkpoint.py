@@ -61,7 +61,7 @@ def save(
     """
     folder = Path(folder)
     make_folder(folder, "run_dir")
-    newest = max((_step(path) for path in _checkpoints(folder)), default=-1)
+    newest = max((_step(path) for path in checkpoints(folder)), default=-1)
     if newest > step:
         raise ConfigError(
             f"{folder} holds a checkpoint of step {newest}, later than step {step}: they are of different "
@@ -89,7 +89,7 @@ def save(
         final.rename(folder / f".unfinished-{new_id()}")
     unfinished.rename(final)
     _sync(folder)
-    for old in _checkpoints(folder)[:-keep]:
+    for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     _clear_unfinished(folder)
     return final
@@ -101,19 +101,27 @@ def load_latest(folder: str | Path) -> Checkpoint | None:
     Raises `CheckpointDamaged` if it differs from what was written. Does not fall back to an older one: that would
     discard training, and hide that the disk lost data.
     """
-    found = _checkpoints(Path(folder)) if Path(folder).is_dir() else []
+    found = checkpoints(Path(folder))
     return load(found[-1]) if found else None
 
 
 def restore(folder: Path, resume: str | Path) -> Checkpoint | None:
+    """`find`, then later checkpoints are set aside."""
+    found = find(folder, resume)
+    if found is not None and found.behind:
+        set_aside(folder, found.step)
+    return found
+
+
+def find(folder: Path, resume: str | Path) -> Checkpoint | None:
     """The checkpoint that a run with this folder goes on from. ``resume``: "auto", the last one, or None if there is
-    none; "never", None; or a checkpoint's folder or its name, such as ``step-42``: later ones are set aside.
+    none; "never", None; or a checkpoint's folder or its name, such as ``step-42``.
 
     Raises `ConfigError` with "never" if there are checkpoints, and for one that does not exist; `CheckpointDamaged`.
     """
     if resume == "auto":
         return load_latest(folder)
-    found = _checkpoints(folder) if folder.is_dir() else []
+    found = checkpoints(folder)
     if resume == "never":
         if found:
             raise ConfigError(
@@ -127,23 +135,20 @@ def restore(folder: Path, resume: str | Path) -> Checkpoint | None:
         known = ", ".join(f"step-{_step(each)}" for each in found) or "none"
         raise ConfigError(f"resume = {resume}: there is no such checkpoint; {folder} has {known}")
     chosen = load(path)
-    if found and _step(found[-1]) > chosen.step:
-        set_aside(folder, chosen.step)
-        return replace(chosen, behind=True)
-    return chosen
+    return replace(chosen, behind=bool(found) and _step(found[-1]) > chosen.step)
 
 
 def go_back(folder: Path, gradual: bool = False) -> Checkpoint:
     """The last checkpoint of a folder, or, for a fault that is ``gradual``, the oldest that was kept; later ones are
     set aside as ``abandoned-…``. Raises `CheckpointDamaged`."""
-    found = load(_checkpoints(folder)[0 if gradual else -1])
+    found = load(checkpoints(folder)[0 if gradual else -1])
     set_aside(folder, found.step)
     return found
 
 
 def set_aside(folder: Path, step: int) -> None:
     """Renames the checkpoints of later steps: a run that goes on from ``step`` writes others."""
-    for path in _checkpoints(folder):
+    for path in checkpoints(folder):
         if _step(path) > step:
             path.rename(folder / f"abandoned-{new_id()}-{path.name}")
     _sync(folder)
@@ -211,7 +216,10 @@ def _damage(path: Path, what: str) -> str:
     )
 
 
-def _checkpoints(folder: Path) -> list[Path]:
+def checkpoints(folder: Path) -> list[Path]:
+    """Their folders, by step. None if there is no such folder."""
+    if not folder.is_dir():
+        return []
     return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()), key=_step)
 
 

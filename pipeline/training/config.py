@@ -2,11 +2,12 @@
 
 import asyncio
 import dataclasses
+import logging
 import tomllib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
@@ -20,13 +21,21 @@ from millstream.pipeline.training.deployment import strategy_of
 from millstream.pipeline.training.progress import ProgressView
 from millstream.pipeline.training.report import StepReport, Summary
 from millstream.pipeline.training.reporting.metrics import TrainingMetrics
+from millstream.pipeline.training.reporting.record import RECORD, obstacles
+from millstream.pipeline.training.reporting.toml_text import toml_text
+from millstream.pipeline.training.run import CHECKPOINTS
 from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.pipeline.training.trainer import Trainer
+from millstream.producers.files import write_atomically
 from millstream.schemas.config.settings import Settings, load_settings, problems_of
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.folders import make_folder
 from millstream.schemas.import_path import load_object
 from millstream.schemas.spans.text import json_text, parsed
+
+logger = logging.getLogger(__name__)
+
+RESOLVED: Final = "resolved.toml"  # within the run's folder
 
 
 class ModelConfig(BaseModel):
@@ -51,6 +60,16 @@ class ModelConfig(BaseModel):
     )
 
 
+class ReportConfig(BaseModel):
+    """Where the numbers of steps go, besides the log and the store."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tensorboard: bool = Field(
+        default=False, description="Events in run_dir/tensorboard; needs the package tensorboard."
+    )
+
+
 class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
@@ -66,6 +85,7 @@ class TrainConfig(BaseModel):
     patience: int = Field(3, ge=1)
     seed: int = 0
     model: ModelConfig = ModelConfig()
+    report: ReportConfig = ReportConfig()
     resume: str = Field(
         "auto",
         description='"auto": from the last checkpoint in run_dir; "never": refuses a folder with checkpoints; or a '
@@ -127,6 +147,52 @@ def read_inputs(path: Path, settings: Settings) -> list[Any]:
     return [parsed(task.input) for task in read_tasks(path, settings)[0]]
 
 
+def dry_run(path: Path) -> tuple[str, dict[str, Any]]:
+    """Checks everything that `train_from` needs on this machine, the model included, and starts nothing. Writes the
+    file with all defaults to ``resolved.toml`` in the run's folder; returns its text and the experiment's record.
+
+    Raises `ConfigError` for whatever would be refused.
+    """
+    config = load_config(path)
+    _reports(config)
+    record = _trainer(config, load_settings()).check()
+    text = toml_text(config.model_dump(mode="json"))
+    if repr(TrainConfig(**tomllib.loads(text))) != repr(config):
+        raise ConfigError(f"{path}: the resolved file would mean something else; please report this")
+    write_atomically(make_folder(config.run_dir, "run_dir") / RESOLVED, text.encode())
+    return text, record
+
+
+def again(record: Mapping[str, Any], run_dir: Path | None = None, *, force: bool = False) -> Path:
+    """Prepares the run of a record a second time, in a folder of its own (by default that of the first with
+    ``-again``), and returns the file to train from.
+
+    Raises `ConfigError` for a record without a file, for a folder that is taken, and, without ``force``, if a rollout
+    or an update would now be computed from anything else: names each difference.
+    """
+    if record.get("config") is None:
+        raise ConfigError("its record holds no training file: a script has started it; run the script again")
+    try:
+        first = TrainConfig(**record["config"])
+    except ValidationError as error:
+        raise ConfigError(f"the configuration in its record is not one of this version: {problems_of(error)}") from None
+    where = run_dir or first.run_dir.with_name(f"{first.run_dir.name}-again")
+    if (where / RECORD).exists() or (where / CHECKPOINTS).exists():
+        raise ConfigError(f"{where} is the folder of a run: give the reproduction a new one with --run-dir")
+    config = first.model_copy(update={"run_dir": where, "resume": "auto"})
+    found = obstacles(record, _trainer(config, load_settings()).check())
+    if found and not force:
+        listed = "".join(f"\n  {each}" for each in found)
+        raise ConfigError(f"the run can't be reproduced as it was; --force starts it all the same:{listed}")
+    for each in found:
+        logger.warning("%s", each)
+    if (record.get("git") or {}).get("dirty"):
+        logger.warning("the first run was started with uncommitted changes, which its record does not hold")
+    file = make_folder(where, "run_dir") / RESOLVED
+    write_atomically(file, toml_text(config.model_dump(mode="json")).encode())
+    return file
+
+
 def train_from(path: Path, console: Console | None = None, adapter: str = "", health_port: int = 0) -> Summary:
     """Trains with a live view and writes the summary to ``train.json`` in the run's folder. ``adapter`` is
     ``module:attribute`` of a function from traces to triplets, for runs in memory. ``health_port``:
@@ -135,38 +201,52 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
     Raises `ConfigError` if the file is wrong or the `train` extra is missing.
     """
     config = load_config(path)
-    settings = load_settings()
-    tasks = read_inputs(config.tasks, settings)
-    val_tasks = read_inputs(config.val_tasks, settings) if config.val_tasks else []
-    make_folder(config.run_dir, "run_dir")
+    reports = _reports(config)
     metrics = TrainingMetrics()
     with ProgressView(console or Console(), config.run) as view:
-
-        def on_step(report: StepReport) -> None:
-            view.on_step(report)
-            metrics.ended(report)
-
-        trainer = Trainer(
-            algorithm=algorithm_of(config.algorithm),
-            agent=config.agent,
-            strategy=with_probes(strategy_of(config.strategy), health_port, metrics),
-            hooks=config.hooks,
-            max_steps=config.max_steps,
-            stop_reward=config.stop_reward,
-            patience=config.patience,
-            run=config.run,
-            run_dir=config.run_dir,
-            resume=config.resume,
+        trainer = _trainer(
+            config,
+            load_settings(),
+            with_probes(strategy_of(config.strategy), health_port, metrics),
             adapter=load_object("adapter", adapter, str(Path.cwd())) if adapter else None,
-            seed=config.seed,
-            settings=settings,
-            on_step=on_step,
-            vllm=vllm_options(config.model),
-            deterministic=config.model.deterministic,
+            on_step=lambda report: [each(report) for each in (view.on_step, metrics.ended, *reports)],
         )
-        summary = trainer.fit(tasks, val_tasks)
+        make_folder(config.run_dir, "run_dir")
+        summary = trainer.fit()
     (config.run_dir / "train.json").write_text(json_text(dataclasses.asdict(summary)) + "\n")
     return summary
+
+
+def _reports(config: TrainConfig) -> list[Callable[[StepReport], None]]:
+    if not config.report.tensorboard:
+        return []
+    from millstream.pipeline.training.reporting.tensorboard import tensorboard  # needs torch
+
+    return [tensorboard(config.run_dir)]
+
+
+def _trainer(config: TrainConfig, settings: Settings, strategy: Strategy | None = None, **given: Any) -> Trainer:
+    """``strategy``: by default the one that the file names. Loads the model."""
+    return Trainer(
+        tasks=read_inputs(config.tasks, settings),
+        val_tasks=read_inputs(config.val_tasks, settings) if config.val_tasks else [],
+        algorithm=algorithm_of(config.algorithm),
+        agent=config.agent,
+        strategy=strategy or config.strategy,
+        hooks=config.hooks,
+        max_steps=config.max_steps,
+        stop_reward=config.stop_reward,
+        patience=config.patience,
+        run=config.run,
+        run_dir=config.run_dir,
+        resume=config.resume,
+        seed=config.seed,
+        settings=settings,
+        vllm=vllm_options(config.model),
+        deterministic=config.model.deterministic,
+        config=config.model_dump(mode="json"),
+        **given,
+    )
 
 
 def vllm_options(config: ModelConfig) -> VllmOptions | None:

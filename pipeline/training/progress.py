@@ -1,6 +1,9 @@
 """The live view of a training run: its last steps and totals."""
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from types import TracebackType
 
 from rich.console import Console, Group
@@ -14,14 +17,30 @@ SHOWN_STEPS = 12
 BAR_WIDTH = 12  # the table fits 80 columns
 
 
+def redraws(console: Console) -> bool:
+    """Whether what is shown can be replaced: on a terminal, and in a notebook that has ipywidgets."""
+    return console.is_terminal or (console.is_jupyter and find_spec("ipywidgets") is not None)
+
+
+@contextmanager
+def shown(title: str, console: Console | None = None, *, quiet: bool = False) -> "Iterator[ProgressView | None]":
+    """A view for a script or notebook: none if it is to be ``quiet``, or where its output is a file or a pipe."""
+    console = console or Console()
+    if quiet or not (console.is_terminal or console.is_jupyter):
+        yield None
+        return
+    with ProgressView(console, title) as view:
+        yield view
+
+
 class ProgressView:
-    """A live table on a terminal, a line for each step elsewhere."""
+    """A live table on a terminal and in a notebook, a line for each step elsewhere."""
 
     def __init__(self, console: Console, title: str) -> None:
         self._console = console
         self._title = title
         self._steps: deque[StepReport] = deque(maxlen=SHOWN_STEPS)
-        self._live = Live(console=console, refresh_per_second=4, transient=False) if console.is_terminal else None
+        self._live = Live(console=console, refresh_per_second=4, transient=False) if redraws(console) else None
 
     def __enter__(self) -> "ProgressView":
         if self._live is not None:

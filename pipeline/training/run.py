@@ -7,13 +7,11 @@ import hashlib
 import json
 import logging
 import random
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +23,7 @@ from millstream.pipeline.models.server import ModelServer, UpdateFailed
 from millstream.pipeline.training.collector import Collector
 from millstream.pipeline.training.groups import FinishedRollout, Group, Lineage
 from millstream.pipeline.training.report import StepReport, Summary, failures, mean_reward
+from millstream.pipeline.training.reporting.record import RECORD, continued
 from millstream.pipeline.training.reporting.steps import step_record
 from millstream.pipeline.training.reporting.stopwatch import Stopwatch
 from millstream.producers.control import cancel_record, publish_control, publish_resources
@@ -88,8 +87,12 @@ class Experiment:
     @cached_property
     def digest(self) -> str:
         """SHA-256 of the tasks."""
-        texts = "\n".join([*self.tasks, "", *self.val_tasks])
-        return hashlib.sha256(texts.encode("utf-8", "surrogateescape")).hexdigest()
+        return _digest([*self.tasks, "", *self.val_tasks])
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each kind of tasks."""
+        return {"tasks": _digest(self.tasks), "val_tasks": _digest(self.val_tasks)}
 
     def restored(self, found: "Checkpoint", where: Path) -> "Experiment":
         """This experiment as the one of a checkpoint. Raises `ConfigError` if they differ."""
@@ -121,7 +124,7 @@ class Run:
         *,
         server: ModelServer | None = None,
         run_dir: Path = Path(),
-        on_step: Callable[[StepReport], None] = lambda report: None,
+        on_step: Callable[[StepReport], object] = lambda report: None,
         endpoints: tuple[str, ...] = (),
         restored: "Checkpoint | None" = None,
         update: UpdatePolicy = UpdatePolicy(),
@@ -133,6 +136,7 @@ class Run:
         self.continues = False  # what the checkpoint's trainer had asked for still runs, or has ended
         self.settings = settings
         self._topics = settings.topics
+        self._log = log
         self._server = server
         self.run_dir = run_dir
         self._on_step = on_step
@@ -180,8 +184,14 @@ class Run:
         """The version of the resources that new rollouts use."""
         return self._resources_id
 
-    async def start(self, algorithm: str) -> None:
-        """Announces the experiment, or goes on where its checkpoint was written."""
+    @property
+    def outstanding(self) -> frozenset[str]:
+        """The rollouts that were asked for and have not ended."""
+        return self._collector.outstanding
+
+    async def start(self, record: Mapping[str, Any]) -> None:
+        """Announces the experiment, or goes on where its checkpoint was written. ``record``: what it is started with
+        (`reporting.record`); the run's folder keeps it, too."""
         if self.restored is None:
             (self.run_dir / NOTE).unlink(missing_ok=True)  # of a run whose checkpoints are gone
             await self._collector.start()
@@ -206,20 +216,24 @@ class Run:
             self._saved_resources_id, self._evaluations = saved["resources_id"], saved["evaluations"]
             self.summary = Summary.of(saved["summary"])
             self._started -= self.summary.seconds
-        body = {
-            "run": self.experiment.name,
-            "seed": self.seed,
-            "algorithm": algorithm,
-            "settings": self.settings.model_dump(mode="json"),
-            "millstream": package_version("millstream"),
-            "python": sys.version.split()[0],
-        }
+        log = "kafka" if isinstance(self._log, KafkaLog) else "memory"
+        await self._announce({"run": self.experiment.name, "seed": self.seed, "log": log, **record})
+
+    async def _announce(self, record: dict[str, Any]) -> None:
+        path = self.run_dir / RECORD
+        if self.restored is not None and (before := read_record(path, self.experiment.experiment_id)) is not None:
+            now = {"at": time.time_ns(), "epoch": self.lineage.epoch, "step": self.restored.step}
+            record = continued(before, record, now)
+        text = json_text(record)
+        kept = json_text({"experiment_id": self.experiment.experiment_id, **record})
+        await asyncio.to_thread(write_atomically, path, kept.encode())
         experiment = Control(
             kind="experiment",
             name=self.experiment.experiment_id,
             experiment_id=self.experiment.experiment_id,
-            body=json_text(body),
-            created_at=self.experiment.started_ns,
+            body=text,
+            # The store keeps the last of a name by this time. A record with one more change replaces the one before.
+            created_at=self.experiment.started_ns + len(record.get("changes", ())),
         )
         await publish_control(self._producer, self._topics, experiment)
 
@@ -489,6 +503,20 @@ class Run:
 
 
 CHECKPOINTS, NOTE = "checkpoints", "note.json"  # within the run's folder
+
+
+def read_record(path: Path, experiment_id: str = "") -> dict[str, Any] | None:
+    """What a run's folder says about its experiment, without the id. None if it says nothing (about this one)."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+        known = found.pop("experiment_id")
+    except (OSError, ValueError, KeyError, AttributeError):
+        return None
+    return found if experiment_id in ("", known) else None
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def shuffled(tasks: Sequence[str], seed: int) -> Iterator[str]:

@@ -1,20 +1,29 @@
 """The trainer: the facade over a run and the deployment that it runs on."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from millstream.consumers.adapter.triplets import ToTriplets, TripletMaker
+from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.consumers.log.port import Log
+from millstream.consumers.runner.agent import agent_name, load_agent, load_hook
 from millstream.consumers.runner.hooks import Hook
 from millstream.pipeline.blocking import run_blocking
-from millstream.pipeline.models.vllm_process import VllmOptions
+from millstream.pipeline.models.vllm_process import VllmOptions, check_vllm
 from millstream.pipeline.training.algorithm import Algorithm
 from millstream.pipeline.training.deployment import strategy_of
 from millstream.pipeline.training.groups import FinishedRollout
+from millstream.pipeline.training.progress import shown
 from millstream.pipeline.training.report import StepReport, Summary
+from millstream.pipeline.training.reporting.provenance import JOBS, SERVERS, provenance
+from millstream.pipeline.training.reporting.record import algorithm_record
+from millstream.pipeline.training.reporting.waiting import watch
 from millstream.pipeline.training.run import CHECKPOINTS, Experiment, Run, StopRule, Task
 from millstream.pipeline.training.strategy import Setup, Strategy
+from millstream.producers.supervisor import supervisor
 from millstream.producers.task_input import task_input
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError
@@ -35,7 +44,9 @@ class Trainer:
     at least ``stop_reward``. ``resume``: "auto" goes on from the last checkpoint in ``run_dir``, if there is one;
     "never" starts anew, and refuses a folder that has some; a checkpoint's folder, or its name such as "step-42", goes
     on from that one. The demo engine serves the policy, or a vLLM of this process, as ``vllm`` says. With
-    ``deterministic`` the engine computes each answer alone, so that seeds repeat answers bit by bit.
+    ``on_step`` is called after each step; without it a live table is shown, on a terminal and in a notebook. With
+    ``deterministic`` the engine computes each answer alone, so that seeds repeat answers bit by bit. ``config`` is the
+    file that all this was read from, for the record of the experiment.
 
     Raises `ConfigError` for arguments that exclude each other.
     """
@@ -58,10 +69,11 @@ class Trainer:
         adapter: ToTriplets | None = None,
         seed: int = 0,
         settings: Settings | None = None,
-        on_step: Callable[[StepReport], None] = lambda report: None,
+        on_step: Callable[[StepReport], object] | None = None,
         hooks: Sequence[Hook | str] = (),
         vllm: VllmOptions | None = None,
         deterministic: bool = False,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
         if deterministic and vllm is not None:
             raise ConfigError("deterministic is for the demo engine: drop it, or vllm")
@@ -73,6 +85,7 @@ class Trainer:
         self._hooks = hooks
         self._vllm = vllm
         self._deterministic = deterministic
+        self._config = config
         self._algorithm = algorithm
         self._strategy = strategy_of(strategy) if isinstance(strategy, str) else strategy
         self._tasks, self._val_tasks = tasks, val_tasks
@@ -95,6 +108,32 @@ class Trainer:
 
     async def train(self, tasks: Sequence[Task] | None = None, val_tasks: Sequence[Task] | None = None) -> Summary:
         """As `fit`, on the caller's event loop."""
+        experiment = self._experiment(tasks, val_tasks)
+        assert self._algorithm is not None
+        with shown(self._name, quiet=self._on_step is not None) as view:
+            async with self._started(experiment, None if view is None else view.on_step) as run:
+                await self._algorithm.run(run)
+        return run.summary
+
+    def check(self, tasks: Sequence[Task] | None = None, val_tasks: Sequence[Task] | None = None) -> dict[str, Any]:
+        """The record of the experiment that `fit` would begin or go on with, without starting anything. Raises
+        `ConfigError` for what would be refused then."""
+        experiment = self._experiment(tasks, val_tasks)
+        restored = self._restored(find=True)
+        if restored is not None:
+            experiment = experiment.restored(restored, self._run_dir)
+        folder = str(Path.cwd())
+        if self._vllm is not None:
+            check_vllm(self._settings.vllm_python)
+        if (refuse := getattr(self._algorithm, "check", None)) is not None:
+            refuse(self._settings, len(experiment.tasks))
+        if self._agent is not None:
+            load_agent(self._agent, folder)
+        for hook in self._hooks:
+            load_hook(hook, folder)
+        return self._record(experiment)
+
+    def _experiment(self, tasks: Sequence[Task] | None, val_tasks: Sequence[Task] | None) -> Experiment:
         tasks = self._tasks if tasks is None else tasks
         val_tasks = self._val_tasks if val_tasks is None else val_tasks
         if self._algorithm is None:
@@ -105,10 +144,28 @@ class Trainer:
         if not tasks:
             raise ConfigError("training needs tasks: none were given")
         inputs, val_inputs = _inputs(tasks, "task"), _inputs(val_tasks, "val_task")
-        experiment = Experiment(self._name, self._seed, inputs, val_inputs, self._stop)
-        async with self._started(experiment) as run:
-            await self._algorithm.run(run)
-        return run.summary
+        return Experiment(self._name, self._seed, inputs, val_inputs, self._stop)
+
+    def _record(self, experiment: Experiment) -> dict[str, Any]:
+        """What the run is started with. Reads the whole model."""
+        settings, model = self._settings, getattr(self._algorithm, "model", None)
+        interpreters: dict[Path, Sequence[str]] = {}
+        if self._vllm is not None:
+            interpreters[settings.vllm_python] = SERVERS
+        if (python := getattr(self._algorithm, "python_setting", None)) is not None:
+            interpreters[getattr(settings, python)] = JOBS
+        described = {} if self._algorithm is None else algorithm_record(self._algorithm)
+        found = provenance(model, interpreters)
+        return {
+            **described,
+            "config": None if self._config is None else dict(self._config),
+            "deterministic": self._deterministic,
+            "agent": self._agent if isinstance(self._agent, str) else agent_name(self._agent) if self._agent else None,
+            **experiment.digests,
+            **found,
+            "millstream": found["packages"]["millstream"],
+            "settings": settings.model_dump(mode="json"),
+        }
 
     async def _dev(self, tasks: Sequence[Task]) -> list[FinishedRollout]:
         inputs = _inputs(tasks, "task")
@@ -117,7 +174,9 @@ class Trainer:
             return await run.evaluate(inputs, "test")
 
     @asynccontextmanager
-    async def _started(self, experiment: Experiment) -> AsyncIterator[Run]:
+    async def _started(
+        self, experiment: Experiment, view: Callable[[StepReport], object] | None = None
+    ) -> AsyncIterator[Run]:
         make_folder(self._run_dir, "run_dir")
         restored = self._restored() if experiment.tasks else None
         if restored is not None:
@@ -134,6 +193,7 @@ class Trainer:
             vllm=self._vllm,
             deterministic=self._deterministic,
         )
+        record = await asyncio.to_thread(self._record, experiment)
         async with self._strategy(setup) as (log, server):
             run = Run(
                 self._settings,
@@ -141,23 +201,38 @@ class Trainer:
                 experiment,
                 server=server,
                 run_dir=self._run_dir,
-                on_step=self._on_step,
+                on_step=self._on_step or view or (lambda report: None),
                 endpoints=self._settings.proxy_urls if known else (),
                 restored=restored,
             )
             try:
-                await run.start(type(self._algorithm).__name__)
-                yield run
+                await run.start(record)
+                async with self._watched(log, run, served=server is not None):
+                    yield run
             finally:
                 await run.close()
 
-    def _restored(self) -> "Checkpoint | None":
+    @asynccontextmanager
+    async def _watched(self, log: Log, run: Run, *, served: bool) -> AsyncIterator[None]:
+        """Names roles that are missing, where they are processes of their own."""
+        if self._agent is not None or not isinstance(log, KafkaLog):
+            yield
+            return
+        roles = ["runner", *(["proxy"] if served else []), "adapter"]
+        watching = supervisor().loop("missing roles", watch(log, self._settings.topics, lambda: run.outstanding, roles))
+        try:
+            yield
+        finally:
+            await watching.close()
+
+    def _restored(self, *, find: bool = False) -> "Checkpoint | None":
+        """``find``: leaves the folder as it is."""
         folder = self._run_dir / CHECKPOINTS
         if self._resume == "auto" and not folder.exists():
             return None  # without the `train` extra, too
-        from millstream.pipeline.training.checkpoint import restore  # needs torch
+        from millstream.pipeline.training import checkpoint  # needs torch
 
-        return restore(folder, self._resume)
+        return (checkpoint.find if find else checkpoint.restore)(folder, self._resume)
 
 
 def _inputs(tasks: Sequence[Task], name: str) -> list[str]:

@@ -41,6 +41,8 @@ class JobPolicy:
 class Verl:
     """See `VerlOptions` for the arguments."""
 
+    python_setting = "verl_python"  # names the interpreter that learns
+
     def __init__(self, model: str | Path, *, policy: JobPolicy = JobPolicy(), **options: Any) -> None:
         self.options = VerlOptions(model=Path(model).resolve(), **options)
         self.model = self.options.model
@@ -74,11 +76,15 @@ class Verl:
         if run.experiment.val_tasks and progress.validated != served:
             await progress.validate(served)
 
+    def check(self, settings: Settings, tasks: int) -> None:
+        """Raises `ConfigError` for what would fail after verl's long start."""
+        check(self.options, tasks)
+        if not settings.verl_python.is_file():
+            raise ConfigError(f"no verl at {settings.verl_python} (setting verl_python); `make verl` sets it up")
+
     def _prepared(self, run: Run) -> Job:
         """The job of this start, with its tasks in the run's folder."""
-        check(self.options, len(run.experiment.tasks))
-        if not run.settings.verl_python.is_file():
-            raise ConfigError(f"no verl at {run.settings.verl_python} (setting verl_python); `make verl` sets it up")
+        self.check(run.settings, len(run.experiment.tasks))
         folder = make_folder((run.run_dir / "verl").resolve(), "run_dir")
         resume_from = None if run.restored is None else checkpoint_of(folder, run.restored.step)
         if resume_from is not None and mark_of(resume_from) is None:

@@ -1,6 +1,6 @@
 """``millstream experiments``: training runs, what they were started with, and how two of them differ."""
 
-from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -8,6 +8,7 @@ import typer
 from millstream.pipeline.cli.open import open_store
 from millstream.pipeline.cli.output import Json, date, note, print_json, print_rows, say
 from millstream.pipeline.store.queries import EXPERIMENTS, TRAINING_RUNS
+from millstream.pipeline.training.reporting.record import RECORD, differences, flat
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.spans.text import json_text, parsed
@@ -19,7 +20,7 @@ app = typer.Typer(no_args_is_help=True, help="Training runs: what they were star
 
 SHOWN = 5  # of the experiments that there are, if one is unknown
 
-Name = Annotated[str, typer.Argument(help="Its id, or the name of its run: then the newest.")]
+Name = Annotated[str, typer.Argument(help="Its id, the name of its run (then the newest), or the run's folder.")]
 
 
 @app.command("list", epilog="Example: millstream experiments list --limit 10")
@@ -41,9 +42,9 @@ def experiments_list(
 
 @app.command("show", epilog="Example: millstream experiments show calculator")
 def experiments_show(experiment: Name, as_json: Json = False) -> None:
-    """Show what a training run was started with: algorithm, configuration, digests, versions, git commit, seeds."""
-    with open_store(load_settings()) as store:
-        experiment_id, configuration = _configuration(store, experiment)
+    """Show what a training run was started with: algorithm, configuration, digests, versions, git commit, seeds.
+    ``changes``: what was different when it went on."""
+    experiment_id, configuration = record_of(experiment)
     if as_json:
         print_json({"experiment_id": experiment_id, **configuration})
         return
@@ -54,17 +55,15 @@ def experiments_show(experiment: Name, as_json: Json = False) -> None:
 @app.command("diff", epilog="Example: millstream experiments diff calculator calculator-small")
 def experiments_diff(a: Name, b: Name, as_json: Json = False) -> None:
     """Show where two training runs were started with different values."""
-    with open_store(load_settings()) as store:
-        sides = [_configuration(store, name) for name in (a, b)]
-    left, right = (dict(flat(configuration)) for _, configuration in sides)
-    names = [name for name in left | right if name not in left or name not in right or left[name] != right[name]]
+    sides = [record_of(name) for name in (a, b)]
+    found = differences(*(configuration for _, configuration in sides))
     if as_json:
-        print_json([{"name": name, "a": left.get(name), "b": right.get(name)} for name in names])
+        print_json([{"name": name, "a": left, "b": right} for name, (left, right) in found.items()])
         return
-    if not names:
+    if not found:
         say("They were started with the same values.")
         return
-    rows = [[name, *("" if name not in side else _shown(side[name]) for side in (left, right))] for name in names]
+    rows = [[name, *("" if value is None else _shown(value) for value in values)] for name, values in found.items()]
     print_rows(["name", *(experiment_id for experiment_id, _ in sides)], rows, False)
 
 
@@ -82,13 +81,20 @@ def known_experiment(store: "ClickHouseStore", wanted: str) -> str:
     raise ConfigError(f"the store has no experiment {wanted!r}; the newest are: {', '.join(known[:SHOWN]) or 'none'}")
 
 
-def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested objects with their paths, such as ``arguments.lr``. Lists are values."""
-    if not isinstance(value, dict) or not value:
-        yield name, value
-        return
-    for key, inner in value.items():
-        yield from flat(inner, f"{name}.{key}" if name else str(key))
+def record_of(wanted: str) -> tuple[str, dict[str, Any]]:
+    """The id and the record of an experiment: from its run's folder, else from the store. Raises `ConfigError`,
+    `StoreError`."""
+    path = Path(wanted) / RECORD
+    if path.is_file():
+        try:
+            found = parsed(path.read_text("utf-8"))
+            return str(found.pop("experiment_id")), found
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} can't be read ({type(error).__name__}: {error})") from error
+    if Path(wanted).is_dir() and "/" in wanted:
+        raise ConfigError(f"{wanted} is not the folder of a run: it has no {RECORD}")
+    with open_store(load_settings()) as store:
+        return _configuration(store, wanted)
 
 
 def _configuration(store: "ClickHouseStore", wanted: str) -> tuple[str, dict[str, Any]]:

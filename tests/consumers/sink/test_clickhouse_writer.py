@@ -173,3 +173,8 @@ def test_spans_that_are_none_are_refused_and_say_why(writer):
             rows.insert(writer, new_id())
     assert ask(writer, "SELECT count() FROM spans_raw") == [(0,)]
     assert ask(writer, "SELECT count() FROM token_ids_raw") == [(0,)]
+
+
+def test_each_migration_has_a_number_of_its_own():
+    numbers = [migration.version for migration in packaged_migrations()]
+    assert numbers == list(range(1, len(numbers) + 1))

@@ -45,7 +45,7 @@ async def start(server: Any, folder: Path, **policy: float) -> None:
     update = UpdatePolicy(**{"retry_s": 0.0, **policy})
     run = Run(settings, MemoryLog(settings.topics), Experiment("r"), server=server, run_dir=folder, update=update)
     try:
-        await run.start("none")
+        await run.start({})
         await run.publish_weights({}, 0)
     finally:
         await run.close()

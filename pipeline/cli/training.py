@@ -1,0 +1,88 @@
+"""Commands that train: from a file, again from an experiment's record; and the check of a run."""
+
+import asyncio
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from millstream.pipeline.cli.output import Json, err, out, print_json, print_rows, say
+from millstream.pipeline.cli.questions.experiments import Name, record_of
+from millstream.pipeline.cli.roles import HealthPort
+from millstream.schemas.config.settings import load_settings
+
+app = typer.Typer()
+
+
+@app.command(epilog="Example: millstream train examples/calculator/train.toml")
+def train(
+    config: Annotated[Path, typer.Argument(help="TOML file; see examples/calculator/train.toml.")],
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check everything, print the file with all defaults (resolved.toml), start nothing."
+        ),
+    ] = False,
+    health_port: HealthPort = 0,
+    as_json: Json = False,
+) -> None:
+    """Train with a configuration file; show progress, then a summary. Needs the `train` extra."""
+    if dry_run:
+        from millstream.pipeline.training import config as training
+
+        text, record = training.dry_run(config)
+        if as_json:
+            print_json(record)
+        else:
+            say(text.rstrip())
+        return
+    _train(config, health_port, as_json)
+
+
+@app.command(epilog="Example: millstream reproduce calculator --run-dir runs/calculator-again")
+def reproduce(
+    experiment: Name,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="A new folder. Default: that of the first run, with -again.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Although model, tasks, versions or code differ.")] = False,
+    health_port: HealthPort = 0,
+    as_json: Json = False,
+) -> None:
+    """Train a second time as a record says, in a new folder. With the deterministic engine, in memory and without
+    staleness, the weights are the same bit by bit. Refuses what has changed since."""
+    from millstream.pipeline.training.config import again
+
+    _, record = record_of(experiment)
+    _train(again(record, run_dir, force=force), health_port, as_json)
+
+
+@app.command(epilog="Example: millstream check runs/calculator")
+def check(
+    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The run's folder (run_dir).")],
+    as_json: Json = False,
+) -> None:
+    """Compare a run's checkpoints, positions in the log, steps in the store and served weights. Exit code 1 if anything
+    disagrees."""
+    from millstream.pipeline.training.reporting.check import check as compared  # needs torch
+
+    found = asyncio.run(compared(run, load_settings()))
+    words = {False: "", True: "wrong"}
+    if as_json:
+        print_json([asdict(finding) for finding in found])
+    else:
+        rows = [[each.about, words[each.wrong], each.says, each.cure] for each in found]
+        print_rows(["checked", "", "found", "what to do"], rows, False)
+    if any(each.wrong for each in found):
+        raise typer.Exit(1)
+
+
+def _train(config: Path, health_port: int, as_json: bool) -> None:
+    from millstream.pipeline.training.config import train_from
+
+    summary = train_from(config, err if as_json else out, health_port=health_port)
+    values = summary.first_reward, summary.validation_reward, summary.rollouts, summary.rollouts_per_second
+    columns = ["steps", "first_reward", "validation_reward", "rollouts", "rollouts_per_second", "seconds"]
+    rounded = [value if value is None else round(value, 3) for value in (*values, summary.seconds)]
+    print_rows(columns, [[len(summary.steps), *rounded]], as_json)
