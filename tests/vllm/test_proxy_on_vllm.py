@@ -16,6 +16,7 @@ from proxy_rig import float32, int32, rig_of
 from relay import relay_to
 
 from millstream.schemas.spans import semconv
+from millstream.schemas.wire.versions import from_text
 
 pytestmark = [
     pytest.mark.vllm,
@@ -199,5 +200,9 @@ async def test_weights_that_change_under_streams_of_the_sdk_are_recorded_token_b
         versions = {f"tell.1.{versioned_model.AIM - token}" for token in made}
         assert len(made) == 100
         crossed += len(versions) > 1
+        if len(versions) > 1:
+            ranges = from_text(span.attributes[semconv.RESPONSE_VERSIONS], len(made))
+            starts = [n for n in range(len(made)) if n == 0 or made[n] != made[n - 1]]
+            assert ranges == tuple([(n, f"tell.1.{versioned_model.AIM - made[n]}") for n in starts])
         assert span.model_version == (versions.pop() if len(versions) == 1 else "mixed"), json.dumps(made)
     assert crossed >= 8  # else nothing was updated under load

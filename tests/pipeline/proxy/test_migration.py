@@ -104,7 +104,10 @@ async def test_the_versions_of_both_parts_are_recorded(rig):
         rig.model.token_gate.set()
         assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == " two three four five"
         assert begun is not rig.model.requests[-1]
-        assert (await rig.spans())[-1].model_version == said
+        span = (await rig.spans())[-1]
+        assert span.model_version == said
+        ranges = '[[0,"run.0.3"],[1,"run.0.4"]]' if said == "mixed" else None
+        assert span.attributes.get(semconv.RESPONSE_VERSIONS) == ranges
 
 
 async def test_a_stream_that_breaks_after_its_last_token_is_completed(rig):
