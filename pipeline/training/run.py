@@ -266,12 +266,22 @@ class Run:
         """
         resources_id = resources_id or self._resources_id
         rollouts = self._rollouts(task, size, key, mode, resources_id)
+        members = await self._finished(rollouts, published, on_published)
+        return Group(rollouts[0].group_id, tuple(members))
+
+    async def _finished(
+        self,
+        rollouts: Sequence[RolloutTask],
+        published: bool = False,
+        on_published: Callable[[], object] = lambda: None,
+    ) -> list[FinishedRollout]:
+        """Publishes the rollouts unless they have been, and returns when all have ended, in their order."""
         ids = [rollout.rollout_id for rollout in rollouts]
-        self._collector.expect(ids)
+        self._collector.expect(ids)  # before one of them can end
         if not published:
             await self._publisher.publish(rollouts)
             on_published()
-        return Group(ids[0], tuple(await self._collector.collect(ids)))
+        return await self._collector.collect(ids)
 
     def positions(self) -> dict[int, int]:
         """The next offset of triplets to read by partition, if the rollouts that are held were to be read again."""
@@ -298,11 +308,8 @@ class Run:
             for number, task in enumerate(tasks)
             for rollout in self._rollouts(task, 1, f"{key}/{number}", mode, self._resources_id)
         ]
-        ids = [rollout.rollout_id for rollout in rollouts]
-        self._collector.expect(ids)
-        await self._publisher.publish(rollouts)
-        finished = await self._collector.collect(ids)
-        self._collector.release(ids)
+        finished = await self._finished(rollouts)
+        self._collector.release(member.end.rollout_id for member in finished)
         self.count(finished)
         return finished
 
