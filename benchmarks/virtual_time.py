@@ -116,12 +116,16 @@ class Conversation:
 
     def __init__(self, policy: Policy, task: dict[str, Any]) -> None:
         self.policy, self.task = policy, task
+        self.parts = task["question"].split(" then ")
         self.result, *self.operands = task["numbers"]
-        self.messages = [{"role": "user", "content": f"{task['question']} ?"}]
+        self.messages: list[dict[str, str]] = []
         self.rewards: list[float] = []
 
-    @property
-    def prompt(self) -> tuple[int, ...]:
+    def ask(self) -> tuple[int, ...]:
+        """The next turn's prompt."""
+        part = self.parts[len(self.rewards)]
+        asked = f"result {self.result} . then {part} ?" if self.rewards else f"{part} ?"
+        self.messages.append({"role": "user", "content": asked})
         return self.policy.prompt(self.messages)
 
     def answer(self, token: int) -> None:
@@ -131,7 +135,6 @@ class Conversation:
             self.result = TOOLS[word](self.result, self.operands[step])
         self.rewards.append(0.5 * (word == self.task["tools"][step]))
         self.messages.append({"role": "assistant", "content": word})
-        self.messages.append({"role": "user", "content": f"result {self.result} . next ?"})
 
 
 class VirtualRun:
@@ -168,7 +171,7 @@ class VirtualRun:
         conversations = [Conversation(self.policy, task) for task in self._questions]
         for _ in range(2):
             for conversation, logprobs in zip(
-                conversations, self.policy.logprobs([each.prompt for each in conversations]), strict=True
+                conversations, self.policy.logprobs([each.ask() for each in conversations]), strict=True
             ):
                 conversation.answer(int(logprobs.argmax()))
         return statistics.fmean(sum(conversation.rewards) for conversation in conversations)
@@ -182,11 +185,11 @@ class VirtualRun:
         triplets = []
         async with self._slots:
             conversation = Conversation(self.policy, task)
-            for turn, _ in enumerate(conversation.operands):
+            for turn in range(len(conversation.parts)):
                 wait_s = CALL_MEAN_S * self._random.lognormvariate(-SIGMA * SIGMA / 2, SIGMA)
                 self.busy_s += wait_s
                 await asyncio.sleep(wait_s)
-                prompt = conversation.prompt
+                prompt = conversation.ask()
                 token, logprob = self.policy.sample(prompt)
                 version = self.lineage.version
                 conversation.answer(token)
@@ -246,7 +249,7 @@ class VirtualRun:
         pass
 
 
-def train(staleness: int, seed: int, steps: int, lr: float = 5e-4) -> dict[str, float]:
+def train(staleness: int, seed: int, steps: int, lr: float = 1e-3) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         model.create(folder, seed)
         learner = TorchLearner(folder, seed=seed, lr=lr)
@@ -283,7 +286,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    steps, seeds = (2, 1) if given.quick else (60, given.seeds)
+    steps, seeds = (2, 1) if given.quick else (40, given.seeds)
     found: dict[int, list[dict[str, float]]] = {staleness: [] for staleness in STALENESS}
     for seed in range(seeds):
         for staleness in STALENESS:
