@@ -23,7 +23,7 @@ AGENT = """
         if input == "asleep":
             await asyncio.sleep(60)
         elif input == "busy":
-            for _ in range(20):
+            for _ in range(30):
                 ms.emit_span("step")
                 await asyncio.sleep(0.1)
         elif input["how"] == "async":
@@ -40,7 +40,7 @@ async def proxy_url() -> AsyncIterator[str]:
         return web.json_response({"spans": 0})
 
     async def model(request: web.Request) -> web.Response:
-        await asyncio.sleep(1.6 * int(request.match_info["slow"]))
+        await asyncio.sleep(3.2 * int(request.match_info["slow"]))
         return web.json_response({})
 
     app = web.Application()
@@ -59,11 +59,11 @@ async def test_only_an_agent_that_does_nothing_is_unresponsive(tmp_path: Path, p
     settings = settings_for_tests(proxy_url=proxy_url)
     calls = [{"how": how, "url": proxy_url} for how in ("async", "sync")]
     async with running(f"does_{processes}:agent", folder, processes=processes, settings=settings) as rig:
-        await rig.publish(["asleep", "busy", *calls], unresponsive_s=0.8)
+        await rig.publish(["asleep", "busy", *calls], unresponsive_s=2.0)
         ended = await rig.ends(4)
     assert_whole(ended)
     asleep = ended.pop('"asleep"').last
     assert asleep.status == "unresponsive"
     assert asleep.error is not None
-    assert asleep.error.message == "the agent made no span and no model call for 0.8 s"
+    assert asleep.error.message == "the agent made no span and no model call for 2 s"
     assert {one.last.status for one in ended.values()} == {"succeeded"}, [one.last.error for one in ended.values()]
