@@ -172,4 +172,5 @@ def test_what_else_verl_is_told_to_do(run: Callable[..., subprocess.Popen[str]],
     found = entries(run(2, **options))
     assert len(set(digests(found).values())) == 3
     assert len({entry["names"] for entry in found if "version" in entry}) == 1
-    assert max(step["training/rollout_probs_diff_max"] for step in steps_of(found)) < 0.01
+    steps = steps_of(found)[: 1 if "ahead" in options else 2]  # later ones train on what earlier weights have sampled
+    assert max(step["training/rollout_probs_diff_max"] for step in steps) < 0.01
