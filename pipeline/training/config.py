@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 
@@ -22,7 +23,6 @@ from millstream.pipeline.training.progress import ProgressView
 from millstream.pipeline.training.report import StepReport, Summary
 from millstream.pipeline.training.reporting.metrics import TrainingMetrics
 from millstream.pipeline.training.reporting.record import RECORD, obstacles
-from millstream.pipeline.training.reporting.toml_text import toml_text
 from millstream.pipeline.training.run import CHECKPOINTS
 from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.pipeline.training.trainer import Trainer
@@ -156,7 +156,7 @@ def dry_run(path: Path) -> tuple[str, dict[str, Any]]:
     config = load_config(path)
     _reports(config)
     record = _trainer(config, load_settings()).check()
-    text = toml_text(config.model_dump(mode="json"))
+    text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
     if repr(TrainConfig(**tomllib.loads(text))) != repr(config):
         raise ConfigError(f"{path}: the resolved file would mean something else; please report this")
     write_atomically(make_folder(config.run_dir, "run_dir") / RESOLVED, text.encode())
@@ -189,7 +189,7 @@ def again(record: Mapping[str, Any], run_dir: Path | None = None, *, force: bool
     if (record.get("git") or {}).get("dirty"):
         logger.warning("the first run was started with uncommitted changes, which its record does not hold")
     file = make_folder(where, "run_dir") / RESOLVED
-    write_atomically(file, toml_text(config.model_dump(mode="json")).encode())
+    write_atomically(file, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).encode())
     return file
 
 
