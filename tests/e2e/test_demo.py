@@ -230,7 +230,7 @@ def check_that_each_rollout_was_trained_on_once(demo, succeeded):
     steps = demo.sql(
         "SELECT step, groups, staleness_max, trained FROM training_steps WHERE NOT abandoned ORDER BY step"
     )
-    assert [step["step"] for step in steps] == list(range(len(demo.trained["steps"])))
+    assert [step["step"] for step in steps] == list(range(1, 1 + len(demo.trained["steps"])))
     assert max(step["staleness_max"] for step in steps) <= 4
     trained = [rollout for step in steps for rollout in step["trained"]]
     assert len(set(trained)) == len(trained) == sum(8 * step["groups"] for step in steps)
