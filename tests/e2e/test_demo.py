@@ -18,7 +18,6 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(900)]
 # A control has as many steps as the learning run needs to leave the rewards behind that it began with.
 CONTROL_STEPS, FLAT = 6, 0.1
-BOTH = pytest.mark.parametrize("kafka", [False, pytest.param(True, marks=pytest.mark.kafka)], ids=["memory", "kafka"])
 
 
 class Demo:
@@ -238,12 +237,15 @@ def check_that_each_rollout_was_trained_on_once(demo, succeeded):
 
 
 @pytest.mark.slow
-@BOTH
 @pytest.mark.parametrize(
-    "control", [("--lr", "0"), ("--adapter", "examples.calculator.controls:zero_rewards")], ids=["lr=0", "zero rewards"]
+    "options",
+    [
+        pytest.param(("--lr", "0", "--kafka"), id="lr=0 over Kafka", marks=pytest.mark.kafka),
+        pytest.param(("--adapter", "examples.calculator.controls:zero_rewards"), id="zero rewards"),
+    ],
 )
-def test_controls_stay_flat(tmp_path, kafka, control):
-    demo = Demo(tmp_path, "--max-steps", str(CONTROL_STEPS), *control, *["--kafka"][: int(kafka)])
+def test_controls_stay_flat(tmp_path, options):
+    demo = Demo(tmp_path, "--max-steps", str(CONTROL_STEPS), *options)
     assert demo.wait() == 1
     assert demo.summary["validation_reward"] < FLAT
     assert all(step["reward"] < FLAT for step in demo.trained["steps"])
@@ -258,9 +260,9 @@ def test_an_agent_of_another_framework_learns_and_not_without_a_learning_rate(tm
     demo = Demo(tmp_path, "--agent", path, "--groups", "8", "--max-steps", "8" if lr else "4", "--lr", str(lr))
     demo.wait()
     rewards = [step["reward"] for step in demo.trained["steps"]]
-    first, last = sum(rewards[:2]) / 2, sum(rewards[-2:]) / 2
+    first, last = rewards[0], sum(rewards[-2:]) / 2
     assert first < 0.05
-    assert last > max(0.1, 4 * first) if lr else last < 0.05
+    assert last > 0.15 if lr else last < 0.05
     compare_with_ledger(demo)
 
 
