@@ -212,7 +212,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rollouts, for a look")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
-    count = 300 if options.quick else 3000
+    count = 150 if options.quick else 3000
     sys.path.insert(0, str(Path.cwd()))
     rows: dict[str, dict[str, float]] = {}
     settings = load_settings(proxy_url="", runner_concurrency=CONCURRENCY)

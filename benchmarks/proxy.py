@@ -205,7 +205,7 @@ def _wait(port: int) -> None:
 
 
 def measure(quick: bool) -> dict[str, float]:
-    rounds, count = (3, 1024) if quick else (7, 2048)
+    rounds, count = (1, 512) if quick else (7, 2048)
     with tempfile.TemporaryDirectory() as folder, fronts(Path(folder)) as found:
         cpu: dict[tuple[str, int], list[float]] = {(name, at): [] for name in found for at in AT_ONCE}
         took: dict[str, list[float]] = {name: [] for name in found}

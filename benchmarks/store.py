@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, help="spans stored when it is asked (default 1 M; quick 200 k)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
-    count = 20_000 if options.quick else 200_000
+    count = 10_000 if options.quick else 200_000
     rows = options.rows or (200_000 if options.quick else 1_000_000)
     figures: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:

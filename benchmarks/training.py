@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
     given = parser.parse_args()
-    steps, seeds, wait_s = (3, 1, WAIT_MEAN_S * QUICK) if given.quick else (120, given.seeds, WAIT_MEAN_S)
+    steps, seeds, wait_s = (2, 1, WAIT_MEAN_S * QUICK) if given.quick else (120, given.seeds, WAIT_MEAN_S)
     found: dict[int, list[dict[str, float]]] = {staleness: [] for staleness in STALENESS}
     for seed in range(seeds):
         for staleness in STALENESS:
