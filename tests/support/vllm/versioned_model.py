@@ -16,7 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from examples.calculator import model as calculator
 
 HIDDEN, INNER, VOCABULARY = 128, 256, len(calculator.vocabulary())
-MOVED = 100  # rows that versions give to other tokens
+MOVED = 50  # rows that versions give to other tokens
 AIM = 40
 ROWS = torch.randint(0, 2, (VOCABULARY, HIDDEN), generator=torch.Generator().manual_seed(0)) * 2.0 - 1.0
 
@@ -75,8 +75,9 @@ def weights(version: int) -> dict[str, Tensor]:
 
 
 def babbling() -> dict[str, Tensor]:
-    """Weights of no version: what they say is all kinds of things, and the same at each time."""
-    some = torch.Generator().manual_seed(3)
+    """Weights of no version: what they say is all kinds of things, and the same at each time. With this
+    seed "add 3 to 8 ?" is answered by 94 words, the last of them a full stop."""
+    some = torch.Generator().manual_seed(285)
     return {
         name: tensor if "norm" in name else torch.randn(tensor.shape, generator=some) * 0.3
         for name, tensor in weights(0).items()
