@@ -30,9 +30,9 @@ BAD_ROWS: Final = {
     691: "UNKNOWN_ELEMENT_OF_ENUM",
 }
 
-# Texts of errors whose code can mean anything, but which mean a row here: a body that isn't valid Avro, and bytes of
-# tokens that end within a number.
-BAD_ROW_WORDS: Final = ("avro::Exception", "ColumnArray::insertData")
+# Texts of errors whose code can mean anything, but which mean a row here: a body that isn't valid Avro, bytes of tokens
+# that end within a number, and an error of the embedded engine that can't be read: it quotes a text that isn't UTF-8.
+BAD_ROW_WORDS: Final = ("avro::Exception", "ColumnArray::insertData", "'utf-8' codec can't decode")
 
 
 def is_bad_row(error: DatabaseError) -> bool:

@@ -4,7 +4,7 @@ decoding them in Python, turning them into columns and encoding those.
 A row of the file is the span's body as the log holds it, between its place and, again, its offset: an Avro record is
 the concatenation of its fields, so splicing bytes is enough. Each row is a block with a sync marker behind it, so that
 a truncated body can't run into the next one; and the table refuses a row whose two offsets differ, because bytes were
-left over. Format: Apache Avro 1.11, "Object Container Files".
+left over, and one whose texts are not UTF-8. Format: Apache Avro 1.11, "Object Container Files".
 """
 
 import json

@@ -61,7 +61,7 @@ def deploy(
 
 @app.command(epilog="Example: millstream model export runs/calculator runs/exported --version calculator.0.42")
 def export(
-    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The run's folder (run_dir).")],
+    run: Annotated[Path, typer.Argument(help="The run's folder (run_dir).")],
     target: Annotated[Path, typer.Argument(help="A new Hugging Face folder.")],
     version: Annotated[
         str, typer.Option(help="run.epoch.step, or the checkpoint's name, such as step-42. Default: the last one.")

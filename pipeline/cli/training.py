@@ -60,7 +60,7 @@ def reproduce(
 
 @app.command(epilog="Example: millstream check runs/calculator")
 def check(
-    run: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="The run's folder (run_dir).")],
+    run: Annotated[Path, typer.Argument(help="The run's folder (run_dir).")],
     as_json: Json = False,
 ) -> None:
     """Compare a run's checkpoints, positions in the log, steps in the store and served weights. Exit code 1 if anything

@@ -200,7 +200,15 @@ CREATE TABLE IF NOT EXISTS span_records (
     log_end Int64,
     tokens_end UInt8 ALIAS (ifNull(length(prompt_token_ids), 0) % 4) + (ifNull(length(response_token_ids), 0) % 4)
         + (ifNull(length(response_logprobs), 0) % 4),
-    CONSTRAINT no_bytes_left_over CHECK log_end = log_offset
+    CONSTRAINT no_bytes_left_over CHECK log_end = log_offset,
+    CONSTRAINT texts_are_utf8 CHECK isValidUTF8(concatWithSeparator('\n',
+        trace_id, span_id, parent_id, trace_state, name, kind, span_kind, status, status_message, scope_name,
+        scope_version, rollout_id, attempt_id, source, ifNull(reward_name, ''), ifNull(model_version, ''),
+        arrayStringConcat(mapKeys(attributes), '\n'), arrayStringConcat(mapValues(attributes), '\n'),
+        arrayStringConcat(mapKeys(resource), '\n'), arrayStringConcat(mapValues(resource), '\n'),
+        arrayStringConcat(arrayMap(event -> concat(event.1, '\n', toString(event.3)), events), '\n'),
+        arrayStringConcat(arrayMap(link -> concat(link.1, '\n', link.2, '\n', toString(link.3)), links), '\n')
+    ))
 ) ENGINE = Null;
 
 CREATE MATERIALIZED VIEW IF NOT EXISTS spans_writer TO spans_raw AS

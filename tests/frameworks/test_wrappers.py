@@ -62,11 +62,11 @@ async def test_a_wrapped_model_stands_wherever_the_model_does() -> None:
     from langchain_core.prompts import ChatPromptTemplate
     from langchain_openai import ChatOpenAI
 
-    llm = ChatOpenAI(model=MODEL, base_url="http://127.0.0.1:1/v1", api_key="k", max_retries=0, temperature=0.5)  # type: ignore[arg-type]
+    llm = ChatOpenAI(model=MODEL, base_url="http://127.0.0.1:1/v1", api_key="k", max_retries=0, temperature=1.0)  # type: ignore[arg-type]
     async with traced() as (tracer, url):
         wrapped = ms.integrations.langchain.LLMWrapper(llm, proxy_endpoint=url)
         assert isinstance(wrapped, ChatOpenAI)
-        assert (wrapped.model_name, wrapped.temperature, wrapped.max_retries) == (MODEL, 0.5, 0)
+        assert (wrapped.model_name, wrapped.temperature, wrapped.max_retries) == (MODEL, 1.0, 0)
         async with tracer.trace() as trace:
             said = await asyncio.to_thread(wrapped.invoke, "the weather in Lima")
             assert said.content == "You asked about Lima"

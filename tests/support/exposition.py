@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from millstream.schemas.metrics import CATALOGUE, Metric
 
 BY_NAME: dict[str, Metric] = {metric.name: metric for section in CATALOGUE.values() for metric in section}
-OTHERS = ("process_", "python_", "my_")  # the client library's own, and those of hooks in tests
+OTHERS = ("process_", "python_", "my_", "agent_")  # the client library's own, and those of hooks
 
 
 def text_of(registry: CollectorRegistry) -> str:
