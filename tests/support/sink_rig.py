@@ -18,7 +18,7 @@ VIEWS = ("tasks", "attempts", "rollouts", "spans", "rewards", "triplets", "resou
 def role(log, writer, settings, *, rows=None, age_s=1.0, outage=IMPATIENT, **policies):
     flush = FlushPolicy(rows or settings.span_batch_size, age_s=age_s)
     sink = ClickHouseSink(writer, settings.topics.events)
-    return SinkRole(log, sink, settings, flush=flush, outage=outage, **policies)
+    return SinkRole(log, sink, settings, flush=flush, outage=outage, **{"drain_s": 60.0} | policies)
 
 
 def counts(store):
