@@ -16,7 +16,6 @@ nothing else takes any time. Of each schedule, medians over the seeds:
 ``s_per_step``. ``control_reward``: with staleness 4 and a learning rate of 0.
 """
 
-import argparse
 import asyncio
 import json
 import math
@@ -30,6 +29,7 @@ from types import SimpleNamespace
 from typing import Any, Final
 
 import torch
+from training import LEARNT, SIGMA, SLOTS, STALENESS, of_groups, options, tell
 
 from examples.calculator import model
 from examples.calculator.tasks import make_tasks
@@ -43,11 +43,7 @@ from millstream.pipeline.training.run import Experiment, StopRule
 from millstream.schemas.wire.records import RolloutEnd, Triplet
 
 CALL_MEAN_S: Final = 2.0
-SIGMA: Final = 1.0
 STEP_S: Final = 3.3
-SLOTS: Final = 256
-STALENESS: Final = (0, 1, 4)
-LEARNT: Final = 0.9
 HELD_OUT: Final = 64
 
 
@@ -263,16 +259,12 @@ def train(staleness: int, seed: int, steps: int, lr: float = 1e-3) -> dict[str, 
     loop.close()
     reports = [report for report, _ in run.reports]
     spent = [phases for _, phases in run.reports]
-    groups = sum(report.groups for report in reports)
-    dropped = sum(sum(report.dropped.values()) for report in reports)
     learnt = next((n for n, (_, reward) in enumerate(run.held_out) if reward >= LEARNT), None)
     return {
         "s_per_step": seconds / steps,
         "trainer_idle_share": sum(phases["wait"] for phases in spent) / seconds,
         "runner_idle_share": 1 - run.busy_s / (SLOTS * seconds),
-        "staleness_mean": statistics.fmean(report.staleness_mean for report in reports),
-        "staleness_max": float(max(report.staleness_max for report in reports)),
-        "dropped_share": dropped / (groups + dropped),
+        **of_groups(reports),
         "steps_to_learn": math.nan if learnt is None else float(learnt),
         "s_to_learn": math.nan if learnt is None else run.held_out[learnt][0],
         "reward": run.held_out[-1][1],
@@ -280,11 +272,7 @@ def train(staleness: int, seed: int, steps: int, lr: float = 1e-3) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--seeds", type=int, default=5)
-    given = parser.parse_args()
+    given = options(__doc__, seeds=5)
     torch.set_num_threads(1)
     steps, seeds = (2, 1) if given.quick else (40, given.seeds)
     found: dict[int, list[dict[str, float]]] = {staleness: [] for staleness in STALENESS}
@@ -292,20 +280,7 @@ def main() -> None:
         for staleness in STALENESS:
             found[staleness].append(train(staleness, seed, steps))
             print(f"seed {seed}, staleness {staleness}:", {k: round(v, 3) for k, v in found[staleness][-1].items()})
-    control = train(STALENESS[-1], 0, min(steps, 15), lr=0.0)["reward"]
-    medians = {s: {name: statistics.median(run[name] for run in runs) for name in runs[0]} for s, runs in found.items()}
-    names = [name for name in medians[0] if not (given.quick and name.endswith("_to_learn"))]
-    print(f"{'':20}" + "".join(f"{f'staleness {s}':>14}" for s in STALENESS))
-    for name in names:
-        print(f"{name:20}" + "".join(f"{medians[s][name]:14.3f}" for s in STALENESS))
-    figures: dict[str, Any] = {f"staleness_{s}": {name: medians[s][name] for name in names} for s in STALENESS}
-    figures["async_to_sync_step"] = medians[4]["s_per_step"] / medians[0]["s_per_step"]
-    if not given.quick:
-        figures["async_to_sync_virtual"] = medians[4]["s_to_learn"] / medians[0]["s_to_learn"]
-    figures["control_reward"] = control
-    print({name: round(value, 3) for name, value in figures.items() if isinstance(value, float)})
-    if given.json:
-        given.json.write_text(json.dumps(figures, indent=2))
+    tell(found, train(STALENESS[-1], 0, min(steps, 15), lr=0.0)["reward"], "virtual", given)
 
 
 if __name__ == "__main__":

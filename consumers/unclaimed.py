@@ -4,7 +4,6 @@ Offsets are no measure of them: a retry's transaction leaves a marker behind its
 aborted transaction leaves records that do not count.
 """
 
-import time
 from array import array
 from bisect import bisect_left
 from contextlib import aclosing
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
-from millstream.schemas.wire.log import Partition
+from millstream.schemas.wire.log import Partition, age_s
 from millstream.schemas.wire.topics import PRIORITIES, Topics
 
 
@@ -78,9 +77,4 @@ class UnclaimedTasks:
             topic = self._topics.tasks(priority)
             counts[priority] = sum(len(w.offsets) for partition, w in self._waiting.items() if partition.topic == topic)
         oldest = min((waiting.times[0] for waiting in self._waiting.values() if waiting.times), default=None)
-        return Unclaimed(counts, 0.0 if oldest is None else max(time.time() - oldest / 1000, 0.0))
-
-
-async def unclaimed(log: Log, topics: Topics) -> dict[str, int]:
-    """Unclaimed tasks by priority. Reads them all. Raises `LogError`."""
-    return (await UnclaimedTasks(log, topics).read()).tasks
+        return Unclaimed(counts, age_s(oldest))

@@ -33,7 +33,7 @@ from millstream.consumers.log.read_to_end import read_to_end
 from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.errors import CodecError, LogError, LogUnavailable, TransactionAborted
 from millstream.schemas.wire import codec
-from millstream.schemas.wire.log import EndOfPartition, LogRecord, Partition
+from millstream.schemas.wire.log import EndOfPartition, LogRecord, Partition, age_s
 from millstream.schemas.wire.records import DeadLetter, Settled
 from millstream.schemas.wire.topics import Topics
 
@@ -141,7 +141,7 @@ class Adapter:
         that is furthest behind. 0 if all are folded. From any thread."""
         parts = tuple(self._parts.values())
         behind = [p.read_ms for p in parts if p.read_ms and p.position is not None and p.position < p.high_watermark]
-        return max(time.time() - min(behind) / 1000, 0.0) if behind else 0.0
+        return age_s(min(behind, default=None))
 
     @property
     def idle(self) -> bool:

@@ -25,7 +25,7 @@ from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas import metrics
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import LogError, StoreError, TransactionAborted
-from millstream.schemas.wire.log import LogRecord, Partition
+from millstream.schemas.wire.log import LogRecord, Partition, age_s
 
 logger = logging.getLogger(__name__)
 
@@ -150,8 +150,7 @@ class SinkRole:
     def lag_s(self) -> float:
         """Age of the oldest record that has been read and is not stored; 0 without any. From any thread."""
         times = [self._delivering_ms if self._delivering else 0, self._gathered.oldest_ms]
-        oldest = min((time_ms for time_ms in times if time_ms), default=None)
-        return 0.0 if oldest is None else max(time.time() - oldest / 1000, 0.0)
+        return age_s(min((time_ms for time_ms in times if time_ms), default=None))
 
     @property
     def outage_s(self) -> float:

@@ -8,12 +8,13 @@ import typer
 
 from millstream.consumers.control import read_pauses
 from millstream.consumers.log.port import Log
-from millstream.consumers.unclaimed import unclaimed
+from millstream.consumers.unclaimed import UnclaimedTasks
 from millstream.consumers.workers import is_alive, read_workers
 from millstream.pipeline.cli.open import with_log
 from millstream.pipeline.cli.output import Json, date, print_rows, say
+from millstream.pipeline.services.fleet_load import FleetLoad, load_of, read_load
 from millstream.schemas.config.settings import load_settings
-from millstream.schemas.wire.records import Control, Worker
+from millstream.schemas.wire.records import Control
 
 app = typer.Typer()
 
@@ -39,20 +40,18 @@ def lag(as_json: Json = False) -> None:
     """Show waiting tasks and the load, (unclaimed + running) / slots. Above 1, more runners would help."""
     settings = load_settings()
 
-    async def ask(log: Log) -> tuple[dict[str, int], list[Worker], list[Control]]:
+    async def ask(log: Log) -> tuple[FleetLoad, list[Control]]:
         topics = settings.topics
-        return await unclaimed(log, topics), await read_workers(log, topics), await read_pauses(log, topics)
+        return await read_load(log, topics, UnclaimedTasks(log, topics)), await read_pauses(log, topics)
 
-    waiting, found, pauses = with_log(settings, ask)
-    now = time.time_ns()
-    alive = [w for w in found if is_alive(w, now)]
-    slots, running = sum(w.slots for w in alive), sum(w.running for w in alive)
+    fleet, pauses = with_log(settings, ask)
+    waiting, slots, running = fleet.unclaimed.tasks, fleet.slots, fleet.running
     # Running attempts are known for all priorities together only.
-    rows: list[list[Any]] = [[priority, n, None, None, _load(n, slots)] for priority, n in waiting.items()]
+    rows: list[list[Any]] = [[priority, n, None, None, load_of(n, slots)] for priority, n in waiting.items()]
     total = sum(waiting.values())
     print_rows(
         ["priority", "unclaimed", "running", "slots", "load"],
-        [*rows, ["all", total, running, slots, _load(total + running, slots)]],
+        [*rows, ["all", total, running, slots, load_of(total + running, slots)]],
         as_json,
     )
 
@@ -72,7 +71,3 @@ def waits(unclaimed_tasks: int, slots: int, running: int, paused: Sequence[str])
     elif running >= slots:
         reasons.append(f"all {slots} slots are in use: start another runner, or raise --concurrency")
     return reasons
-
-
-def _load(work: int, slots: int) -> float | None:
-    return round(work / slots, 2) if slots else None

@@ -37,8 +37,21 @@ class FleetLoad:
             "oldest_unclaimed_s": round(self.unclaimed.oldest_s, 3),
             "running": self.running,
             "slots": self.slots,
-            "load": round(work / self.slots, 2) if self.slots else None,
+            "load": load_of(work, self.slots),
         }
+
+
+def load_of(work: int, slots: int) -> float | None:
+    """Above 1, more runners would help. None without a slot."""
+    return round(work / slots, 2) if slots else None
+
+
+async def read_load(log: Log, topics: Topics, tasks: UnclaimedTasks) -> FleetLoad:
+    """Raises `LogError`."""
+    unclaimed = await tasks.read()
+    now = time.time_ns()
+    alive = [worker for worker in await read_workers(log, topics) if is_alive(worker, now)]
+    return FleetLoad(unclaimed, sum(worker.running for worker in alive), sum(worker.slots for worker in alive))
 
 
 class FleetLoadReader:
@@ -71,8 +84,6 @@ class FleetLoadReader:
         return self.last
 
     async def _read(self) -> FleetLoad:
-        unclaimed = await self._tasks.read()
-        now = time.time_ns()
-        alive = [worker for worker in await read_workers(self._log, self._topics) if is_alive(worker, now)]
+        found = await read_load(self._log, self._topics, self._tasks)
         self._read_at = time.monotonic()
-        return FleetLoad(unclaimed, sum(worker.running for worker in alive), sum(worker.slots for worker in alive))
+        return found

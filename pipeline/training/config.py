@@ -156,10 +156,10 @@ def dry_run(path: Path) -> tuple[str, dict[str, Any]]:
     config = load_config(path)
     _reports(config)
     record = _trainer(config, load_settings()).check()
-    text = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+    text = resolved(config)
     if repr(TrainConfig(**tomllib.loads(text))) != repr(config):
         raise ConfigError(f"{path}: the resolved file would mean something else; please report this")
-    write_atomically(make_folder(config.run_dir, "run_dir") / RESOLVED, text.encode())
+    _write(config)
     return text, record
 
 
@@ -188,8 +188,18 @@ def again(record: Mapping[str, Any], run_dir: Path | None = None, *, force: bool
         logger.warning("%s", each)
     if (record.get("git") or {}).get("dirty"):
         logger.warning("the first run was started with uncommitted changes, which its record does not hold")
-    file = make_folder(where, "run_dir") / RESOLVED
-    write_atomically(file, tomli_w.dumps(config.model_dump(mode="json", exclude_none=True)).encode())
+    return _write(config)
+
+
+def resolved(config: TrainConfig) -> str:
+    """The file with all defaults."""
+    return tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
+
+
+def _write(config: TrainConfig) -> Path:
+    """Writes it into the run's folder."""
+    file = make_folder(config.run_dir, "run_dir") / RESOLVED
+    write_atomically(file, resolved(config).encode())
     return file
 
 

@@ -1,5 +1,6 @@
 """The parts of every log: partitions, records, headers."""
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -36,6 +37,11 @@ class LogRecord:
     def place(self) -> str:
         """For messages: ``topic[partition]@offset``."""
         return f"{self.partition}@{self.offset}"
+
+
+def age_s(timestamp: int | None) -> float:
+    """Age of a record with this timestamp (ms since the epoch); 0 for None, and for one of a faster clock."""
+    return 0.0 if timestamp is None else max(time.time() - timestamp / 1000, 0.0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from millstream.consumers.adapter.adapter import Adapter
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.port import Log
-from millstream.consumers.unclaimed import UnclaimedTasks, unclaimed
+from millstream.consumers.unclaimed import UnclaimedTasks
 from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.wire.topics import Topics
@@ -47,7 +47,11 @@ async def test_tasks_are_counted_by_priority_and_age_and_each_is_read_once() -> 
     assert found.tasks == {"high": 0, "normal": 5, "low": 1}
     assert 0 <= found.oldest_s <= time.time() - before + 0.002
     assert await claim(log, topics, "normal", 3) == 3
-    assert (await waiting.read()).tasks == await unclaimed(log, topics) == {"high": 0, "normal": 2, "low": 1}
+    assert (
+        (await waiting.read()).tasks
+        == (await UnclaimedTasks(log, topics).read()).tasks
+        == {"high": 0, "normal": 2, "low": 1}
+    )
     assert await claim(log, topics, "normal", 2) == 2
     assert await claim(log, topics, "low", 1) == 1
     assert (await waiting.read()).tasks == NONE
@@ -63,9 +67,9 @@ async def test_markers_and_aborted_records_are_no_tasks() -> None:
         producer.begin_transaction()
         producer.send(topics.tasks("normal"), task())
         await asyncio.to_thread(producer.commit_transaction if commits else producer.abort_transaction, 1.0)
-    assert (await waiting.read()).tasks["normal"] == (await unclaimed(log, topics))["normal"] == 2
+    assert (await waiting.read()).tasks["normal"] == (await UnclaimedTasks(log, topics).read()).tasks["normal"] == 2
     assert await claim(log, topics, "normal", 2) == 2
-    assert (await waiting.read()).tasks == await unclaimed(log, topics) == NONE
+    assert (await waiting.read()).tasks == (await UnclaimedTasks(log, topics).read()).tasks == NONE
 
 
 @pytest.mark.kafka
@@ -84,9 +88,9 @@ async def test_nothing_waits_once_all_retries_are_claimed(kafka_settings: Callab
     async with asyncio.timeout(30):
         while (found := (await waiting.read()).tasks) != NONE | {"normal": 15}:
             assert found["normal"] < 15
-    assert await unclaimed(log, topics) == NONE | {"normal": 15}
+    assert (await UnclaimedTasks(log, topics).read()).tasks == NONE | {"normal": 15}
     assert await claim(log, topics, "normal", 15) == 15
-    assert (await waiting.read()).tasks == await unclaimed(log, topics) == NONE
+    assert (await waiting.read()).tasks == (await UnclaimedTasks(log, topics).read()).tasks == NONE
     stop.set()
     await running
     await asyncio.to_thread(producer.close)

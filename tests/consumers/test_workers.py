@@ -7,7 +7,7 @@ from runner_rig import Rig, running, settings_for_tests, write_agent
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.runner.runner import RunnerPolicy
-from millstream.consumers.unclaimed import unclaimed
+from millstream.consumers.unclaimed import UnclaimedTasks
 from millstream.consumers.workers import is_alive, read_workers
 
 WAITS = """
@@ -24,7 +24,7 @@ async def test_a_runner_tells_what_it_does_and_that_it_has_ended(tmp_path: Path)
     rig = Rig(MemoryLog(topics, encode=True), settings)
     await rig.publish(range(6))
     await rig.publish([6], priority="low")
-    assert await unclaimed(rig.log, topics) == {"high": 0, "normal": 6, "low": 1}
+    assert (await UnclaimedTasks(rig.log, topics).read()).tasks == {"high": 0, "normal": 6, "low": 1}
     options = {
         "log": rig.log,
         "settings": settings,
@@ -40,7 +40,7 @@ async def test_a_runner_tells_what_it_does_and_that_it_has_ended(tmp_path: Path)
         assert (worker.worker_id, worker.role, worker.slots, worker.running) == ("w", "runner", 4, 4)
         assert is_alive(worker, worker.last_seen + 10**9)
         assert not is_alive(worker, worker.last_seen + 30 * 10**9)
-        assert sum((await unclaimed(rig.log, topics)).values()) == 3
+        assert sum((await UnclaimedTasks(rig.log, topics).read()).tasks.values()) == 3
     (worker,) = await read_workers(rig.log, topics)
     assert (worker.slots, worker.running) == (0, 0)
     assert worker.last_seen > worker.started

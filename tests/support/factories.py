@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from millstream.pipeline.training.groups import FinishedRollout
+from millstream.pipeline.training.report import StepReport
 from millstream.schemas.ids import new_id
 from millstream.schemas.spans import semconv
 from millstream.schemas.wire import codec
@@ -102,3 +103,27 @@ def tokens(prompt: Sequence[int], response: Sequence[int], logprobs: Sequence[fl
 # Turns of two rollouts; those of the first continue each other token by token.
 CONVERSATION = [tokens([2, 5], [6], [-1.0]), tokens([2, 5, 6, 8, 9], [3, 4], [-2.0, -3.0]) | {"reward": 1.0}]
 AFTER_A_BREAK = [tokens([2, 5], [6], [-1.5]), tokens([2, 7, 8, 9], [3, 4], [-2.0, -3.0]) | {"reward": 0.0}]
+
+
+def step_report(**fields: Any) -> StepReport:
+    """Of the fifth step."""
+    return StepReport(
+        **{
+            "step": 4,
+            "model_version": "calc.1.4",
+            "reward": 0.75,
+            "rollouts": 16,
+            "failed": 2,
+            "rollouts_per_second": 3.0,
+            "spans": 100,
+            "seconds": 9.0,
+            "metrics": {"kl": 0.01},
+            "validation_reward": 0.5,
+            "groups": 3,
+            "staleness_mean": 1.5,
+            "staleness_max": 2,
+            "tokens": 77,
+            "phases": {"wait": 1.0, "update": 2.0, "save": 0.5, "publish": 0.5, "other": 0.0},
+            **fields,
+        }
+    )

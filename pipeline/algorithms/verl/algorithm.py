@@ -56,7 +56,7 @@ class Verl:
         """
         job = await asyncio.to_thread(self._prepared, run)
         exchange = Exchange(job.folder, job.attempt)
-        progress = _Progress(run, job)
+        progress = _Progress(run, job, exchange)
         async with self._process(run.settings.verl_python, job, run.settings) as process:
             served = -1
             while True:
@@ -166,6 +166,7 @@ class _Progress:
 
     run: Run
     job: Job
+    exchange: Exchange
     reported: int = 0  # lines
     validated: int = -1  # step
     rewards: list[float] = field(default_factory=list)  # since the last validation that fell short
@@ -206,7 +207,7 @@ class _Progress:
         summary.spans += int(values.pop("millstream/spans"))
         self.rewards.append(values["millstream/reward"])
         now = time.monotonic()
-        trained = await asyncio.to_thread(Exchange(self.job.folder, self.job.attempt).trained, step)
+        trained = await asyncio.to_thread(self.exchange.trained, step)
         await self.run.report(
             StepReport(
                 step=step - 1,

@@ -133,9 +133,9 @@ class Replicas:
         return max(0.0, min(replica.cooldown_until for replica in self.all) - self.clock())
 
     async def wait_for_one(self, deadline: float) -> bool:
-        """Whether one whose health is checked is back in time."""
+        """Whether a call may try: False if none whose health is checked is back in time."""
         deadline = min(deadline, self.clock() + self.policy.away_s)
-        while all(replica.down for replica in self.all):
+        while all(replica.checked and replica.down for replica in self.all):
             if self.clock() + self.policy.cooldown_s > deadline:
                 return False
             await asyncio.sleep(self.policy.cooldown_s)

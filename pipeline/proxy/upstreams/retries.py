@@ -35,7 +35,7 @@ class Tries:
                 if self._clock() + pause > self._deadline:
                     return None
                 await asyncio.sleep(pause)
-            if self._replicas.upstream.trainable and not await self._replicas.wait_for_one(self._deadline):
+            if not await self._replicas.wait_for_one(self._deadline):
                 return None
             self.number += 1
             avoid = () if self._replica is None else (self._replica,)

@@ -6,34 +6,15 @@ from decimal import Decimal
 
 import numpy as np
 import pytest
-from factories import CONVERSATION, finished, tokens
+from factories import CONVERSATION, finished, step_report, tokens
 
 from millstream.pipeline.training.groups import Group
-from millstream.pipeline.training.report import StepReport, mean_reward, reward_spread
+from millstream.pipeline.training.report import mean_reward, reward_spread
 from millstream.pipeline.training.reporting.steps import numbers, step_record, trained_rollouts, trained_tokens
 from millstream.pipeline.training.reporting.stopwatch import Lap
 from millstream.schemas.wire import codec
 
-REPORT = StepReport(
-    step=4,
-    model_version="calc.1.4",
-    reward=0.75,
-    rollouts=16,
-    failed=2,
-    rollouts_per_second=3.0,
-    spans=100,
-    seconds=9.0,
-    metrics={"kl": 0.01},
-    epoch=1,
-    reward_std=0.25,
-    validation_reward=0.5,
-    groups=3,
-    dropped={"too_old": 1},
-    staleness_mean=1.5,
-    staleness_max=2,
-    tokens=77,
-    phases={"wait": 1.0, "update": 2.0, "save": 0.5, "publish": 0.5, "other": 0.0},
-)
+REPORT = step_report(epoch=1, reward_std=0.25, dropped={"too_old": 1})
 LAP = Lap(5, 4_000_000_005, dict(REPORT.phases))  # type: ignore[arg-type]
 
 
