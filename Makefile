@@ -10,6 +10,13 @@ VERL_STAMP := .venv-verl/.ready
 UV := .venv-uv/bin/uv
 ON_CPU := PYTHONPATH=$(CURDIR)/tests/pipeline/algorithms/verl VERL_USE_EXTERNAL_MODULES=cpu_platform VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda
 export UV_COMPILE_BYTECODE := 1
+# CI's machine is small and shared: what fails there among others runs once more, alone. The log has both.
+again = $(if $(CI),|| $(PYTEST) $(1) --last-failed --last-failed-no-failures none)
+PYTEST := $(BIN)/python -m pytest
+SPREAD := --dist loadfile --no-loadscope-reorder
+FAST := -m "not slow and not vllm"
+SLOW := -m "slow and not vllm and not verl"
+VLLM := -m "vllm and not verl"
 .PHONY: setup setup-crewai vllm verl demo demo-kafka demo-vllm demo-verl test test-verl test-all lint types bench chaos clean
 
 setup: $(STAMP)
@@ -66,7 +73,7 @@ demo-verl: setup verl
 	@$(ON_CPU) $(BIN)/python -m examples.calculator.demo --verl --run-dir $(or $(RUN_DIR),runs/demo-verl)
 
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder -m "not slow and not vllm"
+	$(PYTEST) -n auto --maxprocesses 4 $(SPREAD) $(FAST) $(call again,$(FAST))
 
 # Ray needs a machine that is not busy to start.
 test-verl: setup verl
@@ -74,8 +81,8 @@ test-verl: setup verl
 
 test-all: test setup-crewai vllm
 	$(CREWAI)/python -m pytest tests/frameworks/test_crewai_crew.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not vllm and not verl"
-	$(BIN)/python -m pytest -m "vllm and not verl"
+	$(PYTEST) -n 2 $(SPREAD) $(SLOW) $(call again,$(SLOW))
+	$(PYTEST) $(VLLM) $(call again,$(VLLM))
 
 lint: setup
 	$(BIN)/ruff check .
