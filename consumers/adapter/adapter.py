@@ -30,6 +30,7 @@ from millstream.consumers.adapter.triplets import ToTriplets, to_triplets
 from millstream.consumers.dead_letters import dead_letter, without_body
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
+from millstream.producers.log_lines import rollout_fields
 from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.errors import CodecError, LogError, LogUnavailable, TransactionAborted
 from millstream.schemas.wire import codec
@@ -350,7 +351,8 @@ class Adapter:
         part = self._parts[error.partition]
         if error.rollout_id is not None:
             if not part.fold.unwritable(error.rollout_id, str(error)):
-                logger.error("the end of rollout %s can't be written: %s", error.rollout_id, error)
+                fields = rollout_fields(error.rollout_id)
+                logger.error("the end of rollout %s can't be written: %s", error.rollout_id, error, extra=fields)
         elif (letter := part.dead[error.offset]).value is not None:
             part.dead[error.offset] = without_body(letter)
         else:

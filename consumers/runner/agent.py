@@ -8,6 +8,7 @@ from typing import Any
 
 from millstream.consumers.runner.hooks import Hook
 from millstream.producers.agent.instrumentation import FRAMEWORKS
+from millstream.producers.log_lines import LogFormat, LogLevel
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.import_path import error_message, load_object
 
@@ -26,6 +27,8 @@ class AgentConfig:
     gateway_url: str = ""
     hooks: Sequence[Hook | str] = ()
     instrument: Sequence[str] = tuple(FRAMEWORKS)  # their names
+    log_level: LogLevel = "info"
+    log_format: LogFormat = "text"
     one_at_a_time: bool = False  # a process runs one attempt at a time: a sync agent gets its main thread
 
     @property

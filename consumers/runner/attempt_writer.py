@@ -17,6 +17,7 @@ from millstream.consumers.runner.outcome import Outcome, stopped_by
 from millstream.producers.blob_store import BlobError, Blobs
 from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
+from millstream.producers.log_lines import rollout_fields
 from millstream.schemas.errors import CodecError, LogError, TooLarge
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.blobs import kept_apart
@@ -87,6 +88,11 @@ class AttemptWriter:
         return f"attempt {self.claim.attempt_id} of rollout {self.claim.task.rollout_id}"
 
     @property
+    def fields(self) -> dict[str, str]:
+        """Of its log lines."""
+        return rollout_fields(self.claim.task.rollout_id, self.claim.attempt_id)
+
+    @property
     def spans(self) -> int:
         """Received so far."""
         with self._order:  # not while a span moves from waiting to sent
@@ -133,7 +139,7 @@ class AttemptWriter:
                 on_ack=on_ack,
             )
         except LogError as error:
-            logger.warning("%s: heartbeat not sent: %s", self.name, error)
+            logger.warning("heartbeat not sent: %s", error, extra=self.fields)
 
     def content(self, digest: str, content: bytes) -> None:
         """A long content that spans will refer to. It is stored in the background."""
@@ -237,7 +243,7 @@ class AttemptWriter:
                 self._topics.events, late.span, key=self.claim.task.rollout_id, headers=_HEADERS[late.kind]
             )
         except (CodecError, LogError) as error:
-            logger.warning("%s: a late span is not recorded: %s", self.name, error)
+            logger.warning("a late span is not recorded: %s", error, extra=self.fields)
 
     def end(self, outcome: Outcome) -> None:
         """The agent's side has ended. Only the first call counts."""
@@ -326,4 +332,4 @@ class AttemptWriter:
             send_dead_letter(self._producer.send, self._topics, letter)
             self._on_dead_letter(letter.reason)
         except LogError as failure:
-            logger.error("%s: no dead letter could be written: %s", self.name, failure)
+            logger.error("no dead letter could be written: %s", failure, extra=self.fields)

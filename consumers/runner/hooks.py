@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from millstream.consumers.runner.outcome import Outcome
 from millstream.producers.agent.attempt import AttemptContext, RolloutInfo
+from millstream.producers.log_lines import rollout_fields
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.dialects import normalised
 from millstream.schemas.wire import status
@@ -166,7 +167,8 @@ class HookedAttempt:
                     raise
                 break  # the agent is done: only the remaining hooks are skipped
             if error is not None:
-                logger.error("%s: hook %s.%s failed: %r", self._name, type(hook).__name__, name, error, exc_info=error)
+                said = (type(hook).__name__, name, error)
+                logger.error("hook %s.%s failed: %r", *said, exc_info=error, extra=self._fields)
             answers.append(answer)
         return answers
 
@@ -180,7 +182,7 @@ class HookedAttempt:
                 return replace(outcome, metadata={"retry": "yes" if answer == RETRY else "no"})
             if answer is not None:
                 words = ", ".join(ON_ERROR)
-                logger.error("%s: on_error returned %r, which is none of %s", self._name, answer, words)
+                logger.error("on_error returned %r, which is none of %s", answer, words, extra=self._fields)
         return outcome
 
     @property
@@ -189,8 +191,8 @@ class HookedAttempt:
         return os.getpid() != self._hooks.runner.pid
 
     @property
-    def _name(self) -> str:
-        return f"attempt {self._attempt.attempt_id} of rollout {self._attempt.task.rollout_id}"
+    def _fields(self) -> dict[str, str]:
+        return rollout_fields(self._attempt.task.rollout_id, self._attempt.attempt_id)
 
     async def _limited(self, call: "partial[Any]", seconds: float) -> tuple[Any, BaseException | None]:
         future = self._start(call)

@@ -124,6 +124,8 @@ class Runner:
             settings.gateway_url,
             hooks,
             chosen(instrument),
+            settings.log_level,
+            settings.log_format,
         )
         self._proxies = Proxies(settings.proxy_urls, settings.proxy_secret.get_secret_value(), policy.proxies)
         self._running: dict[AttemptWriter, _Timers] = {}  # until their terminal event is written
@@ -326,7 +328,7 @@ class Runner:
         silent_s = time.monotonic() - writer.last_acknowledged
         if silent_s > lease_s and not writer.outcome.done():
             message = f"no heartbeat was acknowledged for {silent_s:.1f} s, longer than its lease of {lease_s:g} s"
-            logger.error("%s is ended: %s", writer.name, message)
+            logger.error("the attempt is ended: %s", message, extra=writer.fields)
             writer.verdict = stopped_by(status.LOST, "lease", message)
             self._host.kill(writer)
             return
@@ -367,7 +369,7 @@ class Runner:
 
     def _kill(self, writer: AttemptWriter) -> None:
         if not writer.outcome.done():
-            logger.warning("%s did not end when asked to, it is killed", writer.name)
+            logger.warning("the attempt did not end when asked to, it is killed", extra=writer.fields)
             self._host.kill(writer)
 
     def _finish_soon(self, writer: AttemptWriter, outcome: Outcome) -> None:
@@ -390,12 +392,12 @@ class Runner:
             self._metrics.ended(final.status, time.monotonic() - writer.began, writer.spans)
             if final.error is not None:
                 level = logging.INFO if final.status == status.CANCELLED else logging.WARNING
-                said = (writer.name, final.status, final.error.type, final.error.message)
-                logger.log(level, "%s: %s, %s: %s", *said)
+                said = (final.status, final.error.type, final.error.message)
+                logger.log(level, "attempt %s: %s: %s", *said, extra=writer.fields)
         except LogError as error:
-            logger.error("%s: its end can't be written, its lease will expire: %s", writer.name, error)
+            logger.error("the attempt's end can't be written, its lease will expire: %s", error, extra=writer.fields)
         except Exception:  # a fault of ours: it costs this attempt, not the runner with all others
-            logger.exception("%s: its end can't be written, its lease will expire", writer.name)
+            logger.exception("the attempt's end can't be written, its lease will expire", extra=writer.fields)
         finally:
             for timer in self._running.pop(writer).values():
                 timer.cancel()

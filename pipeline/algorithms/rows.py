@@ -9,6 +9,7 @@ import numpy as np
 
 from millstream.pipeline.algorithms.estimators import Estimator, Turns, grpo, overlong_penalty, turn_rewards
 from millstream.pipeline.training.groups import FinishedRollout, Group, trainable_turns
+from millstream.producers.log_lines import rollout_fields
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.wire.prefixes import conversations
 from millstream.schemas.wire.records import Triplet
@@ -66,7 +67,8 @@ def usable(groups: Sequence[Group], vocabulary: int) -> tuple[list[Group], int]:
             reason = next((why for t in trainable_turns(member) if (why := _unusable(t, vocabulary))), None)
             if reason is not None:
                 dropped += 1
-                logger.warning("rollout %s is not trained on: %s", member.end.rollout_id, reason)
+                rollout_id = member.end.rollout_id
+                logger.warning("rollout %s is not trained on: %s", rollout_id, reason, extra=rollout_fields(rollout_id))
                 member = replace(member, end=replace(member.end, trainable=False, reason=reason))
             members.append(member)
         found.append(Group(group.group_id, tuple(members)))

@@ -9,12 +9,11 @@ import typer
 
 from millstream.consumers.control import find_experiment, read_pauses
 from millstream.consumers.log.port import Log
-from millstream.pipeline.cli.open import with_log
+from millstream.pipeline.cli.open import open_settings, with_log
 from millstream.pipeline.cli.output import Json, date, err, print_rows, say
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.producers.log.port import closing
 from millstream.producers.tasks import TaskPublisher, read_tasks
-from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.wire.records import Control
 
@@ -41,7 +40,7 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Publish the tasks of a file: all or none, unless --skip-bad is given."""
-    settings = load_settings()
+    settings = open_settings()
     tasks, bad = read_tasks(
         file, settings, group_size=group_size, priority=priority, experiment_id=experiment, skip_bad=skip_bad
     )
@@ -93,7 +92,7 @@ def resume(experiment: Experiment) -> None:
 @app.command(epilog="Example: millstream paused --json")
 def paused(as_json: Json = False) -> None:
     """List paused experiments."""
-    settings = load_settings()
+    settings = open_settings()
     found = with_log(settings, lambda log: read_pauses(log, settings.topics))
     if not found and not as_json:
         err.print("no experiment is paused", highlight=False)
@@ -103,7 +102,7 @@ def paused(as_json: Json = False) -> None:
 
 def _publish(kind: str, name: str, record: Callable[[str], Control], said: str) -> None:
     """Publishes a record about a rollout, a group or an experiment, which may be named by its run."""
-    settings = load_settings()
+    settings = open_settings()
 
     async def work(log: Log) -> str:
         found = await find_experiment(log, settings.topics, name) if kind == "experiment" else name

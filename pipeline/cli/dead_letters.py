@@ -7,10 +7,9 @@ import typer
 
 from millstream.consumers.dead_letters import find_dead_letters, letter_key, letter_place, list_dead_letters, replay
 from millstream.consumers.log.port import Log
-from millstream.pipeline.cli.open import with_log
+from millstream.pipeline.cli.open import open_settings, with_log
 from millstream.pipeline.cli.output import Json, print_rows
 from millstream.producers.log.port import closing
-from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import CodecError, ConfigError, TooLarge
 from millstream.schemas.wire import codec
 
@@ -26,7 +25,7 @@ def dead_list(
     as_json: Json = False,
 ) -> None:
     """List dead letters, oldest first in each partition."""
-    settings = load_settings()
+    settings = open_settings()
     found = with_log(settings, lambda log: list_dead_letters(log, settings.topics, reason, role))
     rows = [
         [letter_place(record), x.role, x.reason, letter_key(x) or "", f"{x.topic}[{x.partition}]@{x.offset}", x.error]
@@ -38,7 +37,7 @@ def dead_list(
 @app.command("show", epilog="Example: millstream dead show 0:17")
 def dead_show(place: Place, as_json: Json = False) -> None:
     """Show a dead letter, with its body decoded if possible."""
-    settings = load_settings()
+    settings = open_settings()
     (letter,) = with_log(settings, lambda log: find_dead_letters(log, settings.topics, [place]))
     fields = asdict(letter) | {"key": letter_key(letter), "value": _readable(letter.value)}
     fields["headers"] = {name: _readable(value) for name, value in letter.headers.items()}
@@ -63,7 +62,7 @@ def dead_replay(
 
     Each letter is replayed as often as it is named. With --all, those that can't be replayed are listed and left, and
     the command ends with 1."""
-    settings = load_settings()
+    settings = open_settings()
     if bool(places) == everything or ((reason or role) and not everything):
         raise ConfigError("name places, or all of them by --all, with --reason or --role if you like")
 

@@ -9,8 +9,8 @@ import typer
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.cli.open import open_settings
 from millstream.pipeline.cli.output import MAX_PORT, Json, print_rows
-from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import LogUnavailable
 
 app = typer.Typer(no_args_is_help=True, help="An Apache Kafka on this machine, for development.")
@@ -54,7 +54,7 @@ def _print_status(kafka: LocalKafka, as_json: bool) -> None:
 @topics_app.command("create", epilog="Example: millstream topics create")
 def topics_create(as_json: Json = False) -> None:
     """Create missing topics."""
-    settings = load_settings()
+    settings = open_settings()
     asyncio.run(KafkaLog(settings).create_topics())
     print_rows(
         ["topic", "partitions", "cleanup", "key"],

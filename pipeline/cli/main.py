@@ -5,16 +5,18 @@ import sys
 from collections.abc import Sequence
 
 import typer
-from rich.logging import RichHandler
 from rich.markup import escape
 
 from millstream.pipeline.cli import control, dead_letters, kafka, model, replay, roles, training, workers
 from millstream.pipeline.cli.output import err
 from millstream.pipeline.cli.questions import ask, dataset, experiments, sql, steps
 from millstream.pipeline.services.hidden_memory import hide_memory
+from millstream.producers.log_lines import write_logs, writes_json
 from millstream.schemas.errors import ConfigError, Fenced, MillstreamError
 from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans.text import utf8
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Train AI agents over an event stream.")
 app.add_typer(roles.app)
@@ -38,23 +40,25 @@ def main() -> None:
     """Entry point. Millstream's own errors are printed as one line, without a traceback. The memory of the
     process, which holds the secrets, is hidden from other processes of its user."""
     hide_memory()
-    logging.basicConfig(
-        level=logging.INFO, format="%(name)s: %(message)s", handlers=[RichHandler(console=err, show_path=False)]
-    )
-    for noisy in ("aiokafka", "httpx", "httpx2", "faststream", "urllib3.connectionpool", "clickhouse_connect"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    write_logs()  # until the settings are known
     try:
         _refuse_undecodable(sys.argv[1:])
         app()
     except MillstreamError as error:
-        word = "fenced" if isinstance(error, Fenced) else "error"
-        err.print(f"[red]{word}:[/red]", escape(without_passwords(str(error))), highlight=False, soft_wrap=True)
+        _report("fenced" if isinstance(error, Fenced) else "error", without_passwords(str(error)))
         sys.exit(error.exit_code)
     except OSError as error:
         if error.filename is None:
             raise
-        err.print("[red]error:[/red]", escape(f"{error.filename}: {error.strerror}"), highlight=False, soft_wrap=True)
+        _report("error", f"{error.filename}: {error.strerror}")
         sys.exit(ConfigError.exit_code)
+
+
+def _report(word: str, message: str) -> None:
+    if writes_json():
+        logger.error("%s", message)
+    else:
+        err.print(f"[red]{word}:[/red]", escape(message), highlight=False, soft_wrap=True)
 
 
 def _refuse_undecodable(arguments: Sequence[str]) -> None:

@@ -10,11 +10,10 @@ import typer
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.port import Log
-from millstream.pipeline.cli.open import open_store, with_log
+from millstream.pipeline.cli.open import open_settings, open_store, with_log
 from millstream.pipeline.cli.output import Json, out, print_rows
 from millstream.producers.control import publish_control
 from millstream.producers.log.port import closing
-from millstream.schemas.config.settings import load_settings
 from millstream.schemas.control import ModelAnswer, ModelCommand, ServerState
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.ids import new_id
@@ -107,7 +106,7 @@ def split(
 @app.command(epilog="Example: millstream model status --json")
 def status(as_json: Json = False) -> None:
     """Show each model's versions with their shares, and the replicas that serve them."""
-    settings = load_settings()
+    settings = open_settings()
     control = with_log(settings, lambda log: _read(log, settings.topics))
     table, rows = control.follower.routing, []
     for model, arms in table.models.items():
@@ -128,13 +127,13 @@ def compare(model: Model, as_json: Json = False) -> None:
     """Compare a model's versions: mean reward of the rollouts that succeeded, with its 95 % confidence interval."""
     from millstream.pipeline.store.queries import COMPARE_VERSIONS
 
-    with open_store(load_settings()) as store:
+    with open_store(open_settings()) as store:
         result = store.sql(COMPARE_VERSIONS, {"model": model})
     print_rows(result.columns, result.rows, as_json)
 
 
 def _ask(command: ModelCommand, wait_s: float) -> None:
-    settings = load_settings()
+    settings = open_settings()
     answer = with_log(settings, lambda log: _answered(log, settings.topics, command, wait_s))
     if answer.error:
         raise MillstreamError(answer.error)

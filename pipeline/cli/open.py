@@ -3,16 +3,25 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.port import Log
-from millstream.schemas.config.settings import Settings
+from millstream.producers.log_lines import write_logs, writes_logs
+from millstream.schemas.config.settings import Settings, load_settings
 
 if TYPE_CHECKING:
     from millstream.pipeline.store.clickhouse import ClickHouseStore
 
 T = TypeVar("T")
+
+
+def open_settings(**overrides: Any) -> Settings:
+    """`load_settings`, and log lines as the settings say."""
+    settings = load_settings(**overrides)
+    if writes_logs():  # not if a program calls a command
+        write_logs(settings.log_level, settings.log_format)
+    return settings
 
 
 def with_log(settings: Settings, work: Callable[[Log], Awaitable[T]]) -> T:

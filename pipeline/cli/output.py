@@ -1,6 +1,5 @@
 """Prints the output of commands: a table for people, JSON for programs. Texts of records can't control the terminal."""
 
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -15,10 +14,7 @@ from rich.markup import escape
 from rich.segment import Segment
 from rich.table import Column, Table
 
-from millstream.schemas.spans.text import json_text
-
-# Control characters but tab and line feed, and those that change the direction of what follows.
-_CONTROLS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+from millstream.schemas.spans.text import CONTROLS, harmless, json_text
 
 
 class SafeConsole(Console):
@@ -27,10 +23,10 @@ class SafeConsole(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            if segment.control or _CONTROLS.search(segment.text) is None:
+            if segment.control or CONTROLS.search(segment.text) is None:
                 yield segment
             else:
-                yield segment._replace(text=_CONTROLS.sub(lambda found: ascii(found[0])[1:-1], segment.text))
+                yield segment._replace(text=harmless(segment.text))
 
 
 out = SafeConsole()
@@ -69,7 +65,7 @@ def note(text: str) -> None:
 def print_json(value: Any) -> None:
     """Valid JSON, whatever ``value`` holds."""
     text = json_text(value, str)
-    out.print_json(text, ensure_ascii=_CONTROLS.search(text) is not None)  # a JSON parser reads the same from it
+    out.print_json(text, ensure_ascii=CONTROLS.search(text) is not None)  # a JSON parser reads the same from it
 
 
 def table_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:

@@ -13,10 +13,9 @@ from millstream.consumers.adapter.replay import Replay, ToReward
 from millstream.consumers.adapter.triplets import TripletMaker
 from millstream.consumers.control import find_experiment
 from millstream.consumers.log.port import Log
-from millstream.pipeline.cli.open import with_log
+from millstream.pipeline.cli.open import open_settings, with_log
 from millstream.pipeline.cli.output import Json, out, print_json, print_rows
 from millstream.pipeline.replay import ReplaySummary, Start, open_output, run_replay
-from millstream.schemas.config.settings import load_settings
 from millstream.schemas.import_path import load_object
 
 app = typer.Typer()
@@ -42,7 +41,7 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Make triplets again from recorded events, with another adapter or reward function. Changes nothing else."""
-    settings = load_settings()
+    settings = open_settings()
     folder = str(Path.cwd())
     chosen = load_object("adapter", function, folder) if function else TripletMaker(settings.triplets)
     rewarded: ToReward | None = load_object("reward", reward, folder) if reward else None
@@ -68,7 +67,7 @@ def explain_rollout(
     as_json: Json = False,
 ) -> None:
     """Show which calls of a rollout are trained on, what each earned, and what is left out, by these settings."""
-    settings = load_settings()
+    settings = open_settings()
     maker = TripletMaker(settings.triplets)
     trace, end = with_log(settings, lambda log: read_trace(log, settings.topics, rollout_id, attempt))
     found = explained(maker, trace, end)

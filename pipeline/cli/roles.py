@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import ExitStack
+from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -17,10 +18,13 @@ from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.port import Log
 from millstream.pipeline.addresses import LOOPBACK
 from millstream.pipeline.cli.model import app as model_app
+from millstream.pipeline.cli.open import open_settings
 from millstream.pipeline.cli.output import MAX_PORT
 from millstream.producers.log.port import closing
+from millstream.producers.log_lines import write_logs, writes_logs
 from millstream.schemas import metrics
-from millstream.schemas.config.settings import Settings, load_settings
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans import semconv
 
 if TYPE_CHECKING:
@@ -57,7 +61,7 @@ def runner(
     """Claim tasks and run an agent on them."""
     from millstream.consumers.runner.runner import Runner
 
-    settings = load_settings(runner_processes=processes, runner_concurrency=concurrency)
+    settings = open_settings(runner_processes=processes, runner_concurrency=concurrency)
 
     async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
         role = Runner(
@@ -87,7 +91,12 @@ def runner(
         health.registry.register(role)
         await role.run(stop)
 
-    _run_role(settings, "runner", health_port, work)
+    topics = settings.topics
+    proxies = ", ".join(settings.proxy_urls) or "none"
+    doing = (
+        f"runs {agent}; reads {topics.prefix}.tasks.*, writes {topics.events}; model calls go to the proxy at {proxies}"
+    )
+    _run_role(settings, "runner", health_port, work, doing)
 
 
 @app.command(epilog="Example: millstream adapter --replica 0")
@@ -101,7 +110,7 @@ def adapter(
     from millstream.consumers.adapter.triplets import TripletMaker
     from millstream.schemas.import_path import load_object
 
-    settings = load_settings()
+    settings = open_settings()
     maker = TripletMaker(settings.triplets)
     chosen = load_object("adapter", function, str(Path.cwd())) if function else maker
 
@@ -118,7 +127,9 @@ def adapter(
             health.export(metrics.REWARDS_LEFT_OUT, lambda: maker.rewards_left_out)
         await role.run(stop)
 
-    _run_role(settings, "adapter", health_port, work)
+    topics = settings.topics
+    doing = f"replica {replica}; reads {topics.events} as group {topics.prefix}.adapter, writes {topics.triplets}"
+    _run_role(settings, "adapter", health_port, work, doing)
 
 
 @app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=chdb://runs/store millstream sink --flush-ms 500")
@@ -145,7 +156,7 @@ def sink(
     from millstream.consumers.sink.choose import open_sink, sink_name
     from millstream.consumers.sink.sink import FlushPolicy, SinkRole
 
-    settings = load_settings(span_batch_size=flush_rows)
+    settings = open_settings(span_batch_size=flush_rows)
     group = sink_name(kind) if name is None else name
     policy = FlushPolicy(settings.span_batch_size, flush_bytes, flush_ms / 1000)
 
@@ -168,7 +179,10 @@ def sink(
         finally:
             opened.close()
 
-    _run_role(settings, "sink", health_port, work)
+    into = without_passwords(settings.clickhouse_dsn) if kind == "clickhouse" else kind
+    queries = f"; answers queries at http://{query_host}:{query_port}" * bool(query_port)
+    doing = f"reads all topics of {settings.topics.prefix} as {group}, writes to {into}{queries}"
+    _run_role(settings, "sink", health_port, work, doing)
 
 
 @app.command(epilog="Example: MILLSTREAM_MODEL_URL=http://127.0.0.1:8500 millstream proxy")
@@ -191,7 +205,7 @@ def proxy(
     from millstream.pipeline.proxy.app import check_open
     from millstream.pipeline.services.serve_aiohttp import serve
 
-    settings = load_settings()
+    settings = open_settings()
 
     url = listen or next(iter(settings.proxy_urls), "http://127.0.0.1:8400")
     check_open(settings, urlsplit(url).hostname or "")
@@ -204,7 +218,9 @@ def proxy(
         async with serve(front.app, url, shutdown_s=drain_s, reuse_port=reuse_port):
             await stop.wait()
 
-    _run_role(settings, "proxy", health_port, work, uvloop.run)
+    models = ", ".join(settings.upstreams) or settings.model_url
+    doing = f"listens at {url}; writes {settings.topics.events}; models: {models}"
+    _run_role(settings, "proxy", health_port, work, doing, uvloop.run)
 
 
 @model_app.command(
@@ -229,7 +245,7 @@ def serve(
     from millstream.pipeline.models.vllm_process import VllmOptions
     from millstream.pipeline.models.vllm_server import VllmServer
 
-    settings = load_settings()
+    settings = open_settings()
     options = VllmOptions(names=(name,), args=tuple(arg or ()), adapters=adapters, replicas=replicas)
     server = VllmServer(folder, options, settings, log_dir, version=version, port=port)
 
@@ -237,7 +253,9 @@ def serve(
         health.trouble = lambda: None if all(r.alive for r in server.replicas) else "a vLLM process is down"
         await ModelRole(log, settings.topics, server, name, upstream).run(stop)
 
-    _run_role(settings, "model", health_port, work)
+    ports = str(port) if replicas == 1 else f"{port}–{port + replicas - 1}"
+    doing = f"serves {folder} as {name} at 127.0.0.1:{ports}; reads {settings.topics.control}"
+    _run_role(settings, "model", health_port, work, doing)
 
 
 @app.command(epilog="Example: millstream gateway --port 8600")
@@ -249,17 +267,23 @@ def gateway(
     from millstream.pipeline.services.gateway import Gateway, check_open
     from millstream.pipeline.services.serve_asgi import listen, uvicorn_server
 
-    settings = load_settings()
+    settings = open_settings()
     check_open(settings, host)
     listener = listen(host, port)
 
     async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
         async with closing(log.producer()) as producer:
             role = Gateway(log, producer, settings, health)
-            logger.info("the gateway listens at %s:%d", *listener.getsockname()[:2])
             await uvicorn_server(role.app).serve([listener])  # until SIGTERM or SIGINT
 
-    _run_role(settings, "gateway", 0, work)
+    doing = "listens at http://{}:{}; reads and writes all topics".format(*listener.getsockname()[:2])
+    _run_role(settings, "gateway", 0, work, doing)
+
+
+def _described(settings: Settings, role: str, doing: str, health_port: int) -> str:
+    probes = f"; probes at http://{settings.health_host}:{health_port}" * bool(health_port)
+    version = package_version("millstream")
+    return f"the {role} of millstream {version}: {doing}{probes}; Kafka at {settings.kafka_bootstrap_servers}"
 
 
 def _run_role(
@@ -267,10 +291,11 @@ def _run_role(
     role: str,
     health_port: int,
     work: Callable[[Log, "Health", asyncio.Event], Awaitable[None]],
+    doing: str,
     run_loop: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run,
 ) -> None:
     """Runs until SIGTERM or SIGINT, then lets the role end gracefully. A second SIGINT ends it at once, which is safe:
-    its successor finds everything in the log."""
+    its successor finds everything in the log. ``doing``: what it reads and where it listens, for its first log line."""
     from millstream.pipeline.services.role_process import role_process  # slow to import: not for `millstream --help`
 
     async def run() -> None:
@@ -285,9 +310,12 @@ def _run_role(
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupt)
         log = KafkaLog(settings)
         await log.check()
+        logger.info("this is %s", _described(settings, role, doing, health_port))
         async with role_process(log, settings, role, health_port, stop, report=role != "runner") as health:
             await work(log, health, stop)
 
+    if writes_logs():
+        write_logs(settings.log_level, settings.log_format, role)
     # Modules live as long as the process. Scanning them takes the collector up to a tenth of a busy role's time.
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)

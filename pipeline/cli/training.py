@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
+from millstream.pipeline.cli.open import open_settings
 from millstream.pipeline.cli.output import Json, err, out, print_json, print_rows, say
 from millstream.pipeline.cli.questions.experiments import Name, record_of
 from millstream.pipeline.cli.roles import HealthPort
-from millstream.schemas.config.settings import load_settings
 
 app = typer.Typer()
 
@@ -67,7 +67,7 @@ def check(
     disagrees."""
     from millstream.pipeline.training.reporting.check import check as compared  # needs torch
 
-    found = asyncio.run(compared(run, load_settings()))
+    found = asyncio.run(compared(run, open_settings()))
     words = {False: "", True: "wrong"}
     if as_json:
         print_json([asdict(finding) for finding in found])

@@ -10,10 +10,9 @@ from millstream.consumers.control import read_pauses
 from millstream.consumers.log.port import Log
 from millstream.consumers.unclaimed import UnclaimedTasks
 from millstream.consumers.workers import is_alive, read_workers
-from millstream.pipeline.cli.open import with_log
+from millstream.pipeline.cli.open import open_settings, with_log
 from millstream.pipeline.cli.output import Json, date, print_rows, say
 from millstream.pipeline.services.fleet_load import FleetLoad, load_of, read_load
-from millstream.schemas.config.settings import load_settings
 from millstream.schemas.wire.records import Control
 
 app = typer.Typer()
@@ -25,7 +24,7 @@ def workers(
     as_json: Json = False,
 ) -> None:
     """List running processes, their slots and their running attempts."""
-    settings = load_settings()
+    settings = open_settings()
     now = time.time_ns()
     rows = [
         [w.worker_id, w.role, w.host, w.version, w.slots, w.running, date(w.started), date(w.last_seen)]
@@ -38,7 +37,7 @@ def workers(
 @app.command(epilog="Example: millstream lag --json")
 def lag(as_json: Json = False) -> None:
     """Show waiting tasks and the load, (unclaimed + running) / slots. Above 1, more runners would help."""
-    settings = load_settings()
+    settings = open_settings()
 
     async def ask(log: Log) -> tuple[FleetLoad, list[Control]]:
         topics = settings.topics

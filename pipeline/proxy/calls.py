@@ -33,6 +33,7 @@ from millstream.pipeline.proxy.upstreams.http_client import COMPRESSED, Exchange
 from millstream.pipeline.proxy.upstreams.replicas import Failed, Replicas, retry_after_s
 from millstream.pipeline.proxy.upstreams.retries import Tries
 from millstream.pipeline.proxy.upstreams.targets import Target, Targets
+from millstream.producers.log_lines import rollout_fields
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ class Calls:
         except CallError:
             raise
         except Exception as error:  # a fault of ours: the attempt must not be trained on without this call
-            logger.exception("a call of attempt %s failed", attempt.attempt_id)
+            logger.exception("a call failed", extra=rollout_fields(attempt.rollout_id, attempt.attempt_id))
             call.answer.error = f"the proxy failed: {error!r}"
             if not call.recorded:
                 await self._recorder.try_record(*call.to_record())

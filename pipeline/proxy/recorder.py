@@ -11,6 +11,7 @@ from millstream.producers.blob_store import BlobError, Blobs
 from millstream.producers.log.acks import send_acknowledged
 from millstream.producers.log.paced import PacedProducer, PacePolicy
 from millstream.producers.log.port import Producer
+from millstream.producers.log_lines import rollout_fields
 from millstream.producers.supervisor import supervisor
 from millstream.schemas.errors import LogError, TooLarge
 from millstream.schemas.wire.log import KIND_HEADER
@@ -70,7 +71,8 @@ class Recorder:
         try:
             await self.record(attempt, facts, answer, response_id)
         except NotRecorded as error:
-            logger.error("a call of attempt %s is not recorded: %s", attempt.attempt_id, error)
+            fields = rollout_fields(attempt.rollout_id, attempt.attempt_id)
+            logger.error("a call is not recorded: %s", error, extra=fields)
 
     def record_in_background(self, attempt: ProxiedAttempt, facts: CallFacts, answer: Answer, response_id: str) -> None:
         """For a call whose client has left. It is under way until it is recorded."""
@@ -79,7 +81,8 @@ class Recorder:
             try:
                 await self.try_record(attempt, facts, answer, response_id)
             except Exception:  # a fault of ours: the call stays counted, so only its attempt is not trained on
-                logger.exception("a call of attempt %s is not recorded", attempt.attempt_id)
+                fields = rollout_fields(attempt.rollout_id, attempt.attempt_id)
+                logger.exception("a call is not recorded", extra=fields)
             finally:
                 attempt.leave()
 

@@ -41,6 +41,17 @@ def conversation(spans: Sequence[Span]) -> list[Line]:
     return found
 
 
+def printed(spans: Sequence[Span]) -> list[Line]:
+    """What the code of an attempt has printed, ``who``: stdout or stderr. The first line says how many are missing."""
+    found: list[Line] = []
+    for span in spans:
+        if left_out := span.attributes.get(semconv.PRINTED_LEFT_OUT):
+            found.append(Line("", f"… {left_out} earlier lines are in the runner's log"))
+        events = [event.attributes for event in span.events if event.name == semconv.PRINTED]
+        found += [Line(said.get(semconv.PRINTED_STREAM, ""), said.get(semconv.PRINTED_TEXT, "")) for said in events]
+    return found
+
+
 def _lines(text: str | None, who: str) -> list[Line]:
     """Messages, or one, as JSON in OpenAI's form or that of the semantic conventions; other text as it is."""
     if not text:

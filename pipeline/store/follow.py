@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 
 from millstream.consumers.log.port import Log
 from millstream.pipeline.store.results import Store
+from millstream.producers.log_lines import rollout_fields
 from millstream.schemas.errors import CodecError
 from millstream.schemas.ids import written_since_ms
 from millstream.schemas.wire import codec
@@ -42,7 +43,8 @@ async def follow_spans(log: Log, topics: Topics, rollout_id: str, store: Store) 
                 try:
                     value = codec.decode(record.value)
                 except CodecError as error:
-                    logger.warning("%s of rollout %s can't be decoded: %s", record.place, rollout_id, error)
+                    fields = rollout_fields(rollout_id)
+                    logger.warning("%s can't be decoded: %s", record.place, error, extra=fields)
                     continue
                 if isinstance(value, RolloutEnd):
                     return

@@ -177,9 +177,9 @@ class TracedRollout:
             return False
         if self.result is None:
             logger.warning(
-                "%s: there is no result for the reward functions: call the tracer instead of the agent, or set the "
+                "there is no result for the reward functions: call the tracer instead of the agent, or set the "
                 "trace's result",
-                self._writer.name,
+                extra=self._writer.fields,
             )
         return self.result is not None
 
@@ -203,4 +203,5 @@ class TracedRollout:
             await self._proxies.close()
         self.status = final.status
         if final.error is not None and final.status != self._outcome.status:  # else the caller has the exception
-            logger.warning("%s: %s, %s: %s", self._writer.name, final.status, final.error.type, final.error.message)
+            said = (final.status, final.error.type, final.error.message)
+            logger.warning("attempt %s: %s: %s", *said, extra=self._writer.fields)

@@ -10,6 +10,7 @@ from millstream.consumers.dead_letters import dead_letter, send_dead_letter
 from millstream.consumers.log.port import Log
 from millstream.pipeline.training.groups import FinishedRollout
 from millstream.producers.log.port import Producer
+from millstream.producers.log_lines import rollout_fields
 from millstream.producers.supervisor import Background, supervisor
 from millstream.schemas.errors import CodecError, LogError
 from millstream.schemas.ids import written_since_ms
@@ -182,12 +183,13 @@ class Collector:
             try:
                 triplets = expand(self._triplets.pop(value.rollout_id, []))
             except ValueError as error:  # one was undecodable, and is a dead letter
-                logger.warning("rollout %s is not trained on: %s", value.rollout_id, error)
+                fields = rollout_fields(value.rollout_id)
+                logger.warning("rollout %s is not trained on: %s", value.rollout_id, error, extra=fields)
                 value, triplets = replace(value, trainable=False, reason=str(error)), []
             self._ends[value.rollout_id].set_result(FinishedRollout(value, tuple(triplets)))
 
     def _give_up(self, rollout_id: str, reason: str) -> None:
-        logger.error("rollout %s is not trained on: %s", rollout_id, reason)
+        logger.error("rollout %s is not trained on: %s", rollout_id, reason, extra=rollout_fields(rollout_id))
         del self._outstanding[rollout_id]
         self._triplets.pop(rollout_id, None)
         now = time.time_ns()

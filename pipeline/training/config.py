@@ -213,15 +213,19 @@ def train_from(path: Path, console: Console | None = None, adapter: str = "", he
     config = load_config(path)
     reports = _reports(config)
     metrics = TrainingMetrics()
+    settings = load_settings()
     with ProgressView(console or Console(), config.run) as view:
         trainer = _trainer(
             config,
-            load_settings(),
+            settings,
             with_probes(strategy_of(config.strategy), health_port, metrics),
             adapter=load_object("adapter", adapter, str(Path.cwd())) if adapter else None,
             on_step=lambda report: [each(report) for each in (view.on_step, metrics.ended, *reports)],
         )
         make_folder(config.run_dir, "run_dir")
+        probes = f"; probes at http://{settings.health_host}:{health_port}" * bool(health_port)
+        log = f"Kafka at {settings.kafka_bootstrap_servers}" if config.strategy == "kafka" else "one process"
+        logger.info("this is the trainer of run %s in %s: %s%s", config.run, config.run_dir, log, probes)
         summary = trainer.fit()
     (config.run_dir / "train.json").write_text(json_text(dataclasses.asdict(summary)) + "\n")
     return summary

@@ -15,6 +15,7 @@ from opentelemetry import context as otel
 from opentelemetry.context import Context
 from opentelemetry.trace import NoOpTracer, Tracer
 
+from millstream.producers.printed import Printed
 from millstream.schemas.attempt_keys import attempt_path
 from millstream.schemas.control import Resource
 from millstream.schemas.wire.records import RolloutTask, Span
@@ -62,6 +63,7 @@ class AttemptContext:
         self.state = self.task.state
         self._calls = 0
         self._calls_lock = threading.Lock()
+        self.printed = Printed(self.task.rollout_id, self.attempt_id)
 
     def watch(self, seen: Callable[[Span], None]) -> None:
         """Calls ``seen`` with each span from now on, before it is emitted."""

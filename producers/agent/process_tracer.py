@@ -21,6 +21,7 @@ from millstream.producers.agent.attempt import AttemptContext, enter, leave
 from millstream.producers.agent.client_binding import bind_clients
 from millstream.producers.agent.instrumentation import FRAMEWORKS
 from millstream.producers.agent.instrumentation import instrument as instrument_frameworks
+from millstream.producers.agent.printed_streams import keep_printed
 from millstream.producers.agent.span_processor import AttemptSpanProcessor
 from millstream.schemas.spans import semconv
 
@@ -72,14 +73,18 @@ class ProcessTracer:
 
         Raises `SharedWorker`.
         """
+        keep_printed()
         attempt.tracer = self._tracer
         token = enter(attempt)
         shared_threads.began(attempt)
         try:
-            with self._tracer.start_as_current_span(self._root_name, attributes=self._root_attributes):
+            with self._tracer.start_as_current_span(self._root_name, attributes=self._root_attributes) as root:
                 attempt.context = otel.get_current()
-                yield
-                shared_threads.refuse_shared(attempt)
+                try:
+                    yield
+                    shared_threads.refuse_shared(attempt)
+                finally:
+                    attempt.printed.end(root)
         finally:
             shared_threads.ended(attempt)
             leave(token)

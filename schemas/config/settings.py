@@ -123,6 +123,8 @@ class Settings(BaseSettings):
     cache_ttl_s: float = Field(0.0, ge=0, description="Seconds the proxy repeats answers of temperature 0; 0: never.")
 
     # Processes
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level of log lines.")
+    log_format: Literal["text", "json"] = Field("text", description="Form of log lines; one for each event.")
     health_host: str = Field(
         "127.0.0.1", description="Where --health-port listens; 0.0.0.0 for probes from other machines."
     )

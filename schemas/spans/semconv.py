@@ -62,6 +62,12 @@ UNTRAINABLE: Final = "millstream.untrainable"
 # Ours: the response id of the call that a reward is given to by name.
 REWARD_FOR: Final = "millstream.reward.for_call"
 
+# Ours, of an attempt's root span: an event for each line that its code has printed; how many earlier ones are missing.
+PRINTED: Final = "millstream.printed"
+PRINTED_STREAM: Final = "stream"
+PRINTED_TEXT: Final = "text"
+PRINTED_LEFT_OUT: Final = "millstream.printed.left_out"
+
 # Agent Lightning's reward attributes, so that its tools read our traces.
 AGL_REWARD_NAME: Final = "agentlightning.reward.0.name"
 AGL_REWARD_VALUE: Final = "agentlightning.reward.0.value"

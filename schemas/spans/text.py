@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any, Final
 
+# Control characters but tab and line feed, and those that change the direction of what follows.
+CONTROLS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 LONGEST: Final = 4000  # characters of a reason or an error
 _HALF_ESCAPED: Final = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps half a character
 
@@ -99,6 +101,16 @@ def parsed(text: str) -> Any:
         return json.loads(utf8(json.dumps(value, ensure_ascii=False)))
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
+
+
+def harmless(text: str) -> str:
+    """The text with control characters, such as those of escape sequences, as Python writes them (``\\x1b``)."""
+    return CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def on_one_line(text: str) -> str:
+    """`harmless`, and with its line feeds as ``\\n``."""
+    return harmless(text).replace("\n", "\\n")
 
 
 def safe_repr(value: Any) -> str:

@@ -25,7 +25,10 @@ from millstream.consumers.runner.agent import AgentConfig
 from millstream.consumers.runner.attempt import AttemptRunner, open_agent, run_forever
 from millstream.consumers.runner.hosts.frames import MAX_BYTES, Frame, FrameReader, Kind, pack
 from millstream.consumers.runner.outcome import Outcome, name_signals_in_threads, stopped_by
-from millstream.producers.agent.attempt import AttemptContext
+from millstream.producers.agent.attempt import AttemptContext, current_attempt
+from millstream.producers.agent.printed_streams import keep_printed
+from millstream.producers.log_lines import rollout_fields, write_logs
+from millstream.producers.printed import Printed
 from millstream.producers.supervisor import supervised, supervisor
 from millstream.schemas.control import Resources
 from millstream.schemas.errors import BackgroundFailed, CodecError, ConfigError
@@ -234,6 +237,11 @@ def _share_metrics(place: str) -> None:
     )
 
 
+def _here() -> dict[str, str]:
+    attempt = current_attempt()
+    return {} if attempt is None else rollout_fields(attempt.task.rollout_id, attempt.attempt_id)
+
+
 def main() -> None:
     with supervised(_end_after_failure):
         _run()
@@ -268,6 +276,11 @@ def _run() -> None:
     received = _receive(connection, FrameReader())
     first = next(received)[0]
     place, config = first.head.decode(), AgentConfig(**json.loads(first.body))
+    # For our own loggers alone: the agent may set up its logging. What that writes to `sys.stderr` is printed text.
+    ours = logging.getLogger("millstream")
+    ours.propagate = False
+    write_logs(config.log_level, config.log_format, "agent", ours, _here, sys.__stderr__)
+    keep_printed(Printed("", ""))
     channel = Channel(connection)
     with asyncio.Runner() as runner:
         loop = runner.get_loop()

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from millstream.pipeline.cli.open import open_store
+from millstream.pipeline.cli.open import open_settings, open_store
 from millstream.pipeline.cli.output import (
     Json,
     Mode,
@@ -30,11 +30,10 @@ from millstream.pipeline.cli.output import (
     table_of,
 )
 from millstream.pipeline.cli.questions.experiments import known_experiment
-from millstream.pipeline.store.conversation import conversation
+from millstream.pipeline.store.conversation import conversation, printed
 from millstream.pipeline.store.results import Attempt, Rollout, RolloutOrder
 from millstream.pipeline.store.rollout_diff import Step, children, error_of, rollout_diff, token_counts
 from millstream.producers.blob_store import Blobs
-from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import StoreError
 from millstream.schemas.spans.dialects import normalised
 from millstream.schemas.wire.records import Span
@@ -71,7 +70,7 @@ def rollouts(
 ) -> None:
     """List rollouts, newest first."""
     check_watch(watch, as_json)
-    with open_store(load_settings()) as store:
+    with open_store(open_settings()) as store:
         experiment = experiment and known_experiment(store, experiment)
 
         def ask() -> list[Rollout]:
@@ -119,11 +118,11 @@ def spans(
     full: Annotated[bool, typer.Option(help="With --json: include contents of more than 256 KB.")] = False,
 ) -> None:
     """Show a rollout's spans as a tree per attempt, with durations, tokens, rewards and errors."""
-    with open_store(load_settings()) as store:
+    with open_store(open_settings()) as store:
         _known(store, rollout)
         attempts, found = store.attempts(rollout), store.spans(rollout)
     if full:
-        blobs = Blobs(load_settings().blob_url)
+        blobs = Blobs(open_settings().blob_url)
         found = [
             replace(span, attributes={n: blobs.whole(value) for n, value in span.attributes.items()}) for span in found
         ]
@@ -164,13 +163,18 @@ def _span_line(span: Span) -> str:
 
 @app.command(epilog=f"Example: millstream rollout {ID}")
 def rollout(rollout: RolloutId, as_json: Json = False) -> None:
-    """Show a rollout: its conversation with the model, tools and rewards, and the error with its stack, per attempt."""
-    with open_store(load_settings()) as store:
+    """Show a rollout: its conversation with the model, tools and rewards, what it printed, and the error with its
+    stack, per attempt."""
+    with open_store(open_settings()) as store:
         found, attempts = _known(store, rollout), store.attempts(rollout)
-        said = {a.attempt_id: conversation(store.spans(rollout, attempt_id=a.attempt_id)) for a in attempts}
+        spans = {a.attempt_id: store.spans(rollout, attempt_id=a.attempt_id) for a in attempts}
     if as_json:
-        lines = {attempt_id: [asdict(line) for line in lines] for attempt_id, lines in said.items()}
-        tried = [asdict(attempt) | {"conversation": lines[attempt.attempt_id]} for attempt in attempts]
+        tried = [
+            asdict(attempt)
+            | {"conversation": [asdict(line) for line in conversation(spans[attempt.attempt_id])]}
+            | {"printed": [asdict(line) for line in printed(spans[attempt.attempt_id])]}
+            for attempt in attempts
+        ]
         print_json([asdict(found) | {"attempts": tried}])
         return
     say(f"rollout {found.rollout_id} · {found.status} · reward {_short(found.reward) or 'none'}")
@@ -181,8 +185,14 @@ def rollout(rollout: RolloutId, as_json: Json = False) -> None:
         say(f"reason: {found.reason}")
     for attempt in attempts:
         say(f"\nattempt {attempt.attempt} · {attempt.status} · {attempt.worker_id}")
-        for line in said[attempt.attempt_id]:
+        for line in conversation(spans[attempt.attempt_id]):
             say(textwrap.indent(f"{line.who}: {line.text}", "  ", lambda text: True))
+        if lines := printed(spans[attempt.attempt_id]):
+            say("  printed:")
+        for line in lines:
+            say(
+                f"    {line.text}" if line.who == "stdout" else f"    {line.who}: {line.text}".replace("    : ", "    ")
+            )
         if attempt.output is not None:
             say(f"  returned: {attempt.output}")
         if attempt.error_type:
@@ -203,7 +213,7 @@ def triplets(
     as_json: Json = False,
 ) -> None:
     """List triplets: the prompt, answer and reward of each model call."""
-    with open_store(load_settings()) as store:
+    with open_store(open_settings()) as store:
         if rollout is not None:
             _known(store, rollout)
         experiment = experiment and known_experiment(store, experiment)
@@ -246,7 +256,7 @@ def rewards(
     """Plot the reward by model version."""
     from millstream.pipeline.store.queries import REWARDS_BY_VERSION
 
-    with open_store(load_settings()) as store:
+    with open_store(open_settings()) as store:
         if rollout is not None:
             _known(store, rollout)
             rows = [[r.attempt_id, date(r.time), r.name, r.value] for r in store.rewards([rollout])]
@@ -277,7 +287,7 @@ def rewards(
 )
 def diff(a: RolloutId, b: RolloutId, as_json: Json = False) -> None:
     """Show where two rollouts of a group diverge: the same prompt, but another answer."""
-    with open_store(load_settings()) as store:
+    with open_store(open_settings()) as store:
         sides = [_known(store, a), _known(store, b)]
         walks, same = rollout_diff(store, *sides)
     if as_json:

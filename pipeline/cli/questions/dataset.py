@@ -8,11 +8,10 @@ import typer
 
 from millstream.consumers.control import find_experiment
 from millstream.consumers.log.port import Log
-from millstream.pipeline.cli.open import with_log
+from millstream.pipeline.cli.open import open_settings, with_log
 from millstream.pipeline.cli.output import Mode, err
 from millstream.pipeline.training import datasets
 from millstream.producers.blob_store import Blobs
-from millstream.schemas.config.settings import load_settings
 from millstream.schemas.spans.text import json_text
 from millstream.schemas.wire.records import Triplet
 
@@ -49,7 +48,7 @@ def _line(example: dict[str, Any]) -> str:
 
 
 def _write(experiment: str | None, mode: str, form: Callable[[Iterable[list[Triplet]]], Iterator[str]]) -> None:
-    settings = load_settings()
+    settings = open_settings()
 
     async def read(log: Log) -> list[list[Triplet]]:
         found = None if experiment is None else await find_experiment(log, settings.topics, experiment)

@@ -5,11 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from millstream.pipeline.cli.open import open_store
+from millstream.pipeline.cli.open import open_settings, open_store
 from millstream.pipeline.cli.output import Json, date, note, print_json, print_rows, say
 from millstream.pipeline.store.queries import EXPERIMENTS, TRAINING_RUNS
 from millstream.pipeline.training.reporting.record import RECORD, differences, flat
-from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.spans.text import json_text, parsed
 
@@ -28,7 +27,7 @@ def experiments_list(
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows.")] = 50, as_json: Json = False
 ) -> None:
     """List training runs, newest first, with their steps and rewards."""
-    with open_store(load_settings()) as store:
+    with open_store(open_settings()) as store:
         found = store.sql(TRAINING_RUNS).records()[:limit]
     if not found:
         note("the store has no experiments yet")
@@ -93,7 +92,7 @@ def record_of(wanted: str) -> tuple[str, dict[str, Any]]:
             raise ConfigError(f"{path} can't be read ({type(error).__name__}: {error})") from error
     if Path(wanted).is_dir() and "/" in wanted:
         raise ConfigError(f"{wanted} is not the folder of a run: it has no {RECORD}")
-    with open_store(load_settings()) as store:
+    with open_store(open_settings()) as store:
         return _configuration(store, wanted)
 
 

@@ -8,9 +8,8 @@ from typing import Annotated, Final, Literal
 
 import typer
 
-from millstream.pipeline.cli.open import open_store
+from millstream.pipeline.cli.open import open_settings, open_store
 from millstream.pipeline.cli.output import Json, print_rows
-from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
 
 app = typer.Typer()
@@ -31,7 +30,7 @@ def sql(
     bound = _bound(parameters or ())
     if output == "parquet" and sys.stdout.isatty():
         raise typer.BadParameter("parquet can't be printed to a terminal: redirect it, or use `millstream export`")
-    with open_store(load_settings()) as store:
+    with open_store(open_settings()) as store:
         if output in FORMATS and not as_json:
             store.export(query, sys.stdout.buffer, FORMATS[output], bound)
             sys.stdout.buffer.flush()
@@ -56,7 +55,7 @@ def export(
         source, bound = "SELECT * FROM {source:Identifier}", bound | {"source": source}
     unfinished = file.with_name(f"{file.name}.part")
     try:
-        with open_store(load_settings()) as store, unfinished.open("wb") as opened:
+        with open_store(open_settings()) as store, unfinished.open("wb") as opened:
             store.export(source, opened, file_format, bound)
         unfinished.replace(file)
     except OSError as error:

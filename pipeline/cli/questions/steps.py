@@ -7,7 +7,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from millstream.pipeline.cli.open import open_store
+from millstream.pipeline.cli.open import open_settings, open_store
 from millstream.pipeline.cli.output import (
     Json,
     Watch,
@@ -21,7 +21,6 @@ from millstream.pipeline.cli.output import (
 )
 from millstream.pipeline.cli.questions.experiments import known_experiment
 from millstream.pipeline.store.queries import LATEST_TRAINING, STEPS
-from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
 
 app = typer.Typer()
@@ -43,7 +42,7 @@ def steps(
 ) -> None:
     """List the steps of a training run: rewards, time, idle share, staleness, what was dropped; with a plot."""
     check_watch(watch, as_json)
-    with open_store(load_settings()) as store:
+    with open_store(open_settings()) as store:
         asked = None if experiment is None else known_experiment(store, experiment)
 
         def ask() -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """The command line, as a user runs it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -103,3 +104,21 @@ def test_status_without_a_broker_says_how_to_start_one(tmp_path):
     result = millstream("kafka", "status", cwd=tmp_path)
     assert result.returncode == 1
     assert "millstream kafka up" in result.stderr
+
+
+def test_with_json_logs_the_last_error_is_json_too(tmp_path):
+    """Entry B2: everything on stderr of a role can be parsed."""
+    result = millstream(
+        *("adapter",), cwd=tmp_path, MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS="127.0.0.1:1", MILLSTREAM_LOG_FORMAT="json"
+    )
+    assert result.returncode == 1
+    events = [json.loads(line) for line in result.stderr.splitlines()]
+    assert "127.0.0.1:1" in events[-1]["message"]
+    assert events[-1]["level"] == "error"
+
+
+@pytest.mark.parametrize(("name", "value"), [("LOG_LEVEL", "loud"), ("LOG_FORMAT", "xml")])
+def test_a_wrong_form_of_logs_is_named(name, value, tmp_path):
+    result = millstream("workers", cwd=tmp_path, **{f"MILLSTREAM_{name}": value})
+    assert result.returncode == 2
+    assert f"setting {name.lower()} (MILLSTREAM_{name}): Input should be" in result.stderr
