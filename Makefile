@@ -7,6 +7,7 @@ CREWAI := .venv-crewai/bin
 CREWAI_STAMP := .venv-crewai/.ready
 VLLM_STAMP := .venv-vllm/.ready
 VERL_STAMP := .venv-verl/.ready
+OPS_STAMP := .npm-ops/.ready
 UV := .venv-uv/bin/uv
 ON_CPU := PYTHONPATH=$(CURDIR)/tests/pipeline/algorithms/verl VERL_USE_EXTERNAL_MODULES=cpu_platform VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda
 export UV_COMPILE_BYTECODE := 1
@@ -17,7 +18,7 @@ SPREAD := --dist loadfile --no-loadscope-reorder
 FAST := -m "not slow and not vllm"
 SLOW := -m "slow and not vllm and not verl"
 VLLM := -m "vllm and not verl"
-.PHONY: setup setup-crewai vllm verl demo demo-kafka demo-vllm demo-verl test test-verl test-all lint types bench chaos clean
+.PHONY: setup setup-crewai vllm verl ops demo demo-kafka demo-vllm demo-verl test test-verl test-all lint types bench chaos clean
 
 setup: $(STAMP)
 
@@ -59,6 +60,14 @@ $(VERL_STAMP): pyproject.toml constraints-verl.txt | $(UV)
 	$(UV) pip install --quiet --python .venv-verl/bin/python -c constraints-verl.txt -e '.[verl]'
 	@touch $@
 
+# The types of Grafana's dashboards. Without npm, their check is skipped.
+ops: $(OPS_STAMP)
+
+$(OPS_STAMP): Makefile
+	@mkdir -p .npm-ops
+	-npm install --prefix .npm-ops --no-save --no-audit --no-fund --silent @grafana/schema@13.2.3 typescript@5.9.3
+	@touch $@
+
 demo: setup
 	@$(BIN)/python -m examples.calculator.demo --run-dir $(or $(RUN_DIR),runs/demo)
 
@@ -79,7 +88,7 @@ test: setup
 test-verl: setup verl
 	$(BIN)/python -m pytest -m verl
 
-test-all: test setup-crewai vllm
+test-all: test setup-crewai vllm ops
 	$(CREWAI)/python -m pytest tests/frameworks/test_crewai_crew.py
 	$(PYTEST) -n 2 $(SPREAD) $(SLOW) $(call again,$(SLOW))
 	$(PYTEST) $(VLLM) $(call again,$(VLLM))
@@ -99,4 +108,4 @@ chaos: setup
 	$(BIN)/python tests/chaos/harness.py --kills $(or $(KILLS),200) --seed $(or $(SEED),1) --run-dir $(or $(RUN_DIR),runs/chaos)
 
 clean:
-	rm -rf .venv .venv-uv .venv-crewai runs dist
+	rm -rf .venv .venv-uv .venv-crewai .npm-ops runs dist

@@ -57,6 +57,16 @@ CONSUMER_LAG: Final = Metric(
     "Adapter and sink: age of the oldest record that is not yet folded, or not yet stored; 0 without any.",
     labels=("group",),
 )
+CONSUMER_LAG_RECORDS: Final = Metric(
+    "millstream_consumer_lag_records",
+    "Adapter and sink: records of their partitions that are not yet folded, or not yet stored. Those that are not even "
+    "read are counted every few seconds, transaction markers included.",
+    labels=("group",),
+)
+CONTAINER_MEMORY_LIMIT: Final = Metric(
+    "millstream_container_memory_limit_bytes",
+    "Memory that the container of this process may hold, agent processes included; absent without a limit.",
+)
 SPANS: Final = Metric("millstream_spans", "Spans written to the log, by what made them.", "counter", ("source",))
 
 # Runner
@@ -235,6 +245,8 @@ CATALOGUE: Final[dict[str, tuple[Metric, ...]]] = {
         LOG_BYTES,
         DEAD_LETTERS,
         CONSUMER_LAG,
+        CONSUMER_LAG_RECORDS,
+        CONTAINER_MEMORY_LIMIT,
         SPANS,
     ),
     "Runner": (

@@ -145,6 +145,12 @@ class Adapter:
         return age_s(min(behind, default=None))
 
     @property
+    def lag_records(self) -> int:
+        """Records of its partitions that were not folded at the last probe. From any thread."""
+        parts = tuple(self._parts.values())
+        return sum(max(p.high_watermark - p.position, 0) for p in parts if p.position is not None)
+
+    @property
     def idle(self) -> bool:
         """Everything that was on the assigned partitions at the last probe is read, and all decisions are written."""
         return all(

@@ -8,6 +8,7 @@ repeats exactly the same batch. Offsets of a lost partition are not committed; i
 import asyncio
 import hashlib
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,7 @@ class PollPolicy:
     records: int = 1000  # at once
     wait_s: float = 0.2
     idle_s: float = 0.02  # after a poll that found little: the sink is in no hurry, and others need the CPU
+    measure_s: float = 5.0  # between two looks at the ends of its partitions; Prometheus asks every ten seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +141,8 @@ class SinkRole:
         self._paused: set[Partition] = set()
         self._joined = False
         self._warned: float | None = None
+        self._ends: dict[Partition, int] = {}  # of its partitions, when it last looked
+        self._measured = -math.inf
         self.stats = SinkStats()
 
     @property
@@ -151,6 +155,13 @@ class SinkRole:
         """Age of the oldest record that has been read and is not stored; 0 without any. From any thread."""
         times = [self._delivering_ms if self._delivering else 0, self._gathered.oldest_ms]
         return age_s(min((time_ms for time_ms in times if time_ms), default=None))
+
+    @property
+    def lag_records(self) -> int:
+        """Records of its partitions that are not stored, up to the ends of a few seconds ago. From any thread."""
+        positions = {partition: self._consumer.position(partition) for partition in self._ends}
+        unread = sum(max(self._ends[partition] - at, 0) for partition, at in positions.items() if at is not None)
+        return unread + self.waiting
 
     @property
     def outage_s(self) -> float:
@@ -207,6 +218,16 @@ class SinkRole:
         await self._settle()
         if self._delivery is None and self._due():
             self._deliver()
+        if self._clock() - self._measured >= self._poll_policy.measure_s:
+            await self._measure()
+
+    async def _measure(self) -> None:
+        """Looks at the ends of its partitions."""
+        try:
+            self._ends = await self._consumer.end_offsets(self._consumer.assignment())
+        except LogError as error:
+            await self._consumer.polls.sit_out(error, self._warn, "the lag can't be measured, retrying: %s")
+        self._measured = self._clock()
 
     def _full(self) -> bool:
         return self._gathered.records >= self._flush.rows or self._gathered.bytes >= self._flush.bytes

@@ -122,6 +122,7 @@ def adapter(
         health.check(metrics.TRANSACTION_AGE, lambda: role.call_age_s, role.policy.lost_call_s)
         health.export(metrics.OPEN_ROLLOUTS, lambda: role.open_rollouts)
         health.export(metrics.CONSUMER_LAG, lambda: {(f"{topics.prefix}.adapter",): role.lag_s})
+        health.export(metrics.CONSUMER_LAG_RECORDS, lambda: {(f"{topics.prefix}.adapter",): role.lag_records})
         if chosen is maker:
             health.export(metrics.CALLS_DROPPED, lambda: maker.calls_dropped)
             health.export(metrics.REWARDS_LEFT_OUT, lambda: maker.rewards_left_out)
@@ -170,6 +171,7 @@ def sink(
             health.export(metrics.SINK_STORED, lambda: role.stats.records)
             health.export(metrics.SINK_RETRIES, lambda: role.stats.retries)
             health.export(metrics.CONSUMER_LAG, lambda: {(role.group,): role.lag_s})
+            health.export(metrics.CONSUMER_LAG_RECORDS, lambda: {(role.group,): role.lag_records})
             with ExitStack() as stack:
                 if query_port:
                     from millstream.pipeline.store.read_server import serving_queries  # loads chDB

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from functools import partial
 from importlib.metadata import version as package_version
+from pathlib import Path
 from typing import Final
 
 from starlette.applications import Starlette
@@ -26,10 +27,12 @@ from millstream.producers.supervisor import supervised, supervisor
 from millstream.producers.workers import new_worker_id, reporting
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import BackgroundFailed, LogUnavailable
-from millstream.schemas.metrics import BUILD_INFO, LOG_BYTES, LOOP_AGE, RECORDS_UNREAD
+from millstream.schemas.metrics import BUILD_INFO, CONTAINER_MEMORY_LIMIT, LOG_BYTES, LOOP_AGE, RECORDS_UNREAD
 
 logger = logging.getLogger(__name__)
 
+CGROUP: Final = Path("/sys/fs/cgroup")  # in a container, its own
+UNLIMITED: Final = 1 << 60  # bytes; version 1's largest number is a little below 1 << 63
 EXIT_STUCK: Final = BackgroundFailed.exit_code  # the supervisor should start the process again
 
 
@@ -63,6 +66,7 @@ async def role_process(
         health.export(BUILD_INFO, lambda: {(package_version("millstream"), role): 1.0})
         health.export(RECORDS_UNREAD, lambda: log.traffic().unread)
         health.export(LOG_BYTES, partial(_log_bytes, log))
+        health.export(CONTAINER_MEMORY_LIMIT, lambda: memory_limit(CGROUP))
         if port:
             stack.enter_context(probes_answered(health, settings.health_host, port))
         stack.enter_context(_ended_if_stuck(health))
@@ -70,6 +74,18 @@ async def role_process(
         if report:
             await stack.enter_async_context(_reported(log, settings, role))
         yield health
+
+
+def memory_limit(folder: Path) -> int | None:
+    """The memory limit of the control group that is mounted at the folder, in bytes; None without one. Both of the
+    kernel's interfaces: version 2 writes ``max`` for no limit, version 1 the largest number of pages."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        try:
+            text = (folder / name).read_text().strip()
+        except OSError:
+            continue
+        return int(text) if text != "max" and int(text) < UNLIMITED else None
+    return None
 
 
 def _log_bytes(log: Log) -> Values:

@@ -1,7 +1,10 @@
-"""What a role exports, read as Prometheus reads it, and checked against the catalogue."""
+"""What a role exports, read as Prometheus reads it, and checked against the catalogue; names and labels of queries."""
 
+import re
 import shutil
 import subprocess
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -9,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from millstream.schemas.metrics import CATALOGUE, Metric
 
 BY_NAME: dict[str, Metric] = {metric.name: metric for section in CATALOGUE.values() for metric in section}
+FROM_SCRAPING = {"job", "instance", "role", "le"}
+FROM_CLIENT = {"up", "process_cpu_seconds_total", "process_resident_memory_bytes"}  # or from Prometheus itself
 OTHERS = ("process_", "python_", "my_", "agent_")  # the client library's own, and those of hooks
 
 
@@ -41,3 +46,29 @@ def checked(text: str) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
         said = subprocess.run([promtool, "check", "metrics"], input=text, text=True, capture_output=True, check=False)
         assert (said.returncode, said.stdout + said.stderr) == (0, "")
     return samples
+
+
+def series(rules: Iterable[Mapping[str, Any]]) -> dict[str, set[str]]:
+    """Labels by the names that Prometheus has: of metrics, and of the records among the rules."""
+    found: dict[str, set[str]] = {name: set() for name in FROM_CLIENT}
+    for metric in BY_NAME.values():
+        parts = ("_bucket", "_sum", "_count") if metric.type == "histogram" else ("",)
+        found |= {f"{metric.exported}{part}": set(metric.labels) for part in parts}
+    for rule in rules:
+        if "record" in rule:
+            by = re.match(r"sum by \(([\w, ]*)\)", rule["expr"])
+            found[rule["record"]] = set(by[1].split(", ")) if by else set()
+    return found
+
+
+def labels_of(query: str, known: Mapping[str, set[str]]) -> set[str]:
+    """The labels that the series of a PromQL query may have. Asserts that each name and label in it exists."""
+    names = set(re.findall(r"\b(?:millstream[_:]|process_)[\w:]+|\bup\b", query))
+    assert names
+    assert names <= set(known)
+    for name, matchers in re.findall(r"(\w[\w:]*)\{([^}]*)\}", query):
+        assert set(re.findall(r"(\w+)\s*[=!]~?", matchers)) <= known[name] | FROM_SCRAPING
+    labels = FROM_SCRAPING.union(*(known[name] for name in names))
+    for grouping in re.findall(r"(?:by|on|ignoring|group_left) ?\(([\w, ]*)\)", query):
+        assert set(filter(None, grouping.split(", "))) <= labels
+    return labels

@@ -102,7 +102,8 @@ async def test_the_lag_is_the_age_of_what_is_not_folded_yet():
         async with asyncio.timeout(10):
             while not (adapter.open_rollouts and adapter.idle):  # noqa: ASYNC110
                 await asyncio.sleep(0)
-        assert adapter.lag_s == 0
+        assert adapter.lag_s == adapter.lag_records == 0
         (part,) = adapter._parts.values()
         part.high_watermark, part.read_ms = 100, round(time.time() * 1000) - 7000
         assert 6.99 < adapter.lag_s < 9
+        assert adapter.lag_records == 100 - part.position

@@ -1,6 +1,7 @@
 """When the role stores what it has gathered, and what a `Sink` gets."""
 
 import asyncio
+import threading
 import time
 
 import factories
@@ -11,7 +12,7 @@ from sink_rig import eventually, run_to_the_end
 
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.sink.port import Unusable
-from millstream.consumers.sink.sink import FlushPolicy, SinkRole
+from millstream.consumers.sink.sink import FlushPolicy, PollPolicy, SinkRole
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.wire import codec
 
@@ -105,6 +106,26 @@ async def test_an_error_that_is_no_store_error_ends_the_sink_and_commits_nothing
     assert kept.sizes == [50]
 
 
+async def test_the_lag_in_records_counts_what_is_not_read_and_what_is_not_stored(log, settings):
+    stop, blocked = asyncio.Event(), threading.Event()
+
+    class Slow(Kept):
+        def write(self, batch):
+            blocked.wait(20)
+            return super().write(batch)
+
+    flush, poll = FlushPolicy(rows=10, age_s=0.01), PollPolicy(measure_s=0.0)
+    sink = SinkRole(log, Slow(), settings, flush=flush, poll=poll)
+    send_spans(log, settings, 50)
+    running = asyncio.create_task(sink.run(stop))
+    await eventually(lambda: sink.waiting == 20)  # one batch is being stored, one is gathered
+    await eventually(lambda: sink.lag_records == 50)
+    blocked.set()
+    await eventually(lambda: sink.lag_records == 0 and sink.stats.records == 50)
+    stop.set()
+    await running
+
+
 async def test_inserts_lag_and_dead_letters_are_exported(log, settings):
     """The lag is the age of the oldest record that is not stored, from the log's own timestamps."""
     registry, kept, stop = CollectorRegistry(), Kept(), asyncio.Event()
@@ -127,7 +148,7 @@ async def test_inserts_lag_and_dead_letters_are_exported(log, settings):
     send_spans(log, settings, 90)
     await eventually(lambda: kept.sizes == [100])
     await eventually(lambda: sink.waiting == 0)
-    assert sink.lag_s == 0
+    assert sink.lag_s == sink.lag_records == 0
     stop.set()
     await running
     samples = checked(text_of(registry))

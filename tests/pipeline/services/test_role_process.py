@@ -21,7 +21,7 @@ from millstream.consumers.log.port import Log
 from millstream.consumers.workers import read_workers
 from millstream.pipeline.addresses import LOOPBACK, free_port
 from millstream.pipeline.services.health import Health, HealthPolicy
-from millstream.pipeline.services.role_process import EXIT_STUCK, probes_answered, role_process
+from millstream.pipeline.services.role_process import EXIT_STUCK, memory_limit, probes_answered, role_process
 from millstream.pipeline.training.collector import Collector
 from millstream.pipeline.training.config import with_probes
 from millstream.pipeline.training.strategy import Setup
@@ -118,6 +118,25 @@ async def test_a_process_exports_what_it_uses_what_it_runs_and_what_it_reads() -
 @asynccontextmanager
 async def only_a_log(setup: Setup) -> AsyncIterator[tuple[Log, None]]:
     yield MemoryLog(setup.settings.topics), None
+
+
+@pytest.mark.parametrize(
+    ("files", "limit"),
+    [
+        ({"memory.max": "max\n"}, None),
+        ({"memory.max": "2147483648\n"}, 2 << 30),
+        ({"memory/memory.limit_in_bytes": "9223372036854771712\n"}, None),
+        ({"memory/memory.limit_in_bytes": "536870912\n"}, 512 << 20),
+        ({}, None),
+    ],
+)
+def test_the_memory_limit_of_a_container_is_that_of_its_control_group(
+    tmp_path: Path, files: dict[str, str], limit: int | None
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert memory_limit(tmp_path) == limit
 
 
 async def test_a_trainer_has_probes_and_reports_its_state(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import yaml
+from exposition import labels_of, series
 
-from millstream.schemas.metrics import CATALOGUE
+from millstream.schemas.wire.topics import LIFETIMES
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "deploy" / "prometheus"
@@ -17,38 +18,16 @@ RULES: list[dict[str, Any]] = [
     rule for group in yaml.safe_load((FOLDER / "rules.yml").read_text())["groups"] for rule in group["rules"]
 ]
 ALERTS = [rule["alert"] for rule in RULES if "alert" in rule]
-LABELS = {metric.exported: set(metric.labels) for section in CATALOGUE.values() for metric in section}
-FROM_SCRAPING = {"job", "instance", "role", "le"}
 
 promtool = pytest.mark.skipif(
     shutil.which("promtool") is None, reason="promtool is not installed (Debian: apt-get install prometheus)"
 )
 
 
-def series() -> dict[str, set[str]]:
-    """Labels by the names that Prometheus has: of metrics and records."""
-    found = dict(LABELS)
-    for section in CATALOGUE.values():
-        for metric in section:
-            if metric.type == "histogram":
-                del found[metric.exported]
-                found |= {f"{metric.name}_{part}": set(metric.labels) for part in ("bucket", "sum", "count")}
-    for rule in RULES:
-        if "record" in rule:
-            found[rule["record"]] = set(re.findall(r"by \(([\w, ]*)\)", rule["expr"])[0].split(", "))
-    return found
-
-
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.get("alert") or rule["record"])
 def test_every_name_and_label_of_a_rule_exists(rule: dict[str, Any]) -> None:
-    known = series()
-    names = re.findall(r"millstream[_:][\w:]+", rule["expr"])
-    assert names or rule["alert"] == "MillstreamRoleDown"
-    assert set(names) <= set(known)
-    for name, matchers in re.findall(r"(millstream[_:][\w:]+)\{([^}]*)\}", rule["expr"]):
-        assert set(re.findall(r"(\w+)\s*[=!]~?", matchers)) <= known[name] | FROM_SCRAPING
-    said = set(re.findall(r"\$labels\.(\w+)", str(rule.get("annotations"))))
-    assert said <= set().union(*(known[name] for name in names)) | FROM_SCRAPING
+    labels = labels_of(rule["expr"], series(RULES))
+    assert set(re.findall(r"\$labels\.(\w+)", str(rule.get("annotations")))) <= labels
 
 
 def test_every_alert_has_a_severity_a_summary_and_a_line_in_the_runbook() -> None:
@@ -59,6 +38,11 @@ def test_every_alert_has_a_severity_a_summary_and_a_line_in_the_runbook() -> Non
         if "alert" in rule:
             assert rule["labels"]["severity"] in ("critical", "warning", "info")
             assert rule["annotations"]["summary"]
+
+
+def test_the_alert_on_retention_knows_how_long_the_topics_keep_records() -> None:
+    (rule,) = (rule for rule in RULES if rule.get("alert") == "MillstreamRetentionNear")
+    assert int(rule["expr"].rpartition("> ")[2]) == LIFETIMES.record_s // 2
 
 
 @promtool
