@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from millstream.consumers.sink.port import Sink as Sink
     from millstream.pipeline.algorithms.grpo import GRPO as GRPO
     from millstream.pipeline.algorithms.policy_gradient import PolicyGradient as PolicyGradient
-    from millstream.pipeline.services.broker import broker as broker
+    from millstream.pipeline.services.faststream.broker import broker as broker
     from millstream.pipeline.store.clickhouse import ClickHouseStore as ClickHouseStore
     from millstream.pipeline.store.results import Attempt as Attempt
     from millstream.pipeline.store.results import Reward as Reward
@@ -67,7 +67,7 @@ _NAMES = {
     "pipeline.algorithms.policy_gradient": "PolicyGradient",
     "pipeline.training.algorithm": "Algorithm Learner algorithm",
     "pipeline.training.run": "Run",
-    "pipeline.services.broker": "broker",
+    "pipeline.services.faststream.broker": "broker",
     "pipeline.store.clickhouse": "ClickHouseStore",
     "pipeline.store.results": "Attempt Reward Rollout Store",
     "pipeline.tracing.traced_rollout": "TracedRollout",

@@ -28,7 +28,7 @@ from starlette.routing import Route
 
 from millstream.consumers.log.port import Log
 from millstream.pipeline.addresses import is_loopback
-from millstream.pipeline.services.asyncapi import asyncapi_document
+from millstream.pipeline.services.faststream.asyncapi import asyncapi_document
 from millstream.pipeline.services.fleet_load import FleetLoad, FleetLoadReader, LoadPolicy
 from millstream.pipeline.services.health import Health
 from millstream.pipeline.services.otlp_receiver import PATH as TRACES

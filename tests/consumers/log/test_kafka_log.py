@@ -18,7 +18,7 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import HOST, LocalKafka
 from millstream.pipeline.addresses import free_port
-from millstream.pipeline.services.broker import broker
+from millstream.pipeline.services.faststream.broker import broker
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError, LogUnavailable, MillstreamError
 

@@ -1,0 +1,1 @@
+"""As many runners on this machine as there is work."""

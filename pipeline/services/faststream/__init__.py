@@ -1,0 +1,1 @@
+"""What FastStream makes of the topics: processors of users, and a description."""
