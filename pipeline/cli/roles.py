@@ -5,6 +5,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import ExitStack
 from importlib.metadata import version as package_version
@@ -24,6 +25,7 @@ from millstream.producers.log.port import closing
 from millstream.producers.log_lines import write_logs, writes_logs
 from millstream.schemas import metrics
 from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import ConfigError
 from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans import semconv
 
@@ -280,6 +282,45 @@ def gateway(
 
     doing = "listens at http://{}:{}; reads and writes all topics".format(*listener.getsockname()[:2])
     _run_role(settings, "gateway", 0, work, doing)
+
+
+@app.command(
+    epilog="Example: millstream autoscale --min 1 --max 4 -- runner examples.calculator.agent:agent --concurrency 8"
+)
+def autoscale(
+    command: Annotated[list[str], typer.Argument(help="After --, the command of a runner: runner AGENT …")],
+    lowest: Annotated[int, typer.Option("--min", min=0, help="Runners that always run.")] = 1,
+    highest: Annotated[int, typer.Option("--max", min=1, help="Runners that run at most.")] = 8,
+    idle_s: Annotated[float, typer.Option(min=0, help="Seconds with less work before a runner is stopped.")] = 30.0,
+    drain_s: Annotated[float, typer.Option(min=0, help="Seconds for attempts to end after a signal.")] = 30.0,
+    health_port: Annotated[
+        int, typer.Option(min=0, max=MAX_PORT, help="As of other roles; the runners have the next ones. 0: off.")
+    ] = 0,
+) -> None:
+    """Run as many runners on this machine as there is work. Starts again what dies."""
+    from millstream.pipeline.services.autoscale.autoscaler import AutoscalePolicy, Autoscaler
+    from millstream.pipeline.services.autoscale.scaling import ScalePolicy
+
+    settings = open_settings()
+    if command[0] != "runner":
+        raise ConfigError(f"autoscale runs runners, not {command[0]!r}: millstream autoscale --max 4 -- runner AGENT …")
+    for option in ("--drain-s", "--health-port"):
+        if any(argument.partition("=")[0] == option for argument in command):
+            raise ConfigError(f"give {option} to autoscale, before the --: it decides for all its runners")
+    if not lowest <= highest <= settings.kafka_partitions:
+        raise ConfigError(
+            f"--min {lowest}, --max {highest}: use --min ≤ --max ≤ kafka_partitions, {settings.kafka_partitions}; "
+            "a runner without a partition gets no task"
+        )
+    started = [sys.executable, "-m", "millstream.pipeline", *command]
+
+    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+        scale, policy = ScalePolicy(lowest, highest, idle_s), AutoscalePolicy(drain_s=drain_s)
+        first_port = health_port + 1 if health_port else 0
+        await Autoscaler(log, settings.topics, started, scale, policy, health_port=first_port).run(stop)
+
+    doing = f"runs {lowest} to {highest} runners: {' '.join(command)}"
+    _run_role(settings, "autoscale", health_port, work, doing)
 
 
 def _described(settings: Settings, role: str, doing: str, health_port: int) -> str:

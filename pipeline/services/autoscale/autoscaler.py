@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 class AutoscalePolicy:
     look_s: float = 2.0  # between two looks at the load; a runner takes longer than that to start
     drain_s: float = 30.0  # for attempts to end once the scaler itself is stopped, as a runner's --drain-s
-    restart: RestartPolicy = RestartPolicy()
+    restart: RestartPolicy = field(default_factory=RestartPolicy)
 
 
 @dataclass(slots=True)
