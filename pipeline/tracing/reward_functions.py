@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from millstream.consumers.runner.agent import optional_parameters
-from millstream.pipeline.blocking import run_blocking
+from millstream.pipeline.tracing.blocking import run_blocking
 from millstream.producers.agent.attempt import AttemptContext
 from millstream.producers.agent.emit import emit_reward
 from millstream.schemas.wire.records import Span

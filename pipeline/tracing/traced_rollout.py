@@ -16,7 +16,7 @@ from millstream.consumers.runner.attempt_writer import AttemptWriter
 from millstream.consumers.runner.claims import Claim, preparing
 from millstream.consumers.runner.outcome import Outcome, raised, returned, stopped_by
 from millstream.consumers.runner.proxies import Proxies, ProxyNotClosed
-from millstream.pipeline.blocking import run_blocking
+from millstream.pipeline.tracing.blocking import run_blocking
 from millstream.pipeline.tracing.reward_functions import RewardFunctions
 from millstream.producers.agent.attempt import AttemptContext, RolloutInfo
 from millstream.producers.agent.process_tracer import ProcessTracer

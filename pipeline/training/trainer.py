@@ -11,8 +11,8 @@ from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.port import Log
 from millstream.consumers.runner.agent import agent_name, load_agent, load_hook
 from millstream.consumers.runner.hooks import Hook
-from millstream.pipeline.blocking import run_blocking
 from millstream.pipeline.models.vllm_process import VllmOptions, check_vllm
+from millstream.pipeline.tracing.blocking import run_blocking
 from millstream.pipeline.training.algorithm import Algorithm
 from millstream.pipeline.training.deployment import strategy_of
 from millstream.pipeline.training.groups import FinishedRollout
