@@ -4,7 +4,8 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import asdict, replace
+from typing import Any
 
 from millstream.consumers.log.port import Log
 from millstream.consumers.log.read_to_end import read_to_end
@@ -114,6 +115,17 @@ async def find_dead_letters(log: Log, topics: Topics, places: Sequence[str]) -> 
 def letter_place(record: LogRecord) -> str:
     """Where a dead letter is on its topic: ``partition:offset``."""
     return f"{record.partition.number}:{record.offset}"
+
+
+def readable(body: bytes | None) -> Any:
+    """The fields of a record; else its bytes as text."""
+    if body is None:
+        return None
+    try:
+        fields = asdict(codec.decode(body))
+    except CodecError:
+        return body.decode(errors="backslashreplace")
+    return {n: v.decode(errors="backslashreplace") if isinstance(v, bytes) else v for n, v in fields.items()}
 
 
 async def replay(producer: Producer, settings: Settings, letter: DeadLetter) -> str:

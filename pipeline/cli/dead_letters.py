@@ -1,17 +1,23 @@
 """``millstream dead``: lists, shows and replays dead letters, as the log holds them."""
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from millstream.consumers.dead_letters import find_dead_letters, letter_key, letter_place, list_dead_letters, replay
+from millstream.consumers.dead_letters import (
+    find_dead_letters,
+    letter_key,
+    letter_place,
+    list_dead_letters,
+    readable,
+    replay,
+)
 from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import open_settings, with_log
 from millstream.pipeline.cli.output import Json, print_rows
 from millstream.producers.log.port import closing
 from millstream.schemas.errors import CodecError, ConfigError, TooLarge
-from millstream.schemas.wire import codec
 
 app = typer.Typer(no_args_is_help=True, help="Records that could not be used, and rollouts that failed.")
 
@@ -39,8 +45,8 @@ def dead_show(place: Place, as_json: Json = False) -> None:
     """Show a dead letter, with its body decoded if possible."""
     settings = open_settings()
     (letter,) = with_log(settings, lambda log: find_dead_letters(log, settings.topics, [place]))
-    fields = asdict(letter) | {"key": letter_key(letter), "value": _readable(letter.value)}
-    fields["headers"] = {name: _readable(value) for name, value in letter.headers.items()}
+    fields = asdict(letter) | {"key": letter_key(letter), "value": readable(letter.value)}
+    fields["headers"] = {name: readable(value) for name, value in letter.headers.items()}
     if as_json:
         print_rows(list(fields), [list(fields.values())], True)
     else:
@@ -91,14 +97,3 @@ def dead_replay(
 
     if with_log(settings, work):
         raise typer.Exit(1)
-
-
-def _readable(body: bytes | None) -> Any:
-    """The fields of a record; else its bytes as text."""
-    if body is None:
-        return None
-    try:
-        fields = asdict(codec.decode(body))
-    except CodecError:
-        return body.decode(errors="backslashreplace")
-    return {n: v.decode(errors="backslashreplace") if isinstance(v, bytes) else v for n, v in fields.items()}

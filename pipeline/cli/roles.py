@@ -329,6 +329,35 @@ def _described(settings: Settings, role: str, doing: str, health_port: int) -> s
     return f"the {role} of millstream {version}: {doing}{probes}; Kafka at {settings.kafka_bootstrap_servers}"
 
 
+@app.command(epilog="Example: MILLSTREAM_CLICKHOUSE_DSN=clickhouse://127.0.0.1:8123 millstream ui")
+def ui(
+    host: Annotated[str, typer.Option(help="Address to listen at. Unless loopback, set gateway_token.")] = LOOPBACK,
+    port: Annotated[int, typer.Option(min=0, max=MAX_PORT, help="Port to listen at; 0: any free one.")] = 8700,
+) -> None:
+    """Show the deployment in a browser: rollouts, rewards, training, dead letters, SQL."""
+    from millstream.pipeline.cli.output import note
+    from millstream.pipeline.ui.serve import serving_pages
+    from millstream.schemas.errors import LogUnavailable
+
+    settings = load_settings()
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        log: Log | None = KafkaLog(settings)
+        try:
+            await log.check()
+        except LogUnavailable as error:
+            note(f"the pages show the store alone, without actions: {error}")
+            log = None
+        with serving_pages(settings, log, host, port) as address:
+            note(f"open {address}")
+            await stop.wait()
+
+    asyncio.run(run())
+
+
 def _run_role(
     settings: Settings,
     role: str,

@@ -6,6 +6,7 @@
     POST /v1/traces                                       spans by OTLP, from agents' own processes
     GET  /load                                            what waits and who works, for autoscalers
     GET  /rollouts/{id}, /metrics, /asyncapi.json, /livez, /readyz
+    GET  /                                                the pages for a browser (`pipeline.ui`), below /ui
 
 It keeps no state: several gateways may serve one deployment.
 """
@@ -23,10 +24,11 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.routing import Mount, Route
 
 from millstream.consumers.log.port import Log
+from millstream.consumers.sink.clickhouse_connection import EMBEDDED
 from millstream.pipeline.addresses import is_loopback
 from millstream.pipeline.services.faststream.asyncapi import asyncapi_document
 from millstream.pipeline.services.fleet_load import FleetLoad, FleetLoadReader, LoadPolicy
@@ -35,6 +37,8 @@ from millstream.pipeline.services.otlp_receiver import PATH as TRACES
 from millstream.pipeline.services.otlp_receiver import OtlpPolicy, OtlpReceiver
 from millstream.pipeline.services.rollout_status import read_rollout_status
 from millstream.pipeline.services.serve_asgi import body_of, for_this_machine
+from millstream.pipeline.ui.app import ui_app
+from millstream.pipeline.ui.source import Source
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.producers.instruments import Values
 from millstream.producers.log.port import Producer
@@ -50,7 +54,12 @@ from millstream.schemas.wire.records import RolloutTask
 logger = logging.getLogger(__name__)
 
 OR_SQL: Final = "for rollouts that have ended ask the store: `millstream rollouts`"
-OPEN_PATHS: Final = ("/livez", "/readyz", TRACES)  # probes have no token, attempts have keys
+OPEN_PATHS: Final = ("/", "/livez", "/readyz", TRACES)  # probes have no token, attempts have keys
+PAGES: Final = "/ui"  # they ask for the token in a form
+NO_STORE: Final = (
+    "the gateway opens no embedded store, which belongs to one process: start the sink with --query-port 8123 and this "
+    "gateway with MILLSTREAM_CLICKHOUSE_DSN=clickhouse://127.0.0.1:8123"
+)
 
 
 @dataclass(frozen=True)
@@ -112,8 +121,12 @@ class Gateway:
         self._export_load()
         topics = Response(asyncapi_document(self._topics), media_type="application/json")
         token = settings.gateway_token.get_secret_value()
+        no_store = NO_STORE if settings.clickhouse_dsn.startswith(EMBEDDED) else ""
+        self.pages = Source(settings, log, no_store=no_store)
         self.app = Starlette(
             routes=[
+                Route("/", RedirectResponse(f"{PAGES}/", 307)),
+                Mount(PAGES, ui_app(self.pages, token)),
                 Route("/tasks", self._publish, methods=["POST"]),
                 Route("/cancel", self._cancel, methods=["POST"]),
                 Route("/pause", self._pause, methods=["POST"]),
@@ -242,7 +255,8 @@ def _gate(token: str) -> Callable[[Request, Callable[[Request], Awaitable[Respon
     """Requires the token or, if there is none, a request to a name of this machine."""
 
     async def dispatch(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
-        if request.scope["path"] not in OPEN_PATHS:  # request.url holds what the caller wrote into Host
+        path = request.scope["path"]  # request.url holds what the caller wrote into Host
+        if path not in OPEN_PATHS and not f"{path}/".startswith(f"{PAGES}/"):
             given = request.headers.get("authorization", "")
             if token and not hmac.compare_digest(given.encode(), f"Bearer {token}".encode()):
                 message = "send Authorization: Bearer TOKEN, with the gateway_token of this deployment"

@@ -29,16 +29,20 @@ from millstream.schemas.errors import StoreError
 from millstream.schemas.wire.records import Span, Triplet
 
 READ_ONLY: Final = 2  # ClickHouse's `readonly`: no writes and no DDL, but a query may have settings of its own
+READ_ONLY_AS_IS: Final = 1  # nor those; most table functions are refused, too
 
 
 class ClickHouseStore(Store):
     """A connection for reading. Any thread may call its methods.
 
-    ``follow`` reads ``log``; None: the Kafka of the settings. Raises `StoreError` if the server does not answer, if an
-    embedded store's folder holds none (reading creates nothing), or if another process holds it.
+    ``follow`` reads ``log``; None: the Kafka of the settings. ``limits``: settings of ClickHouse for each statement,
+    which then can't change any, nor read files and other servers. Raises `StoreError` if the server does not answer, if
+    an embedded store's folder holds none (reading creates nothing), or if another process holds it.
     """
 
-    def __init__(self, settings: Settings, log: Log | None = None) -> None:
+    def __init__(
+        self, settings: Settings, log: Log | None = None, *, limits: Mapping[str, int | str] | None = None
+    ) -> None:
         self._settings = settings
         self._log = log
         self._reading = lru_cache(maxsize=256)(self._parse)  # the same statements are repeated
@@ -46,7 +50,9 @@ class ClickHouseStore(Store):
         self._client = connect(settings, create=False)
         with store_errors(settings, "can't be opened"):
             if self._client.query("SELECT getSetting('readonly')").result_rows == [(0,)]:
-                self._client.set_client_setting("readonly", READ_ONLY)
+                for name, value in (limits or {}).items():
+                    self._client.set_client_setting(name, value)
+                self._client.set_client_setting("readonly", READ_ONLY if limits is None else READ_ONLY_AS_IS)
 
     def rollouts(
         self,

@@ -1,0 +1,78 @@
+"""One rollout: its attempts, each as a conversation and as a tree with a waterfall; live while it runs."""
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from millstream.pipeline.store.conversation import Line, conversation
+from millstream.pipeline.store.results import Attempt, Rollout
+from millstream.pipeline.store.rollout_diff import error_of
+from millstream.pipeline.ui.render import is_part, number_of, page
+from millstream.pipeline.ui.source import Source
+from millstream.pipeline.ui.trace import Row, rows
+from millstream.schemas.spans.dialects import normalised
+
+SPANS: Final = 300  # of a tree, on one page
+LINES: Final = 200  # of a conversation
+ATTRIBUTES: Final = 200  # of a span
+
+
+@dataclass(frozen=True, slots=True)
+class Shown:
+    """An attempt with as many spans and lines of its conversation as a page holds, from ``at``."""
+
+    attempt: Attempt
+    rows: list[Row]
+    spans: int
+    lines: list[Line]
+    said: int
+    at: int
+
+
+def rollout(request: Request) -> Response:
+    source: Source = request.app.state.source
+    found = known(source, request.path_params["id"])
+    attempts = source.store.attempts(found.rollout_id)
+    spans = source.store.spans(found.rollout_id)
+    seen = f"{found.status}-{len(attempts)}-{len(spans)}"
+    if is_part(request) and request.query_params.get("seen") == seen:
+        return Response(status_code=204)  # nothing new: the page stays as it is
+    shown = []
+    for attempt in reversed(attempts):
+        mine = [span for span in spans if span.attempt_id == attempt.attempt_id]
+        asked = request.query_params.get("attempt") == attempt.attempt_id
+        at = number_of(request, "at", 0) if asked else 0
+        tree, lines = rows(mine), conversation(mine)
+        at_line = number_of(request, "line", 0) if asked else 0
+        shown.append(Shown(attempt, tree[at : at + SPANS], len(tree), lines[at_line : at_line + LINES], len(lines), at))
+    values: dict[str, Any] = {"r": found, "attempts": shown, "seen": seen, "size": SPANS, "lines": LINES}
+    return page(request, "rollout_body.html" if is_part(request) else "rollout.html", values)
+
+
+def span(request: Request) -> Response:
+    """What one span holds."""
+    source: Source = request.app.state.source
+    query = request.query_params
+    spans = source.store.spans(request.path_params["id"], attempt_id=query.get("attempt", ""))
+    wanted = (query.get("span", ""), query.get("source", ""), query.get("sequence", ""))
+    found = next((s for s in spans if (s.span_id, s.source, str(s.sequence)) == wanted), None)
+    if found is None:
+        raise HTTPException(404, "the store has no such span")
+    found = normalised(found)
+    attributes = sorted(found.attributes.items())
+    values = {"span": found, "attributes": attributes[:ATTRIBUTES], "left": attributes[ATTRIBUTES:]}
+    return page(request, "span.html", values | {"error": error_of(found)})
+
+
+def known(source: Source, rollout_id: str) -> Rollout:
+    found = source.store.rollouts([rollout_id])
+    if not found:
+        raise HTTPException(404, f"The store has no rollout {rollout_id!r}; it may not have been stored yet.")
+    return found[0]
+
+
+ROUTES: Final = [Route("/rollouts/{id:path}/span", span), Route("/rollouts/{id:path}", rollout)]
