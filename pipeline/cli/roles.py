@@ -267,7 +267,7 @@ def gateway(
     host: Annotated[str, typer.Option(help="Address to listen at. Unless loopback, set gateway_token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=MAX_PORT, help="Port to listen at; 0: any free one.")] = 8600,
 ) -> None:
-    """Serve HTTP: publish, cancel, pause, status of rollouts, OTLP spans, a description of the topics."""
+    """Serve HTTP: publish, cancel, pause, status of rollouts, OTLP spans, and the pages of `millstream ui`."""
     from millstream.pipeline.services.gateway import Gateway, check_open
     from millstream.pipeline.services.serve_asgi import listen, uvicorn_server
 
@@ -339,7 +339,7 @@ def ui(
     from millstream.pipeline.ui.serve import serving_pages
     from millstream.schemas.errors import LogUnavailable
 
-    settings = load_settings()
+    settings = open_settings()
 
     async def run() -> None:
         stop = asyncio.Event()
