@@ -345,9 +345,10 @@ def ui(
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        log: Log | None = KafkaLog(settings)
+        kafka = KafkaLog(settings)
+        log: Log | None = kafka
         try:
-            await log.check()
+            await kafka.check()
         except LogUnavailable as error:
             note(f"the pages show the store alone, without actions: {error}")
             log = None
