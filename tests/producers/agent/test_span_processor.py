@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import openai
 import pytest
 from aiohttp import web
@@ -373,6 +374,29 @@ async def test_a_fault_of_an_instrumentation_costs_the_agent_no_answer(
                 answer = await asyncio.to_thread(one.chat.completions.create, **asked)
     assert answer.model_dump(warnings=False)["choices"][0]["message"] is not None
     assert answer.id == "c"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [5, "hello", [5], ["hello"], [{"type": "tool_use", "id": 5, "name": {}, "input": "x"}], [{"type": "text"}]],
+)
+@pytest.mark.parametrize("concurrent", [False, True])
+async def test_a_fault_of_anthropics_instrumentation_costs_the_agent_no_answer(
+    served: Callable[..., str], content: object, concurrent: bool
+) -> None:
+    """Entry D6, of another client."""
+    message = {"id": "c", "type": "message", "role": "assistant", "model": "m", "content": content, "usage": None}
+    url = served(message, 200).removesuffix("/v1")
+    asked: dict[str, Any] = {"model": "m", "max_tokens": 5, "messages": [{"role": "user", "content": "?"}]}
+    with an_attempt():
+        if concurrent:
+            async with anthropic.AsyncAnthropic(base_url=url, api_key="k") as client:
+                answer = await client.messages.create(**asked)
+        else:
+            with anthropic.Anthropic(base_url=url, api_key="k") as one:
+                answer = await asyncio.to_thread(one.messages.create, **asked)
+    assert answer.id == "c"
+    assert answer.content is not None
 
 
 @pytest.mark.parametrize("fault", ["before the call", "after it", "of an error"])
