@@ -245,18 +245,26 @@ class VirtualRun:
         pass
 
 
-def train(staleness: int, seed: int, steps: int, lr: float = 1e-3) -> dict[str, float]:
+def play(make: Callable[[Path], PolicyGradient], seed: int, steps: int) -> tuple[VirtualRun, float]:
+    """Trains the calculator with the algorithm that is made from its model's folder. Returns the run, and how many
+    virtual seconds it took."""
     with tempfile.TemporaryDirectory() as folder:
         model.create(folder, seed)
-        learner = TorchLearner(folder, seed=seed, lr=lr)
+        algorithm = make(Path(folder))
         policy = Policy(Path(folder), seed)
     loop = VirtualLoop()
     asyncio.set_event_loop(loop)
     run = VirtualRun(policy, seed, steps, loop)
-    algorithm = PolicyGradient(learner, max_staleness=staleness)
     loop.run_until_complete(algorithm.run(run))  # type: ignore[arg-type]
-    seconds = loop.time()
     loop.close()
+    return run, loop.time()
+
+
+def train(staleness: int, seed: int, steps: int, lr: float = 1e-3) -> dict[str, float]:
+    def make(folder: Path) -> PolicyGradient:
+        return PolicyGradient(TorchLearner(folder, seed=seed, lr=lr), max_staleness=staleness)
+
+    run, seconds = play(make, seed, steps)
     reports = [report for report, _ in run.reports]
     spent = [phases for _, phases in run.reports]
     learnt = next((n for n, (_, reward) in enumerate(run.held_out) if reward >= LEARNT), None)

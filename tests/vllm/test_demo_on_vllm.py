@@ -1,14 +1,22 @@
 """``make demo-vllm``: the calculator learns through a real vLLM, and not by itself."""
 
+import asyncio
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 pytest.importorskip("torch")
+
+from vllm_rig import ARGS, PYTHON
+
+from millstream.pipeline.models.vllm_process import VllmOptions
+from millstream.pipeline.models.vllm_server import VllmServer
+from millstream.schemas.config.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.vllm, pytest.mark.torch, pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -43,10 +51,33 @@ def assert_new_weights_after_each_step(summary, calls):
         assert (answered >= 256, failed) == (True, 0)
 
 
-def test_the_agent_learns_with_new_weights_after_each_step(tmp_path):
+def test_the_agent_learns_with_new_weights_after_each_step_and_vllm_serves_the_best_ones(tmp_path):
     code, summary, calls = run_demo(tmp_path)
     assert code == 0, summary
     assert_new_weights_after_each_step(summary, calls)
+    assert asyncio.run(right_answers_of_the_best(tmp_path)) > 0.9
+
+
+async def right_answers_of_the_best(folder):
+    """The share of the held-out questions whose first tool a new vLLM chooses rightly with the run's ``best/``."""
+    options = VllmOptions(args=(*ARGS, "--tokenizer", str(folder / "tokenizer")))
+    settings = load_settings(weights_root=folder, vllm_python=PYTHON)
+    server = VllmServer(folder / "best", options, settings, folder / "again", version="best.0.0")
+    tasks = [json.loads(line)["input"] for line in (folder / "val.jsonl").read_text().splitlines()]
+
+    async def tool(session, question):
+        messages = [{"role": "user", "content": f"{question.split(' then ')[0]} ?"}]
+        body = {"model": "policy", "messages": messages, "max_tokens": 1, "temperature": 0}
+        async with session.post(f"{server.urls[0]}/v1/chat/completions", json=body) as response:
+            return (await response.json())["choices"][0]["message"]["content"].strip()
+
+    try:
+        await server.start()
+        async with aiohttp.ClientSession() as session:
+            chosen = await asyncio.gather(*(tool(session, task["question"]) for task in tasks))
+    finally:
+        await server.close()
+    return sum(word == task["tools"][0] for word, task in zip(chosen, tasks, strict=True)) / len(tasks)
 
 
 @pytest.mark.kafka
