@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from millstream.pipeline.algorithms.verl.config import VerlOptions
+from millstream.producers.blob_store import Blobs
+from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,10 +32,18 @@ PRESETS: Final[dict[str, dict[str, Any]]] = {
 Clip = tuple[Annotated[float, Field(ge=0)], Annotated[float, Field(ge=0)]]
 
 
-class LoopOptions(BaseModel):
-    """Of `policy_gradient.PolicyGradient`."""
+class SteadyOptions(BaseModel):
+    """Of every loop: when it validates, and what it keeps."""
 
     model_config = ConfigDict(extra="forbid")
+
+    validate_every: int = Field(0, ge=0, description="Steps between two validations. 0: only at the end.")
+    checkpoint_every: int = Field(1, ge=1, description="Steps. Above 1 it is written while training goes on.")
+    keep_checkpoints: int = Field(3, ge=1)
+
+
+class LoopOptions(SteadyOptions):
+    """Of `policy_gradient.PolicyGradient`."""
 
     groups_per_step: int = Field(16, ge=1, description="Tasks that a step trains on.")
     group_size: int = Field(8, ge=2, description="Rollouts of each, which are compared with each other.")
@@ -43,17 +53,16 @@ class LoopOptions(BaseModel):
     drop_above: int | None = Field(
         None, ge=0, description="Versions by which a rollout may be older than the policy. Default: 2 max_staleness."
     )
-    validate_every: int = Field(0, ge=0, description="Steps between two validations. 0: only at the end.")
-    checkpoint_every: int = Field(1, ge=1, description="Steps. Above 1 it is written while training goes on.")
-    keep_checkpoints: int = Field(3, ge=1)
 
 
-class TorchOptions(LoopOptions):
+class LearnerOptions(BaseModel):
     """Of `torch_learner.TorchLearner`. The defaults suit a small model with random weights; those of a ``preset`` take
     their place, and what is given takes precedence."""
 
+    model_config = ConfigDict(extra="forbid")
+
     choices: ClassVar[dict[str, Any]] = {}  # what makes the type: arguments of `TorchLearner`
-    varied: ClassVar[bool] = False  # leaves out groups whose members earned the same
+    presets: ClassVar[dict[str, dict[str, Any]]] = PRESETS
 
     model: Path = Field(description="Hugging Face folder of the policy.")
     preset: Literal["random", "pretrained"] = Field("random", description="The model's weights at the beginning.")
@@ -63,18 +72,12 @@ class TorchOptions(LoopOptions):
     updates: int | None = Field(None, ge=1, description="At which the learning rate has fallen to 0.")
     weight_decay: float = Field(0.0, ge=0, description="Above 0: AdamW.")
     max_grad_norm: float = Field(1.0, gt=0)
-    epochs: int = Field(2, ge=1, description="Passes over a step's rows.")
     minibatch: int = Field(128, ge=1, description="Turns per optimizer step; rows with merge_turns.")
     microbatch: int | None = Field(None, ge=1, description="Rows evaluated at a time; bounds memory.")
     merge_turns: bool = Field(False, description="Merge turns that continue each other into one row.")
-    clip: Clip = Field((0.2, 0.28), description="Distances from ratio 1, down and up; DAPO's (arXiv:2503.14476).")
-    entropy: float = Field(0.1, ge=0, description="Bonus. Random weights settle on one answer without it.")
     kl: float = Field(0.0, ge=0, description="Weight of the distance to `reference`. 0: none is loaded.")
     divergence: Literal["k2", "k3"] = "k3"
     reference: Path | None = Field(None, description="Default: `model`.")
-    correction: Literal["bypass", "decoupled"] = Field(
-        "bypass", description="decoupled (AReaL, arXiv:2505.24298) needs fewer steps with old data, and one more pass."
-    )
     device: str = Field("cpu", description='Or "cuda", "cuda:1", …')
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the forward pass.")
     lora_rank: int = Field(0, ge=0, description="0: all weights are trained. Needs peft.")
@@ -84,12 +87,29 @@ class TorchOptions(LoopOptions):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, given: Any) -> Any:
-        defaults = PRESETS.get(str(given.get("preset")), {}) if isinstance(given, dict) else {}
+        defaults = cls.presets.get(str(given.get("preset")), {}) if isinstance(given, dict) else {}
         return {name: value for name, value in defaults.items() if name in cls.model_fields} | given
 
     def learner_arguments(self) -> dict[str, Any]:
         given = self.model_dump(exclude={*LoopOptions.model_fields, "type", "preset", "lora_rank", "lora_alpha"})
+        if self.lora_rank:
+            from millstream.pipeline.models.lora import LoraOptions
+
+            given["lora"] = LoraOptions(rank=self.lora_rank, alpha=self.lora_alpha)
         return given | self.choices
+
+
+class TorchOptions(LoopOptions, LearnerOptions):
+    """Of policy gradients."""
+
+    varied: ClassVar[bool] = False  # leaves out groups whose members earned the same
+
+    epochs: int = Field(2, ge=1, description="Passes over a step's rows.")
+    clip: Clip = Field((0.2, 0.28), description="Distances from ratio 1, down and up; DAPO's (arXiv:2503.14476).")
+    entropy: float = Field(0.1, ge=0, description="Bonus. Random weights settle on one answer without it.")
+    correction: Literal["bypass", "decoupled"] = Field(
+        "bypass", description="decoupled (AReaL, arXiv:2505.24298) needs fewer steps with old data, and one more pass."
+    )
 
 
 class Grpo(TorchOptions):
@@ -175,6 +195,54 @@ class Ppo(TorchOptions):
         return given | {"critic": CriticOptions(lr=given.pop("critic_lr"))}
 
 
+class ImitationOptions(LearnerOptions):
+    """Of `recorded.imitation.ImitationLearner`, which learns from chosen answers."""
+
+    min_reward: float | None = Field(None, description="Answers that earned at least this.")
+    best_of_group: int = Field(
+        1, ge=0, description="Of each group so many rollouts, those that earned the most; 0: all."
+    )
+
+    def learner_arguments(self) -> dict[str, Any]:
+        from millstream.pipeline.training.datasets import Choice
+
+        given = super().learner_arguments()
+        return given | {"choice": Choice(given.pop("min_reward"), given.pop("best_of_group"))}
+
+
+class Rft(LoopOptions, ImitationOptions):
+    """Rejection sampling: the best answers to each task are imitated (arXiv:2304.06767, arXiv:2308.01825)."""
+
+    type: Literal["rft"] = "rft"
+    epochs: int = Field(2, ge=1, description="Passes over a step's rows.")
+
+
+class Recorded(BaseModel):
+    """Of `store.recorded.recorded_rollouts`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    store: str | None = Field(None, description="DSN of the store. Default: clickhouse_dsn of the settings.")
+    experiment: str | None = Field(None, description="Its id, or the name of its run: then the newest. Default: any.")
+    mode: Literal["train", "val", "test"] | None = Field("train", description="Of the rollouts.")
+    sql: str | None = Field(None, description="A query for ids of rollouts, in place of experiment and mode.")
+
+
+class Sft(SteadyOptions, ImitationOptions):
+    """Fine-tuning on recorded rollouts, whose chosen answers are imitated."""
+
+    presets = {"pretrained": {"lr": 1e-5, "warmup": 20, "weight_decay": 0.1}}
+
+    type: Literal["sft"] = "sft"
+    data: Recorded = Field(default_factory=lambda: Recorded.model_validate({}))
+    epochs: int = Field(3, ge=1, description="Passes over all rows.")
+    rows_per_step: int = Field(512, ge=1, description="Turns between two reports; rows with merge_turns.")
+
+    def learner_arguments(self) -> dict[str, Any]:
+        loop = ("data", "epochs", "rows_per_step")
+        return {name: value for name, value in super().learner_arguments().items() if name not in loop} | {"epochs": 1}
+
+
 class VerlTable(VerlOptions):
     """Training by a verl job, over Kafka."""
 
@@ -182,26 +250,34 @@ class VerlTable(VerlOptions):
 
 
 Torch = Grpo | Dapo | DrGrpo | Rloo | ReinforcePP | Gspo | Cispo | Ppo
-Options = Annotated[Torch | VerlTable, Field(discriminator="type")]
+Table = Torch | Rft | Sft | VerlTable
+Options = Annotated[Table, Field(discriminator="type")]
 
 
-def algorithm_of(options: Torch | VerlTable) -> "Algorithm":
-    """Raises `ConfigError` without the `train` extra, and for a model that can't be loaded."""
+def algorithm_of(options: Table, settings: Settings | None = None) -> "Algorithm":
+    """``settings`` say where the store is; by default those of this process. Raises `ConfigError` without the `train`
+    extra, and for a model that can't be loaded; for `Sft` also what `supervised.recorded` raises."""
     try:
         from millstream.pipeline.algorithms import estimators
         from millstream.pipeline.algorithms.policy_gradient import PolicyGradient
+        from millstream.pipeline.algorithms.recorded.imitation import ImitationLearner
+        from millstream.pipeline.algorithms.recorded.supervised import Supervised, recorded
         from millstream.pipeline.algorithms.rows import varied
         from millstream.pipeline.algorithms.torch_learner import TorchLearner
         from millstream.pipeline.algorithms.verl.algorithm import Verl
-        from millstream.pipeline.models.lora import LoraOptions
     except ImportError as error:
         raise ConfigError(f"training needs torch: install millstream[train] ({error})") from error
     if isinstance(options, VerlTable):
         return Verl(**options.model_dump(exclude={"type"}))
     given = options.learner_arguments()
+    if isinstance(options, Sft):
+        settings = settings or load_settings()
+        loop = options.model_dump(include={*SteadyOptions.model_fields, "epochs", "rows_per_step"})
+        rollouts = recorded(settings, **options.data.model_dump())
+        return Supervised(ImitationLearner(blobs=Blobs(settings.blob_url), **given), rollouts, **loop)
+    loop = options.model_dump(include=set(LoopOptions.model_fields))
+    if isinstance(options, Rft):
+        return PolicyGradient(ImitationLearner(**given), **loop)
     if "estimator" in given:
         given["estimator"] = getattr(estimators, given["estimator"])
-    if options.lora_rank:
-        given["lora"] = LoraOptions(rank=options.lora_rank, alpha=options.lora_alpha)
-    loop = options.model_dump(include=set(LoopOptions.model_fields))
     return PolicyGradient(TorchLearner(**given), keep=varied if options.varied else None, **loop)

@@ -64,7 +64,7 @@ def usable(groups: Sequence[Group], vocabulary: int) -> tuple[list[Group], int]:
     for group in groups:
         members = []
         for member in group.members:
-            reason = next((why for t in trainable_turns(member) if (why := _unusable(t, vocabulary))), None)
+            reason = next((why for t in trainable_turns(member) if (why := unusable(t, vocabulary))), None)
             if reason is not None:
                 dropped += 1
                 rollout_id = member.end.rollout_id
@@ -75,7 +75,8 @@ def usable(groups: Sequence[Group], vocabulary: int) -> tuple[list[Group], int]:
     return found, dropped
 
 
-def _unusable(triplet: Triplet, vocabulary: int) -> str | None:
+def unusable(triplet: Triplet, vocabulary: int) -> str | None:
+    """Why a model with so many tokens can't learn from a turn; None if it can."""
     prompt, response, logprobs = triplet.prompt_token_ids, triplet.response_token_ids, triplet.response_logprobs
     if not (prompt and response and logprobs) or len(response) != len(logprobs):
         why: str | None = INCOMPLETE
@@ -104,7 +105,7 @@ def rows_of(
             kept.append(members)
     earned = estimator([[_earned(member, overlong) for member in members] for members in kept])
     rows = [
-        _merged([_row(triplet, credit, rewards) for triplet in turns])
+        merged([row_of(triplet, credit, rewards) for triplet in turns])
         for members, of_group in zip(kept, earned, strict=True)
         for member, credit in zip(members, of_group, strict=True)
         for rewards in [_own(member, overlong)]
@@ -126,7 +127,7 @@ def varied(group: Group) -> bool:
     )
 
 
-def _merged(turns: Sequence[Row]) -> Row:
+def merged(turns: Sequence[Row]) -> Row:
     """One row of several turns. Each prompt begins with all of the turn before it."""
     row = turns[0]
     for turn in turns[1:]:
@@ -173,7 +174,8 @@ def _penalty(triplet: Triplet, overlong: Overlong | None) -> float:
     return overlong_penalty(len(triplet.response_token_ids or b"") // 4, overlong.limit, overlong.cache)
 
 
-def _row(triplet: Triplet, credit: Turns, rewards: Turns) -> Row:
+def row_of(triplet: Triplet, credit: Turns, rewards: Turns) -> Row:
+    """Of one turn. Raises ValueError if it lacks tokens or log-probabilities."""
     parts = triplet.prompt_token_ids, triplet.response_token_ids, triplet.response_logprobs
     if not all(parts) or len(parts[1] or b"") != len(parts[2] or b""):
         raise ValueError(f"rollout {triplet.rollout_id}, turn {triplet.turn}: {INCOMPLETE}")

@@ -24,6 +24,10 @@ def train(
             "--dry-run", help="Check everything, print the file with all defaults (resolved.toml), start nothing."
         ),
     ] = False,
+    from_experiment: Annotated[
+        str | None,
+        typer.Option(help="Learn from this one's recorded rollouts: its id, or its run's name. For type sft."),
+    ] = None,
     health_port: HealthPort = 0,
     as_json: Json = False,
 ) -> None:
@@ -31,13 +35,13 @@ def train(
     if dry_run:
         from millstream.pipeline.training import config as training
 
-        text, record = training.dry_run(config)
+        text, record = training.dry_run(config, from_experiment)
         if as_json:
             print_json(record)
         else:
             say(text.rstrip())
         return
-    _train(config, health_port, as_json)
+    _train(config, health_port, as_json, from_experiment)
 
 
 @app.command(epilog="Example: millstream reproduce calculator --run-dir runs/calculator-again")
@@ -78,10 +82,10 @@ def check(
         raise typer.Exit(1)
 
 
-def _train(config: Path, health_port: int, as_json: bool) -> None:
+def _train(config: Path, health_port: int, as_json: bool, from_experiment: str | None = None) -> None:
     from millstream.pipeline.training.config import train_from
 
-    summary = train_from(config, err if as_json else out, health_port=health_port)
+    summary = train_from(config, err if as_json else out, health_port=health_port, from_experiment=from_experiment)
     values = summary.first_reward, summary.validation_reward, summary.rollouts, summary.rollouts_per_second
     columns = ["steps", "first_reward", "validation_reward", "rollouts", "rollouts_per_second", "seconds"]
     rounded = [value if value is None else round(value, 3) for value in (*values, summary.seconds)]

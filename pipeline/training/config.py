@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rich.console import Console
 
 from millstream.consumers.log.port import Log
-from millstream.pipeline.algorithms.options import Options, algorithm_of
+from millstream.pipeline.algorithms.options import Options, Sft, algorithm_of
 from millstream.pipeline.models.server import ModelServer
 from millstream.pipeline.models.vllm_process import Transfer, VllmOptions
 from millstream.pipeline.services.role_process import role_process
@@ -78,9 +78,9 @@ class TrainConfig(BaseModel):
     strategy: Literal["memory", "kafka"] = "kafka"
     agent: str | None = Field(None, description="module:attribute; over Kafka the runners load it.")
     hooks: list[str] = Field([], description="module:attribute of each, in order; needs `agent`.")
-    tasks: Path = Field(description="JSON lines, as for `millstream publish`.")
+    tasks: Path | None = Field(None, description="JSON lines, as for `millstream publish`. Type sft needs none.")
     val_tasks: Path | None = None
-    max_steps: int = Field(100, ge=0)
+    max_steps: int | None = Field(None, ge=0, description="Default: 100; of type sft, those of its epochs.")
     stop_reward: float | None = None
     patience: int = Field(3, ge=1)
     seed: int = 0
@@ -102,6 +102,12 @@ class TrainConfig(BaseModel):
                 rest = {key: value for key, value in given.items() if key != name}
                 return rest | {"algorithm": {**given[name], "type": name}}
         return given
+
+    @model_validator(mode="after")
+    def _tasks_of_the_type(self) -> "TrainConfig":
+        if self.tasks is None and self.algorithm.type != "sft":
+            raise ValueError("tasks: a file of them is needed, except for type sft")
+        return self
 
     @model_validator(mode="after")
     def _verl_over_kafka(self) -> "TrainConfig":
@@ -128,16 +134,25 @@ def with_probes(strategy: Strategy, health_port: int, metrics: TrainingMetrics |
     return running
 
 
-def load_config(path: Path) -> TrainConfig:
-    """Raises `ConfigError` naming the file and each wrong entry."""
+def load_config(path: Path, from_experiment: str | None = None) -> TrainConfig:
+    """``from_experiment``: in place of the file's ``algorithm.data.experiment``. Raises `ConfigError` naming the file
+    and each wrong entry."""
     try:
-        return TrainConfig(**tomllib.loads(path.read_text("utf-8")))
+        config = TrainConfig(**tomllib.loads(path.read_text("utf-8")))
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
     except ValidationError as error:
         raise ConfigError(f"{path}: {problems_of(error)}") from None
+    if from_experiment is not None:
+        if not isinstance(config.algorithm, Sft):
+            kind = config.algorithm.type
+            raise ConfigError(
+                f"--from-experiment: type {kind} of {path} makes its own rollouts; type sft learns from these"
+            )
+        config.algorithm.data.experiment = from_experiment
+    return config
 
 
 def read_inputs(path: Path, settings: Settings) -> list[Any]:
@@ -147,13 +162,13 @@ def read_inputs(path: Path, settings: Settings) -> list[Any]:
     return [parsed(task.input) for task in read_tasks(path, settings)[0]]
 
 
-def dry_run(path: Path) -> tuple[str, dict[str, Any]]:
+def dry_run(path: Path, from_experiment: str | None = None) -> tuple[str, dict[str, Any]]:
     """Checks everything that `train_from` needs on this machine, the model included, and starts nothing. Writes the
     file with all defaults to ``resolved.toml`` in the run's folder; returns its text and the experiment's record.
 
     Raises `ConfigError` for whatever would be refused.
     """
-    config = load_config(path)
+    config = load_config(path, from_experiment)
     _reports(config)
     record = _trainer(config, load_settings()).check()
     text = resolved(config)
@@ -203,14 +218,20 @@ def _write(config: TrainConfig) -> Path:
     return file
 
 
-def train_from(path: Path, console: Console | None = None, adapter: str = "", health_port: int = 0) -> Summary:
+def train_from(
+    path: Path,
+    console: Console | None = None,
+    adapter: str = "",
+    health_port: int = 0,
+    from_experiment: str | None = None,
+) -> Summary:
     """Trains with a live view and writes the summary to ``train.json`` in the run's folder. ``adapter`` is
     ``module:attribute`` of a function from traces to triplets, for runs in memory. ``health_port``:
-    as `role_process` serves it.
+    as `role_process` serves it. ``from_experiment``: see `load_config`.
 
     Raises `ConfigError` if the file is wrong or the `train` extra is missing.
     """
-    config = load_config(path)
+    config = load_config(path, from_experiment)
     reports = _reports(config)
     metrics = TrainingMetrics()
     settings = load_settings()
@@ -242,9 +263,9 @@ def _reports(config: TrainConfig) -> list[Callable[[StepReport], None]]:
 def _trainer(config: TrainConfig, settings: Settings, strategy: Strategy | None = None, **given: Any) -> Trainer:
     """``strategy``: by default the one that the file names. Loads the model."""
     return Trainer(
-        tasks=read_inputs(config.tasks, settings),
+        tasks=read_inputs(config.tasks, settings) if config.tasks else [],
         val_tasks=read_inputs(config.val_tasks, settings) if config.val_tasks else [],
-        algorithm=algorithm_of(config.algorithm),
+        algorithm=algorithm_of(config.algorithm, settings),
         agent=config.agent,
         strategy=strategy or config.strategy,
         hooks=config.hooks,

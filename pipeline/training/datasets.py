@@ -8,7 +8,7 @@ with rollout and turn if a text does not hold messages.
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from millstream.consumers.adapter.training_rules import NO_TOKENS
@@ -27,6 +27,32 @@ from millstream.schemas.wire.topics import Topics
 logger = logging.getLogger(__name__)
 
 Rollout = Sequence[Triplet]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which answers of which rollouts are examples. Of trainable answers alone."""
+
+    min_reward: float | None = None  # that the call has earned
+    best_of_group: int = 0  # the rollouts of a group that earned the most in all; 0: all of them
+
+
+def chosen(rollouts: Sequence[Rollout], choice: Choice) -> list[tuple[Triplet, float]]:
+    """The answers that are examples, with what each has earned (`estimators.turn_rewards`). Of rollouts that earned
+    alike the first come first."""
+    if choice.best_of_group:
+        groups: dict[str, list[Rollout]] = {}
+        for rollout in rollouts:
+            if any(triplet.trainable for triplet in rollout):
+                groups.setdefault(rollout[0].group_id, []).append(rollout)
+        best = [sorted(members, key=_earned, reverse=True)[: choice.best_of_group] for members in groups.values()]
+        rollouts = [rollout for members in best for rollout in members]
+    least = choice.min_reward
+    return [(triplet, reward) for triplet, reward in _rewarded(rollouts) if least is None or reward >= least]
+
+
+def _earned(rollout: Rollout) -> float:
+    return sum(triplet.reward or 0.0 for triplet in rollout)
 
 
 async def read_rollouts(log: Log, topics: Topics, experiment: str | None, mode: str) -> list[list[Triplet]]:
@@ -77,13 +103,12 @@ def with_contents(triplet: Triplet, blobs: Blobs) -> Triplet:
     return replace(triplet, prompt=blobs.whole(triplet.prompt), response=blobs.whole(triplet.response), tools=tools)
 
 
-def messages(rollouts: Iterable[Rollout], min_reward: float | None = None) -> Iterator[dict[str, Any]]:
-    """An example in OpenAI's fine-tuning format for each call that earned ``min_reward``: its prompt, answer and tools.
-    Earlier answers within the prompt have weight 0, so that each is trained on once."""
-    for triplet, reward in _rewarded(rollouts):
-        if min_reward is None or reward >= min_reward:
-            prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in _messages(triplet, "prompt")]
-            yield {"messages": [*prompt, *_messages(triplet, "response")], **_tools(triplet)}
+def messages(rollouts: Iterable[Rollout], choice: Choice = Choice()) -> Iterator[dict[str, Any]]:
+    """An example in OpenAI's fine-tuning format for each call that is chosen: its prompt, answer and tools. Earlier
+    answers within the prompt have weight 0, so that each is trained on once."""
+    for triplet, _ in chosen(list(rollouts), choice):
+        prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in conversation(triplet, "prompt")]
+        yield {"messages": [*prompt, *conversation(triplet, "response")], **tools_of(triplet)}
 
 
 def preferences(rollouts: Iterable[Rollout]) -> Iterator[dict[str, Any]]:
@@ -96,9 +121,9 @@ def preferences(rollouts: Iterable[Rollout]) -> Iterator[dict[str, Any]]:
         (least, worst), (most, best) = min(answers, key=lambda a: a[0]), max(answers, key=lambda a: a[0])
         if most > least and best.response != worst.response:
             yield {
-                "input": {"messages": _messages(best, "prompt"), **_tools(best)},
-                "preferred_output": _messages(best, "response"),
-                "non_preferred_output": _messages(worst, "response"),
+                "input": {"messages": conversation(best, "prompt"), **tools_of(best)},
+                "preferred_output": conversation(best, "response"),
+                "non_preferred_output": conversation(worst, "response"),
             }
 
 
@@ -107,7 +132,7 @@ def texts(rollouts: Iterable[Rollout]) -> Iterator[str]:
     for rollout in rollouts:
         parts = []
         for triplet, reward in _rewarded([rollout]):
-            both = _messages(triplet, "prompt") + _messages(triplet, "response")
+            both = conversation(triplet, "prompt") + conversation(triplet, "response")
             said = [f"{m['role']}: {_text(m)}" for m in both]
             parts.append("\n".join([f"## Call {triplet.turn}", *said, f"reward: {reward:g}"]))
         if parts:
@@ -120,7 +145,8 @@ def _rewarded(rollouts: Iterable[Rollout]) -> Iterator[tuple[Triplet, float]]:
         yield from ((triplet, rewards[triplet.turn]) for triplet in rollout if triplet.trainable)
 
 
-def _tools(triplet: Triplet) -> dict[str, Any]:
+def tools_of(triplet: Triplet) -> dict[str, Any]:
+    """``tools`` as chat completions have them; empty without any."""
     return {"tools": [_tool(tool) for tool in parsed(triplet.tools)]} if triplet.tools else {}
 
 
@@ -131,7 +157,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
-def _messages(triplet: Triplet, field: Literal["prompt", "response"]) -> list[dict[str, Any]]:
+def conversation(triplet: Triplet, field: Literal["prompt", "response"]) -> list[dict[str, Any]]:
     """Messages (a list, or one) in OpenAI's form; those of the semantic conventions have their content in parts."""
     try:
         found = parsed(getattr(triplet, field))

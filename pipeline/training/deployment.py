@@ -2,12 +2,12 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import partial
 from secrets import token_hex
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
@@ -96,7 +96,7 @@ async def _supervised() -> AsyncIterator[None]:
 async def _served_model(setup: Setup, url: str) -> AsyncIterator[tuple[ModelServer | None, list[str]]]:
     """Serves the model at ``url``; yields the server and the URLs of its replicas. None and no URLs without a model."""
     parts = urlsplit(url)
-    if setup.model is None:
+    if setup.model is None or not setup.rollouts:
         yield None, []
     elif parts.hostname is None or not is_loopback(parts.hostname):  # neither asks for a key
         server = "the demo engine" if setup.vllm is None else "vLLM"
@@ -133,8 +133,9 @@ def _upstreams(urls: list[str]) -> dict[str, Upstream]:
 
 @asynccontextmanager
 async def _local_roles(log: Log, setup: Setup) -> AsyncIterator[None]:
-    """Runs a proxy (if there is an upstream), a runner, an adapter and a sink as tasks of this loop. They stop in the
-    order in which records flow, so the store has everything afterwards. A role that fails ends the run."""
+    """Runs a proxy (if there is an upstream), a runner, an adapter and a sink as tasks of this loop; without rollouts
+    the sink alone. They stop in the order in which records flow, so the store has everything afterwards. A role that
+    fails ends the run."""
     settings, topics = setup.settings, setup.settings.topics
     secret = settings.proxy_secret.get_secret_value() or token_hex(32)
     clickhouse = await asyncio.to_thread(open_clickhouse_sink, settings)
@@ -144,12 +145,13 @@ async def _local_roles(log: Log, setup: Setup) -> AsyncIterator[None]:
         if settings.upstreams:
             url = await stack.enter_async_context(serve(Proxy(log, settings).app, ANY_PORT))
             settings = settings.model_copy(update={"proxy_url": url})
-        name = f"{topics.prefix}.adapter.embedded-{os.getpid()}"
-        adapter = Adapter(log, topics, transactional_id=name, to_triplets=setup.to_triplets)
-        runner = Runner(log, settings, setup.agent, processes=0, drain_s=0.0, hooks=setup.hooks)
-        sink = SinkRole(log, clickhouse, settings)
-        roles = [runner.run, adapter.run, sink.run]
-        stops = [asyncio.Event() for _ in roles]
+        running: dict[str, Callable[[asyncio.Event], Coroutine[Any, Any, None]]] = {}
+        if setup.rollouts:
+            running["runner"] = Runner(log, settings, setup.agent, processes=0, drain_s=0.0, hooks=setup.hooks).run
+            name = f"{topics.prefix}.adapter.embedded-{os.getpid()}"
+            running["adapter"] = Adapter(log, topics, transactional_id=name, to_triplets=setup.to_triplets).run
+        running["sink"] = SinkRole(log, clickhouse, settings).run
+        stops = [asyncio.Event() for _ in running]
         background, failed = supervisor(), asyncio.Event()
 
         def ended(task: asyncio.Task[None], name: str, stop: asyncio.Event) -> None:
@@ -160,8 +162,8 @@ async def _local_roles(log: Log, setup: Setup) -> AsyncIterator[None]:
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(role(stop)) for role, stop in zip(roles, stops, strict=True)]
-                for task, name, stop in zip(tasks, ("runner", "adapter", "sink"), stops, strict=True):
+                tasks = [group.create_task(role(stop)) for role, stop in zip(running.values(), stops, strict=True)]
+                for task, name, stop in zip(tasks, running, stops, strict=True):
                     task.add_done_callback(partial(ended, name=name, stop=stop))
                 try:
                     yield

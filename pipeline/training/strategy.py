@@ -26,6 +26,7 @@ class Setup:
     hooks: Sequence[Hook | str] = ()
     vllm: VllmOptions | None = None
     deterministic: bool = False  # of the demo engine
+    rollouts: bool = True  # False: there are none, so neither runner nor model server is needed
 
 
 # Entered, it runs the roles, and gives a log on which tasks are claimed and rollouts end, and the server of the model

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from millstream.consumers.adapter.triplets import ToTriplets, TripletMaker
 from millstream.consumers.log.kafka_log import KafkaLog
@@ -32,6 +32,8 @@ from millstream.schemas.folders import make_folder
 if TYPE_CHECKING:  # needs the `train` extra
     from millstream.pipeline.training.checkpoint import Checkpoint
 
+DEFAULT_STEPS: Final = 100
+
 
 class Trainer:
     """Trains ``agent`` with ``algorithm``.
@@ -40,13 +42,13 @@ class Trainer:
     "memory" (everything in this process) or "kafka": then runners, adapter, sink and proxy are separate processes,
     unless an agent is given here. ``adapter`` replaces the function from traces to triplets where the adapter runs in
     this process. ``hooks`` (objects or ``module:attribute``) surround each attempt of an agent given here. Training
-    ends after ``max_steps``, or when each of ``patience`` steps in a row, and then a validation, has a mean reward of
-    at least ``stop_reward``. ``resume``: "auto" goes on from the last checkpoint in ``run_dir``, if there is one;
-    "never" starts anew, and refuses a folder that has some; a checkpoint's folder, or its name such as "step-42", goes
-    on from that one. The demo engine serves the policy, or a vLLM of this process, as ``vllm`` says. With
-    ``on_step`` is called after each step; without it a live table is shown, on a terminal and in a notebook. With
-    ``deterministic`` the engine computes each answer alone, so that seeds repeat answers bit by bit. ``config`` is the
-    file that all this was read from, for the record of the experiment.
+    ends after ``max_steps`` (by default those of the algorithm, else 100), or when each of ``patience`` steps in a row,
+    and then a validation, has a mean reward of at least ``stop_reward``. ``resume``: "auto" goes on from the last
+    checkpoint in ``run_dir``, if there is one; "never" starts anew, and refuses a folder that has some; a checkpoint's
+    folder, or its name such as "step-42", goes on from that one. The demo engine serves the policy, or a vLLM of this
+    process, as ``vllm`` says. ``on_step`` is called after each step; without it a live table is shown, on a terminal
+    and in a notebook. With ``deterministic`` the engine computes each answer alone, so that seeds repeat answers bit by
+    bit. ``config`` is the file that all this was read from, for the record of the experiment.
 
     Raises `ConfigError` for arguments that exclude each other.
     """
@@ -60,7 +62,7 @@ class Trainer:
         strategy: str | Strategy = "memory",
         tasks: Sequence[Task] = (),
         val_tasks: Sequence[Task] = (),
-        max_steps: int = 100,
+        max_steps: int | None = None,
         stop_reward: float | None = None,
         patience: int = 3,
         run: str = "run",
@@ -89,7 +91,8 @@ class Trainer:
         self._algorithm = algorithm
         self._strategy = strategy_of(strategy) if isinstance(strategy, str) else strategy
         self._tasks, self._val_tasks = tasks, val_tasks
-        self._stop = StopRule(max_steps, stop_reward, patience)
+        steps = getattr(algorithm, "steps", DEFAULT_STEPS) if max_steps is None else max_steps
+        self._stop = StopRule(steps, stop_reward, patience)
         self._name = run
         self._run_dir = Path(run_dir)
         self._resume = resume
@@ -141,7 +144,7 @@ class Trainer:
         if not hasattr(self._algorithm, "run"):
             kind = type(self._algorithm).__name__
             raise ConfigError(f"algorithm: {kind} has no method run; a learner needs a loop: PolicyGradient({kind}(…))")
-        if not tasks:
+        if not tasks and getattr(self._algorithm, "needs_tasks", True):
             raise ConfigError("training needs tasks: none were given")
         inputs, val_inputs = _inputs(tasks, "task"), _inputs(val_tasks, "val_task")
         return Experiment(self._name, self._seed, inputs, val_inputs, self._stop)
@@ -161,6 +164,7 @@ class Trainer:
             "config": None if self._config is None else dict(self._config),
             "deterministic": self._deterministic,
             "agent": self._agent if isinstance(self._agent, str) else agent_name(self._agent) if self._agent else None,
+            "data": getattr(self._algorithm, "data", None),
             **experiment.digests,
             **found,
             "millstream": found["packages"]["millstream"],
@@ -169,16 +173,17 @@ class Trainer:
 
     async def _dev(self, tasks: Sequence[Task]) -> list[FinishedRollout]:
         inputs = _inputs(tasks, "task")
-        async with self._started(Experiment(self._name, self._seed)) as run:
+        async with self._started(Experiment(self._name, self._seed), goes_on=False) as run:
             await run.publish_weights(None, 0)
             return await run.evaluate(inputs, "test")
 
     @asynccontextmanager
     async def _started(
-        self, experiment: Experiment, view: Callable[[StepReport], object] | None = None
+        self, experiment: Experiment, view: Callable[[StepReport], object] | None = None, *, goes_on: bool = True
     ) -> AsyncIterator[Run]:
+        """``goes_on``: from a checkpoint, if there is one."""
         make_folder(self._run_dir, "run_dir")
-        restored = self._restored() if experiment.tasks else None
+        restored = self._restored() if goes_on else None
         if restored is not None:
             experiment = experiment.restored(restored, self._run_dir)
         # The default proxy_url says nothing about the machines that the runners are on.
@@ -192,6 +197,7 @@ class Trainer:
             hooks=self._hooks,
             vllm=self._vllm,
             deterministic=self._deterministic,
+            rollouts=not goes_on or bool(experiment.tasks or experiment.val_tasks),
         )
         record = await asyncio.to_thread(self._record, experiment)
         async with self._strategy(setup) as (log, server):

@@ -26,9 +26,13 @@ def dataset_messages(
     experiment: Experiment = None,
     mode: OfMode = "train",
     min_reward: Annotated[float | None, typer.Option(help="Calls that earned at least this.")] = None,
+    best_of_group: Annotated[
+        int, typer.Option(min=0, help="Of each group so many rollouts, which earned the most; 0: all.")
+    ] = 0,
 ) -> None:
-    """Write OpenAI's fine-tuning format, with tools: one line a call."""
-    _write(experiment, mode, lambda rollouts: map(_line, datasets.messages(rollouts, min_reward)))
+    """Write OpenAI's fine-tuning format, with tools: one line a call. `type = "sft"` chooses alike."""
+    choice = datasets.Choice(min_reward, best_of_group)
+    _write(experiment, mode, lambda rollouts: map(_line, datasets.messages(rollouts, choice)))
 
 
 @app.command("preferences", epilog="Example: millstream dataset preferences --experiment run1 > dpo.jsonl")

@@ -7,7 +7,8 @@ import typer
 
 from millstream.pipeline.cli.open import open_settings, open_store
 from millstream.pipeline.cli.output import Json, date, note, print_json, print_rows, say
-from millstream.pipeline.store.queries import EXPERIMENTS, TRAINING_RUNS
+from millstream.pipeline.store.queries import TRAINING_RUNS
+from millstream.pipeline.store.recorded import find_experiment
 from millstream.pipeline.training.reporting.record import RECORD, differences, flat
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.spans.text import json_text, parsed
@@ -68,16 +69,7 @@ def experiments_diff(a: Name, b: Name, as_json: Json = False) -> None:
 
 def known_experiment(store: "ClickHouseStore", wanted: str) -> str:
     """The id of an experiment, which may be named by its run: then the newest. Raises `ConfigError`."""
-    rows = store.sql(EXPERIMENTS).records()
-    if any(wanted == row["experiment_id"] for row in rows):
-        return wanted
-    named = [row["experiment_id"] for row in rows if wanted == row["run"]]
-    if len(named) > 1:
-        note(f"{len(named)} experiments are of run {wanted}; this is the newest, {named[0]}")
-    if named:
-        return str(named[0])
-    known = [f"{row['experiment_id']} (run {row['run']})" if row["run"] else row["experiment_id"] for row in rows]
-    raise ConfigError(f"the store has no experiment {wanted!r}; the newest are: {', '.join(known[:SHOWN]) or 'none'}")
+    return find_experiment(store, wanted, note)
 
 
 def record_of(wanted: str) -> tuple[str, dict[str, Any]]:

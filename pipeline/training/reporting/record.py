@@ -14,7 +14,7 @@ RECORD: Final = "experiment.json"  # within a run's folder: the record, with the
 PLAIN: Final = (str, int, float, bool, type(None), Path)
 HIDDEN: Final = re.compile(r"password|passwd|secret|token$|api_?key", re.I)
 # What another run of the same experiment must have in common with it, by the path in the record.
-SAME: Final = ("model", "tasks", "val_tasks", "schemas", "packages", "python", "git.commit")
+SAME: Final = ("model", "tasks", "val_tasks", "data", "schemas", "packages", "python", "git.commit")
 SAME_SETTINGS: Final = ("triplets", "timeout_s", "retry_max_attempts", "retry_max_lost_attempts")
 
 
