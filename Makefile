@@ -18,7 +18,7 @@ SPREAD := --dist loadfile --no-loadscope-reorder
 FAST := -m "not slow and not vllm"
 SLOW := -m "slow and not vllm and not verl"
 VLLM := -m "vllm and not verl"
-.PHONY: setup setup-crewai vllm verl ops demo demo-kafka demo-vllm demo-verl test test-verl test-all lint types bench chaos clean
+.PHONY: setup setup-crewai vllm verl ops demo demo-kafka demo-vllm demo-sft demo-verl test test-verl test-all lint types bench chaos clean
 
 setup: $(STAMP)
 
@@ -76,6 +76,12 @@ demo-kafka: setup
 
 demo-vllm: setup vllm
 	@$(BIN)/python -m examples.calculator.demo --vllm --run-dir $(or $(RUN_DIR),runs/demo-vllm)
+
+# A new model learns from what `make demo` has recorded.
+demo-sft: setup
+	@test -d runs/demo/store || $(MAKE) demo
+	@rm -rf runs/demo-sft
+	@$(BIN)/millstream train examples/calculator/sft.toml
 
 # verl on a CPU: the platform that it runs on there is one of the tests' own.
 demo-verl: setup verl

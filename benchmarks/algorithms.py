@@ -18,7 +18,7 @@ import torch
 from pydantic import TypeAdapter
 from virtual_time import play
 
-from millstream.pipeline.algorithms.options import Torch, algorithm_of
+from millstream.pipeline.algorithms.options import Rft, Torch, algorithm_of
 from millstream.pipeline.algorithms.policy_gradient import PolicyGradient
 
 STEPS: Final = (0, 5, 10, 15, 20, 30, 40)
@@ -33,8 +33,9 @@ TYPES: Final[dict[str, dict[str, Any]]] = {
     "gspo": {},
     "cispo": {},
     "ppo": {},
+    "rft": {"best_of_group": 1, "min_reward": 0.5},
 }
-OPTIONS: Final[TypeAdapter[Torch]] = TypeAdapter(Torch)
+OPTIONS: Final[TypeAdapter[Torch | Rft]] = TypeAdapter(Torch | Rft)
 
 
 def make(name: str, seed: int, folder: Path) -> PolicyGradient:

@@ -33,7 +33,9 @@ FIGURES = {
         *("spans_per_cpu_second", "floor_spans_per_cpu_second", "ratio_to_floor", "freshness_p99_ms"),
         *("one_rollout_p50_ms", "one_rollout_p99_ms", "scan_by_name_ms", "bytes_per_span"),
     },
-    "algorithms": {f"{name}.step_2" for name in ("control", "grpo", "dapo", "dr_grpo", "rloo", "gspo", "cispo", "ppo")},
+    "algorithms": {
+        f"{name}.step_2" for name in ("control", "grpo", "dapo", "dr_grpo", "rloo", "gspo", "cispo", "ppo", "rft")
+    },
     "tracing": SPAN | CALL,
     "virtual_time": {
         *("async_to_sync_step", "control_reward"),

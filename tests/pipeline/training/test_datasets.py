@@ -6,7 +6,7 @@ from dataclasses import replace
 import factories
 import pytest
 
-from millstream.pipeline.training.datasets import messages, preferences, texts, with_contents
+from millstream.pipeline.training.datasets import Choice, messages, preferences, texts, with_contents
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.errors import CodecError
 from millstream.schemas.spans.blobs import LIMIT
@@ -36,7 +36,7 @@ WRONG = [triplet("w", 0, [SYSTEM, USER], said("4"), reward=0.0)]
 
 
 def test_each_answer_is_an_example_that_is_learnt_once():
-    first, second = messages([RIGHT, WRONG], min_reward=0.5)
+    first, second = messages([RIGHT, WRONG], Choice(min_reward=0.5))
     assert first == {"messages": [SYSTEM, USER, ASKS], "tools": TOOLS}
     assert second["messages"] == [SYSTEM, USER, ASKS | {"weight": 0}, RESULT, {"role": "assistant", "content": "3"}]
     assert len(list(messages([RIGHT, WRONG]))) == 3
