@@ -36,20 +36,40 @@ class TaskLine(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    input: Any
-    group_id: str | None = Field(None, min_length=1)
-    mode: Annotated[str, _one_of("train", "val", "test")] = "train"
-    priority: Annotated[str, _one_of(*PRIORITIES)] | None = None
-    resources_id: str | None = None
-    max_attempts: int | None = Field(None, ge=1, le=MAX_ATTEMPTS)
-    max_lost_attempts: int | None = Field(None, ge=0, le=MAX_ATTEMPTS)
-    retry_on: list[Annotated[str, _one_of(*sorted(status.RETRIED))]] = []
-    timeout_s: float | None = Field(None, gt=0, le=LONGEST_ATTEMPT_S)
-    lease_s: float | None = Field(None, gt=0, le=LONGEST_LEASE_S)
-    unresponsive_s: float | None = Field(None, gt=0, le=LONGEST_ATTEMPT_S)
-    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    agent: str | None = Field(None, min_length=1)  # module:attribute; other agents' runners refuse the task
-    metadata: dict[str, str] = {}
+    input: Any = Field(description="What the agent gets: any JSON value.")
+    group_id: str | None = Field(None, min_length=1, description="Group of its rollouts. Default: one of its own.")
+    mode: Annotated[str, _one_of("train", "val", "test")] = Field(
+        "train", description="train, val or test. Only train is trained on."
+    )
+    priority: Annotated[str, _one_of(*PRIORITIES)] | None = Field(
+        None, description="high, normal or low. Default: what the publisher says."
+    )
+    resources_id: str | None = Field(None, description="Version of prompts and policy. Default: the latest.")
+    max_attempts: int | None = Field(
+        None, ge=1, le=MAX_ATTEMPTS, description="Attempts that may fail. Default: `retry_max_attempts`."
+    )
+    max_lost_attempts: int | None = Field(
+        None, ge=0, le=MAX_ATTEMPTS, description="Lost attempts that are forgiven. Default: `retry_max_lost_attempts`."
+    )
+    retry_on: list[Annotated[str, _one_of(*sorted(status.RETRIED))]] = Field(
+        [], description=f"Which ends are retried: {', '.join(sorted(status.RETRIED))}. Default: all."
+    )
+    timeout_s: float | None = Field(
+        None, gt=0, le=LONGEST_ATTEMPT_S, description="Seconds an attempt may run. Default: the setting `timeout_s`."
+    )
+    lease_s: float | None = Field(
+        None, gt=0, le=LONGEST_LEASE_S, description="Seconds without a heartbeat until it is lost. Default: `lease_s`."
+    )
+    unresponsive_s: float | None = Field(
+        None, gt=0, le=LONGEST_ATTEMPT_S, description="Seconds without a span or model call until it ends."
+    )
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="The seeds of its model calls are derived from it."
+    )
+    agent: str | None = Field(
+        None, min_length=1, description="module:attribute; runners of other agents refuse the task."
+    )
+    metadata: dict[str, str] = Field({}, description="Text by name; a column of the store, and in `rollout.metadata`.")
 
 
 def group_of(

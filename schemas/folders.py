@@ -3,6 +3,7 @@ what agents saw, and what was learned from it. A folder that exists keeps its pe
 with a group.
 """
 
+import os
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,12 @@ def make_folder(folder: Path, name: str) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{name} {folder}: the folder can't be created ({reason}); choose another one") from error
     return folder
+
+
+def write_private(file: Path, text: str) -> None:
+    """Writes a new file that only its owner may read."""
+    with open(file, "x", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, PRIVATE_FILE)) as opened:
+        opened.write(text)
 
 
 def own_folder(folder: Path, name: str, purpose: str) -> Path:

@@ -4,8 +4,10 @@ import hashlib
 import os
 import time
 import uuid
+from collections.abc import Iterable
 from typing import Final
 
+LEAST_OF_AN_ID: Final = 4  # characters that may stand for a whole id
 CLOCK_SKEW_MS: Final = 60_000  # by which the clock of a record's writer may be behind that of the id's
 
 
@@ -52,3 +54,9 @@ def written_since_ms(value: str) -> int:
         return max(0, id_time_ms(value) - CLOCK_SKEW_MS)
     except ValueError:
         return 0
+
+
+def matching_ids(wanted: str, ids: Iterable[str]) -> list[str]:
+    """Those that are ``wanted``, or else begin or end with it."""
+    found = sorted(set(ids))
+    return [wanted] if wanted in found else [one for one in found if one.startswith(wanted) or one.endswith(wanted)]

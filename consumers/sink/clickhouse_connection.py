@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 EMBEDDED: Final = "chdb://"
 SERVER: Final = "clickhouse://"
 IN_MEMORY: Final = ":memory:"
+QUERY_ADDRESS: Final = "query_address"  # a file in an embedded store's folder: where its holder answers queries
 
 
 def connect(settings: Settings, *, create: bool = True) -> Client:
@@ -55,6 +56,18 @@ def embedded_path(dsn: str) -> str:
 def address(settings: Settings) -> str:
     """``clickhouse_dsn`` without its password."""
     return without_passwords(settings.clickhouse_dsn)
+
+
+def readable(settings: Settings) -> Settings:
+    """Settings to read with: an embedded store that another process holds is read from that process, if it answers
+    queries (`sink --query-port`)."""
+    if not settings.clickhouse_dsn.startswith(EMBEDDED) or settings.clickhouse_dsn.endswith(IN_MEMORY):
+        return settings
+    folder = Path(embedded_path(settings.clickhouse_dsn))
+    served = folder / QUERY_ADDRESS
+    if not (served.is_file() and _is_held(folder)):
+        return settings
+    return settings.model_copy(update={"clickhouse_dsn": f"clickhouse://{served.read_text().strip()}"})
 
 
 @contextmanager

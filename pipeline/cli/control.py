@@ -9,15 +9,18 @@ import typer
 
 from millstream.consumers.control import find_experiment, read_pauses
 from millstream.consumers.log.port import Log
-from millstream.pipeline.cli.open import open_settings, with_log
-from millstream.pipeline.cli.output import Json, date, err, print_rows, say
+from millstream.pipeline.cli.open import completed_id, open_settings, with_log
+from millstream.pipeline.cli.output import Json, date, err, print_rows, say, working
+from millstream.pipeline.training.collector import ends_of
 from millstream.producers.control import cancel_record, pause_record, publish_control
 from millstream.producers.log.port import closing
 from millstream.producers.tasks import TaskPublisher, read_tasks
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.wire.records import Control
+from millstream.schemas.wire.records import Control, RolloutEnd
 
 app = typer.Typer()
+
+Kind = Literal["rollout", "group", "experiment"]
 
 Experiment = Annotated[
     str,
@@ -30,31 +33,56 @@ def publish(
     file: Annotated[
         Path,
         typer.Argument(
-            exists=True, dir_okay=False, readable=True, help='JSON lines: {"input": …, "mode": …, "metadata": …}.'
+            exists=True,
+            dir_okay=False,
+            readable=True,
+            allow_dash=True,
+            help='JSON lines: {"input": …, "mode": …, "metadata": …} (docs/tasks.md); - reads standard input.',
         ),
     ],
     group_size: Annotated[int, typer.Option(min=1, max=1000, help="Rollouts per line; they form a group.")] = 1,
     priority: Annotated[Literal["high", "normal", "low"], typer.Option(help="Which tasks go first.")] = "normal",
     experiment: Annotated[str, typer.Option(help="Experiment that the rollouts belong to.")] = "",
     skip_bad: Annotated[bool, typer.Option(help="Skip malformed lines and publish the others.")] = False,
+    wait_s: Annotated[float, typer.Option(min=0, help="Wait for their ends for this long; 0: don't wait.")] = 0.0,
     as_json: Json = False,
 ) -> None:
-    """Publish the tasks of a file: all or none, unless --skip-bad is given."""
+    """Publish the tasks of a file: all or none, unless --skip-bad is given. With --wait-s, show how they end."""
     settings = open_settings()
     tasks, bad = read_tasks(
-        file, settings, group_size=group_size, priority=priority, experiment_id=experiment, skip_bad=skip_bad
+        Path("/dev/stdin") if str(file) == "-" else file,
+        settings,
+        group_size=group_size,
+        priority=priority,
+        experiment_id=experiment,
+        skip_bad=skip_bad,
     )
     for problem in bad:
         err.print(f"skipped: {problem}", highlight=False, markup=False)
-
-    async def work(log: Log) -> None:
-        async with closing(log.producer()) as producer:
-            await TaskPublisher(producer, settings).publish(tasks)
-
     if not tasks:
         raise ConfigError(f'{file} holds no tasks: each line is a JSON object, such as {{"input": 1}}')
-    with_log(settings, work)
-    print_rows(["rollout_id", "group_id"], [[t.rollout_id, t.group_id] for t in tasks], as_json, limit=20)
+    ids = [task.rollout_id for task in tasks]
+
+    async def work(log: Log) -> list[RolloutEnd]:
+        async with closing(log.producer()) as producer:
+            publisher = TaskPublisher(producer, settings)
+            if not wait_s:
+                await publisher.publish(tasks)
+                return []
+            return await ends_of(log, producer, settings.topics, ids, partial(publisher.publish, tasks), wait_s)
+
+    with working(f"publishing {len(tasks):,} tasks" if not wait_s else "rollouts that have ended"):
+        ends = with_log(settings, work)
+    if not wait_s:
+        print_rows(["rollout_id", "group_id"], [[t.rollout_id, t.group_id] for t in tasks], as_json, limit=20)
+        return
+    print_rows(
+        ["rollout_id", "status", "attempts", "reward", "reason"],
+        [[end.rollout_id, end.status, end.attempts, end.reward, end.reason] for end in ends],
+        as_json,
+        limit=20,
+        texts=("reason",),
+    )
 
 
 @app.command(epilog="Example: millstream cancel --group 0190d2f2-7a5c-7d34-9e1b-2f4a8b6c1d00")
@@ -66,7 +94,7 @@ def cancel(
     """Cancel rollouts that are queued, running, or published later."""
     if sum(map(bool, (rollout, group, experiment))) != 1:
         raise ConfigError("cancel takes one of: the id of a rollout, --group, --experiment")
-    kind: Literal["rollout", "group", "experiment"] = "rollout" if rollout else "group" if group else "experiment"
+    kind: Kind = "rollout" if rollout else "group" if group else "experiment"
     _publish(
         kind,
         rollout or group or experiment,
@@ -100,15 +128,16 @@ def paused(as_json: Json = False) -> None:
     print_rows(["experiment", "paused since"], [[pause.name, date(pause.created_at)] for pause in found], as_json)
 
 
-def _publish(kind: str, name: str, record: Callable[[str], Control], said: str) -> None:
+def _publish(kind: Kind, name: str, record: Callable[[str], Control], said: str) -> None:
     """Publishes a record about a rollout, a group or an experiment, which may be named by its run."""
     settings = open_settings()
+    whole = completed_id(settings, name, kind) if kind != "experiment" else name
 
     async def work(log: Log) -> str:
-        found = await find_experiment(log, settings.topics, name) if kind == "experiment" else name
+        found = await find_experiment(log, settings.topics, name) if kind == "experiment" else whole
         async with closing(log.producer()) as producer:
             await publish_control(producer, settings.topics, record(found))
         return found
 
-    found = with_log(settings, work)
-    say(said.format(f"{kind} {found}" + (f" (run {name})" if found != name else "")))
+    found, word = with_log(settings, work), "run" if kind == "experiment" else "short"
+    say(said.format(f"{kind} {found}" + (f" ({word} {name})" if found != name else "")))

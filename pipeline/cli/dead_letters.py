@@ -15,7 +15,7 @@ from millstream.consumers.dead_letters import (
 )
 from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import open_settings, with_log
-from millstream.pipeline.cli.output import Json, print_rows
+from millstream.pipeline.cli.output import Json, print_fields, print_rows
 from millstream.producers.log.port import closing
 from millstream.schemas.errors import CodecError, ConfigError, TooLarge
 
@@ -37,7 +37,8 @@ def dead_list(
         [letter_place(record), x.role, x.reason, letter_key(x) or "", f"{x.topic}[{x.partition}]@{x.offset}", x.error]
         for record, x in found
     ]
-    print_rows(("place", "role", "reason", "key", "from", "error"), rows, as_json)
+    columns = ("place", "role", "reason", "key", "from", "error")
+    print_rows(columns, rows, as_json, main=("place", "role", "reason", "key", "error"), texts=("error",))
 
 
 @app.command("show", epilog="Example: millstream dead show 0:17")
@@ -50,7 +51,7 @@ def dead_show(place: Place, as_json: Json = False) -> None:
     if as_json:
         print_rows(list(fields), [list(fields.values())], True)
     else:
-        print_rows(["field", "value"], list(fields.items()), False)
+        print_fields(fields)
 
 
 @app.command("replay", epilog="Example: millstream dead replay --all --reason lost_attempts_exhausted")

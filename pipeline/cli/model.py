@@ -119,7 +119,8 @@ def status(as_json: Json = False) -> None:
             rows.append([model, arm.version, arm.weight, arm.upstream, arm.served_as, loaded, arm.weights])
     if not as_json and table.table_id:
         out.print(f"table {table.table_id}: {table.reason}", highlight=False, markup=False)
-    print_rows(["model", "version", "share", "upstream", "served_as", "loaded_at", "weights"], rows, as_json)
+    columns = ["model", "version", "share", "upstream", "served_as", "loaded_at", "weights"]
+    print_rows(columns, rows, as_json, main=("model", "version", "share", "upstream", "loaded_at"))
 
 
 @app.command(epilog="Example: millstream model compare policy")

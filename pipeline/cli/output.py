@@ -1,20 +1,22 @@
 """Prints the output of commands: a table for people, JSON for programs. Texts of records can't control the terminal."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
 import typer
-from rich.bar import Bar
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
 from rich.live import Live
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
-from rich.table import Column, Table
 
+from millstream.pipeline.cli.tables import Bar, Grid
 from millstream.schemas.spans.text import CONTROLS, harmless, json_text
+
+UNLIMITED: Final = 1 << 20  # columns
 
 
 class SafeConsole(Console):
@@ -28,6 +30,16 @@ class SafeConsole(Console):
             else:
                 yield segment._replace(text=harmless(segment.text))
 
+    @property
+    def size(self) -> ConsoleDimensions:
+        """That of the terminal. Lines into a pipe or a file are as long as their contents."""
+        found = super().size
+        return found if self.is_terminal else ConsoleDimensions(UNLIMITED, found.height)
+
+    @size.setter
+    def size(self, new: tuple[int, int]) -> None:
+        self._width, self._height = new
+
 
 out = SafeConsole()
 err = SafeConsole(stderr=True)
@@ -39,15 +51,23 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 Watch = Annotated[bool, typer.Option("--watch", help="Refresh every two seconds, until Ctrl-C.")]
 
 WATCH_S: Final = 2.0
-BAR_WIDTH: Final = 40
 
 
-def print_rows(columns: Sequence[str], rows: Sequence[Sequence[Any]], as_json: bool, limit: int | None = None) -> None:
-    """``limit``: maximum rows of a table; JSON always has all. A missing value is an empty cell, or null."""
+def print_rows(
+    columns: Sequence[str],
+    rows: Sequence[Sequence[Any]],
+    as_json: bool,
+    limit: int | None = None,
+    *,
+    main: Sequence[str] = (),
+    texts: Sequence[str] = (),
+) -> None:
+    """``limit``: maximum rows of a table; JSON always has all. A missing value is an empty cell, or null. ``main``,
+    ``texts``: see `Grid`."""
     if as_json:
         print_json([dict(zip(columns, row, strict=True)) for row in rows])
         return
-    out.print(table_of(columns, rows[:limit]))
+    out.print(Grid(columns, rows[:limit], main, texts))
     if limit is not None and len(rows) > limit:
         out.print(f"… and {len(rows) - limit} more")
 
@@ -62,17 +82,28 @@ def note(text: str) -> None:
     err.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
+@contextmanager
+def working(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Shows on a terminal's stderr that the body works, and how far it is of ``total``; yields what to call with the
+    number that is done. Says nothing if the body takes less than a moment, and nothing into files and pipes."""
+    bar = [BarColumn(), MofNCompleteColumn()] if total else []
+    columns = [SpinnerColumn(), TextColumn("{task.description}"), *bar, TimeElapsedColumn()]
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task(escape(what), total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
 def print_json(value: Any) -> None:
     """Valid JSON, whatever ``value`` holds."""
     text = json_text(value, str)
     out.print_json(text, ensure_ascii=CONTROLS.search(text) is not None)  # a JSON parser reads the same from it
 
 
-def table_of(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    table = Table(*(Column(name, no_wrap=name == "rollout_id") for name in columns))  # so that ids can be copied
-    for row in rows:
-        table.add_row(*("" if value is None else escape(str(value)) for value in row))
-    return table
+def print_fields(fields: Mapping[str, Any]) -> None:
+    """A line for each, wrapped by the terminal alone."""
+    wide = max(map(len, fields), default=0)
+    for name, value in fields.items():
+        say(f"{name:{wide}}  {'' if value is None else value}".rstrip())
 
 
 def check_watch(watch: bool, as_json: bool) -> None:
@@ -96,7 +127,7 @@ def bar_range(values: Iterable[float]) -> tuple[float, float]:
 
 def bar_of(value: float, low: float, size: float) -> Bar:
     """``low`` and ``size``: see `bar_range`."""
-    return Bar(size, min(value, 0) - low, max(value, 0) - low, width=BAR_WIDTH, color="green")
+    return Bar((min(value, 0) - low) / size, (max(value, 0) - low) / size)
 
 
 def date(ns: int) -> str:

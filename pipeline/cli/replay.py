@@ -5,7 +5,6 @@ from statistics import fmean
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from millstream.consumers.adapter.explanation import explained
 from millstream.consumers.adapter.read_trace import read_trace
@@ -13,8 +12,9 @@ from millstream.consumers.adapter.replay import Replay, ToReward
 from millstream.consumers.adapter.triplets import TripletMaker
 from millstream.consumers.control import find_experiment
 from millstream.consumers.log.port import Log
-from millstream.pipeline.cli.open import open_settings, with_log
+from millstream.pipeline.cli.open import completed_id, open_settings, with_log
 from millstream.pipeline.cli.output import Json, out, print_json, print_rows
+from millstream.pipeline.cli.tables import Grid
 from millstream.pipeline.replay import ReplaySummary, Start, open_output, run_replay
 from millstream.schemas.import_path import load_object
 
@@ -62,12 +62,13 @@ def replay(
 
 @explain_app.command("rollout", epilog="Example: millstream explain rollout 0199a3c4-…")
 def explain_rollout(
-    rollout_id: Annotated[str, typer.Argument(help="Id, as `millstream rollouts` prints it.")],
+    rollout_id: Annotated[str, typer.Argument(help="Id, or the end or beginning of one.")],
     attempt: Annotated[str | None, typer.Option(help="Another attempt than the deciding one.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show which calls of a rollout are trained on, what each earned, and what is left out, by these settings."""
     settings = open_settings()
+    rollout_id = completed_id(settings, rollout_id)
     maker = TripletMaker(settings.triplets)
     trace, end = with_log(settings, lambda log: read_trace(log, settings.topics, rollout_id, attempt))
     found = explained(maker, trace, end)
@@ -79,9 +80,6 @@ def explain_rollout(
         out.print(found["reason"], highlight=False, markup=False)
     for title, rows in (("calls", found["calls"]), ("rewards left out", found["rewards_left_out"])):
         if rows:
-            table = Table(*rows[0], title=title, title_justify="left")
-            for row in rows:
-                table.add_row(*("" if value is None else str(value) for value in row.values()))
-            out.print(table)
+            out.print(Grid(list(rows[0]), [list(row.values()) for row in rows], title=title))
     for what, count in found["counts"].items():
         out.print(f"{count:6d}  {what}", highlight=False, markup=False)

@@ -15,8 +15,6 @@ from urllib.parse import urlsplit
 
 import typer
 
-from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.consumers.log.port import Log
 from millstream.pipeline.addresses import LOOPBACK
 from millstream.pipeline.cli.model import app as model_app
 from millstream.pipeline.cli.open import open_settings
@@ -30,6 +28,7 @@ from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans import semconv
 
 if TYPE_CHECKING:
+    from millstream.consumers.log.port import Log
     from millstream.pipeline.services.health import Health
 
 app = typer.Typer()
@@ -65,7 +64,7 @@ def runner(
 
     settings = open_settings(runner_processes=processes, runner_concurrency=concurrency)
 
-    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+    async def work(log: "Log", health: "Health", stop: asyncio.Event) -> None:
         role = Runner(
             log,
             settings,
@@ -116,7 +115,7 @@ def adapter(
     maker = TripletMaker(settings.triplets)
     chosen = load_object("adapter", function, str(Path.cwd())) if function else maker
 
-    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+    async def work(log: "Log", health: "Health", stop: asyncio.Event) -> None:
         topics = settings.topics
         transactional_id = f"{topics.prefix}.adapter.{replica}"
         registry = health.registry
@@ -163,7 +162,7 @@ def sink(
     group = sink_name(kind) if name is None else name
     policy = FlushPolicy(settings.span_batch_size, flush_bytes, flush_ms / 1000)
 
-    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+    async def work(log: "Log", health: "Health", stop: asyncio.Event) -> None:
         opened = open_sink(kind, settings)
         try:
             role = SinkRole(log, opened, settings, name=group, registry=health.registry, flush=policy)
@@ -214,7 +213,7 @@ def proxy(
     url = listen or next(iter(settings.proxy_urls), "http://127.0.0.1:8400")
     check_open(settings, urlsplit(url).hostname or "")
 
-    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+    async def work(log: "Log", health: "Health", stop: asyncio.Event) -> None:
         front = Proxy(log, settings, registry=health.registry)
         health.export(metrics.SPANS, lambda: {(semconv.SOURCE_PROXY,): front.recorded})
         health.export(metrics.CALLS_IN_FLIGHT, lambda: front.in_flight)
@@ -253,7 +252,7 @@ def serve(
     options = VllmOptions(names=(name,), args=tuple(arg or ()), adapters=adapters, replicas=replicas)
     server = VllmServer(folder, options, settings, log_dir, version=version, port=port)
 
-    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+    async def work(log: "Log", health: "Health", stop: asyncio.Event) -> None:
         health.trouble = lambda: None if all(r.alive for r in server.replicas) else "a vLLM process is down"
         await ModelRole(log, settings.topics, server, name, upstream).run(stop)
 
@@ -275,7 +274,7 @@ def gateway(
     check_open(settings, host)
     listener = listen(host, port)
 
-    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+    async def work(log: "Log", health: "Health", stop: asyncio.Event) -> None:
         async with closing(log.producer()) as producer:
             role = Gateway(log, producer, settings, health)
             await uvicorn_server(role.app).serve([listener])  # until SIGTERM or SIGINT
@@ -314,7 +313,7 @@ def autoscale(
         )
     started = [sys.executable, "-m", "millstream.pipeline", *command]
 
-    async def work(log: Log, health: "Health", stop: asyncio.Event) -> None:
+    async def work(log: "Log", health: "Health", stop: asyncio.Event) -> None:
         scale, policy = ScalePolicy(lowest, highest, idle_s), AutoscalePolicy(drain_s=drain_s)
         first_port = health_port + 1 if health_port else 0
         await Autoscaler(log, settings.topics, started, scale, policy, health_port=first_port).run(stop)
@@ -335,6 +334,7 @@ def ui(
     port: Annotated[int, typer.Option(min=0, max=MAX_PORT, help="Port to listen at; 0: any free one.")] = 8700,
 ) -> None:
     """Show the deployment in a browser: rollouts, rewards, training, dead letters, SQL."""
+    from millstream.consumers.log.kafka_log import KafkaLog
     from millstream.pipeline.cli.output import note
     from millstream.pipeline.ui.serve import serving_pages
     from millstream.schemas.errors import LogUnavailable
@@ -363,12 +363,13 @@ def _run_role(
     settings: Settings,
     role: str,
     health_port: int,
-    work: Callable[[Log, "Health", asyncio.Event], Awaitable[None]],
+    work: "Callable[[Log, Health, asyncio.Event], Awaitable[None]]",
     doing: str,
     run_loop: Callable[[Coroutine[Any, Any, None]], None] = asyncio.run,
 ) -> None:
     """Runs until SIGTERM or SIGINT, then lets the role end gracefully. A second SIGINT ends it at once, which is safe:
     its successor finds everything in the log. ``doing``: what it reads and where it listens, for its first log line."""
+    from millstream.consumers.log.kafka_log import KafkaLog
     from millstream.pipeline.services.role_process import role_process  # slow to import: not for `millstream --help`
 
     async def run() -> None:

@@ -79,6 +79,10 @@ class ChildRole:
         finally:
             self._signal(signal.SIGKILL)
 
+    def kill(self) -> None:
+        self._stopped.set()
+        self._signal(signal.SIGKILL)
+
     async def stop(self) -> None:
         """Lets it end gracefully, and kills it after ``drain_s``. Returns when it has ended."""
         self._stopped.set()

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any, BinaryIO, Final, Unpack
 
 from millstream.consumers.log.port import Log
-from millstream.consumers.sink.clickhouse_connection import EMBEDDED, address, connect, store_errors
+from millstream.consumers.sink.clickhouse_connection import EMBEDDED, address, connect, readable, store_errors
 from millstream.pipeline.store import queries
 from millstream.pipeline.store.follow import follow_spans
 from millstream.pipeline.store.read_only import FORMAT_QUERY, reading_statement
@@ -43,6 +43,8 @@ class ClickHouseStore(Store):
     def __init__(
         self, settings: Settings, log: Log | None = None, *, limits: Mapping[str, int | str] | None = None
     ) -> None:
+        if limits is None:  # the process that holds an embedded store has limits of its own
+            settings = readable(settings)
         self._settings = settings
         self._log = log
         self._reading = lru_cache(maxsize=256)(self._parse)  # the same statements are repeated

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import chdb
@@ -23,7 +24,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
-from millstream.consumers.sink.clickhouse_connection import EMBEDDED, address, embedded_path
+from millstream.consumers.sink.clickhouse_connection import EMBEDDED, IN_MEMORY, QUERY_ADDRESS, address, embedded_path
 from millstream.pipeline.addresses import is_loopback
 from millstream.pipeline.services.serve_asgi import for_this_machine, limited, listen, served_in_thread
 from millstream.pipeline.store.read_only import FORMAT_QUERY, reading_statement
@@ -72,9 +73,15 @@ def serving_queries(settings: Settings, host: str, port: int) -> Iterator[int]:
         )
     listener = listen(host, port)
     with served_in_thread(read_app(path, password), listener, "millstream-queries") as server:
+        bound = listener.getsockname()[1]
+        served = None if path == IN_MEMORY else Path(path) / QUERY_ADDRESS
         try:
-            yield listener.getsockname()[1]
+            if served is not None:  # commands that are given the folder find the address there
+                served.write_text(f"{host}:{bound}\n")
+            yield bound
         finally:
+            if served is not None:
+                served.unlink(missing_ok=True)
             server.should_exit = True
             _connect(path).query("KILL QUERY WHERE query NOT LIKE 'KILL QUERY%' ASYNC")
 

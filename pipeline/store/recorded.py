@@ -7,6 +7,7 @@ from itertools import groupby
 from millstream.pipeline.store.queries import EXPERIMENTS
 from millstream.pipeline.store.results import Store
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.ids import LEAST_OF_AN_ID, matching_ids
 from millstream.schemas.wire.records import Triplet
 
 logger = logging.getLogger(__name__)
@@ -15,11 +16,16 @@ SHOWN = 5  # experiments that an error names
 
 
 def find_experiment(store: Store, wanted: str, note: Callable[[str], object] = logger.warning) -> str:
-    """The id of an experiment, which may be named by its run: then the newest, which is noted. Raises `ConfigError`."""
+    """The id of an experiment, which may be named by its run (then the newest, which is noted) or by a part
+    of its id. Raises `ConfigError`."""
     rows = store.sql(EXPERIMENTS).records()
     if any(wanted == row["experiment_id"] for row in rows):
         return wanted
     named = [row["experiment_id"] for row in rows if wanted == row["run"]]
+    if not named and len(wanted) >= LEAST_OF_AN_ID:
+        named = matching_ids(wanted, (row["experiment_id"] for row in rows))
+        if len(named) > 1:
+            raise ConfigError(f"{wanted} is part of the ids of {len(named)} experiments: {', '.join(named[:SHOWN])}")
     if len(named) > 1:
         note(f"{len(named)} experiments are of run {wanted}; this is the newest, {named[0]}")
     if named:

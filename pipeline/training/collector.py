@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from millstream.consumers.dead_letters import dead_letter, send_dead_letter
@@ -12,7 +12,7 @@ from millstream.pipeline.training.groups import FinishedRollout
 from millstream.producers.log.port import Producer
 from millstream.producers.log_lines import rollout_fields
 from millstream.producers.supervisor import Background, supervisor
-from millstream.schemas.errors import CodecError, LogError
+from millstream.schemas.errors import CodecError, LogError, LogUnavailable
 from millstream.schemas.ids import written_since_ms
 from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import KIND_HEADER, LogRecord, Partition
@@ -205,3 +205,32 @@ class Collector:
             ended_at=now,
         )
         self._ends[rollout_id].set_result(FinishedRollout(end, ()))
+
+
+async def ends_of(
+    log: Log,
+    producer: Producer,
+    topics: Topics,
+    rollout_ids: Sequence[str],
+    publish: Callable[[], Awaitable[None]],
+    wait_s: float,
+) -> list[RolloutEnd]:
+    """How these rollouts, which ``publish`` publishes, end; in the order given.
+
+    Raises `LogUnavailable` naming how many have not ended within ``wait_s``: they go on.
+    """
+    collector = Collector(log, topics, producer)
+    await collector.start()
+    try:
+        collector.expect(rollout_ids)
+        await publish()
+        async with asyncio.timeout(wait_s):
+            return [finished.end for finished in await collector.collect(rollout_ids)]
+    except TimeoutError:
+        open_ones = len(collector.outstanding)
+        raise LogUnavailable(
+            f"{open_ones:,} of {len(rollout_ids):,} rollouts have not ended within {wait_s:g} s, and go on: "
+            "`millstream rollouts` and `millstream lag` show them"
+        ) from None
+    finally:
+        await collector.close()

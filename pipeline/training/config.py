@@ -43,7 +43,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    server: Literal["engine", "vllm"] = "engine"
+    server: Literal["engine", "vllm"] = Field(default="engine", description="The demo engine, or vLLM.")
     deterministic: bool = Field(
         default=False,
         description="The demo engine computes each answer alone, so that the same seed gives the same bits; slower.",
@@ -74,24 +74,26 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     run: str = Field("run", pattern=r"^[A-Za-z0-9_-]+$", description="First part of every model version.")
-    run_dir: Path = Path("runs/default")
-    strategy: Literal["memory", "kafka"] = "kafka"
+    run_dir: Path = Field(Path("runs/default"), description="Folder of store, checkpoints and records.")
+    strategy: Literal["memory", "kafka"] = Field(
+        "kafka", description="memory: all roles in this process; kafka: each in its own."
+    )
     agent: str | None = Field(None, description="module:attribute; over Kafka the runners load it.")
     hooks: list[str] = Field([], description="module:attribute of each, in order; needs `agent`.")
     tasks: Path | None = Field(None, description="JSON lines, as for `millstream publish`. Type sft needs none.")
-    val_tasks: Path | None = None
+    val_tasks: Path | None = Field(None, description="Tasks to validate with; they are never trained on.")
     max_steps: int | None = Field(None, ge=0, description="Default: 100; of type sft, those of its epochs.")
-    stop_reward: float | None = None
-    patience: int = Field(3, ge=1)
-    seed: int = 0
-    model: ModelConfig = ModelConfig()
-    report: ReportConfig = ReportConfig()
+    stop_reward: float | None = Field(None, description="Mean reward of a step at which training ends early.")
+    patience: int = Field(3, ge=1, description="Steps in a row that reach `stop_reward`.")
+    seed: int = Field(0, description="Order of tasks, ids and seeds of rollouts.")
+    model: ModelConfig = Field(ModelConfig(), description="The model's server.")
+    report: ReportConfig = Field(ReportConfig(), description="Where numbers of steps go.")
     resume: str = Field(
         "auto",
         description='"auto": from the last checkpoint in run_dir; "never": refuses a folder with checkpoints; or a '
         'checkpoint, such as "step-42".',
     )
-    algorithm: Options
+    algorithm: Options = Field(description="How the policy learns.")
 
     @model_validator(mode="before")
     @classmethod

@@ -53,17 +53,23 @@ class Settings(BaseSettings):
 
     # The log
     kafka_bootstrap_servers: str = Field("127.0.0.1:9092", description="Brokers, host:port, comma-separated.")
-    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    kafka_security_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
-    kafka_security_username: str = ""
-    kafka_security_password: SecretStr = SecretStr("")
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = Field(
+        "PLAINTEXT", description="How clients connect to the brokers."
+    )
+    kafka_security_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        "SCRAM-SHA-512", description="How clients log in, with SASL."
+    )
+    kafka_security_username: str = Field("", description="User, with SASL.")
+    kafka_security_password: SecretStr = Field(SecretStr(""), description="Password, with SASL.")
     kafka_security_ca_file: Path | None = Field(None, description="PEM file of the brokers' authority.")
     kafka_security_cert_file: Path | None = Field(None, description="PEM file of this client's certificate.")
     kafka_security_key_file: Path | None = Field(None, description="PEM file of this client's key.")
-    topic_prefix: str = Field("millstream", pattern=r"^[a-zA-Z0-9._-]{1,200}$")
+    topic_prefix: str = Field(
+        "millstream", pattern=r"^[a-zA-Z0-9._-]{1,200}$", description="First part of the names of topics and groups."
+    )
     kafka_partitions: int = Field(8, ge=1, description="Partitions of tasks, events and triplets; fixed for good.")
-    kafka_replication_factor: int = Field(1, ge=1)
-    compression: Literal["none", "lz4", "zstd", "gzip", "snappy"] = "lz4"
+    kafka_replication_factor: int = Field(1, ge=1, description="Copies of each partition that the brokers keep.")
+    compression: Literal["none", "lz4", "zstd", "gzip", "snappy"] = Field("lz4", description="Of records in the log.")
     max_record_bytes: int = Field(16 << 20, ge=1 << 16, description="Limit of topics, producers and fetchers alike.")
 
     # The store
@@ -71,8 +77,10 @@ class Settings(BaseSettings):
         "chdb://runs/store",
         description="clickhouse://user@host:8123, or chdb://folder (embedded; one process a folder).",
     )
-    clickhouse_database: str = Field("millstream", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    clickhouse_password: SecretStr = SecretStr("")
+    clickhouse_database: str = Field(
+        "millstream", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="Database of tables and views."
+    )
+    clickhouse_password: SecretStr = Field(SecretStr(""), description="Password of the store's user.")
     clickhouse_secure: bool = Field(False, description="TLS to the ClickHouse server.")
     store_connection_pool: int = Field(8, ge=1, description="HTTP connections a process keeps to ClickHouse.")
     span_batch_size: int = Field(10_000, ge=1, description="Records that the sink stores at once, at most.")
@@ -168,7 +176,7 @@ class Settings(BaseSettings):
         accepted = {new: os.environ[variable] for new, variable in variables.items() if variable in os.environ}
         secrets = {name: ENV_PREFIX + name.upper() for name in (*SECRETS, *(name + SUFFIX for name in SECRETS))}
         accepted |= {name: os.environ[variable] for name, variable in secrets.items() if variable in os.environ}
-        file = TomlConfigSettingsSource(settings_cls, _config_file())
+        file = TomlConfigSettingsSource(settings_cls, config_file())
         sources: list[Any] = [init_settings, env_settings, lambda: _read(accepted), lambda: _read(file())]
         return tuple(sources)
 
@@ -184,7 +192,7 @@ def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
     return {ACCEPTED_NAMES.get(name, name): value for name, value in values.items()}
 
 
-def _config_file() -> Path:
+def config_file() -> Path:
     return Path(os.environ.get(CONFIG_VARIABLE, DEFAULT_CONFIG))
 
 
@@ -194,25 +202,25 @@ def load_settings(**overrides: Any) -> Settings:
     Raises `ConfigError` naming each unknown or malformed setting and where it was set.
     """
     known = Settings.model_fields.keys() | ACCEPTED_NAMES.keys() | {name + SUFFIX for name in SECRETS}
-    if CONFIG_VARIABLE in os.environ and not _config_file().is_file():
-        raise ConfigError(f"{CONFIG_VARIABLE} names {_config_file()}, which is not a file")
+    if CONFIG_VARIABLE in os.environ and not config_file().is_file():
+        raise ConfigError(f"{CONFIG_VARIABLE} names {config_file()}, which is not a file")
     _refuse_unknown(
         (key for key in os.environ if key.upper().startswith(ENV_PREFIX) and key != CONFIG_VARIABLE),
         {ENV_PREFIX + name.upper() for name in known},
         "environment variable",
     )
-    if _config_file().is_file():
+    if config_file().is_file():
         try:
-            names = tomllib.loads(_config_file().read_text("utf-8"))
+            names = tomllib.loads(config_file().read_text("utf-8"))
         except OSError as error:
-            raise ConfigError(f"{_config_file()} can't be read: {error.strerror}") from error
+            raise ConfigError(f"{config_file()} can't be read: {error.strerror}") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{_config_file()} is not TOML: {error}") from error
-        _refuse_unknown(names, known, f"setting in {_config_file()}:")
-        if (given := sorted(SECRETS & names.keys())) and readable_by_all(_config_file()):
+            raise ConfigError(f"{config_file()} is not TOML: {error}") from error
+        _refuse_unknown(names, known, f"setting in {config_file()}:")
+        if (given := sorted(SECRETS & names.keys())) and readable_by_all(config_file()):
             logger.warning(
                 "%s holds %s and every user of this machine can read it: chmod 600, or set %s%s to a file of its own",
-                *(_config_file(), " and ".join(given), given[0], SUFFIX),
+                *(config_file(), " and ".join(given), given[0], SUFFIX),
             )
     try:
         return Settings(**_read({key: value for key, value in overrides.items() if value is not None}))

@@ -17,7 +17,7 @@ from millstream.schemas.attempt_keys import (
     check_issued,
     claims_of,
 )
-from millstream.schemas.ids import derived_id, derived_seed, id_time_ms, new_id
+from millstream.schemas.ids import derived_id, derived_seed, id_time_ms, matching_ids, new_id
 
 
 def test_a_new_id_is_a_uuid7_of_now() -> None:
@@ -124,3 +124,22 @@ def test_seeds_derived_from_one_are_different_and_always_the_same() -> None:
     assert min(derived) >= 0
     assert max(derived) < 2**63
     assert derived_seed(1, 1) == 7924470993835915212
+
+
+ID = "01890a5d-ac96-774b-bcce-b302099a8057"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "found"),
+    [
+        (ID, [ID]),
+        (ID[-12:], [ID]),
+        (ID[:20], [ID]),
+        (ID[-5:], [ID]),
+        ("ac96", []),
+        ("", [ID, "x"]),
+        ("x", ["x"]),
+    ],
+)
+def test_ids_are_found_by_their_beginning_or_end(wanted: str, found: list[str]) -> None:
+    assert matching_ids(wanted, [ID, "x", ID]) == found

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from millstream.pipeline.cli.open import open_settings, open_store
+from millstream.pipeline.cli.open import open_settings, open_store, whole_id
 from millstream.pipeline.cli.output import (
     Json,
     Mode,
@@ -27,14 +27,13 @@ from millstream.pipeline.cli.output import (
     print_rows,
     say,
     show_again,
-    table_of,
 )
 from millstream.pipeline.cli.questions.experiments import known_experiment
+from millstream.pipeline.cli.tables import Grid, short_id
 from millstream.pipeline.store.conversation import conversation, printed
 from millstream.pipeline.store.results import Attempt, Rollout, RolloutOrder
 from millstream.pipeline.store.rollout_diff import Step, children, error_of, rollout_diff, token_counts
 from millstream.producers.blob_store import Blobs
-from millstream.schemas.errors import StoreError
 from millstream.schemas.spans.dialects import normalised
 from millstream.schemas.wire.records import Span
 
@@ -47,9 +46,10 @@ ID = "01890a5d-ac96-774b-bcce-b302099a8057"  # in examples
 
 SHOWN_TEXT = 60
 SHOWN_STEPS = 8
+WIDE = 100  # columns, for two whole ids
 TOKENS = {"prompt_token_ids": "i", "response_token_ids": "i", "response_logprobs": "f"}  # little-endian, 4 bytes each
 
-RolloutId = Annotated[str, typer.Argument(help="Id, as `millstream rollouts` prints it.")]
+RolloutId = Annotated[str, typer.Argument(help="Id, or the end or beginning of one, as `millstream rollouts` has it.")]
 Experiment = Annotated[str | None, typer.Option(help="Only of this experiment: its id, or the name of its run.")]
 OfMode = Annotated[Mode | None, typer.Option("--mode", help="Only of this mode.")]
 Limit = Annotated[int, typer.Option(min=1, help="Maximum number of rows.")]
@@ -72,6 +72,7 @@ def rollouts(
     check_watch(watch, as_json)
     with open_store(open_settings()) as store:
         experiment = experiment and known_experiment(store, experiment)
+        group = group and whole_id(store, group, "group")
 
         def ask() -> list[Rollout]:
             return store.rollouts(
@@ -96,9 +97,9 @@ def rollouts(
             out.print(_rollouts(found))
 
 
-def _rollouts(found: Sequence[Rollout]) -> Table:
+def _rollouts(found: Sequence[Rollout]) -> Grid:
     columns = ["rollout_id", "experiment", "mode", "status", "attempts", "reward", "version", "seconds", "created"]
-    return table_of(
+    return Grid(
         [*columns, "error"],
         [
             [
@@ -108,6 +109,8 @@ def _rollouts(found: Sequence[Rollout]) -> Table:
             ]
             for r in found
         ],
+        main=("rollout_id", "status", "attempts", "reward", "seconds", "error"),
+        texts=("error", "version"),
     )
 
 
@@ -119,7 +122,7 @@ def spans(
 ) -> None:
     """Show a rollout's spans as a tree per attempt, with durations, tokens, rewards and errors."""
     with open_store(open_settings()) as store:
-        _known(store, rollout)
+        rollout = _known(store, rollout).rollout_id
         attempts, found = store.attempts(rollout), store.spans(rollout)
     if full:
         blobs = Blobs(open_settings().blob_url)
@@ -166,7 +169,8 @@ def rollout(rollout: RolloutId, as_json: Json = False) -> None:
     """Show a rollout: its conversation with the model, tools and rewards, what it printed, and the error with its
     stack, per attempt."""
     with open_store(open_settings()) as store:
-        found, attempts = _known(store, rollout), store.attempts(rollout)
+        found = _known(store, rollout)
+        rollout, attempts = found.rollout_id, store.attempts(found.rollout_id)
         spans = {a.attempt_id: store.spans(rollout, attempt_id=a.attempt_id) for a in attempts}
     if as_json:
         tried = [
@@ -215,7 +219,7 @@ def triplets(
     """List triplets: the prompt, answer and reward of each model call."""
     with open_store(open_settings()) as store:
         if rollout is not None:
-            _known(store, rollout)
+            rollout = _known(store, rollout).rollout_id
         experiment = experiment and known_experiment(store, experiment)
         found = store.triplets(
             None if rollout is None else [rollout],
@@ -243,6 +247,8 @@ def triplets(
             for t in found
         ],
         False,
+        main=("rollout_id", "turn", "reward", "tokens", "response", "untrainable because"),
+        texts=("response", "untrainable because", "version"),
     )
 
 
@@ -258,7 +264,7 @@ def rewards(
 
     with open_store(open_settings()) as store:
         if rollout is not None:
-            _known(store, rollout)
+            rollout = _known(store, rollout).rollout_id
             rows = [[r.attempt_id, date(r.time), r.name, r.value] for r in store.rewards([rollout])]
             if not rows:
                 _note_nothing("rewards", {"rollout": rollout})
@@ -274,12 +280,14 @@ def rewards(
     if not found.rows:
         return
     low, size = bar_range(row["mean"] for row in found.records())
-    table = Table(*found.columns, "")
-    for row in found.records():
-        bar = bar_of(row["mean"], low, size)
-        numbers = [_short(row[name]) for name in ("mean", "p10", "p50", "p90")]
-        table.add_row(row["model_version"] or "", str(row["rollouts"]), *numbers, bar)
-    out.print(table)
+    rows = [
+        [
+            *(row["model_version"], row["rollouts"], *(_short(row[name]) for name in ("mean", "p10", "p50", "p90"))),
+            bar_of(row["mean"], low, size),
+        ]
+        for row in found.records()
+    ]
+    out.print(Grid([*found.columns, ""], rows, main=("model_version", "rollouts", "mean", "")))
 
 
 @app.command(
@@ -304,7 +312,9 @@ def diff(a: RolloutId, b: RolloutId, as_json: Json = False) -> None:
         return
     whole = same == len(walks[0]) == len(walks[1])
     out.print("All steps are the same." if whole else f"The first {same} steps are the same.")
-    table = Table("step", *(f"{r.rollout_id}\n{r.status}, reward {_short(r.reward) or 'none'}" for r in sides))
+    ids = [r.rollout_id if out.width >= WIDE else short_id(r.rollout_id) for r in sides]
+    heads = [f"{i}\n{r.status}, reward {_short(r.reward) or 'none'}" for i, r in zip(ids, sides, strict=True)]
+    table = Table("step", *heads)
     longest = max(map(len, walks))
     for n in range(max(same - 1, 0), min(longest, same + SHOWN_STEPS)):  # from the last one in common
         table.add_row(str(n + 1), *(_step_line(walk[n]) if n < len(walk) else "[dim]ended[/dim]" for walk in walks))
@@ -320,10 +330,9 @@ def _step_line(step: Step) -> str:
 # --- shared
 
 
-def _known(store: "ClickHouseStore", rollout_id: str) -> Rollout:
-    found = store.rollouts([rollout_id])
-    if not found:
-        raise StoreError(f"the store has no rollout {rollout_id!r}: `millstream rollouts` lists them")
+def _known(store: "ClickHouseStore", wanted: str) -> Rollout:
+    """Of an id or a part of it. Raises as `whole_id` does."""
+    found = store.rollouts([wanted]) or store.rollouts([whole_id(store, wanted)])
     return found[0]
 
 

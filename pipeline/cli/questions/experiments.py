@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from millstream.pipeline.cli.open import open_settings, open_store
-from millstream.pipeline.cli.output import Json, date, note, print_json, print_rows, say
+from millstream.pipeline.cli.output import Json, date, note, print_fields, print_json, print_rows, say
 from millstream.pipeline.store.queries import TRAINING_RUNS
 from millstream.pipeline.store.recorded import find_experiment
 from millstream.pipeline.training.reporting.record import RECORD, differences, flat
@@ -37,7 +37,8 @@ def experiments_list(
     elif found:
         shown = [{**row, "created_at": date(row["created_at"]), "seconds": round(row["seconds"] or 0)} for row in found]
         rounded = [{k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in shown]
-        print_rows(list(found[0]), [list(row.values()) for row in rounded], False)
+        main = ("experiment_id", "run", "steps", "reward", "validation_reward", "created_at")
+        print_rows(list(found[0]), [list(row.values()) for row in rounded], False, main=main, texts=("run",))
 
 
 @app.command("show", epilog="Example: millstream experiments show calculator")
@@ -49,7 +50,7 @@ def experiments_show(experiment: Name, as_json: Json = False) -> None:
         print_json({"experiment_id": experiment_id, **configuration})
         return
     say(f"experiment {experiment_id}")
-    print_rows(["name", "value"], [[name, _shown(value)] for name, value in flat(configuration)], False)
+    print_fields({name: _shown(value) for name, value in flat(configuration)})
 
 
 @app.command("diff", epilog="Example: millstream experiments diff calculator calculator-small")

@@ -4,8 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from millstream.pipeline.cli.open import open_settings, open_store
 from millstream.pipeline.cli.output import (
@@ -20,6 +18,7 @@ from millstream.pipeline.cli.output import (
     show_again,
 )
 from millstream.pipeline.cli.questions.experiments import known_experiment
+from millstream.pipeline.cli.tables import Grid
 from millstream.pipeline.store.queries import LATEST_TRAINING, STEPS
 from millstream.schemas.errors import ConfigError
 
@@ -61,7 +60,7 @@ def steps(
             out.print(_table(found, plot))
 
 
-def _table(found: Sequence[Mapping[str, Any]], plot: str) -> Table:
+def _table(found: Sequence[Mapping[str, Any]], plot: str) -> Grid:
     """Raises `ConfigError` if no step has a number ``plot``."""
     values = [_number(step, plot) for step in found]
     if found and not any(plot in step or plot in step["metrics"] for step in found):
@@ -70,23 +69,27 @@ def _table(found: Sequence[Mapping[str, Any]], plot: str) -> Table:
     low, size = bar_range(value for value in values if value is not None)
     title = f"run {found[0]['run']}, experiment {found[0]['experiment_id']}" if found else "no steps yet"
     columns = ["step", "epoch", "reward", "±", "val", "seconds", "idle", "stale", "groups", "dropped", "failed"]
-    own = [] if plot in ("reward_mean", "idle_share") else [escape(plot)]
-    table = Table(*columns, *own, "" if own else escape(plot), "", title=escape(title), title_justify="left")
+    own = [] if plot in ("reward_mean", "idle_share") else [plot]
+    rows = []
     for step, value in zip(found, values, strict=True):
-        cells = [
-            *(str(step["step"]), str(step["epoch"]), _short(step["reward_mean"]), _short(step["reward_std"])),
-            *(_short(step["validation_reward"]), _short(step["seconds"]), _percent(step["idle_share"])),
-            f"{_short(step['staleness_mean'])} ≤ {step['staleness_max']}" if step["staleness_max"] else "",
-            str(step["groups"]),
-            ", ".join(f"{count} {escape(reason)}" for reason, count in step["dropped"].items()),
-            str(step["failed"] or ""),
-            *([_short(value)] if own else []),
-        ]
         restored = f"from {step['restored_from']}" if step["restored_from"] else ""
-        about = escape("abandoned" if step["abandoned"] else restored)
-        bar = "" if value is None else bar_of(value, low, size)
-        table.add_row(*cells, bar, about, style="dim" if step["abandoned"] else "")
-    return table
+        rows.append(
+            [
+                *(step["step"], step["epoch"], _short(step["reward_mean"]), _short(step["reward_std"])),
+                *(_short(step["validation_reward"]), _short(step["seconds"]), _percent(step["idle_share"])),
+                f"{_short(step['staleness_mean'])} ≤ {step['staleness_max']}" if step["staleness_max"] else "",
+                step["groups"],
+                ", ".join(f"{count} {reason}" for reason, count in step["dropped"].items()),
+                step["failed"] or "",
+                *([_short(value)] if own else []),
+                "" if value is None else bar_of(value, low, size),
+                "abandoned" if step["abandoned"] else restored,
+            ]
+        )
+    bar = " " if own else plot
+    dim = frozenset(n for n, step in enumerate(found) if step["abandoned"])
+    main = ("step", "reward", "val", "seconds", "idle", "groups", "failed", *own, bar)
+    return Grid([*columns, *own, bar, ""], rows, main, texts=("dropped",), title=title, dim=dim)
 
 
 def _number(step: Mapping[str, Any], name: str) -> float | None:

@@ -10,9 +10,8 @@ from typer.testing import CliRunner
 import millstream as ms
 from millstream.consumers.control import find_experiment
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.pipeline.cli import open as open_module
 from millstream.pipeline.cli.main import app
-from millstream.pipeline.cli.workers import waits
+from millstream.pipeline.cli.questions.workers import waits
 from millstream.producers.control import publish_control
 from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.wire.records import Control, Triplet
@@ -21,7 +20,7 @@ from millstream.schemas.wire.records import Control, Triplet
 @pytest.fixture
 def log(monkeypatch):
     log = MemoryLog(ms.load_settings().topics)
-    monkeypatch.setattr(open_module, "KafkaLog", lambda settings: log)
+    monkeypatch.setattr("millstream.consumers.log.kafka_log.KafkaLog", lambda settings: log)
     return log
 
 

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 
 import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from millstream.pipeline.cli.main import app
+from millstream.pipeline.cli.main import COMMANDS as NAMES
+from millstream.pipeline.cli.main import _family, app
 
 
 def commands(group, *path):
@@ -122,3 +124,60 @@ def test_a_wrong_form_of_logs_is_named(name, value, tmp_path):
     result = millstream("workers", cwd=tmp_path, **{f"MILLSTREAM_{name}": value})
     assert result.returncode == 2
     assert f"setting {name.lower()} (MILLSTREAM_{name}): Input should be" in result.stderr
+
+
+def test_the_list_of_commands_says_what_their_own_help_says():
+    """It is written down, so that listing and completing imports none of them."""
+    for name, command in get_command(app).commands.items():
+        summary = NAMES[name][1]
+        assert " ".join((command.help or "").split()).startswith(summary), name
+    listed = CliRunner().invoke(app, ["--help"]).output
+    assert all(f" {name} " in listed for name in NAMES)
+
+
+def test_every_command_of_a_family_is_in_the_list():
+    families = {place for place, _ in NAMES.values() if ":" not in place}
+    found = {name for family in families for name in _family(family).commands}
+    assert found == {name for name, (place, _) in NAMES.items() if ":" not in place}
+
+
+def test_the_version(tmp_path):
+    result = millstream("--version", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, f"millstream {version('millstream')}\n")
+
+
+@pytest.mark.parametrize(("typed", "found"), [("ro", {"rollout", "rollouts"}), ("kafka ", {"up", "down", "status"})])
+def test_the_shell_completes_commands(typed, found, tmp_path):
+    """Entry C11."""
+    words = f"millstream {typed}"
+    result = millstream(
+        cwd=tmp_path, _MILLSTREAM_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(words.count(" "))
+    )
+    assert set(result.stdout.split()) == found
+
+
+def test_listing_and_completing_commands_imports_none_of_them(tmp_path):
+    """Entry C10: it has to be quick."""
+    code = "import sys; from millstream.pipeline.cli.main import app; app(['--help'], standalone_mode=False); "
+    code += "print([m for m in ('pydantic', 'aiokafka', 'chdb', 'torch', 'opentelemetry') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "heavy"),
+    [
+        ("rollouts", ("aiokafka", "confluent_kafka", "torch", "opentelemetry")),
+        ("workers", ("chdb", "clickhouse_connect", "torch", "opentelemetry")),
+        ("publish", ("chdb", "clickhouse_connect", "torch", "opentelemetry")),
+        ("up", ("chdb", "clickhouse_connect", "torch", "opentelemetry", "aiokafka")),
+        ("config", ("chdb", "clickhouse_connect", "torch", "opentelemetry", "aiokafka")),
+        ("train", ("chdb", "torch", "aiokafka")),
+    ],
+)
+def test_a_command_imports_what_it_needs_alone(command, heavy, tmp_path):
+    """Entry C10."""
+    code = "import sys; from millstream.pipeline.cli.main import app; "
+    code += f"app([{command!r}, '--help'], standalone_mode=False); print([m for m in {heavy!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("[]\n"), done.stdout[-200:]

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import millstream as ms
 from millstream.pipeline.cli import output
 from millstream.pipeline.cli.main import app
+from millstream.pipeline.cli.open import completed_id
 from millstream.pipeline.training.collector import Collector
 from millstream.pipeline.training.deployment import in_memory
 from millstream.pipeline.training.strategy import Setup
@@ -261,3 +262,32 @@ def test_watching_asks_again_until_ctrl_c(ask, monkeypatch):
     assert ask("rollouts", "--watch").count(FAILED) == 1  # not a terminal: the last table only
     assert next(waits, "asked twice") == "asked twice"
     assert CliRunner().invoke(app, ["rollouts", "--watch", "--json"]).exit_code == 2
+
+
+def test_a_part_of_an_id_that_fits_one_rollout_is_enough(ask, dsn):
+    """Entry B1: everywhere."""
+    for part in (WRONG[-12:], WRONG[-8:], WRONG[:36]):
+        assert f"rollout {WRONG} · succeeded" in ask("rollout", part)
+    for command in (["spans"], ["triplets", "--rollout"], ["rewards", "--rollout"]):
+        assert ask(*command, WRONG[-12:], "--json") == ask(*command, WRONG, "--json")
+    assert ask("diff", RIGHT[-12:], WRONG[-12:], "--json") == ask("diff", RIGHT, WRONG, "--json")
+    with pytest.raises(ConfigError, match="is part of the ids of 3 rollouts"):
+        ask("rollout", RIGHT[:6])
+    with pytest.raises(StoreError, match="the store has no rollout 'ffffffffffff'"):
+        ask("spans", "ffffffffffff")
+    with pytest.raises(StoreError, match="the store has no rollout"):
+        ask("spans", WRONG[-3:])  # too short to be meant
+    settings = ms.load_settings(clickhouse_dsn=dsn)
+    assert completed_id(settings, WRONG[-12:]) == WRONG
+    assert completed_id(settings, "my-own-id") == "my-own-id"
+    with pytest.raises(ConfigError, match="ffff-ffff is not a whole id, and can't be completed"):
+        completed_id(settings, "ffff-ffff")
+
+
+def test_short_ids_of_a_narrow_table_are_taken(ask, monkeypatch):
+    monkeypatch.setattr(output.out, "_width", 80)
+    monkeypatch.setattr(output.out, "_force_terminal", True)
+    table = ask("rollouts")
+    assert max(map(len, table.splitlines())) <= 80
+    assert WRONG[-12:] in table
+    assert WRONG not in table

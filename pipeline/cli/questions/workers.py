@@ -31,7 +31,13 @@ def workers(
         for w in with_log(settings, lambda log: read_workers(log, settings.topics))
         if ended or is_alive(w, now)
     ]
-    print_rows(["worker_id", "role", "host", "version", "slots", "running", "started", "last_seen"], rows, as_json)
+    print_rows(
+        ["worker_id", "role", "host", "version", "slots", "running", "started", "last_seen"],
+        rows,
+        as_json,
+        main=("worker_id", "role", "slots", "running", "last_seen"),
+        texts=("worker_id",),
+    )
 
 
 @app.command(epilog="Example: millstream lag --json")
