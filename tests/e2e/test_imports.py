@@ -29,6 +29,7 @@ UNSUPERVISED = {
     ("pipeline.algorithms.policy_gradient", "_validate_meanwhile"),
     ("pipeline.tracing.blocking", "noted"),
     ("pipeline.tracing.blocking", "run_blocking"),
+    ("pipeline.cli.setup.up", "_run"),
     ("pipeline.models.role", "run"),
     ("pipeline.services.fleet_load", "read"),
     ("pipeline.models.vllm_replica", "_until_down"),
