@@ -29,10 +29,11 @@ from examples.calculator.reward import LEDGER
 from examples.calculator.tasks import make_tasks
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import LocalKafka
-from millstream.pipeline.addresses import free_port
+from millstream.pipeline.addresses import LOOPBACK, free_port
+from millstream.pipeline.services.serve_asgi import listen
 from millstream.pipeline.store.clickhouse import ClickHouseStore
 from millstream.schemas.config.settings import Settings, load_settings
-from millstream.schemas.errors import MillstreamError
+from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.folders import own_folder
 
 TRAIN_TASKS = 2000
@@ -135,6 +136,9 @@ def main(
     ] = 0,
     adapter: Annotated[str, typer.Option(help="module:attribute in place of the adapter's, for another control.")] = "",
     agent: Annotated[str, typer.Option(help="module:attribute; see also langgraph_agent and autogen_team.")] = AGENT,
+    ui_port: Annotated[
+        int, typer.Option(min=0, help="Of the pages for a browser; any free one if it is taken, or 0.")
+    ] = 8700,
     seed: int = 0,
     svg: Annotated[Path | None, typer.Option(help="File to write what is printed to, as a picture.")] = None,
 ) -> None:
@@ -147,7 +151,7 @@ def main(
     try:
         kafka = kafka or verl
         prepare(run_dir, "" if kafka else agent, vllm, verl, max_steps, groups, max_staleness, lr, seed)
-        settings = over_kafka(run_dir, agent, adapter) if kafka else in_process(run_dir, adapter)
+        settings = over_kafka(run_dir, agent, adapter, ui_port) if kafka else in_process(run_dir, adapter, ui_port)
         summary = close(run_dir, settings, time.monotonic() - began)
     except MillstreamError as error:
         console.print("[red]error:[/red]", escape(str(error)), highlight=False)
@@ -156,6 +160,7 @@ def main(
         console.print("interrupted")
         raise typer.Exit(130) from None
     console.print(f"ask more: {_question(settings.clickhouse_dsn)}", highlight=False, soft_wrap=True)
+    console.print(f"look at it again: {_command(settings.clickhouse_dsn, 'ui')}", highlight=False, soft_wrap=True)
     learnt = summary["first_reward"] < FIRST_REWARD_BELOW and summary["validation_reward"] > VALIDATION_ABOVE
     console.print(
         f"first step {summary['first_reward']:.2f} → held-out validation {summary['validation_reward']:.2f}: "
@@ -220,18 +225,18 @@ def prepare(
     )
 
 
-def in_process(run_dir: Path, adapter: str) -> Settings:
+def in_process(run_dir: Path, adapter: str, ui_port: int) -> Settings:
     """Runs all roles in this process. The store is closed when this returns."""
     from millstream.pipeline.training.config import train_from
 
     (run_dir / "log").mkdir()
     logging.basicConfig(filename=run_dir / "log" / "demo.log", format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    train_from(run_dir / "train.toml", console, adapter=adapter)
+    train_from(run_dir / "train.toml", console, adapter=adapter, ui_port=_free(ui_port))
     return load_settings(clickhouse_dsn=f"chdb://{run_dir / 'store'}")
 
 
-def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
-    """Runs a broker and six processes; all have ended when this returns or raises."""
+def over_kafka(run_dir: Path, agent: str, adapter: str, ui_port: int) -> Settings:
+    """Runs a broker and seven processes; all have ended when this returns or raises."""
     proxy, model, queries = free_port(), free_port(), free_port()
     folder = run_dir / "store"
     with _broker(run_dir / "kafka") as bootstrap:
@@ -259,6 +264,10 @@ def over_kafka(run_dir: Path, agent: str, adapter: str) -> Settings:
             for number in (1, 2):
                 # Attempts are left to drain only after Ctrl-C, when nothing needs them.
                 processes.start(f"runner-{number}", "runner", agent, "--drain-s", "0", *ledger)
+            shown = {"MILLSTREAM_CLICKHOUSE_DSN": f"clickhouse://127.0.0.1:{queries}"}  # by the sink, which holds it
+            ui_port = _free(ui_port)
+            processes.start("ui", "ui", "--port", str(ui_port), more=shown)
+            console.print(f"watch it in a browser: http://127.0.0.1:{ui_port}/", highlight=False, soft_wrap=True)
             processes.start("trainer", "train", str(run_dir / "train.toml"), inherit_output=True)
             while (code := processes.check(job="trainer")) is None:
                 time.sleep(0.2)
@@ -311,8 +320,21 @@ def _broker(folder: Path) -> Iterator[str]:
 
 
 def _question(clickhouse_dsn: str) -> str:
+    return _command(clickhouse_dsn, 'sql "SELECT …"')
+
+
+def _command(clickhouse_dsn: str, command: str) -> str:
     millstream = Path(sys.executable).with_name("millstream")
-    return _from_here(f'MILLSTREAM_CLICKHOUSE_DSN={clickhouse_dsn} {millstream} sql "SELECT …"')
+    return _from_here(f"MILLSTREAM_CLICKHOUSE_DSN={clickhouse_dsn} {millstream} {command}")
+
+
+def _free(port: int) -> int:
+    """The port, or another one if it is taken."""
+    try:
+        listen(LOOPBACK, port).close()
+    except ConfigError:
+        return free_port()
+    return port
 
 
 def _from_here(text: object) -> str:

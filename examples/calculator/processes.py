@@ -28,14 +28,18 @@ class Processes:
         self._say = say
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._argv: dict[str, Sequence[str]] = {}
+        self._more: dict[str, Mapping[str, str]] = {}
         self._visible: dict[str, bool] = {}
         self._born: dict[str, float] = {}
         self._young_deaths: dict[str, int] = {}
         folder.mkdir(parents=True, exist_ok=True)
 
-    def start(self, name: str, *arguments: str, inherit_output: bool = False) -> None:
-        """Starts ``millstream ARGUMENTS``, detached from the terminal's signals."""
+    def start(
+        self, name: str, *arguments: str, inherit_output: bool = False, more: Mapping[str, str] | None = None
+    ) -> None:
+        """Starts ``millstream ARGUMENTS``, detached from the terminal's signals. ``more``: variables of its own."""
         self._argv[name] = arguments
+        self._more[name] = more or {}
         self._visible[name] = inherit_output
         self._start(name)
 
@@ -45,7 +49,7 @@ class Processes:
         try:
             self._running[name] = subprocess.Popen(
                 [sys.executable, "-m", "millstream.pipeline", *self._argv[name]],
-                env=self._env,
+                env=self._env | dict(self._more[name]),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,

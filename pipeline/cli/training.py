@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from millstream.pipeline.cli.open import open_settings
-from millstream.pipeline.cli.output import Json, err, out, print_json, print_rows, say
+from millstream.pipeline.cli.output import MAX_PORT, Json, err, out, print_json, print_rows, say
 from millstream.pipeline.cli.questions.experiments import Name, record_of
 from millstream.pipeline.cli.roles import HealthPort
 
@@ -29,6 +29,9 @@ def train(
         typer.Option(help="Learn from this one's recorded rollouts: its id, or its run's name. For type sft."),
     ] = None,
     health_port: HealthPort = 0,
+    ui_port: Annotated[
+        int, typer.Option(min=0, max=MAX_PORT, help="For a run in memory: shows it in a browser at this port; 0: off.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Train with a configuration file; show progress, then a summary. Needs the `train` extra."""
@@ -41,7 +44,7 @@ def train(
         else:
             say(text.rstrip())
         return
-    _train(config, health_port, as_json, from_experiment)
+    _train(config, health_port, as_json, from_experiment, ui_port or None)
 
 
 @app.command(epilog="Example: millstream reproduce calculator --run-dir runs/calculator-again")
@@ -82,10 +85,13 @@ def check(
         raise typer.Exit(1)
 
 
-def _train(config: Path, health_port: int, as_json: bool, from_experiment: str | None = None) -> None:
+def _train(
+    config: Path, health_port: int, as_json: bool, from_experiment: str | None = None, ui_port: int | None = None
+) -> None:
     from millstream.pipeline.training.config import train_from
 
-    summary = train_from(config, err if as_json else out, health_port=health_port, from_experiment=from_experiment)
+    console = err if as_json else out
+    summary = train_from(config, console, health_port=health_port, from_experiment=from_experiment, ui_port=ui_port)
     values = summary.first_reward, summary.validation_reward, summary.rollouts, summary.rollouts_per_second
     columns = ["steps", "first_reward", "validation_reward", "rollouts", "rollouts_per_second", "seconds"]
     rounded = [value if value is None else round(value, 3) for value in (*values, summary.seconds)]

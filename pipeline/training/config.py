@@ -6,6 +6,7 @@ import logging
 import tomllib
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -18,7 +19,7 @@ from millstream.pipeline.algorithms.options import Options, Sft, algorithm_of
 from millstream.pipeline.models.server import ModelServer
 from millstream.pipeline.models.vllm_process import Transfer, VllmOptions
 from millstream.pipeline.services.role_process import role_process
-from millstream.pipeline.training.deployment import strategy_of
+from millstream.pipeline.training.deployment import store_settings, strategy_of
 from millstream.pipeline.training.progress import ProgressView
 from millstream.pipeline.training.report import StepReport, Summary
 from millstream.pipeline.training.reporting.metrics import TrainingMetrics
@@ -26,6 +27,7 @@ from millstream.pipeline.training.reporting.record import RECORD, obstacles
 from millstream.pipeline.training.run import CHECKPOINTS
 from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.pipeline.training.trainer import Trainer
+from millstream.pipeline.ui.serve import serving_pages
 from millstream.producers.files import write_atomically
 from millstream.schemas.config.settings import Settings, load_settings, problems_of
 from millstream.schemas.errors import ConfigError
@@ -136,6 +138,20 @@ def with_probes(strategy: Strategy, health_port: int, metrics: TrainingMetrics |
     return running
 
 
+def with_pages(strategy: Strategy, port: int, say: Callable[[str], object]) -> Strategy:
+    """The strategy of a run in memory with pages for a browser at ``port`` of this machine, 0 for any free one: only
+    the process that holds an embedded store can show it. ``say`` gets their address."""
+
+    @asynccontextmanager
+    async def running(setup: Setup) -> AsyncIterator[tuple[Log, ModelServer | None]]:
+        async with strategy(setup) as (log, server):
+            with serving_pages(store_settings(setup), log, port=port) as address:
+                say(address)
+                yield log, server
+
+    return running
+
+
 def load_config(path: Path, from_experiment: str | None = None) -> TrainConfig:
     """``from_experiment``: in place of the file's ``algorithm.data.experiment``. Raises `ConfigError` naming the file
     and each wrong entry."""
@@ -226,10 +242,12 @@ def train_from(
     adapter: str = "",
     health_port: int = 0,
     from_experiment: str | None = None,
+    ui_port: int | None = None,
 ) -> Summary:
     """Trains with a live view and writes the summary to ``train.json`` in the run's folder. ``adapter`` is
     ``module:attribute`` of a function from traces to triplets, for runs in memory. ``health_port``:
-    as `role_process` serves it. ``from_experiment``: see `load_config`.
+    as `role_process` serves it. ``from_experiment``: see `load_config`. ``ui_port``: as
+    `with_pages` serves a run in memory; None: no pages.
 
     Raises `ConfigError` if the file is wrong or the `train` extra is missing.
     """
@@ -237,11 +255,18 @@ def train_from(
     reports = _reports(config)
     metrics = TrainingMetrics()
     settings = load_settings()
-    with ProgressView(console or Console(), config.run) as view:
+    console = console or Console()
+    strategy = strategy_of(config.strategy)
+    if ui_port is not None:
+        if config.strategy != "memory":
+            raise ConfigError("--ui-port is for runs in memory; over Kafka start `millstream ui`")
+        say = partial(console.print, highlight=False, soft_wrap=True)
+        strategy = with_pages(strategy, ui_port, lambda address: say(f"watch it in a browser: {address}"))
+    with ProgressView(console, config.run) as view:
         trainer = _trainer(
             config,
             settings,
-            with_probes(strategy_of(config.strategy), health_port, metrics),
+            with_probes(strategy, health_port, metrics),
             adapter=load_object("adapter", adapter, str(Path.cwd())) if adapter else None,
             on_step=lambda report: [each(report) for each in (view.on_step, metrics.ended, *reports)],
         )

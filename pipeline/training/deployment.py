@@ -27,6 +27,7 @@ from millstream.pipeline.proxy.upstreams.targets import DEFAULT
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.producers.supervisor import supervised, supervisor
+from millstream.schemas.config.settings import Settings
 from millstream.schemas.config.upstreams import Upstream
 from millstream.schemas.errors import ConfigError
 
@@ -38,12 +39,17 @@ BASE_VERSION: Final = "base.0.0"  # of a model that no trainer has updated yet
 async def in_memory(setup: Setup) -> AsyncIterator[tuple[Log, ModelServer | None]]:
     """All roles in this process: in-memory log, embedded store in the run's folder, the engine on loopback. Only vLLM
     runs as a process."""
-    settings = setup.settings.model_copy(update={"clickhouse_dsn": f"chdb://{(setup.run_dir / 'store').resolve()}"})
+    settings = store_settings(setup)
     log = MemoryLog(settings.topics)
     async with _supervised(), _served_model(setup, ANY_PORT) as (server, urls):
         settings = settings.model_copy(update={"upstreams": _upstreams(urls), "routes": {}})
         async with _local_roles(log, replace(setup, settings=settings)):
             yield log, server
+
+
+def store_settings(setup: Setup) -> Settings:
+    """Of the store of a run in memory: embedded, in the run's folder."""
+    return setup.settings.model_copy(update={"clickhouse_dsn": f"chdb://{(setup.run_dir / 'store').resolve()}"})
 
 
 @asynccontextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from millstream.pipeline.addresses import free_port
 from millstream.pipeline.training.config import RESOLVED, again, dry_run, load_config, train_from
 from millstream.pipeline.training.run import read_record
 from millstream.schemas.errors import ConfigError
@@ -61,6 +62,34 @@ def test_hooks_of_the_file_surround_the_agent_of_the_file(tmp_path: Path, monkey
     file.write_text(CONFIG.replace("AGENT", ""))
     with pytest.raises(ConfigError, match="hooks run where the agent does: give the runners --hook"):
         train_from(file)
+
+
+def test_a_run_in_memory_shows_its_store_in_a_browser_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only the process that holds an embedded store can serve it: here the agent is the browser."""
+    from examples.calculator import model
+
+    port = free_port()
+    watching = f"""
+from urllib.request import urlopen
+
+def agent(input):
+    page = urlopen("http://127.0.0.1:{port}/", timeout=60).read().decode()
+    return float("Rollouts a second" in page and "can't be opened" not in page)
+"""
+    monkeypatch.chdir(tmp_path)
+    model.create(tmp_path / "model", 0)
+    (tmp_path / "watching.py").write_text(watching)
+    (tmp_path / "tasks.jsonl").write_text(json.dumps({"input": "one"}))
+    file = tmp_path / "train.toml"
+    text = CONFIG.replace("AGENT", 'agent = "watching:agent"').replace('hooks = ["around:note"]', "")
+    file.write_text(text)
+    assert train_from(file, ui_port=port).validation_reward == 1.0
+    assert f"watch it in a browser: http://127.0.0.1:{port}/" in capsys.readouterr().out
+    file.write_text(text.replace('"memory"', '"kafka"'))
+    with pytest.raises(ConfigError, match="millstream ui"):
+        train_from(file, ui_port=port)
 
 
 @pytest.mark.torch

@@ -6,6 +6,7 @@ import struct
 import time
 from dataclasses import dataclass, field, replace
 from typing import Any
+from zlib import crc32
 
 import factories
 
@@ -74,7 +75,8 @@ def conversation_of(task: RolloutTask, attempt: str, question: str, answers: lis
     spans, said = [root], [("system", "You use a calculator."), ("user", question)]
     for n, answer in enumerate(answers):
         at = start + (n * len(answers) + 1) * S // 4
-        tokens = [10 + i for i in range(max(len(answer.split()), 1) * 2)]
+        words = answer.split()[:50] * 2
+        tokens = [10 + crc32(f"{word} {i}".encode()) % 900 for i, word in enumerate(words)]
         spans.append(
             factories.call(
                 task,
