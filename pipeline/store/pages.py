@@ -86,9 +86,8 @@ SELECT rollout_id, status, reward, turns, model_version, trainable, ifNull(reaso
     substringUTF8(error_message, 1, 240) AS error_message, duration_s, experiment_id, group_size,
     substringUTF8(input, 1, 4000) AS input
 FROM rollouts
-WHERE group_id = {group_id:String}
+WHERE rollout_id IN {ids:Array(String)}
 ORDER BY reward DESC NULLS LAST, rollout_id
-LIMIT {limit:UInt32}
 """
 TURN_REWARDS: Final = """
 SELECT rollout_id, turn, reward

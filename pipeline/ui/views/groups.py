@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from millstream.pipeline.algorithms.estimators import Turns, grpo_group, turn_rewards
 from millstream.pipeline.store import pages
-from millstream.pipeline.store.queries import Ask, read_spans
+from millstream.pipeline.store.queries import Ask, read_newest, read_spans
 from millstream.pipeline.store.rollout_diff import Step, steps
 from millstream.pipeline.ui.render import page
 from millstream.pipeline.ui.source import Source
@@ -35,11 +35,12 @@ class Member:
 def group(request: Request) -> Response:
     source: Source = request.app.state.source
     ask, group_id = source.store.sql, request.path_params["id"]
-    rows = ask(pages.MEMBERS, {"group_id": group_id, "limit": MEMBERS}).records()
+    ids = _members(ask, group_id)
+    rows = ask(pages.MEMBERS, {"ids": ids}).records() if ids else []
     if not rows:
         raise HTTPException(404, f"The store has no group {group_id!r}.")
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
-    advantages = advantages_of(ask, group_id, [row["rollout_id"] for row in rows])
+    advantages = advantages_of(ask, group_id)
     walks = _walks(ask, [row["rollout_id"] for row in rows[:SIDE_BY_SIDE]])
     first = walks.get(rows[0]["rollout_id"], [])
     members = []
@@ -60,11 +61,13 @@ def group(request: Request) -> Response:
     return page(request, "group.html", values)
 
 
-def advantages_of(ask: Ask, group_id: str, ids: list[str] | None = None) -> dict[str, Turns]:
+def _members(ask: Ask, group_id: str) -> list[str]:
+    return read_newest(ask, {"group_id": group_id}, "ASC", MEMBERS, 0)
+
+
+def advantages_of(ask: Ask, group_id: str) -> dict[str, Turns]:
     """The advantage of each turn of each member, as GRPO computes it within a group (see `grpo_group`)."""
-    if ids is None:
-        rows = ask(pages.MEMBERS, {"group_id": group_id, "limit": MEMBERS}).records()
-        ids = [row["rollout_id"] for row in rows]
+    ids = _members(ask, group_id)
     given: dict[str, list[tuple[int, float | None]]] = {}
     for rollout_id, turn, reward in ask(pages.TURN_REWARDS, {"ids": ids}).rows:
         given.setdefault(rollout_id, []).append((turn, reward))

@@ -30,6 +30,7 @@ def main(address: str, folder: Path) -> None:
 
             page.goto(address)
             page.wait_for_selector(".chart[data-ready]")
+            page.wait_for_timeout(500)  # the chart is drawn in the next frame
             shot("overview")
             if scheme == "dark":
                 continue
@@ -49,7 +50,7 @@ def main(address: str, folder: Path) -> None:
             shot("group")
             page.goto(f"{address}experiments")
             page.locator("tbody a").first.click()
-            page.wait_for_function("document.querySelectorAll('.chart[data-ready]').length === 2")
+            page.locator(".chart[data-ready]").nth(1).wait_for()
             shot("experiment")
 
 

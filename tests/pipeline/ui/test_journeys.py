@@ -9,7 +9,8 @@ from millstream.pipeline.ui.serve import serving_pages
 from tests.pipeline.ui.chromium import MISSING, chromium, installed, watched
 from tests.pipeline.ui.rig import World
 
-pytest.importorskip("playwright", reason=MISSING)
+expect = pytest.importorskip("playwright.sync_api", reason=MISSING).expect
+expect.set_options(timeout=60_000)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(installed() is None, reason=MISSING)]
 TOKEN = "s3cret"
 
@@ -31,6 +32,7 @@ def page(browser_process: Any) -> Iterator[Any]:
     """Fails the test for an error on the console."""
     opened = browser_process.new_page(viewport={"width": 1280, "height": 900})
     opened.set_default_timeout(60_000)
+    opened.add_init_script("sessionStorage.setItem('live', 'off')")  # a request that a reload cuts off is an error
     errors = watched(opened)
     yield opened
     opened.close()
@@ -42,7 +44,7 @@ def test_from_the_curve_to_a_rollout_and_its_tokens(page: Any, address: str) -> 
     page.wait_for_selector(".chart[data-ready]")
     box = page.locator(".u-over").bounding_box()
     page.mouse.move(box["x"] + 2, box["y"] + box["height"] / 2)
-    page.wait_for_function("document.querySelector('.chart-note').textContent.startsWith('calc.0.0')")
+    expect(page.locator(".chart-note")).to_contain_text("calc.0.0")
     page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
     page.wait_for_url("**/rollouts?**version=calc.0.0")
     assert page.locator("tbody tr").count() == 4
@@ -58,14 +60,14 @@ def test_filters_and_search_change_the_list_and_the_address(page: Any, address: 
     everything = page.locator("tbody tr").count()
     page.select_option("#f-status", "failed")
     page.wait_for_url("**status=failed**")
-    page.wait_for_function("document.querySelectorAll('tbody tr').length === 1")
+    expect(page.locator("tbody tr")).to_have_count(1)
     page.select_option("#f-status", "")
     page.keyboard.press("Escape")
     page.locator("h1").click()
     page.keyboard.press("/")
     page.keyboard.type("multiply(2, 3)")
     page.wait_for_url("**q=multiply**")
-    page.wait_for_function("document.querySelectorAll('tbody tr').length === 1")
+    expect(page.locator("tbody tr")).to_have_count(1)
     page.reload()
     assert page.locator("tbody tr").count() == 1 < everything
     assert page.input_value("#f-q") == "multiply(2, 3)"
@@ -76,7 +78,6 @@ def test_spans_open_with_what_they_hold_and_stay_open(page: Any, address: str, w
     page.locator(".span > summary").first.click()
     page.wait_for_selector(".span .attributes")
     page.evaluate("htmx.ajax('GET', location.pathname + '?seen=', {target: '#rollout', swap: 'outerHTML'})")
-    page.wait_for_function("document.querySelector('#rollout').getAttribute('hx-get') !== null")
     page.wait_for_selector(".span[open] .attributes")
     page.keyboard.press("j")
 
@@ -102,7 +103,7 @@ def test_sql_is_run_and_leads_to_rollouts(page: Any, address: str) -> None:
     page.wait_for_selector("tbody tr")
     page.fill("#q", "SELECT rollout_id FROM rollouts WHERE status = 'failed'")
     page.locator("#q").press("Control+Enter")
-    page.wait_for_function("document.querySelectorAll('tbody tr').length === 1")
+    expect(page.locator("tbody tr")).to_have_count(1)
     page.locator("tbody a").click()
     page.wait_for_selector("text=three is <b>too</b> many")
 
