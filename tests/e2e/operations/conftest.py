@@ -121,8 +121,9 @@ class Watched:
 
 
 @pytest.fixture
-def watched(tmp_path: Path) -> Iterator[Callable[..., Watched]]:
-    """Makes a `Watched` of a deployment's settings and its ``MILLSTREAM_`` variables; ends its processes."""
+def watched(tmp_path: Path, kafka_settings: object) -> Iterator[Callable[..., Watched]]:
+    """Makes a `Watched` of a deployment's settings and its ``MILLSTREAM_`` variables; ends its processes, before
+    ``kafka_settings`` deletes their topics."""
     made: list[Watched] = []
 
     def make(settings: Settings, **variables: str) -> Watched:

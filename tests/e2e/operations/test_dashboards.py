@@ -32,7 +32,7 @@ pytestmark = [
 ]
 RULES = Path(__file__).parents[3] / "deploy" / "prometheus" / "rules.yml"
 ROLES = ("adapter", "sink", "proxy", "runner", "gateway", "trainer")
-ANSWERED_S = 200.0
+ANSWERED_S = 400.0  # a minute on an idle machine; a busy one takes several
 
 AGENT = """
 import random
@@ -105,7 +105,7 @@ def sql(query: str, since: float) -> str:
     )
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 async def test_every_query_of_every_panel_answers_something(
     watched: Callable[..., Any], kafka_settings: Callable[..., Settings], tmp_path: Path
 ) -> None:
