@@ -45,6 +45,7 @@ COMMANDS: Final = {
     "pause": ("control", "Stop claiming an experiment's tasks"),
     "resume": ("control", "Claim a paused experiment's tasks again."),
     "paused": ("control", "List paused experiments."),
+    "top": ("questions.top", "Show the deployment, live: rollouts of the last ten minutes, workers, load"),
     "workers": ("questions.workers", "List running processes, their slots and their running attempts."),
     "lag": ("questions.workers", "Show waiting tasks and the load"),
     "rollouts": ("questions.ask", "List rollouts, newest first."),

@@ -1,8 +1,10 @@
 """Commands that show what the store holds: rollouts, their spans, triplets and rewards, and how two of them differ."""
 
+import asyncio
 import struct
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -119,8 +121,14 @@ def spans(
     rollout: RolloutId,
     as_json: Json = False,
     full: Annotated[bool, typer.Option(help="With --json: include contents of more than 256 KB.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Each span as it comes, until the rollout ends.")] = False,
 ) -> None:
     """Show a rollout's spans as a tree per attempt, with durations, tokens, rewards and errors."""
+    if follow:
+        if as_json or full:
+            raise typer.BadParameter("--follow prints a line for each span: leave out --json and --full")
+        _follow(rollout)
+        return
     with open_store(open_settings()) as store:
         rollout = _known(store, rollout).rollout_id
         attempts, found = store.attempts(rollout), store.spans(rollout)
@@ -139,6 +147,18 @@ def spans(
         below = children([normalised(span) for span in found if span.attempt_id == attempt.attempt_id])
         _grow(tree, below.get("", ()), below)
         out.print(tree)
+
+
+def _follow(wanted: str) -> None:
+    with open_store(open_settings()) as store:
+        rollout = _known(store, wanted).rollout_id
+
+        async def show() -> None:
+            async for span in store.follow(rollout):
+                out.print(f"[dim]{date(span.start)}[/dim] {_span_line(normalised(span))}")
+
+        with suppress(KeyboardInterrupt):
+            asyncio.run(show())
 
 
 def _grow(tree: Tree, level: Sequence[Span], below: Any) -> None:
