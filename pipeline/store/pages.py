@@ -63,7 +63,7 @@ SELECT experiment_id, any(run) AS run, max(step) AS last_step, count() AS steps,
     sum(other_s) AS other_s, max(toUnixTimestamp64Nano(ended_at)) AS ended
 FROM (
     SELECT * FROM training_steps
-    WHERE experiment_id = (SELECT experiment_id FROM training_steps ORDER BY ended_at DESC LIMIT 1)
+    WHERE experiment_id IN (SELECT experiment_id FROM training_steps ORDER BY ended_at DESC LIMIT 1)
     ORDER BY epoch DESC, step DESC LIMIT 20
 )
 GROUP BY experiment_id
