@@ -39,7 +39,7 @@ class SteadyOptions(BaseModel):
 
     validate_every: int = Field(0, ge=0, description="Steps between two validations. 0: only at the end.")
     checkpoint_every: int = Field(1, ge=1, description="Steps. Above 1 it is written while training goes on.")
-    keep_checkpoints: int = Field(3, ge=1)
+    keep_checkpoints: int = Field(3, ge=1, description="The last ones.")
 
 
 class LoopOptions(SteadyOptions):
@@ -66,23 +66,23 @@ class LearnerOptions(BaseModel):
 
     model: Path = Field(description="Hugging Face folder of the policy.")
     preset: Literal["random", "pretrained"] = Field("random", description="The model's weights at the beginning.")
-    lr: float = Field(5e-4, ge=0)
+    lr: float = Field(5e-4, ge=0, description="Learning rate.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="The others fall to 0.")
     warmup: int = Field(0, ge=0, description="Updates in which the learning rate rises.")
     updates: int | None = Field(None, ge=1, description="At which the learning rate has fallen to 0.")
     weight_decay: float = Field(0.0, ge=0, description="Above 0: AdamW.")
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="Larger gradients are scaled down to it.")
     minibatch: int = Field(128, ge=1, description="Turns per optimizer step; rows with merge_turns.")
     microbatch: int | None = Field(None, ge=1, description="Rows evaluated at a time; bounds memory.")
     merge_turns: bool = Field(False, description="Merge turns that continue each other into one row.")
     kl: float = Field(0.0, ge=0, description="Weight of the distance to `reference`. 0: none is loaded.")
-    divergence: Literal["k2", "k3"] = "k3"
+    divergence: Literal["k2", "k3"] = Field("k3", description="Estimate of that distance; see `losses.divergence`.")
     reference: Path | None = Field(None, description="Default: `model`.")
     device: str = Field("cpu", description='Or "cuda", "cuda:1", …')
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the forward pass.")
     lora_rank: int = Field(0, ge=0, description="0: all weights are trained. Needs peft.")
-    lora_alpha: float = Field(32.0, gt=0)
-    seed: int = 0
+    lora_alpha: float = Field(32.0, gt=0, description="Adapters count alpha / rank times.")
+    seed: int = Field(0, description="Of the order of rows, and of new adapters.")
 
     @model_validator(mode="before")
     @classmethod
@@ -158,7 +158,7 @@ class ReinforcePP(TorchOptions):
     choices = {"estimator": "reinforce_pp"}
 
     type: Literal["reinforce_pp"] = "reinforce_pp"
-    divergence: Literal["k2", "k3"] = "k2"  # the paper's
+    divergence: Literal["k2", "k3"] = Field("k2", description="The paper's.")
 
 
 class Gspo(TorchOptions):
@@ -167,7 +167,7 @@ class Gspo(TorchOptions):
     choices = {"estimator": "grpo_group", "loss": "gspo", "aggregation": "sequence-mean-token-mean"}
 
     type: Literal["gspo"] = "gspo"
-    clip: Clip = (3e-4, 4e-4)
+    clip: Clip = Field((3e-4, 4e-4), description="The paper's.")
 
 
 class Cispo(TorchOptions):
@@ -176,7 +176,7 @@ class Cispo(TorchOptions):
     choices = {"loss": "cispo"}
 
     type: Literal["cispo"] = "cispo"
-    clip: Clip = (1.0, 0.28)  # no lower bound
+    clip: Clip = Field((1.0, 0.28), description="No lower bound.")
 
 
 class Ppo(TorchOptions):
@@ -185,8 +185,8 @@ class Ppo(TorchOptions):
     choices = {"estimator": "plain"}
 
     type: Literal["ppo"] = "ppo"
-    clip: Clip = (0.2, 0.2)
-    critic_lr: float = Field(5e-4, ge=0)
+    clip: Clip = Field((0.2, 0.2), description="The paper's.")
+    critic_lr: float = Field(5e-4, ge=0, description="Learning rate of the critic.")
 
     def learner_arguments(self) -> dict[str, Any]:
         from millstream.pipeline.algorithms.critic import CriticOptions
@@ -229,12 +229,15 @@ class Recorded(BaseModel):
 
 
 class Sft(SteadyOptions, ImitationOptions):
-    """Fine-tuning on recorded rollouts, whose chosen answers are imitated."""
+    """Fine-tuning on recorded rollouts, whose chosen answers are imitated. The learning rate of the preset `pretrained`
+    is 1e-5, which full fine-tuning commonly takes."""
 
     presets = {"pretrained": {"lr": 1e-5, "warmup": 20, "weight_decay": 0.1}}
 
     type: Literal["sft"] = "sft"
-    data: Recorded = Field(default_factory=lambda: Recorded.model_validate({}))
+    data: Recorded = Field(
+        default_factory=lambda: Recorded.model_validate({}), description="Which rollouts: see `[algorithm.data]`."
+    )
     epochs: int = Field(3, ge=1, description="Passes over all rows.")
     rows_per_step: int = Field(512, ge=1, description="Turns between two reports; rows with merge_turns.")
 

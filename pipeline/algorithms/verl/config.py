@@ -27,22 +27,24 @@ class VerlOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: Path = Field(description="Hugging Face folder of the policy.")
-    groups_per_step: int = Field(16, ge=1)
-    group_size: int = Field(8, ge=1)
+    groups_per_step: int = Field(16, ge=1, description="Tasks that a step trains on.")
+    group_size: int = Field(8, ge=1, description="Rollouts of each.")
     minibatch: int = Field(16, ge=1, description="Groups per optimizer step; it divides groups_per_step.")
     epochs: int = Field(1, ge=1, description="Passes over the groups of a step.")
     lr: float = Field(1e-6, ge=0, description="For a pretrained model; 1e-3 for the calculator's random weights.")
-    entropy: float = Field(0.0, ge=0)
-    clip: tuple[float, float] = (0.2, 0.28)  # DAPO, arXiv:2503.14476: a higher upper clip keeps exploration alive
+    entropy: float = Field(0.0, ge=0, description="Bonus.")
+    clip: tuple[float, float] = Field(
+        (0.2, 0.28), description="DAPO's (arXiv:2503.14476): a higher upper clip keeps exploration alive."
+    )
     kl: float = Field(
         0.0, ge=0, description="Weight of the distance (k3) to the initial model; 0: no reference is loaded."
     )
     advantage: Literal["turns", "gae"] = Field(
         "turns", description="turns: of each turn within its group, as GRPO; gae: of each token, by a critic."
     )
-    critic_lr: float = Field(1e-5, ge=0)
+    critic_lr: float = Field(1e-5, ge=0, description="Learning rate of the critic.")
     lora_rank: int = Field(0, ge=0, description="0: all weights are trained. The merged weights are published.")
-    lora_alpha: int = Field(16, ge=1)
+    lora_alpha: int = Field(16, ge=1, description="Adapters count alpha / rank times.")
     merge_turns: bool = Field(True, description="Merge turns that continue each other into one row.")
     ahead: float = Field(0.0, ge=0, description="Steps whose groups are under way while a step is trained on.")
     max_staleness: int = Field(
@@ -56,12 +58,12 @@ class VerlOptions(BaseModel):
     engine: Literal["fsdp2", "megatron"] = Field(
         "fsdp2", description="megatron is not tested on GPUs, nor is fsdp2 there."
     )
-    device: Literal["cuda", "cpu"] = "cuda"
+    device: Literal["cuda", "cpu"] = Field("cuda", description="The CPU is for tests.")
     dtype: Literal["bfloat16", "float32"] = Field(
         "bfloat16", description="Of forward and backward; the optimizer's is float32."
     )
-    nodes: int = Field(1, ge=1)
-    gpus_per_node: int = Field(8, ge=1)
+    nodes: int = Field(1, ge=1, description="Machines of the Ray cluster.")
+    gpus_per_node: int = Field(8, ge=1, description="Ranks on each.")
     micro_batch: int = Field(4, ge=1, description="Rows per forward pass of a GPU.")
     max_prompt: int = Field(8192, ge=1, description="Tokens of a row's prompt.")
     max_response: int = Field(8192, ge=1, description="Tokens of a row after its prompt.")

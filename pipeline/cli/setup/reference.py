@@ -63,10 +63,10 @@ task of the gateway's `POST /tasks`. Only `input` has to be there.
 
 
 def _training_files() -> str:
-    from millstream.pipeline.algorithms.options import PRESETS, Torch, VerlTable
+    from millstream.pipeline.algorithms.options import PRESETS, LearnerOptions, Rft, Sft, Torch, VerlTable
     from millstream.pipeline.training.config import ModelConfig, ReportConfig, TrainConfig
 
-    kinds: tuple[type[BaseModel], ...] = (*get_args(Torch), VerlTable)
+    kinds: tuple[type[BaseModel], ...] = (*get_args(Torch), Rft, Sft, VerlTable)
     common = kinds[0]
     types = ", ".join(f"`{_type_of(kind)}`" for kind in kinds)
     parts = [
@@ -75,7 +75,7 @@ def _training_files() -> str:
         _table(TrainConfig),
         f"## `[model]`\n\n{_table(ModelConfig)}",
         f"## `[report]`\n\n{_table(ReportConfig)}",
-        f"## `[algorithm]`\n\n`type` is one of {types}. All but `verl` take these options:\n\n"
+        f"## `[algorithm]`\n\n`type` is one of {types}. All but `verl` take these options, and `rft` and `sft` some of them:\n\n"
         + _rows({name: field for name, field in common.model_fields.items() if name != "type"}),
     ]
     presets = [
@@ -83,11 +83,18 @@ def _training_files() -> str:
     ]
     parts.append(f"Defaults of a `preset`: {'; '.join(presets)}.\n")
     for kind in kinds:
-        own = {
-            n: f for n, f in kind.model_fields.items() if n != "type" and repr(f) != repr(common.model_fields.get(n))
-        }
+        shared = common.model_fields if issubclass(kind, LearnerOptions) else {}
+        own = {n: f for n, f in kind.model_fields.items() if n != "type" and repr(f) != repr(shared.get(n))}
         about = " ".join((kind.__doc__ or "").split())
+        without = [f"`{name}`" for name in common.model_fields if name not in kind.model_fields]
+        if kind in (Rft, Sft):
+            about = f"{about} It has no {', '.join(without[:-1])} and {without[-1]}."
         parts.append(f'### `type = "{_type_of(kind)}"`\n\n{about}\n' + (f"\n{_rows(own)}" if own else ""))
+        parts += [
+            f"#### `[algorithm.{name}]`\n\n{_table(field.annotation)}"
+            for name, field in own.items()
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+        ]
     return "\n".join(parts)
 
 

@@ -30,6 +30,12 @@ def test_each_setting_and_field_says_what_it_means(model: type[Settings] | type[
     assert [name for name, field in model.model_fields.items() if not field.description] == []
 
 
+def test_each_option_of_a_training_file_says_what_it_means() -> None:
+    text = (ROOT / "docs" / "training-files.md").read_text()
+    assert [line for line in text.splitlines() if line.endswith("|  |")] == []
+    assert all(f'### `type = "{kind}"`' in text for kind in ("grpo", "rft", "sft", "verl"))
+
+
 def test_no_page_shows_a_secret_or_this_machine() -> None:
     for name in PAGES:
         text = (ROOT / "docs" / f"{name}.md").read_text()
