@@ -76,8 +76,7 @@ def _training_files() -> str:
         f"## `[model]`\n\n{_table(ModelConfig)}",
         f"## `[report]`\n\n{_table(ReportConfig)}",
         f"## `[algorithm]`\n\n`type` is one of {types}. All but `verl` take these options, and `rft` and `sft` some of "
-        "them:\n\n"
-        + _rows({name: field for name, field in common.model_fields.items() if name != "type"}),
+        "them:\n\n" + _rows({name: field for name, field in common.model_fields.items() if name != "type"}),
     ]
     presets = [
         f"`{name}`: {', '.join(f'{k} = {v}' for k, v in values.items())}" for name, values in PRESETS.items() if values

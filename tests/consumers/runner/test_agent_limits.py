@@ -179,7 +179,7 @@ BAD = """
         for stream in (sys.stdin, sys.stdout):
             stream.close()
         os.close(0)
-        print("in a fork")
+        print("printed to a closed stream")
 
     def moves(input):
         os.chdir("/")
@@ -246,7 +246,7 @@ EXPECTED = {
     "generates": ("failed", "TypeError", "which nothing runs"),
     "odd": ("succeeded", None, ""),
     "moves": ("failed", "ValueError", "moved"),
-    "closes": ("failed", "", ""),
+    "closes": ("succeeded", None, ""),  # what it prints then is kept all the same
     "forks": ("succeeded", None, ""),
     "fork_raises": ("succeeded", None, ""),
     "fork_goes_on": ("succeeded", None, ""),
@@ -297,13 +297,13 @@ async def test_misbehaving_agents_end_only_their_own_attempt_with_a_clear_error(
     assert said.count("what a process that the agent has forked emits or saves is not recorded") == 3
     for how in ("failed", "succeeded"):
         assert f"a process that the agent forked came back from it ({how}) and ends here" in said
-    assert (tmp_path / "output").stat().st_size == 100 << 20
+    assert (tmp_path / "errors").stat().st_size > 100 << 20  # what it printed, in lines of the log
     found = json.loads((tmp_path / "found.json").read_text())
     for name, (status, error, message) in EXPECTED.items():
         assert found[name][0] == status, name
         assert error == "" or found[name][1] == error, name
         assert message in (found[name][2] or ""), name
-    assert found["closes"][1] in ("ValueError", "OSError")
+    assert "printed to a closed stream" in said
     assert json.loads(found["good"][3]) == str(tmp_path)
     assert {name: json.loads(found[name][3]) for name in OUTPUTS} == OUTPUTS
 
