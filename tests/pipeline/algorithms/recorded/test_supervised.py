@@ -104,6 +104,9 @@ type = "{kind}"
 model = "{folder}"
 best_of_group = 0
 """
+    if kind != "sft":
+        (path / "tasks.jsonl").write_text('{"input": 1}\n')
+        text = f'tasks = "{path}/tasks.jsonl"\n{text}'
     file = path / "train.toml"
     file.write_text(text + (f'[algorithm.data]\nstore = "chdb://{recorded}/store"\n{data}' if kind == "sft" else ""))
     return file
