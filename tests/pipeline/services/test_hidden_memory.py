@@ -60,6 +60,6 @@ def test_every_command_hides_its_memory(monkeypatch: pytest.MonkeyPatch) -> None
 
     hidden: list[bool] = []
     monkeypatch.setattr(main, "hide_memory", lambda: hidden.append(True))
-    monkeypatch.setattr(main, "app", lambda: None)
+    monkeypatch.setattr(main, "app", lambda prog_name: None)
     main.main()
     assert hidden == [True]
