@@ -5,6 +5,7 @@ import logging
 import socket
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -209,7 +210,7 @@ class KafkaLog:
         try:
             for created in (admin.create_topics(new) if new else {}).values():
                 try:
-                    created.result(self._policy.create_s)
+                    _answer(created, self._policy.create_s)
                 except KafkaException as error:
                     if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:  # another process was faster
                         raise
@@ -236,7 +237,7 @@ class KafkaLog:
             if change:
                 changed.append(resource)
         for altered in (self._watermarks.client.incremental_alter_configs(changed) if changed else {}).values():
-            altered.result(self._policy.check_s)
+            _answer(altered, self._policy.check_s)
 
     def _described(
         self, topics: Sequence[Topic], timeout_s: float
@@ -244,7 +245,8 @@ class KafkaLog:
         """The configuration of each topic."""
         resources = [ConfigResource(ResourceType.TOPIC, topic.name) for topic in topics]
         described = self._watermarks.client.describe_configs(resources) if resources else {}
-        configs = {r.name: (r, {e.name: e.value for e in d.result(timeout_s).values()}) for r, d in described.items()}
+        answers = {resource: _answer(found, timeout_s).values() for resource, found in described.items()}
+        configs = {r.name: (r, {entry.name: entry.value for entry in entries}) for r, entries in answers.items()}
         return [(topic, *configs[topic.name]) for topic in topics]
 
     def _topic_config(self, topic: Topic) -> dict[str, Any]:
@@ -266,6 +268,14 @@ class KafkaLog:
 
 def _retention_ms(topic: Topic) -> str:
     return str(int(topic.kept_s * 1000))
+
+
+def _answer(asked: Future[Any], timeout_s: float) -> Any:
+    """Of a request to the brokers. Raises `KafkaException`, also if none comes in time."""
+    try:
+        return asked.result(timeout_s)
+    except TimeoutError:
+        raise KafkaException(KafkaError(KafkaError._TIMED_OUT, f"no answer within {timeout_s:g} s")) from None
 
 
 def _forgets(topic: Topic, config: Mapping[str, str]) -> bool:

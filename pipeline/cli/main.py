@@ -118,7 +118,12 @@ class Families(TyperGroup):
         """There are none but `COMMANDS`."""
 
 
-app = typer.Typer(cls=Families, no_args_is_help=True, help="Train AI agents over an event stream.")
+app = typer.Typer(
+    cls=Families,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # a stack goes into logs as it is
+    help="Train AI agents over an event stream.",
+)
 
 
 def _version(wanted: bool) -> None:

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.torch, pytest.mark.timeout(900)]
 # A control has as many steps as the learning run needs to leave the rewards behind that it began with.
 CONTROL_STEPS, FLAT = 6, 0.1
+ROLES = {"sink", "adapter", "proxy", "runner-1", "runner-2", "trainer", "ui"}
 
 
 class Demo:
@@ -200,7 +201,7 @@ def test_the_agent_learns_over_kafka_although_each_process_is_killed(tmp_path):
     pids = tmp_path / "run" / "log" / "processes.json"
     demo.wait_for_steps(1)
     started = json.loads(pids.read_text())
-    assert set(started) == {"sink", "adapter", "proxy", "runner-1", "runner-2", "trainer"}
+    assert set(started) == ROLES
     address = re.search(r"MILLSTREAM_CLICKHOUSE_DSN=(\S+)", demo.output)[1]
     (meanwhile,) = demo.sql("SELECT count() AS spans FROM spans", MILLSTREAM_CLICKHOUSE_DSN=address)
     assert meanwhile["spans"] > 0
@@ -213,9 +214,10 @@ def test_the_agent_learns_over_kafka_although_each_process_is_killed(tmp_path):
         else:
             os.kill(started[killed], signal.SIGKILL)
     assert demo.wait() == 0, demo.output[-3000:]
-    for killed in started.keys() - {"runner-2"}:
+    for killed in started.keys() - {"runner-2", "ui"}:
         assert demo.output.count(f"{killed} ended (killed by SIGKILL)") == 1
     assert "runner-2 ended" not in demo.output
+    assert "ui ended" not in demo.output
     check_summary(demo)
     assert demo.summary["validation_reward"] > 0.9
     check_that_each_rollout_was_trained_on_once(demo, compare_store_with_ledger(demo))
@@ -275,7 +277,7 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
     started = json.loads(pids.read_text())
     demo.process.send_signal(signal.SIGINT)
     assert demo.process.wait(60) == 130
-    assert len(started) == 6
+    assert set(started) == ROLES
     assert not any(Path(f"/proc/{pid}").exists() for pid in started.values())
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout
     assert left == ""

@@ -15,12 +15,12 @@ from confluent_kafka.admin import (  # type: ignore[attr-defined]
     ResourceType,
 )
 
-from millstream.consumers.log.kafka_log import KafkaLog
+from millstream.consumers.log.kafka_log import KafkaLog, TopicPolicy
 from millstream.deploy.kafka.local import HOST, LocalKafka
 from millstream.pipeline.addresses import free_port
 from millstream.pipeline.services.faststream.broker import broker
 from millstream.schemas.config.settings import Settings, load_settings
-from millstream.schemas.errors import ConfigError, LogUnavailable, MillstreamError
+from millstream.schemas.errors import ConfigError, LogError, LogUnavailable, MillstreamError
 
 MakeSettings = Callable[..., Settings]
 
@@ -53,6 +53,14 @@ async def test_missing_topics_are_named_until_they_are_created(kafka_settings: M
     await log.create_topics()
     await log.check()
     await log.create_topics()  # again, and nothing is wrong
+
+
+@pytest.mark.kafka
+async def test_brokers_that_answer_too_late_are_an_error_of_the_log(kafka_settings: MakeSettings) -> None:
+    """And no traceback: a role ends with the exit code of a log that is away."""
+    late = KafkaLog(kafka_settings(), TopicPolicy(create_s=1e-6))
+    with pytest.raises(LogError, match=r"creating the topics: .*no answer within 1e-06 s"):
+        await late.create_topics()
 
 
 @pytest.mark.kafka
