@@ -98,7 +98,7 @@ def step_of(span: Span) -> Step:
         return Step(span.kind, name, text, (span.kind, span.response_token_ids or text))
     if span.kind == semconv.TOOL:
         result = error_of(span) or attributes.get(semconv.TOOL_RESULT, "")
-        text = f"{attributes.get(semconv.TOOL_ARGUMENTS, '')} → {result}"
+        text = " → ".join(filter(None, (attributes.get(semconv.TOOL_ARGUMENTS, ""), result)))
     else:
         text = f"{span.reward:g}"
     return Step(span.kind, name, text, (span.kind, name, text))
