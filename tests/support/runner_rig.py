@@ -18,7 +18,7 @@ from millstream.schemas.wire import codec, status
 from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.records import AttemptEvent, RolloutTask, Span
 
-WAIT_S = 30.0
+WAIT_S = 60.0
 
 
 def settings_for_tests(**overrides: Any) -> Settings:

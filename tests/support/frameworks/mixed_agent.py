@@ -21,7 +21,7 @@ from examples.frameworks import (
 from examples.frameworks.weather import MODEL, question
 
 AT_ONCE = 50
-WAIT_S = 30.0
+WAIT_S = 60.0
 here = threading.Barrier(AT_ONCE)
 arrived = 0
 complete = asyncio.Event()
