@@ -136,9 +136,10 @@ class KafkaLog:
         errors: list[KafkaError] = []
         client = AdminClient(librdkafka_config(self._settings, on_error=errors.append) | {"log_level": 0})
         deadline = time.monotonic() + self._policy.check_s / 2
+        wait_s = 0.5  # a wrong setting is known as soon as that; a busy broker gets longer
         while True:
             try:
-                client.list_topics(timeout=0.5)
+                client.list_topics(timeout=min(wait_s, max(deadline - time.monotonic(), 0.5)))
                 return
             except KafkaException as error:
                 client.poll(0)
@@ -147,6 +148,7 @@ class KafkaLog:
                     raise wrong from error
                 if time.monotonic() > deadline:
                     raise self._unreachable(errors) from error
+                wait_s *= 2
 
     def _wrong_setting(self, errors: list[KafkaError]) -> MillstreamError | None:
         """The error from the client's callback in terms of the settings. None: it may still connect."""
