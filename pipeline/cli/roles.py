@@ -267,8 +267,9 @@ def gateway(
     port: Annotated[int, typer.Option(min=0, max=MAX_PORT, help="Port to listen at; 0: any free one.")] = 8600,
 ) -> None:
     """Serve HTTP: publish, cancel, pause, status of rollouts, OTLP spans, and the pages of `millstream ui`."""
-    from millstream.pipeline.services.gateway import Gateway, check_open
+    from millstream.pipeline.services.gateway import Gateway
     from millstream.pipeline.services.serve_asgi import listen, uvicorn_server
+    from millstream.pipeline.ui.gate import check_open
 
     settings = open_settings()
     check_open(settings, host)

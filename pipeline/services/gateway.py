@@ -29,7 +29,6 @@ from starlette.routing import Mount, Route
 
 from millstream.consumers.log.port import Log
 from millstream.consumers.sink.clickhouse_connection import EMBEDDED
-from millstream.pipeline.addresses import is_loopback
 from millstream.pipeline.services.faststream.asyncapi import asyncapi_document
 from millstream.pipeline.services.fleet_load import FleetLoad, FleetLoadReader, LoadPolicy
 from millstream.pipeline.services.health import Health
@@ -275,11 +274,3 @@ async def _refused(_: Request, error: Exception) -> Response:
 
 async def _failed(_: Request, error: Exception) -> Response:
     return JSONResponse({"errors": [str(error)]}, 422 if isinstance(error, CodecError) else 503)
-
-
-def check_open(settings: Settings, host: str) -> None:
-    """Raises `ConfigError` if other machines could reach a gateway at ``host`` that has no token."""
-    if not is_loopback(host) and not settings.gateway_token.get_secret_value():
-        raise ConfigError(
-            f"--host {host} is open to others: set gateway_token (MILLSTREAM_GATEWAY_TOKEN), or use 127.0.0.1"
-        )

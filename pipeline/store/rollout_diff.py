@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from millstream.consumers.adapter.calls import SpanTree, calls_of
-from millstream.pipeline.store.results import Rollout, Store
+from millstream.pipeline.store.results import Attempt, Rollout, Store
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.dialects import normalised
@@ -52,13 +52,16 @@ def rollout_diff(store: Store, a: Rollout, b: Rollout) -> tuple[list[list[Step]]
     return walks, min(map(len, walks)) if same is None else same
 
 
+def deciding(attempts: Sequence[Attempt]) -> Attempt:
+    """The one that succeeded, else the latest; there is one at least."""
+    return next((attempt for attempt in attempts if attempt.status == status.SUCCEEDED), attempts[-1])
+
+
 def _deciding_steps(store: Store, rollout: Rollout) -> list[Step]:
-    """Of the attempt that succeeded, else of the latest."""
     attempts = store.attempts(rollout.rollout_id)
     if not attempts:
         raise ConfigError(f"rollout {rollout.rollout_id} has not been attempted yet: there is nothing to compare")
-    chosen = next((attempt for attempt in attempts if attempt.status == status.SUCCEEDED), attempts[-1])
-    return steps(store.spans(rollout.rollout_id, attempt_id=chosen.attempt_id))
+    return steps(store.spans(rollout.rollout_id, attempt_id=deciding(attempts).attempt_id))
 
 
 def children(spans: Sequence[Span]) -> Mapping[str, list[Span]]:

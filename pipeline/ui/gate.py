@@ -15,7 +15,10 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from millstream.pipeline.addresses import LOOPBACK, is_loopback
 from millstream.pipeline.services.serve_asgi import for_this_machine
+from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import ConfigError
 
 COOKIE: Final = "millstream_session"
 SESSION_S: Final = 12 * 3600
@@ -134,3 +137,11 @@ def signed_out(request: Request, to: str) -> Response:
     answer = RedirectResponse(to, 303)
     answer.delete_cookie(COOKIE, path=f"{request.scope.get('root_path', '')}/", httponly=True, samesite="strict")
     return answer
+
+
+def check_open(settings: Settings, host: str) -> None:
+    """Raises `ConfigError` if other machines could reach what is served at ``host``, and it has no token."""
+    if not is_loopback(host) and not settings.gateway_token.get_secret_value():
+        raise ConfigError(
+            f"--host {host} is open to others: set gateway_token (MILLSTREAM_GATEWAY_TOKEN), or use {LOOPBACK}"
+        )

@@ -42,6 +42,7 @@ def experiment(request: Request) -> Response:
     metrics = sorted({name for step in steps for name in step["metrics"]})
     plot = request.query_params.get("plot", "reward_mean")
     against = request.query_params.get("against", "")
+    record = _record(source, wanted) if run else {}
     values: dict[str, Any] = {
         "id": wanted,
         "run": run,
@@ -49,12 +50,12 @@ def experiment(request: Request) -> Response:
         "plots": [(name, name.replace("_", " ")) for name in (*LINES, *metrics)],
         "plot": plot,
         "paused": any(row["experiment_id"] == wanted for row in ask(pages.PAUSED).records()),
-        "configuration": list(flat(_record(source, wanted))) if run else [],
+        "configuration": list(flat(record)) if run else [],
         "against": against,
         "others": [(r["experiment_id"], r["run"] or r["experiment_id"]) for r in runs if r["experiment_id"] != wanted][
             :RUNS
         ],
-        "differences": differences(_record(source, against), _record(source, wanted)) if run and against else None,
+        "differences": differences(_record(source, against), record) if run and against else None,
     }
     return page(request, "experiment.html", values)
 

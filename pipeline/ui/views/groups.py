@@ -35,12 +35,12 @@ class Member:
 def group(request: Request) -> Response:
     source: Source = request.app.state.source
     ask, group_id = source.store.sql, request.path_params["id"]
-    ids = _members(ask, group_id)
+    ids = members_of(ask, group_id)
     rows = ask(pages.MEMBERS, {"ids": ids}).records() if ids else []
     if not rows:
         raise HTTPException(404, f"The store has no group {group_id!r}.")
     rewards = [row["reward"] for row in rows if row["reward"] is not None]
-    advantages = advantages_of(ask, group_id)
+    advantages = advantages_of(ask, ids)
     walks = _walks(ask, [row["rollout_id"] for row in rows[:SIDE_BY_SIDE]])
     first = walks.get(rows[0]["rollout_id"], [])
     members = []
@@ -61,13 +61,13 @@ def group(request: Request) -> Response:
     return page(request, "group.html", values)
 
 
-def _members(ask: Ask, group_id: str) -> list[str]:
+def members_of(ask: Ask, group_id: str) -> list[str]:
+    """Ids of the rollouts of a group, at most `MEMBERS`."""
     return read_newest(ask, {"group_id": group_id}, "ASC", MEMBERS, 0)
 
 
-def advantages_of(ask: Ask, group_id: str) -> dict[str, Turns]:
-    """The advantage of each turn of each member, as GRPO computes it within a group (see `grpo_group`)."""
-    ids = _members(ask, group_id)
+def advantages_of(ask: Ask, ids: list[str]) -> dict[str, Turns]:
+    """The advantage of each turn of each member of a group, as GRPO computes it (see `grpo_group`)."""
     given: dict[str, list[tuple[int, float | None]]] = {}
     for rollout_id, turn, reward in ask(pages.TURN_REWARDS, {"ids": ids}).rows:
         given.setdefault(rollout_id, []).append((turn, reward))

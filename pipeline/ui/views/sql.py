@@ -70,14 +70,13 @@ def sql(request: Request) -> Response:
     query = request.query_params.get("q", "").strip()
     values: dict[str, Any] = {
         "q": query,
-        "examples": EXAMPLES,
+        "examples": [(title, example.strip()) for title, example in EXAMPLES.items()],
+        "held": bool(query) and not asked_here(request),
         "result": None,
         "problem": "",
         "most": SQL_ROWS,
         "took": 0.0,
     }
-    values["examples"] = [(title, example.strip()) for title, example in EXAMPLES.items()]
-    values["held"] = bool(query) and not asked_here(request)
     if query and not values["held"]:
         began = time.monotonic()
         try:

@@ -15,12 +15,12 @@ from millstream.consumers.adapter.explanation import explained
 from millstream.consumers.adapter.triplets import Trace, TripletMaker
 from millstream.pipeline.store import pages
 from millstream.pipeline.store.results import Rollout
+from millstream.pipeline.store.rollout_diff import deciding
 from millstream.pipeline.ui.render import number_of, page
 from millstream.pipeline.ui.source import Source
-from millstream.pipeline.ui.views.groups import advantages_of
+from millstream.pipeline.ui.views.groups import advantages_of, members_of
 from millstream.pipeline.ui.views.rollout import known
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.wire import status
 from millstream.schemas.wire.records import RolloutTask, Triplet
 from millstream.schemas.wire.versions import from_text
 
@@ -64,9 +64,9 @@ def training(request: Request) -> Response:
     except ConfigError as error:  # a rule of the user's own that this process can't import
         problem = str(error)
     rows = {row["turn"]: row for row in why["calls"]} if why is not None else {}
-    advantages = (
-        advantages_of(source.store.sql, found.group_id).get(found.rollout_id, {}) if found.group_size > 1 else {}
-    )
+    ask = source.store.sql
+    group = advantages_of(ask, members_of(ask, found.group_id)) if found.group_size > 1 else {}
+    advantages = group.get(found.rollout_id, {})
     calls = [_call(t, advantages.get(t.turn), rows.get(t.turn)) for t in triplets[at : at + CALLS]]
     values = {"r": found, "calls": calls, "total": len(triplets), "at": at, "size": CALLS, "why": why}
     return page(request, "training.html", values | {"problem": problem, "bounds": BOUNDS})
@@ -77,7 +77,7 @@ def _explained(source: Source, found: Rollout) -> dict[str, Any] | None:
     attempts = source.store.attempts(found.rollout_id)
     if not attempts:
         return None
-    chosen = next((each for each in attempts if each.status == status.SUCCEEDED), attempts[-1])
+    chosen = deciding(attempts)
     bound = {"rollout_id": found.rollout_id, "attempt": chosen.attempt}
     (row,) = source.store.sql(pages.TASK, bound).records()
     task = RolloutTask(**{**row, "retry_on": tuple(row["retry_on"])})

@@ -10,7 +10,8 @@ from gateway_rig import Client, serving
 
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.kafka_log import KafkaLog
-from millstream.pipeline.services.gateway import GatewayPolicy, check_open
+from millstream.pipeline.services.gateway import GatewayPolicy
+from millstream.pipeline.ui.gate import check_open
 from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError
