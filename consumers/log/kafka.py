@@ -321,11 +321,19 @@ class AioConsumer:
         try:
             async with asyncio.timeout(self._policy.call_s):
                 await client.start()
+                await self._brokers_known(client)
         except (KafkaError, TimeoutError, OSError) as error:
             await client.stop()
             raise self._error(error, f"connecting to {self._settings.kafka_bootstrap_servers}") from error
         self._client = client
         return client
+
+    async def _brokers_known(self, client: AIOKafkaConsumer) -> None:
+        """Waits while the broker names none: it has just started. aiokafka takes such an answer, and then its group
+        coordination ends for good with an AssertionError."""
+        while not client._client.cluster.brokers():
+            await client._client.force_metadata_update()
+            await asyncio.sleep(self._policy.retry_s)
 
 
 class _Listener(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka is untyped

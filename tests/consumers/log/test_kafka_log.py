@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import aiokafka.client
 import pytest
+from aiokafka.protocol.metadata import MetadataRequest
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AdminClient,
     AlterConfigOpType,
@@ -61,6 +63,42 @@ async def test_brokers_that_answer_too_late_are_an_error_of_the_log(kafka_settin
     late = KafkaLog(kafka_settings(), TopicPolicy(create_s=1e-6))
     with pytest.raises(LogError, match=r"creating the topics: .*no answer within 1e-06 s"):
         await late.create_topics()
+
+
+@pytest.mark.kafka
+async def test_a_consumer_waits_until_a_fresh_broker_names_itself(
+    kafka_settings: MakeSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first answer of a broker that has just started may be empty. The group is joined all the same."""
+    log = KafkaLog(settings := kafka_settings())
+    await log.create_topics()
+    answers = 0
+
+    async def connected(*args: Any, **kwargs: Any) -> Any:
+        connection = await create_conn(*args, **kwargs)
+
+        async def send(request: Any, expect_response: bool = True) -> Any:
+            nonlocal answers
+            answer = await ask(request, expect_response)
+            if isinstance(request, MetadataRequest):
+                answers += 1
+                if answers <= 3:
+                    answer.brokers = []
+            return answer
+
+        ask, connection.send = connection.send, send
+        return connection
+
+    create_conn = aiokafka.client.create_conn
+    monkeypatch.setattr(aiokafka.client, "create_conn", connected)
+    consumer = log.consumer("team")
+    await consumer.subscribe([settings.topics.control])
+    try:
+        while not consumer.assignment():
+            await consumer.poll(1, 1.0)
+    finally:
+        await consumer.close()
+    assert answers > 3
 
 
 @pytest.mark.kafka
