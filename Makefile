@@ -7,7 +7,8 @@ CREWAI := .venv-crewai/bin
 CREWAI_STAMP := .venv-crewai/.ready
 VLLM_STAMP := .venv-vllm/.ready
 VERL_STAMP := .venv-verl/.ready
-OPS_STAMP := .npm-ops/.ready
+OPS_STAMP := .venv-ops/.ready
+NPM_OPS_STAMP := .npm-ops/.ready
 UV := .venv-uv/bin/uv
 ON_CPU := PYTHONPATH=$(CURDIR)/tests/pipeline/algorithms/verl VERL_USE_EXTERNAL_MODULES=cpu_platform VERL_PLATFORM=cpu VERL_ENGINE_DEVICE=cuda
 export UV_COMPILE_BYTECODE := 1
@@ -60,10 +61,15 @@ $(VERL_STAMP): pyproject.toml constraints-verl.txt | $(UV)
 	$(UV) pip install --quiet --python .venv-verl/bin/python -c constraints-verl.txt -e '.[verl]'
 	@touch $@
 
-# The types of Grafana's dashboards. Without npm, their check is skipped.
-ops: $(OPS_STAMP)
+# What checks deploy/: linters and schemas of containers and of Kubernetes, and the types of Grafana's dashboards. Without npm, the last are skipped.
+ops: $(OPS_STAMP) $(NPM_OPS_STAMP)
 
-$(OPS_STAMP): Makefile
+$(OPS_STAMP): constraints-ops.txt | $(UV)
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv-ops
+	$(UV) pip install --quiet --python .venv-ops/bin/python --no-deps -r constraints-ops.txt
+	@touch $@
+
+$(NPM_OPS_STAMP): Makefile
 	@mkdir -p .npm-ops
 	-npm install --prefix .npm-ops --no-save --no-audit --no-fund --silent @grafana/schema@13.2.3 typescript@5.9.3
 	@touch $@
@@ -114,4 +120,4 @@ chaos: setup
 	$(BIN)/python tests/chaos/harness.py --kills $(or $(KILLS),200) --seed $(or $(SEED),1) --run-dir $(or $(RUN_DIR),runs/chaos)
 
 clean:
-	rm -rf .venv .venv-uv .venv-crewai .npm-ops runs dist
+	rm -rf .venv .venv-uv .venv-crewai .venv-ops .npm-ops runs dist
