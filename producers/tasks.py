@@ -10,8 +10,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from millstream.producers.log.acks import Acks
 from millstream.producers.log.port import Producer
 from millstream.producers.task_input import task_input
-from millstream.schemas.config.settings import MAX_ATTEMPTS, Settings, problems_of
-from millstream.schemas.errors import CodecError, ConfigError, TooLarge
+from millstream.schemas.config.settings import MAX_ATTEMPTS, Settings
+from millstream.schemas.errors import CodecError, ConfigError, TooLarge, problems_of
 from millstream.schemas.ids import derived_seed, id_time_ms, new_id
 from millstream.schemas.spans import semconv
 from millstream.schemas.wire import codec, status

@@ -7,8 +7,7 @@ from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from millstream.schemas.config.settings import problems_of
-from millstream.schemas.errors import ConfigError
+from millstream.schemas.errors import ConfigError, problems_of
 from millstream.schemas.ids import new_id, rank
 from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans.text import json_text, parsed

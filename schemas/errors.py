@@ -1,6 +1,9 @@
 """The errors that Millstream raises."""
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 
 class MillstreamError(Exception):
@@ -73,3 +76,11 @@ class BackgroundFailed(MillstreamError):
 
 class StoreError(MillstreamError):
     """The store can't be opened, migrated or queried."""
+
+
+def problems_of(error: "ValidationError") -> str:
+    """All that a pydantic model refuses, in one line."""
+    return "; ".join(
+        f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"]
+        for e in error.errors(include_url=False, include_input=False)
+    )

@@ -3,20 +3,17 @@
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from millstream.consumers.control import find_experiment, read_pauses
-from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import completed_id, open_settings, with_log
 from millstream.pipeline.cli.output import Json, date, err, print_rows, say, working
-from millstream.pipeline.training.collector import ends_of
-from millstream.producers.control import cancel_record, pause_record, publish_control
-from millstream.producers.log.port import closing
-from millstream.producers.tasks import TaskPublisher, read_tasks
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.wire.records import Control, RolloutEnd
+
+if TYPE_CHECKING:
+    from millstream.consumers.log.port import Log
+    from millstream.schemas.wire.records import Control, RolloutEnd
 
 app = typer.Typer()
 
@@ -48,6 +45,9 @@ def publish(
     as_json: Json = False,
 ) -> None:
     """Publish the tasks of a file: all or none, unless --skip-bad is given. With --wait-s, show how they end."""
+    from millstream.producers.log.port import closing
+    from millstream.producers.tasks import TaskPublisher, read_tasks
+
     settings = open_settings()
     tasks, bad = read_tasks(
         Path("/dev/stdin") if str(file) == "-" else file,
@@ -63,7 +63,9 @@ def publish(
         raise ConfigError(f'{file} holds no tasks: each line is a JSON object, such as {{"input": 1}}')
     ids = [task.rollout_id for task in tasks]
 
-    async def work(log: Log) -> list[RolloutEnd]:
+    async def work(log: "Log") -> "list[RolloutEnd]":
+        from millstream.pipeline.training.collector import ends_of
+
         async with closing(log.producer()) as producer:
             publisher = TaskPublisher(producer, settings)
             if not wait_s:
@@ -94,6 +96,8 @@ def cancel(
     """Cancel rollouts that are queued, running, or published later."""
     if sum(map(bool, (rollout, group, experiment))) != 1:
         raise ConfigError("cancel takes one of: the id of a rollout, --group, --experiment")
+    from millstream.producers.control import cancel_record
+
     kind: Kind = "rollout" if rollout else "group" if group else "experiment"
     _publish(
         kind,
@@ -106,6 +110,8 @@ def cancel(
 @app.command(epilog="Example: millstream pause my-experiment")
 def pause(experiment: Experiment) -> None:
     """Stop claiming an experiment's tasks, and what is behind them on their partitions. Running attempts go on."""
+    from millstream.producers.control import pause_record
+
     said = "{} is paused: its tasks wait until `millstream resume`"
     _publish("experiment", experiment, partial(pause_record, paused=True), said)
 
@@ -113,6 +119,8 @@ def pause(experiment: Experiment) -> None:
 @app.command(epilog="Example: millstream resume my-experiment")
 def resume(experiment: Experiment) -> None:
     """Claim a paused experiment's tasks again."""
+    from millstream.producers.control import pause_record
+
     said = "{} is not paused: runners claim its tasks"
     _publish("experiment", experiment, partial(pause_record, paused=False), said)
 
@@ -120,6 +128,8 @@ def resume(experiment: Experiment) -> None:
 @app.command(epilog="Example: millstream paused --json")
 def paused(as_json: Json = False) -> None:
     """List paused experiments."""
+    from millstream.consumers.control import read_pauses
+
     settings = open_settings()
     found = with_log(settings, lambda log: read_pauses(log, settings.topics))
     if not found and not as_json:
@@ -128,12 +138,16 @@ def paused(as_json: Json = False) -> None:
     print_rows(["experiment", "paused since"], [[pause.name, date(pause.created_at)] for pause in found], as_json)
 
 
-def _publish(kind: Kind, name: str, record: Callable[[str], Control], said: str) -> None:
+def _publish(kind: Kind, name: str, record: "Callable[[str], Control]", said: str) -> None:
     """Publishes a record about a rollout, a group or an experiment, which may be named by its run."""
+    from millstream.consumers.control import find_experiment
+    from millstream.producers.control import publish_control
+    from millstream.producers.log.port import closing
+
     settings = open_settings()
     whole = completed_id(settings, name, kind) if kind != "experiment" else name
 
-    async def work(log: Log) -> str:
+    async def work(log: "Log") -> str:
         found = await find_experiment(log, settings.topics, name) if kind == "experiment" else whole
         async with closing(log.producer()) as producer:
             await publish_control(producer, settings.topics, record(found))

@@ -1,23 +1,16 @@
 """``millstream dead``: lists, shows and replays dead letters, as the log holds them."""
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from millstream.consumers.dead_letters import (
-    find_dead_letters,
-    letter_key,
-    letter_place,
-    list_dead_letters,
-    readable,
-    replay,
-)
-from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import open_settings, with_log
 from millstream.pipeline.cli.output import Json, print_fields, print_rows
-from millstream.producers.log.port import closing
 from millstream.schemas.errors import CodecError, ConfigError, TooLarge
+
+if TYPE_CHECKING:
+    from millstream.consumers.log.port import Log
 
 app = typer.Typer(no_args_is_help=True, help="Records that could not be used, and rollouts that failed.")
 
@@ -31,6 +24,8 @@ def dead_list(
     as_json: Json = False,
 ) -> None:
     """List dead letters, oldest first in each partition."""
+    from millstream.consumers.dead_letters import letter_key, letter_place, list_dead_letters
+
     settings = open_settings()
     found = with_log(settings, lambda log: list_dead_letters(log, settings.topics, reason, role))
     rows = [
@@ -44,6 +39,8 @@ def dead_list(
 @app.command("show", epilog="Example: millstream dead show 0:17")
 def dead_show(place: Place, as_json: Json = False) -> None:
     """Show a dead letter, with its body decoded if possible."""
+    from millstream.consumers.dead_letters import find_dead_letters, letter_key, readable
+
     settings = open_settings()
     (letter,) = with_log(settings, lambda log: find_dead_letters(log, settings.topics, [place]))
     fields = asdict(letter) | {"key": letter_key(letter), "value": readable(letter.value)}
@@ -69,11 +66,14 @@ def dead_replay(
 
     Each letter is replayed as often as it is named. With --all, those that can't be replayed are listed and left, and
     the command ends with 1."""
+    from millstream.consumers.dead_letters import find_dead_letters, letter_place, list_dead_letters, replay
+    from millstream.producers.log.port import closing
+
     settings = open_settings()
     if bool(places) == everything or ((reason or role) and not everything):
         raise ConfigError("name places, or all of them by --all, with --reason or --role if you like")
 
-    async def work(log: Log) -> int:
+    async def work(log: "Log") -> int:
         if everything:
             found = [
                 (letter_place(record), letter)

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
-from importlib.metadata import version as package_version
 from typing import Annotated, Any, Final
 
 import typer
@@ -128,6 +127,8 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version as package_version
+
         typer.echo(f"millstream {package_version('millstream')}")
         raise typer.Exit
 

@@ -1,46 +1,18 @@
 """Commands about a model's versions: deploy, roll back, split, and their results. (`serve` is a role, in `roles`.)"""
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from millstream.consumers.control import ControlFollower
-from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import open_settings, open_store, with_log
 from millstream.pipeline.cli.output import Json, out, print_rows
-from millstream.producers.control import publish_control
-from millstream.producers.log.port import closing
-from millstream.schemas.control import ModelAnswer, ModelCommand, ServerState
 from millstream.schemas.errors import ConfigError, MillstreamError
-from millstream.schemas.ids import new_id
-from millstream.schemas.wire.records import Control
-from millstream.schemas.wire.topics import Topics
 
 app = typer.Typer(no_args_is_help=True, help="A model's versions: deploy them, go back, split traffic among them.")
 
 Model = Annotated[str, typer.Argument(help="The name that agents ask for.")]
 WaitS = Annotated[float, typer.Option(min=0, help="Seconds to wait for the server's answer.")]
-
-
-class _ModelControl:
-    """What the control topic says about models."""
-
-    def __init__(self, log: Log, topics: Topics) -> None:
-        self.follower = ControlFollower(log, topics, on_control=self._on_control)
-        self.servers: dict[str, ServerState] = {}
-        self.answers: dict[str, ModelAnswer] = {}
-        self.changed = asyncio.Event()
-
-    def _on_control(self, record: Control) -> None:
-        if record.kind == ServerState.kind:
-            self.servers[record.name] = ServerState.from_control(record)
-        elif record.kind == ModelAnswer.kind:
-            self.answers[record.name] = ModelAnswer.from_control(record)
-        self.changed.set()
 
 
 @app.command(epilog="Example: millstream model deploy policy runs/adapters/7 --version policy.0.7 --lora")
@@ -52,10 +24,7 @@ def deploy(
     wait_s: WaitS = 600.0,
 ) -> None:
     """Load a version; all rollouts use it once it has been checked, else nothing changes."""
-    command = ModelCommand(
-        command_id=new_id(), action="deploy", model=model, version=version, folder=str(folder.absolute()), lora=lora
-    )
-    _ask(command, wait_s)
+    _ask(model, wait_s, action="deploy", version=version, folder=str(folder.absolute()), lora=lora)
 
 
 @app.command(epilog="Example: millstream model export runs/calculator runs/exported --version calculator.0.42")
@@ -83,7 +52,7 @@ def rollback(
     wait_s: WaitS = 600.0,
 ) -> None:
     """Go back to a kept version."""
-    _ask(ModelCommand(command_id=new_id(), action="rollback", model=model, version=to), wait_s)
+    _ask(model, wait_s, action="rollback", version=to)
 
 
 @app.command(epilog="Example: millstream model split policy policy.0.6=0.9 policy.0.7=0.1")
@@ -100,14 +69,16 @@ def split(
             parsed[version] = float(share)
         except ValueError:
             raise ConfigError(f"{text!r} is not VERSION=SHARE, as policy.0.7=0.1") from None
-    _ask(ModelCommand(command_id=new_id(), action="split", model=model, shares=parsed), wait_s)
+    _ask(model, wait_s, action="split", shares=parsed)
 
 
 @app.command(epilog="Example: millstream model status --json")
 def status(as_json: Json = False) -> None:
     """Show each model's versions with their shares, and the replicas that serve them."""
+    from millstream.pipeline.models.commands import read_models
+
     settings = open_settings()
-    control = with_log(settings, lambda log: _read(log, settings.topics))
+    control = with_log(settings, lambda log: read_models(log, settings.topics))
     table, rows = control.follower.routing, []
     for model, arms in table.models.items():
         for arm in arms:
@@ -133,44 +104,15 @@ def compare(model: Model, as_json: Json = False) -> None:
     print_rows(result.columns, result.rows, as_json)
 
 
-def _ask(command: ModelCommand, wait_s: float) -> None:
+def _ask(model: str, wait_s: float, **command: Any) -> None:
+    """``command``: other fields of a `ModelCommand`."""
+    from millstream.pipeline.models.commands import answered
+    from millstream.schemas.control import ModelCommand
+    from millstream.schemas.ids import new_id
+
     settings = open_settings()
-    answer = with_log(settings, lambda log: _answered(log, settings.topics, command, wait_s))
+    asked = ModelCommand(command_id=new_id(), model=model, **command)
+    answer = with_log(settings, lambda log: answered(log, settings.topics, asked, wait_s))
     if answer.error:
         raise MillstreamError(answer.error)
-    out.print(f"{command.action} {command.model}: table {answer.table_id}", highlight=False)
-
-
-async def _answered(log: Log, topics: Topics, command: ModelCommand, wait_s: float) -> ModelAnswer:
-    """Publishes a command and returns its result. Raises `MillstreamError` if no server answers."""
-    async with _following(log, topics) as control, closing(log.producer()) as producer:
-        known = sorted(state.model for state in control.servers.values())
-        if command.model not in known:
-            raise MillstreamError(f"no server serves {command.model}; served are: {', '.join(known) or 'none'}")
-        await publish_control(producer, topics, command.to_control())
-        try:
-            async with asyncio.timeout(wait_s):
-                while command.command_id not in control.answers:
-                    control.changed.clear()
-                    await control.changed.wait()
-        except TimeoutError:
-            raise MillstreamError(
-                f"no answer within {wait_s:g} s; the server carries the command out when it is back"
-            ) from None
-    return control.answers[command.command_id]
-
-
-async def _read(log: Log, topics: Topics) -> _ModelControl:
-    async with _following(log, topics) as control:
-        return control
-
-
-@asynccontextmanager
-async def _following(log: Log, topics: Topics) -> AsyncIterator[_ModelControl]:
-    """Has read what the control topic holds, and follows it."""
-    control = _ModelControl(log, topics)
-    try:
-        await control.follower.start()
-        yield control
-    finally:
-        await control.follower.close()
+    out.print(f"{asked.action} {model}: table {answer.table_id}", highlight=False)

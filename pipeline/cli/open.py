@@ -1,6 +1,5 @@
 """Opens the log and the store for commands."""
 
-import asyncio
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +37,7 @@ def open_settings(**overrides: Any) -> "Settings":
 
 def with_log(settings: "Settings", work: "Callable[[Log], Awaitable[T]]") -> T:
     """Checks the log, and returns what ``work`` returns. Raises as `Log.check` does if the log can't be used."""
+    import asyncio
 
     from millstream.consumers.log.kafka_log import KafkaLog
 

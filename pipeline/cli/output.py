@@ -8,9 +8,7 @@ from typing import Annotated, Any, Final, Literal
 
 import typer
 from rich.console import Console, ConsoleDimensions, ConsoleOptions, RenderableType
-from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.segment import Segment
 
 from millstream.pipeline.cli.tables import Bar, Grid
@@ -48,6 +46,9 @@ MAX_PORT = 65535
 Mode = Literal["train", "val", "test"]
 Status = Literal["queued", "running", "retrying", "succeeded", "failed", "cancelled"]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+HealthPort = Annotated[
+    int, typer.Option(min=0, max=MAX_PORT, help="Serves /livez, /readyz and /metrics on health_host; 0: off.")
+]
 Watch = Annotated[bool, typer.Option("--watch", help="Refresh every two seconds, until Ctrl-C.")]
 
 WATCH_S: Final = 2.0
@@ -86,6 +87,8 @@ def note(text: str) -> None:
 def working(what: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
     """Shows on a terminal's stderr that the body works, and how far it is of ``total``; yields what to call with the
     number that is done. Says nothing if the body takes less than a moment, and nothing into files and pipes."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     bar = [BarColumn(), MofNCompleteColumn()] if total else []
     columns = [SpinnerColumn(), TextColumn("{task.description}"), *bar, TimeElapsedColumn()]
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
@@ -113,6 +116,8 @@ def check_watch(watch: bool, as_json: bool) -> None:
 
 def show_again(table: Callable[[], RenderableType]) -> None:
     """Shows what ``table`` returns, again every two seconds, until Ctrl-C."""
+    from rich.live import Live
+
     with suppress(KeyboardInterrupt), Live(table(), console=out, auto_refresh=False) as live:
         while True:
             time.sleep(WATCH_S)

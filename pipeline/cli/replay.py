@@ -1,22 +1,19 @@
 """``millstream replay`` and ``millstream explain``: the adapter's rules over recorded events."""
 
+from math import fsum
 from pathlib import Path
-from statistics import fmean
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from millstream.consumers.adapter.explanation import explained
-from millstream.consumers.adapter.read_trace import read_trace
-from millstream.consumers.adapter.replay import Replay, ToReward
-from millstream.consumers.adapter.triplets import TripletMaker
-from millstream.consumers.control import find_experiment
-from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import completed_id, open_settings, with_log
 from millstream.pipeline.cli.output import Json, out, print_json, print_rows
 from millstream.pipeline.cli.tables import Grid
-from millstream.pipeline.replay import ReplaySummary, Start, open_output, run_replay
-from millstream.schemas.import_path import load_object
+
+if TYPE_CHECKING:
+    from millstream.consumers.adapter.replay import ToReward
+    from millstream.consumers.log.port import Log
+    from millstream.pipeline.replay import ReplaySummary
 
 app = typer.Typer()
 explain_app = typer.Typer(no_args_is_help=True, help="Explain what the adapter makes of a rollout.")
@@ -41,6 +38,12 @@ def replay(
     as_json: Json = False,
 ) -> None:
     """Make triplets again from recorded events, with another adapter or reward function. Changes nothing else."""
+    from millstream.consumers.adapter.replay import Replay
+    from millstream.consumers.adapter.triplets import TripletMaker
+    from millstream.consumers.control import find_experiment
+    from millstream.pipeline.replay import Start, open_output, run_replay
+    from millstream.schemas.import_path import load_object
+
     settings = open_settings()
     folder = str(Path.cwd())
     chosen = load_object("adapter", function, folder) if function else TripletMaker(settings.triplets)
@@ -48,14 +51,14 @@ def replay(
 
     begin = Start.parse(start) if start else None
 
-    async def work(log: Log) -> ReplaySummary:
+    async def work(log: "Log") -> "ReplaySummary":
         found = await find_experiment(log, settings.topics, experiment)
         output = await open_output(to, log, settings)
         return await run_replay(log, settings.topics, Replay(found, chosen, rewarded), output, begin)
 
     done = with_log(settings, work)
     columns = ("rollouts", "triplets", "trainable", "reward_mean", "incomplete", "open", "unreadable")
-    mean = fmean(done.rewards) if done.rewards else None
+    mean = fsum(done.rewards) / len(done.rewards) if done.rewards else None
     row = [mean if name == "reward_mean" else getattr(done, name) for name in columns]
     print_rows(columns, [row], as_json)
 
@@ -67,6 +70,10 @@ def explain_rollout(
     as_json: Json = False,
 ) -> None:
     """Show which calls of a rollout are trained on, what each earned, and what is left out, by these settings."""
+    from millstream.consumers.adapter.explanation import explained
+    from millstream.consumers.adapter.read_trace import read_trace
+    from millstream.consumers.adapter.triplets import TripletMaker
+
     settings = open_settings()
     rollout_id = completed_id(settings, rollout_id)
     maker = TripletMaker(settings.triplets)

@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import ExitStack
-from importlib.metadata import version as package_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlsplit
@@ -18,11 +17,9 @@ import typer
 from millstream.pipeline.addresses import LOOPBACK
 from millstream.pipeline.cli.model import app as model_app
 from millstream.pipeline.cli.open import open_settings
-from millstream.pipeline.cli.output import MAX_PORT
-from millstream.producers.log.port import closing
+from millstream.pipeline.cli.output import MAX_PORT, HealthPort
 from millstream.producers.log_lines import write_logs, writes_logs
 from millstream.schemas import metrics
-from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans import semconv
@@ -30,15 +27,12 @@ from millstream.schemas.spans import semconv
 if TYPE_CHECKING:
     from millstream.consumers.log.port import Log
     from millstream.pipeline.services.health import Health
+    from millstream.schemas.config.settings import Settings
 
 app = typer.Typer()
 logger = logging.getLogger(__name__)
 
 EXIT_INTERRUPTED = 130
-
-HealthPort = Annotated[
-    int, typer.Option(min=0, max=MAX_PORT, help="Serves /livez, /readyz and /metrics on health_host; 0: off.")
-]
 
 
 @app.command(epilog="Example: millstream runner examples.calculator.agent:agent --processes 2 --concurrency 8")
@@ -270,6 +264,7 @@ def gateway(
     from millstream.pipeline.services.gateway import Gateway
     from millstream.pipeline.services.serve_asgi import listen, uvicorn_server
     from millstream.pipeline.ui.gate import check_open
+    from millstream.producers.log.port import closing
 
     settings = open_settings()
     check_open(settings, host)
@@ -323,7 +318,9 @@ def autoscale(
     _run_role(settings, "autoscale", health_port, work, doing)
 
 
-def _described(settings: Settings, role: str, doing: str, health_port: int) -> str:
+def _described(settings: "Settings", role: str, doing: str, health_port: int) -> str:
+    from importlib.metadata import version as package_version
+
     probes = f"; probes at http://{settings.health_host}:{health_port}" * bool(health_port)
     version = package_version("millstream")
     return f"the {role} of millstream {version}: {doing}{probes}; Kafka at {settings.kafka_bootstrap_servers}"
@@ -361,7 +358,7 @@ def ui(
 
 
 def _run_role(
-    settings: Settings,
+    settings: "Settings",
     role: str,
     health_port: int,
     work: "Callable[[Log, Health, asyncio.Event], Awaitable[None]]",

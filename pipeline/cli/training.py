@@ -1,6 +1,5 @@
 """Commands that train: from a file, again from an experiment's record; and the check of a run."""
 
-import asyncio
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -8,9 +7,8 @@ from typing import Annotated
 import typer
 
 from millstream.pipeline.cli.open import open_settings
-from millstream.pipeline.cli.output import MAX_PORT, Json, err, out, print_json, print_rows, say
+from millstream.pipeline.cli.output import MAX_PORT, HealthPort, Json, err, out, print_json, print_rows, say
 from millstream.pipeline.cli.questions.experiments import Name, record_of
-from millstream.pipeline.cli.roles import HealthPort
 
 app = typer.Typer()
 
@@ -72,6 +70,8 @@ def check(
 ) -> None:
     """Compare a run's checkpoints, positions in the log, steps in the store and served weights. Exit code 1 if anything
     disagrees."""
+    import asyncio
+
     from millstream.pipeline.training.reporting.check import check as compared  # needs torch
 
     found = asyncio.run(compared(run, open_settings()))

@@ -3,11 +3,13 @@
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypedDict, Unpack, get_args
 
-from millstream.schemas.control import Resources
 from millstream.schemas.errors import StoreError
-from millstream.schemas.wire.records import Span, Triplet
+
+if TYPE_CHECKING:
+    from millstream.schemas.control import Resources
+    from millstream.schemas.wire.records import Span, Triplet
 
 RolloutOrder = Literal[
     "created_at", "started_at", "ended_at", "queued_s", "duration_s", "reward", "attempts", "turns", "model_version"
@@ -152,7 +154,7 @@ class Store(Protocol):
     def attempts(self, rollout_id: str) -> list[Attempt]:
         """The attempts of a rollout in the order of their claims; empty if it is unknown or queued."""
 
-    def spans(self, rollout_id: str, *, attempt_id: str | None = None) -> list[Span]:
+    def spans(self, rollout_id: str, *, attempt_id: str | None = None) -> "list[Span]":
         """The spans of a rollout in log order, of one attempt or of all; including late ones."""
 
     def triplets(
@@ -161,7 +163,7 @@ class Store(Protocol):
         *,
         limit: int | None = None,
         **filters: Unpack[TripletFilters],
-    ) -> list[Triplet]:
+    ) -> "list[Triplet]":
         """Triplets with whole prompts, by rollout and turn. Token fields without tokens are None."""
 
     def rewards(
@@ -169,7 +171,7 @@ class Store(Protocol):
     ) -> list[Reward]:
         """Single rewards of every attempt, by rollout and in log order. `Rollout.reward` is their sum."""
 
-    def latest_resources(self, experiment_id: str | None = None) -> Resources | None:
+    def latest_resources(self, experiment_id: str | None = None) -> "Resources | None":
         """The newest version of the resources; None if there is none."""
 
     def wait_for(self, rollout_ids: Sequence[str], timeout_s: float | None = None) -> list[Rollout]:
@@ -208,7 +210,7 @@ class Store(Protocol):
         """As ``sql``; returns a `pandas.DataFrame`."""
         return self.sql_arrow(query, parameters).to_pandas()
 
-    def follow(self, rollout_id: str) -> AsyncIterator[Span]:
+    def follow(self, rollout_id: str) -> "AsyncIterator[Span]":
         """The spans of a rollout in log order: those that exist, then new ones from the log until the rollout ends.
 
         Raises `LogError` if the log can't be read, `StoreError` if the store has none."""

@@ -29,8 +29,8 @@ from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.pipeline.training.trainer import Trainer
 from millstream.pipeline.ui.serve import serving_pages
 from millstream.producers.files import write_atomically
-from millstream.schemas.config.settings import Settings, load_settings, problems_of
-from millstream.schemas.errors import ConfigError
+from millstream.schemas.config.settings import Settings, load_settings
+from millstream.schemas.errors import ConfigError, problems_of
 from millstream.schemas.folders import make_folder
 from millstream.schemas.import_path import load_object
 from millstream.schemas.spans.text import json_text, parsed

@@ -235,14 +235,6 @@ def load_settings(**overrides: Any) -> Settings:
         ) from None
 
 
-def problems_of(error: ValidationError) -> str:
-    """All problems, in one line."""
-    return "; ".join(
-        f"{'.'.join(map(str, e['loc']))}: {e['msg']}" if e["loc"] else e["msg"]
-        for e in error.errors(include_url=False, include_input=False)
-    )
-
-
 def _refuse_unknown(names: Iterable[str], known: set[str], what: str) -> None:
     for name in names:
         if name not in known:

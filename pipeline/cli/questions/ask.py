@@ -1,17 +1,14 @@
 """Commands that show what the store holds: rollouts, their spans, triplets and rewards, and how two of them differ."""
 
-import asyncio
 import struct
-import textwrap
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.table import Table
-from rich.tree import Tree
 
 from millstream.pipeline.cli.open import open_settings, open_store, whole_id
 from millstream.pipeline.cli.output import (
@@ -32,15 +29,15 @@ from millstream.pipeline.cli.output import (
 )
 from millstream.pipeline.cli.questions.experiments import known_experiment
 from millstream.pipeline.cli.tables import Grid, short_id
-from millstream.pipeline.store.conversation import conversation, printed
-from millstream.pipeline.store.results import Attempt, Rollout, RolloutOrder
-from millstream.pipeline.store.rollout_diff import Step, children, error_of, rollout_diff, token_counts
-from millstream.producers.blob_store import Blobs
-from millstream.schemas.spans.dialects import normalised
-from millstream.schemas.wire.records import Span
+from millstream.pipeline.store.results import RolloutOrder
 
 if TYPE_CHECKING:
+    from rich.tree import Tree
+
     from millstream.pipeline.store.clickhouse import ClickHouseStore
+    from millstream.pipeline.store.results import Attempt, Rollout
+    from millstream.pipeline.store.rollout_diff import Step
+    from millstream.schemas.wire.records import Span
 
 app = typer.Typer()
 
@@ -76,7 +73,7 @@ def rollouts(
         experiment = experiment and known_experiment(store, experiment)
         group = group and whole_id(store, group, "group")
 
-        def ask() -> list[Rollout]:
+        def ask() -> "list[Rollout]":
             return store.rollouts(
                 status=status,
                 experiment_id=experiment,
@@ -99,7 +96,7 @@ def rollouts(
             out.print(_rollouts(found))
 
 
-def _rollouts(found: Sequence[Rollout]) -> Grid:
+def _rollouts(found: "Sequence[Rollout]") -> Grid:
     columns = ["rollout_id", "experiment", "mode", "status", "attempts", "reward", "version", "seconds", "created"]
     return Grid(
         [*columns, "error"],
@@ -124,6 +121,11 @@ def spans(
     follow: Annotated[bool, typer.Option("--follow", help="Each span as it comes, until the rollout ends.")] = False,
 ) -> None:
     """Show a rollout's spans as a tree per attempt, with durations, tokens, rewards and errors."""
+    from rich.tree import Tree
+
+    from millstream.pipeline.store.rollout_diff import children
+    from millstream.schemas.spans.dialects import normalised
+
     if follow:
         if as_json or full:
             raise typer.BadParameter("--follow prints a line for each span: leave out --json and --full")
@@ -133,6 +135,8 @@ def spans(
         rollout = _known(store, rollout).rollout_id
         attempts, found = store.attempts(rollout), store.spans(rollout)
     if full:
+        from millstream.producers.blob_store import Blobs
+
         blobs = Blobs(open_settings().blob_url)
         found = [
             replace(span, attributes={n: blobs.whole(value) for n, value in span.attributes.items()}) for span in found
@@ -150,6 +154,10 @@ def spans(
 
 
 def _follow(wanted: str) -> None:
+    import asyncio
+
+    from millstream.schemas.spans.dialects import normalised
+
     with open_store(open_settings()) as store:
         rollout = _known(store, wanted).rollout_id
 
@@ -161,18 +169,20 @@ def _follow(wanted: str) -> None:
             asyncio.run(show())
 
 
-def _grow(tree: Tree, level: Sequence[Span], below: Any) -> None:
+def _grow(tree: "Tree", level: "Sequence[Span]", below: Any) -> None:
     for span in level:
         _grow(tree.add(_span_line(span)), below.get(span.span_id, ()), below)
 
 
-def _attempt_line(attempt: Attempt) -> str:
+def _attempt_line(attempt: "Attempt") -> str:
     seconds = "" if attempt.ended_at is None else f" · {(attempt.ended_at - attempt.started_at) / 1e9:.3f} s"
     error = f" [red]{escape(f'{attempt.error_type}: {attempt.error_message}')}[/red]" if attempt.error_type else ""
     return f"attempt {attempt.attempt} · {attempt.status}{seconds} · {escape(attempt.worker_id)}{error}"
 
 
-def _span_line(span: Span) -> str:
+def _span_line(span: "Span") -> str:
+    from millstream.pipeline.store.rollout_diff import error_of, token_counts
+
     line = f"[bold]{escape(span.name)}[/bold] [dim]{span.kind} · {span.source}[/dim]"
     line += f" {(span.end - span.start) / 1e6:.1f} ms"
     prompt, response = token_counts(span)
@@ -188,6 +198,8 @@ def _span_line(span: Span) -> str:
 def rollout(rollout: RolloutId, as_json: Json = False) -> None:
     """Show a rollout: its conversation with the model, tools and rewards, what it printed, and the error with its
     stack, per attempt."""
+    from millstream.pipeline.store.conversation import conversation, printed
+
     with open_store(open_settings()) as store:
         found = _known(store, rollout)
         rollout, attempts = found.rollout_id, store.attempts(found.rollout_id)
@@ -210,7 +222,7 @@ def rollout(rollout: RolloutId, as_json: Json = False) -> None:
     for attempt in attempts:
         say(f"\nattempt {attempt.attempt} · {attempt.status} · {attempt.worker_id}")
         for line in conversation(spans[attempt.attempt_id]):
-            say(textwrap.indent(f"{line.who}: {line.text}", "  ", lambda text: True))
+            say(indent(f"{line.who}: {line.text}", "  ", lambda text: True))
         if lines := printed(spans[attempt.attempt_id]):
             say("  printed:")
         for line in lines:
@@ -221,7 +233,7 @@ def rollout(rollout: RolloutId, as_json: Json = False) -> None:
             say(f"  returned: {attempt.output}")
         if attempt.error_type:
             stack = attempt.error_stack.rstrip() or f"{attempt.error_type}: {attempt.error_message}"
-            say(textwrap.indent(stack, "  ", lambda text: True))
+            say(indent(stack, "  ", lambda text: True))
     if not attempts:
         say("it waits for its first attempt: `millstream lag` shows why")
 
@@ -315,6 +327,10 @@ def rewards(
 )
 def diff(a: RolloutId, b: RolloutId, as_json: Json = False) -> None:
     """Show where two rollouts of a group diverge: the same prompt, but another answer."""
+    from rich.table import Table
+
+    from millstream.pipeline.store.rollout_diff import rollout_diff
+
     with open_store(open_settings()) as store:
         sides = [_known(store, a), _known(store, b)]
         walks, same = rollout_diff(store, *sides)
@@ -343,14 +359,14 @@ def diff(a: RolloutId, b: RolloutId, as_json: Json = False) -> None:
         out.print(f"… and {longest - same - SHOWN_STEPS} more")
 
 
-def _step_line(step: Step) -> str:
+def _step_line(step: "Step") -> str:
     return f"[bold]{step.kind} {escape(step.name)}[/bold]\n{escape(step.text)}"
 
 
 # --- shared
 
 
-def _known(store: "ClickHouseStore", wanted: str) -> Rollout:
+def _known(store: "ClickHouseStore", wanted: str) -> "Rollout":
     """Of an id or a part of it. Raises as `whole_id` does."""
     found = store.rollouts([wanted]) or store.rollouts([whole_id(store, wanted)])
     return found[0]

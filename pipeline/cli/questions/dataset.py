@@ -2,18 +2,17 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from millstream.consumers.control import find_experiment
-from millstream.consumers.log.port import Log
 from millstream.pipeline.cli.open import open_settings, with_log
 from millstream.pipeline.cli.output import Mode, err
-from millstream.pipeline.training import datasets
-from millstream.producers.blob_store import Blobs
 from millstream.schemas.spans.text import json_text
-from millstream.schemas.wire.records import Triplet
+
+if TYPE_CHECKING:
+    from millstream.consumers.log.port import Log
+    from millstream.schemas.wire.records import Triplet
 
 app = typer.Typer(no_args_is_help=True, help="Triplets as data sets, written to standard output.")
 
@@ -31,6 +30,8 @@ def dataset_messages(
     ] = 0,
 ) -> None:
     """Write OpenAI's fine-tuning format, with tools: one line a call. `type = "sft"` chooses alike."""
+    from millstream.pipeline.training import datasets
+
     choice = datasets.Choice(min_reward, best_of_group)
     _write(experiment, mode, lambda rollouts: map(_line, datasets.messages(rollouts, choice)))
 
@@ -38,12 +39,16 @@ def dataset_messages(
 @app.command("preferences", epilog="Example: millstream dataset preferences --experiment run1 > dpo.jsonl")
 def dataset_preferences(experiment: Experiment = None, mode: OfMode = "train") -> None:
     """Write OpenAI's preference format: the best and the worst answer to each prompt of a group."""
+    from millstream.pipeline.training import datasets
+
     _write(experiment, mode, lambda rollouts: map(_line, datasets.preferences(rollouts)))
 
 
 @app.command("text", epilog="Example: millstream dataset text --experiment run1 > dialogues.md")
 def dataset_text(experiment: Experiment = None, mode: OfMode = "train") -> None:
     """Write each rollout as a dialogue with its rewards."""
+    from millstream.pipeline.training import datasets
+
     _write(experiment, mode, lambda rollouts: (text + "\n\n" for text in datasets.texts(rollouts)))
 
 
@@ -51,10 +56,14 @@ def _line(example: dict[str, Any]) -> str:
     return json_text(example) + "\n"
 
 
-def _write(experiment: str | None, mode: str, form: Callable[[Iterable[list[Triplet]]], Iterator[str]]) -> None:
+def _write(experiment: str | None, mode: str, form: "Callable[[Iterable[list[Triplet]]], Iterator[str]]") -> None:
+    from millstream.consumers.control import find_experiment
+    from millstream.pipeline.training import datasets
+    from millstream.producers.blob_store import Blobs
+
     settings = open_settings()
 
-    async def read(log: Log) -> list[list[Triplet]]:
+    async def read(log: "Log") -> "list[list[Triplet]]":
         found = None if experiment is None else await find_experiment(log, settings.topics, experiment)
         return await datasets.read_rollouts(log, settings.topics, found, mode)
 

@@ -7,9 +7,6 @@ import typer
 
 from millstream.pipeline.cli.open import open_settings, open_store
 from millstream.pipeline.cli.output import Json, date, note, print_fields, print_json, print_rows, say
-from millstream.pipeline.store.queries import TRAINING_RUNS
-from millstream.pipeline.store.recorded import find_experiment
-from millstream.pipeline.training.reporting.record import RECORD, differences, flat
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.spans.text import json_text, parsed
 
@@ -28,6 +25,8 @@ def experiments_list(
     limit: Annotated[int, typer.Option(min=1, help="Maximum number of rows.")] = 50, as_json: Json = False
 ) -> None:
     """List training runs, newest first, with their steps and rewards."""
+    from millstream.pipeline.store.queries import TRAINING_RUNS
+
     with open_store(open_settings()) as store:
         found = store.sql(TRAINING_RUNS).records()[:limit]
     if not found:
@@ -45,6 +44,8 @@ def experiments_list(
 def experiments_show(experiment: Name, as_json: Json = False) -> None:
     """Show what a training run was started with: algorithm, configuration, digests, versions, git commit, seeds.
     ``changes``: what was different when it went on."""
+    from millstream.pipeline.training.reporting.record import flat
+
     experiment_id, configuration = record_of(experiment)
     if as_json:
         print_json({"experiment_id": experiment_id, **configuration})
@@ -56,6 +57,8 @@ def experiments_show(experiment: Name, as_json: Json = False) -> None:
 @app.command("diff", epilog="Example: millstream experiments diff calculator calculator-small")
 def experiments_diff(a: Name, b: Name, as_json: Json = False) -> None:
     """Show where two training runs were started with different values."""
+    from millstream.pipeline.training.reporting.record import differences
+
     sides = [record_of(name) for name in (a, b)]
     found = differences(*(configuration for _, configuration in sides))
     if as_json:
@@ -70,12 +73,16 @@ def experiments_diff(a: Name, b: Name, as_json: Json = False) -> None:
 
 def known_experiment(store: "ClickHouseStore", wanted: str) -> str:
     """The id of an experiment, which may be named by its run: then the newest. Raises `ConfigError`."""
+    from millstream.pipeline.store.recorded import find_experiment
+
     return find_experiment(store, wanted, note)
 
 
 def record_of(wanted: str) -> tuple[str, dict[str, Any]]:
     """The id and the record of an experiment: from its run's folder, else from the store. Raises `ConfigError`,
     `StoreError`."""
+    from millstream.pipeline.training.reporting.record import RECORD
+
     path = Path(wanted) / RECORD
     if path.is_file():
         try:

@@ -19,7 +19,6 @@ from millstream.pipeline.cli.output import (
 )
 from millstream.pipeline.cli.questions.experiments import known_experiment
 from millstream.pipeline.cli.tables import Grid
-from millstream.pipeline.store.queries import LATEST_TRAINING, STEPS
 from millstream.schemas.errors import ConfigError
 
 app = typer.Typer()
@@ -40,6 +39,8 @@ def steps(
     as_json: Json = False,
 ) -> None:
     """List the steps of a training run: rewards, time, idle share, staleness, what was dropped; with a plot."""
+    from millstream.pipeline.store.queries import LATEST_TRAINING, STEPS
+
     check_watch(watch, as_json)
     with open_store(open_settings()) as store:
         asked = None if experiment is None else known_experiment(store, experiment)

@@ -2,18 +2,17 @@
 
 import time
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from millstream.consumers.control import read_pauses
-from millstream.consumers.log.port import Log
-from millstream.consumers.unclaimed import UnclaimedTasks
-from millstream.consumers.workers import is_alive, read_workers
 from millstream.pipeline.cli.open import open_settings, with_log
 from millstream.pipeline.cli.output import Json, date, print_rows, say
-from millstream.pipeline.services.fleet_load import FleetLoad, load_of, read_load
-from millstream.schemas.wire.records import Control
+
+if TYPE_CHECKING:
+    from millstream.consumers.log.port import Log
+    from millstream.pipeline.services.fleet_load import FleetLoad
+    from millstream.schemas.wire.records import Control
 
 app = typer.Typer()
 
@@ -24,6 +23,8 @@ def workers(
     as_json: Json = False,
 ) -> None:
     """List running processes, their slots and their running attempts."""
+    from millstream.consumers.workers import is_alive, read_workers
+
     settings = open_settings()
     now = time.time_ns()
     rows = [
@@ -43,9 +44,13 @@ def workers(
 @app.command(epilog="Example: millstream lag --json")
 def lag(as_json: Json = False) -> None:
     """Show waiting tasks and the load, (unclaimed + running) / slots. Above 1, more runners would help."""
+    from millstream.consumers.control import read_pauses
+    from millstream.consumers.unclaimed import UnclaimedTasks
+    from millstream.pipeline.services.fleet_load import load_of, read_load
+
     settings = open_settings()
 
-    async def ask(log: Log) -> tuple[FleetLoad, list[Control]]:
+    async def ask(log: "Log") -> "tuple[FleetLoad, list[Control]]":
         topics = settings.topics
         return await read_load(log, topics, UnclaimedTasks(log, topics)), await read_pauses(log, topics)
 

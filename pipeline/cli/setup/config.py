@@ -2,17 +2,13 @@
 
 import os
 import sys
-import tomllib
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, SecretStr
 
 from millstream.pipeline.cli.open import open_settings
 from millstream.pipeline.cli.output import Json, print_rows
 from millstream.pipeline.cli.setup.reference import Page, page
-from millstream.schemas.config.secret_files import SUFFIX
-from millstream.schemas.config.settings import ACCEPTED_NAMES, ENV_PREFIX, Settings, config_file
 from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans.text import json_text
 
@@ -25,6 +21,8 @@ def config_show(
     as_json: Json = False,
 ) -> None:
     """Show each setting with its value, where it comes from and what it means. Secrets are hidden."""
+    from millstream.schemas.config.settings import Settings
+
     settings = open_settings()
     rows = [
         [name, value_of(getattr(settings, name)), source_of(name), field.description]
@@ -50,6 +48,8 @@ def config_docs(
 
 def value_of(value: Any) -> str:
     """As text; a secret as whether it is set."""
+    from pydantic import BaseModel, SecretStr
+
     if isinstance(value, SecretStr):
         return "(hidden)" if value.get_secret_value() else ""
     if isinstance(value, BaseModel):
@@ -66,6 +66,11 @@ def value_of(value: Any) -> str:
 
 def source_of(name: str) -> str:
     """The variable or the file that sets it, or ``default``."""
+    import tomllib
+
+    from millstream.schemas.config.secret_files import SUFFIX
+    from millstream.schemas.config.settings import ACCEPTED_NAMES, ENV_PREFIX, config_file
+
     names = [name, *(old for old, new in ACCEPTED_NAMES.items() if new == name)]
     names += [f"{each}{SUFFIX}" for each in names]
     for each in names:

@@ -1,6 +1,5 @@
 """Commands for the broker: a local one for development, and the topics of a deployment."""
 
-import asyncio
 import time
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -74,6 +73,8 @@ def topics_create(
     as_json: Json = False,
 ) -> None:
     """Create missing topics."""
+    import asyncio
+
     settings = open_settings()
     with working("creating topics"):
         asyncio.run(_create(settings, wait_s))
@@ -85,6 +86,8 @@ def topics_create(
 
 
 async def _create(settings: "Settings", wait_s: float) -> None:
+    import asyncio
+
     from millstream.consumers.log.kafka_log import KafkaLog
 
     deadline = time.monotonic() + wait_s

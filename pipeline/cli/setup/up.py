@@ -1,6 +1,5 @@
 """``millstream up``: every role that an agent needs, in processes that are kept running."""
 
-import asyncio
 import os
 import signal
 import sys
@@ -10,16 +9,17 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from secrets import token_hex
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from millstream.pipeline.addresses import free_port
 from millstream.pipeline.cli.open import open_settings
 from millstream.pipeline.cli.output import MAX_PORT, say
-from millstream.pipeline.services.child_roles import ChildRole, how_ended
-from millstream.schemas.config.settings import ENV_PREFIX, Settings
 from millstream.schemas.errors import ConfigError, MillstreamError
+
+if TYPE_CHECKING:
+    from millstream.pipeline.services.child_roles import ChildRole
+    from millstream.schemas.config.settings import Settings
 
 app = typer.Typer()
 
@@ -45,6 +45,11 @@ def up(
     """Run an agent with all that it needs: broker, topics, adapter, sink, proxy, runners, and a trainer if you like.
 
     What dies is started again. Ctrl-C lets running attempts end, then stops everything; a second one stops at once."""
+    import asyncio
+
+    from millstream.pipeline.addresses import free_port
+    from millstream.schemas.config.settings import ENV_PREFIX
+
     settings = open_settings()
     _check_agent(agent)
     if train is not None and not train.is_file():
@@ -76,9 +81,13 @@ def up(
         raise typer.Exit(code)
 
 
-async def _run(children: Mapping[str, ChildRole]) -> int:
+async def _run(children: "Mapping[str, ChildRole]") -> int:
     """Runs them until a signal, until the trainer has ended, or until one ends that is not started again. Stops them
     in the order in which work flows. Returns the exit code of the whole."""
+    import asyncio
+
+    from millstream.pipeline.services.child_roles import how_ended
+
     interrupted, loop = asyncio.Event(), asyncio.get_running_loop()
 
     def interrupt() -> None:
@@ -119,7 +128,9 @@ def _stops(name: str) -> int:
     return ("trainer", "runner", "proxy", "adapter", "sink").index(name.partition("-")[0])
 
 
-def _child(name: str, arguments: list[str], environment: Mapping[str, str]) -> ChildRole:
+def _child(name: str, arguments: list[str], environment: Mapping[str, str]) -> "ChildRole":
+    from millstream.pipeline.services.child_roles import ChildRole
+
     command = [sys.executable, "-m", "millstream.pipeline", *arguments]
     if name == "trainer":  # an error of its own, as a run in which everything fails, would come again
         return ChildRole(name, command, environment, restarts=lambda code: code < 0 or code in (3, 4))
@@ -142,14 +153,14 @@ def _check_agent(agent: str) -> None:
         raise ConfigError(f"agent {agent!r}: there is no module {module} in {Path.cwd()}, and none is installed")
 
 
-async def _create_topics(settings: Settings) -> None:
+async def _create_topics(settings: "Settings") -> None:
     from millstream.consumers.log.kafka_log import KafkaLog  # slow to import
 
     await KafkaLog(settings).create_topics()
 
 
 @contextmanager
-def _kafka(settings: Settings, data_dir: Path, port: int) -> Iterator[str]:
+def _kafka(settings: "Settings", data_dir: Path, port: int) -> Iterator[str]:
     """The addresses of the brokers: those that are set, or of a local one, which is stopped unless it ran before."""
     if "kafka_bootstrap_servers" in settings.model_fields_set:
         yield settings.kafka_bootstrap_servers

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.pipeline.cli.model import _answered, _read
+from millstream.pipeline.models.commands import answered, read_models
 from millstream.pipeline.models.role import ModelRole
 from millstream.pipeline.models.server import UpdateFailed
 from millstream.pipeline.models.weight_files import Weights
@@ -59,7 +59,7 @@ async def serving(log, server):
     role = asyncio.create_task(ModelRole(log, TOPICS, server, "policy", "vllm", report_s=0.01).run(stop))
     try:
         async with asyncio.timeout(10):
-            while not server.version or "vllm" not in (await _read(log, TOPICS)).servers:  # noqa: ASYNC110 - no event
+            while not server.version or "vllm" not in (await read_models(log, TOPICS)).servers:  # noqa: ASYNC110 - no event
                 await asyncio.sleep(0.01)
         yield
     finally:
@@ -69,11 +69,11 @@ async def serving(log, server):
 
 async def ask(log, action, **fields):
     command = ModelCommand(command_id=new_id(), action=action, model="policy", **fields)
-    return await _answered(log, TOPICS, command, 10.0)
+    return await answered(log, TOPICS, command, 10.0)
 
 
 async def shares(log):
-    control = await _read(log, TOPICS)
+    control = await read_models(log, TOPICS)
     return {arm.version: arm.weight for arm in control.follower.routing.models["policy"]}
 
 
@@ -87,7 +87,7 @@ async def test_versions_are_deployed_rolled_back_and_split(tmp_path):
             await ask(log, "deploy", version=f"run.0.{number}", folder=str(tmp_path / str(number)), lora=True)
         assert (await ask(log, "split", shares={"run.0.2": 1, "run.0.3": 3})).error == ""
         assert await shares(log) == {"run.0.0": 0.0, "run.0.1": 0.0, "run.0.2": 1, "run.0.3": 3}
-        assert list((await _read(log, TOPICS)).servers["vllm"].adapters) == ["policy@run.0.2", "policy@run.0.3"]
+        assert list((await read_models(log, TOPICS)).servers["vllm"].adapters) == ["policy@run.0.2", "policy@run.0.3"]
         assert (await ask(log, "rollback", version="run.0.0")).error == ""
         assert (server.version, (await shares(log))["run.0.0"]) == ("run.0.0", 1.0)
 
@@ -124,7 +124,7 @@ async def test_a_command_of_wrong_types_is_answered_and_ends_no_role(tmp_path, f
         )
         assert (await ask(log, "rollback", version="run.0.0")).error == ""  # after it
     async with serving(log, Server(tmp_path)):
-        found = (await _read(log, TOPICS)).answers[command_id]
+        found = (await read_models(log, TOPICS)).answers[command_id]
         assert found.error
 
 
