@@ -30,7 +30,8 @@ class Lora:
         except ImportError as error:
             raise ConfigError(f"lora needs peft: install millstream[lora] ({error})") from error
         targets = options.targets if isinstance(options.targets, str) else list(options.targets)
-        config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=targets)
+        alpha: Any = options.alpha  # peft divides by the rank; its type says int
+        config = LoraConfig(r=options.rank, lora_alpha=alpha, target_modules=targets)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             try:
