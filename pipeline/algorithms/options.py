@@ -81,7 +81,7 @@ class LearnerOptions(BaseModel):
     device: str = Field("cpu", description='Or "cuda", "cuda:1", …')
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the forward pass.")
     lora_rank: int = Field(0, ge=0, description="0: all weights are trained. Needs peft.")
-    lora_alpha: float = Field(32.0, gt=0, description="Adapters count alpha / rank times.")
+    lora_alpha: int = Field(32, ge=1, description="Adapters count alpha / rank times.")
     seed: int = Field(0, description="Of the order of rows, and of new adapters.")
 
     @model_validator(mode="before")

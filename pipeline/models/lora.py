@@ -14,7 +14,7 @@ from millstream.schemas.errors import ConfigError
 @dataclass(frozen=True, slots=True)
 class LoraOptions:
     rank: int = 16  # "LoRA Without Regret" (Schulman et al., 2025): policy gradients need little capacity
-    alpha: float = 32.0  # the adapters' scale is alpha / rank
+    alpha: int = 32  # the adapters' scale is alpha / rank
     targets: str | tuple[str, ...] = "all-linear"  # modules by name, as peft finds them
 
 
