@@ -169,7 +169,7 @@ def sink(
             health.export(metrics.CONSUMER_LAG_RECORDS, lambda: {(role.group,): role.lag_records})
             with ExitStack() as stack:
                 if query_port:
-                    from millstream.pipeline.store.read_server import serving_queries  # loads chDB
+                    from millstream.pipeline.store.read_server import serving_queries
 
                     stack.enter_context(serving_queries(settings, query_host, query_port))
                 await role.run(stop)

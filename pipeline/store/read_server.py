@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import chdb
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
@@ -159,7 +158,7 @@ def _run(path: str, values: dict[str, str], limits: QueryLimits) -> bytes:
         return connection.query(statement, file_format, parameters).bytes() or b""
     except StoreError as error:
         raise QueryRefused(READONLY, str(error)) from error
-    except (chdb.ChdbError, RuntimeError) as error:
+    except RuntimeError as error:  # what chDB raises
         code = re.search(r"Code: (\d+)", str(error))
         message = str(error)[code.start() :] if code else str(error)
         raise QueryRefused(int(code[1]) if code else STD_EXCEPTION, message) from error
@@ -168,6 +167,8 @@ def _run(path: str, values: dict[str, str], limits: QueryLimits) -> bytes:
 
 
 def _connect(path: str) -> Any:
+    import chdb  # an extra: who has opened the store has it
+
     connect: Any = chdb.connect  # its types depend on which of chdb's two packages was unpacked last
     return connect(path)
 

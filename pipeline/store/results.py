@@ -207,8 +207,12 @@ class Store(Protocol):
         raise StoreError(f"a {type(self).__name__} has no SQL")
 
     def sql_df(self, query: str, parameters: Mapping[str, Any] | None = None) -> Any:
-        """As ``sql``; returns a `pandas.DataFrame`."""
-        return self.sql_arrow(query, parameters).to_pandas()
+        """As ``sql``; returns a `pandas.DataFrame`. Raises `StoreError` without pandas, too."""
+        table = self.sql_arrow(query, parameters)
+        try:
+            return table.to_pandas()
+        except ImportError as error:
+            raise StoreError(f"sql_df needs pandas: install it, or millstream[embedded] ({error})") from error
 
     def follow(self, rollout_id: str) -> "AsyncIterator[Span]":
         """The spans of a rollout in log order: those that exist, then new ones from the log until the rollout ends.
