@@ -105,8 +105,8 @@ def _open_embedded(path: str, create: bool) -> Client:
         return clickhouse_connect.get_client(interface="chdb", path=path)
     except ImportError as error:
         raise ConfigError(
-            f"setting clickhouse_dsn: an embedded store ({EMBEDDED}…) needs chDB: install millstream[embedded], or name "
-            f"a server ({SERVER}user@host:8123) ({error.__cause__ or error})"
+            f"setting clickhouse_dsn: an embedded store ({EMBEDDED}…) needs chDB: install millstream[embedded], or "
+            f"name a server ({SERVER}user@host:8123) ({error.__cause__ or error})"
         ) from error
     except OSError as error:
         raise StoreError(f"the embedded store's folder {path} can't be created: {error.strerror}") from error
