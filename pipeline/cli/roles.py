@@ -273,7 +273,9 @@ def gateway(
     async def work(log: "Log", health: "Health", stop: asyncio.Event) -> None:
         async with closing(log.producer()) as producer:
             role = Gateway(log, producer, settings, health)
-            await uvicorn_server(role.app).serve([listener])  # until SIGTERM or SIGINT
+            server = uvicorn_server(role.app)
+            role.pages.ends = lambda: server.should_exit
+            await server.serve([listener])  # until SIGTERM or SIGINT
 
     doing = "listens at http://{}:{}; reads and writes all topics".format(*listener.getsockname()[:2])
     _run_role(settings, "gateway", 0, work, doing)

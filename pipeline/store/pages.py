@@ -56,6 +56,17 @@ ORDER BY role, started_at
 LIMIT 200
 """
 
+# What can be seen of a rollout, in little: it changes when a page of it would.
+ROLLOUT_STATE: Final = """
+SELECT
+    status,
+    ended_at IS NOT NULL AS ended,
+    (SELECT arraySort(groupArray(a.status)) FROM attempts AS a WHERE a.rollout_id = {rollout_id:String}) AS tries,
+    (SELECT count() FROM spans AS s WHERE s.RolloutId = {rollout_id:String}) AS held
+FROM rollouts
+WHERE rollout_id = {rollout_id:String}
+"""
+
 # Of the training run that last made a step: its newest steps together.
 LATEST_STEPS: Final = """
 SELECT experiment_id, any(run) AS run, max(step) AS last_step, count() AS steps, argMax(reward_mean, step) AS reward,

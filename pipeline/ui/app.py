@@ -23,10 +23,12 @@ from millstream.pipeline.ui.views import (
     groups,
     overview,
     rollout,
+    rollout_events,
     rollouts,
     sql,
     training,
 )
+from millstream.pipeline.ui.views.rollout_events import StreamPolicy
 from millstream.schemas.errors import CodecError, ConfigError, MillstreamError
 
 
@@ -39,7 +41,7 @@ class Assets(StaticFiles):
         return answer
 
 
-def ui_app(source: Source, token: str = "") -> Starlette:
+def ui_app(source: Source, token: str = "", stream_policy: StreamPolicy = StreamPolicy()) -> Starlette:
     """``token``: what a browser has to know; empty: only requests to a name of this machine are answered."""
     app = Starlette(
         routes=[
@@ -49,6 +51,7 @@ def ui_app(source: Source, token: str = "") -> Starlette:
             *experiments.ROUTES,
             *rollouts.ROUTES,
             *training.ROUTES,  # its address is below a rollout's, whose id may be any text
+            *rollout_events.ROUTES,
             *rollout.ROUTES,
             *groups.ROUTES,
             *dead_letters.ROUTES,
@@ -60,6 +63,7 @@ def ui_app(source: Source, token: str = "") -> Starlette:
         exception_handlers={MillstreamError: _failed, HTTPException: _refused},
     )
     app.state.source, app.state.token = source, token
+    app.state.streams, app.state.stream_policy = 0, stream_policy
     return app
 
 

@@ -22,7 +22,9 @@ def serving_pages(settings: Settings, log: Log | None, host: str = LOOPBACK, por
     listener = listen(host, port)
     name = f"[{host}]" if ":" in host else host
     try:
-        with served_in_thread(ui_app(source, settings.gateway_token.get_secret_value()), listener, "millstream-pages"):
+        app = ui_app(source, settings.gateway_token.get_secret_value())
+        with served_in_thread(app, listener, "millstream-pages") as server:
+            source.ends = lambda: server.should_exit
             yield f"http://{name}:{listener.getsockname()[1]}/"
     finally:
         source.close()

@@ -27,11 +27,13 @@ SQL_LIMITS: Final[dict[str, int | str]] = {
 class Source:
     """Reads for the pages. Any thread may use the stores; coroutines belong to the loop that serves the pages.
 
-    ``log``: None if there is none. ``no_store``: why the store can't be opened here; empty if it can."""
+    ``log``: None if there is none. ``no_store``: why the store can't be opened here; empty if it can. ``ends``: whether
+    the server is to stop, so that streams have to end."""
 
     def __init__(self, settings: Settings, log: Log | None = None, *, no_store: str = "") -> None:
         self.settings = settings
         self.no_store = no_store
+        self.ends: Callable[[], bool] = bool
         self._log = log
         self._lock = threading.Lock()
         self._stores: dict[bool, ClickHouseStore] = {}  # by whether limits hold

@@ -10,6 +10,28 @@
   const busy = () => document.hidden || !live.checked || String(getSelection()) !== "" || document.querySelector("#main form [data-typed]");
   setInterval(() => { if (!busy()) htmx.trigger(document.body, "tick"); }, TICK_MS);
 
+  // A running rollout reports over one connection that there is something new. It is closed when the rollout has ended,
+  // and while the page is hidden or not live. Without a connection, the page asks at each tick.
+  let stream = null, latest = "";
+  const renew = (part) => htmx.trigger(part, "renew");
+  const listen = () => {
+    const part = document.querySelector("[data-events]");
+    const wanted = part && !document.hidden && live.checked ? part.dataset.events : "";
+    if (stream && stream.address !== wanted) { stream.source.close(); stream = null; }
+    if (!wanted || stream) return;
+    const source = new EventSource(`${wanted}?seen=${encodeURIComponent(part.dataset.seen)}`);
+    stream = { address: wanted, source };
+    latest = "";
+    source.addEventListener("changed", (event) => { latest = event.data; const now = document.querySelector("[data-events]"); if (now && !busy()) renew(now); });
+    source.addEventListener("ended", () => source.close());
+  };
+  document.addEventListener("visibilitychange", listen);
+  live.addEventListener("change", listen);
+  document.body.addEventListener("tick", () => {
+    const part = document.querySelector("[data-events]");
+    if (part && (latest && latest !== part.dataset.seen || !stream || stream.source.readyState !== EventSource.OPEN)) renew(part);
+  });
+
   const load = (details) => {
     const body = details.querySelector(":scope > .body");
     if (body && details.open && !body.dataset.loaded) {
@@ -43,6 +65,7 @@
       kept = null;
     }
     draw();
+    listen();
   });
   document.addEventListener("htmx:responseError", (event) => { say(`The page could not be refreshed: ${event.detail.xhr.status}`); });
   document.addEventListener("htmx:sendError", () => { say("The server of this page does not answer; it is asked again."); });
@@ -150,4 +173,5 @@
   let resizing = 0;
   addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout(repaint, 200); });
   draw();
+  listen();
 })();

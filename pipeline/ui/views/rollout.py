@@ -14,6 +14,7 @@ from millstream.pipeline.store.rollout_diff import error_of
 from millstream.pipeline.ui.render import is_part, number_of, page
 from millstream.pipeline.ui.source import Source
 from millstream.pipeline.ui.trace import Row, rows
+from millstream.pipeline.ui.views.rollout_events import state_of
 from millstream.schemas.spans.dialects import normalised
 
 SPANS: Final = 300  # of a tree, on one page
@@ -35,12 +36,12 @@ class Shown:
 
 def rollout(request: Request) -> Response:
     source: Source = request.app.state.source
+    state = state_of(source, request.path_params["id"])  # before what is shown, which may then be newer
+    if state is not None and is_part(request) and request.query_params.get("seen") == state.seen:
+        return Response(status_code=204)  # nothing new: the page stays as it is
     found = known(source, request.path_params["id"])
     attempts = source.store.attempts(found.rollout_id)
     spans = source.store.spans(found.rollout_id)
-    seen = f"{found.status}-{len(attempts)}-{len(spans)}"
-    if is_part(request) and request.query_params.get("seen") == seen:
-        return Response(status_code=204)  # nothing new: the page stays as it is
     shown = []
     for attempt in reversed(attempts):
         mine = [span for span in spans if span.attempt_id == attempt.attempt_id]
@@ -49,6 +50,7 @@ def rollout(request: Request) -> Response:
         tree, lines = rows(mine), conversation(mine)
         at_line = number_of(request, "line", 0) if asked else 0
         shown.append(Shown(attempt, tree[at : at + SPANS], len(tree), lines[at_line : at_line + LINES], len(lines), at))
+    seen = "" if state is None else state.seen
     values: dict[str, Any] = {"r": found, "attempts": shown, "seen": seen, "size": SPANS, "lines": LINES}
     return page(request, "rollout_body.html" if is_part(request) else "rollout.html", values)
 

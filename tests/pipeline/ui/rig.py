@@ -65,6 +65,14 @@ class Writing:
         self._records = []
 
 
+def store(world: World, *records: Any, topic: str | None = None) -> None:
+    """What a sink would store later."""
+    writer, writing = ClickHouseWriter(world.settings), Writing(world.settings.topics)
+    writing(*records, topic=topic)
+    writing.flush(writer)
+    writer.close()
+
+
 def messages(*pairs: tuple[str, str]) -> str:
     return json.dumps([{"role": role, "content": content} for role, content in pairs])
 

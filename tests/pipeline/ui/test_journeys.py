@@ -1,13 +1,15 @@
 """What a person does in a browser, in a real one, without an error on its console."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
+import factories
 import pytest
 
 from millstream.pipeline.ui.serve import serving_pages
 from tests.pipeline.ui.chromium import MISSING, chromium, installed, watched
-from tests.pipeline.ui.rig import World
+from tests.pipeline.ui.rig import S, World, ended, store
 
 expect = pytest.importorskip("playwright.sync_api", reason=MISSING).expect
 expect.set_options(timeout=60_000)
@@ -80,6 +82,31 @@ def test_spans_open_with_what_they_hold_and_stay_open(page: Any, address: str, w
     page.evaluate("htmx.ajax('GET', location.pathname + '?seen=', {target: '#rollout', swap: 'outerHTML'})")
     page.wait_for_selector(".span[open] .attributes")
     page.keyboard.press("j")
+
+
+def test_a_running_rollout_is_followed_until_it_ends(browser_process: Any, address: str, world: World) -> None:
+    """By events of the server, not by asking: nothing is asked for while nothing happens."""
+    now = time.time_ns()
+    task = factories.task(created_at=now - 5 * S)
+    begun = [factories.event(task, "at", name, time=now - n) for n, name in ((2, "preparing"), (1, "running"))]
+    store(world, task, topic=world.settings.topics.tasks("normal"))
+    store(world, *begun)
+    opened = browser_process.new_page()
+    opened.set_default_timeout(60_000)
+    errors, asked = watched(opened), []
+    opened.on("request", lambda request: asked.append(request.url.partition("/rollouts/")[2].partition("?")[0]))
+    path = f"rollouts/{task.rollout_id}"
+    with opened.expect_response(f"**/{path}/events**"):
+        opened.goto(f"{address}{path}")
+    opened.wait_for_timeout(5000)
+    assert asked.count(task.rollout_id) == 1
+    store(world, factories.span(task, "at", name="a step on the way", start=now - S, end=now))
+    expect(opened.locator(".trace")).to_contain_text("a step on the way")
+    store(world, factories.event(task, "at", "succeeded", time=now + S), ended(task, "succeeded", "at"))
+    expect(opened.locator("#rollout[data-events]")).to_have_count(0)
+    expect(opened.locator(".title .status").first).to_have_text("succeeded")
+    opened.close()
+    assert errors == []
 
 
 def test_a_running_rollout_is_cancelled(page: Any, address: str, world: World) -> None:
