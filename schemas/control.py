@@ -1,9 +1,11 @@
 """The bodies of the control topic's records: resources, routing tables, and commands to model servers. Pure."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, ClassVar, Final, Literal, Self, TypeVar
+from functools import cache
+from string import Formatter
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Self, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -12,6 +14,9 @@ from millstream.schemas.ids import new_id, rank
 from millstream.schemas.redaction import without_passwords
 from millstream.schemas.spans.text import json_text, parsed
 from millstream.schemas.wire.records import Control
+
+if TYPE_CHECKING:  # slow to import, and few templates need it
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 KEPT: Final = 20  # of a model in a routing table; the oldest unused ones are dropped first
 
@@ -87,14 +92,56 @@ class LLM:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptTemplate:
-    """A prompt with ``{named}`` placeholders."""
+    """A prompt with placeholders: ``{name}``, as those of `str.format`, or Jinja2's ``{{ name }}`` and ``{% … %}``."""
 
     __pydantic_config__: ClassVar = STRICT
 
     template: str
+    engine: Literal["f-string", "jinja2"] = "f-string"
 
     def format(self, **values: object) -> str:
+        """The prompt. Jinja2 runs in its sandbox, and refuses names that have no value. Raises KeyError, or Jinja2's
+        errors."""
+        if self.engine == "jinja2":
+            return _jinja().from_string(self.template).render(**values)
         return self.template.format(**values)
+
+    def placeholders(self) -> frozenset[str]:
+        """Its placeholders as they are written, without spaces at their ends: ``{name!r:>10}`` is another than
+        ``{name}``. Raises ValueError if it is no template."""
+        return frozenset(_jinja_placeholders(self.template) if self.engine == "jinja2" else _fields(self.template))
+
+
+@cache
+def _jinja() -> "ImmutableSandboxedEnvironment":
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+def _jinja_placeholders(text: str) -> Iterator[str]:
+    """Expressions and statements, in their order."""
+    from jinja2 import TemplateSyntaxError
+
+    try:
+        _jinja().parse(text)
+        words: list[str] = []
+        for _, kind, value in _jinja().lex(text):
+            if kind in ("variable_begin", "block_begin", "raw_begin"):
+                words = []
+            if kind != "whitespace":
+                words.append(value.strip("-+ \n\t") if kind.endswith(("_begin", "_end")) else value)
+            if kind in ("variable_end", "block_end", "raw_end"):
+                yield " ".join(words)
+    except TemplateSyntaxError as error:
+        raise ValueError(f"line {error.lineno}: {error.message}") from None
+
+
+def _fields(text: str) -> Iterator[str]:
+    for _, name, form, conversion in Formatter().parse(text):
+        if name is not None:
+            yield f"{{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}"
 
 
 Resource = LLM | PromptTemplate | dict[str, Any]
@@ -136,6 +183,29 @@ def _described(item: LLM | PromptTemplate) -> dict[str, Any]:
     if isinstance(item, LLM):
         item = replace(item, endpoints=tuple(map(without_passwords, item.endpoints)))
     return asdict(item)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptVersion(ControlBody):
+    """A candidate of a search over prompts: a resources version, where it comes from, and what it has earned so far.
+    Scores are mean rewards."""
+
+    kind = "prompt"
+    name_field = "resources_id"
+    resources_id: str  # the version's, also of one that was refused before it was published
+    experiment_id: str
+    number: int  # 0: the one that the search began with
+    round: int
+    parent: str = ""  # resources_id; empty for number 0
+    edited: str = ""  # name of the template that differs from the parent's
+    templates: Mapping[str, PromptTemplate]
+    critique: str = ""  # of the parent, that it answers
+    rollout_id: str = ""  # that critique and edit were recorded as
+    stage: Literal["propose", "screen", "validate", "done"] = "done"
+    refused: str = ""  # why it was not run, or not validated
+    parent_score: float | None = None  # on the candidate's minibatch
+    batch_score: float | None = None
+    score: float | None = None  # on the validation batch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -34,7 +34,7 @@ ABORTED: Final = ("abort", "aborted", "cancelled", "error", "content_filter")  #
 
 def selection(rules: TripletRules) -> list[Rule]:
     """A call that one of these rules excludes gets no reward."""
-    found: list[Rule] = []
+    found: list[Rule] = [aside]
     if rules.agent_match:
         agent = re.compile(rules.agent_match)
         found.append(lambda c: None if agent.fullmatch(c.agent or "") else f"agent {c.agent!r} is not selected")
@@ -71,6 +71,12 @@ def repeats(rules: TripletRules) -> Rule:
         return f"the same response came {seen[response]} times" if most and seen[response] > most else None
 
     return rule
+
+
+def aside(call: Call) -> str | None:
+    """Not the agent's own work: what it has earned is not for this."""
+    purpose = call.span.attributes.get(semconv.ASIDE)
+    return None if purpose is None else f"the call was made aside: {purpose}"
 
 
 def failed(call: Call) -> str | None:

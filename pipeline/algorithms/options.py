@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from millstream.pipeline.algorithms.verl.config import VerlOptions
+from millstream.pipeline.prompts.options import ApoTable, PromptTable, prompt_algorithm
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError
@@ -253,13 +254,17 @@ class VerlTable(VerlOptions):
 
 
 Torch = Grpo | Dapo | DrGrpo | Rloo | ReinforcePP | Gspo | Cispo | Ppo
-Table = Torch | Rft | Sft | VerlTable
+Table = Torch | Rft | Sft | VerlTable | PromptTable
+PROMPTS: Final = (ApoTable,)  # types without weights
 Options = Annotated[Table, Field(discriminator="type")]
 
 
 def algorithm_of(options: Table, settings: Settings | None = None) -> "Algorithm":
     """``settings`` say where the store is; by default those of this process. Raises `ConfigError` without the `train`
-    extra, and for a model that can't be loaded; for `Sft` also what `supervised.recorded` raises."""
+    extra (unless it searches for prompts), and for a model that can't be loaded; for `Sft` also what
+    `supervised.recorded` raises."""
+    if isinstance(options, PROMPTS):
+        return prompt_algorithm(options)
     try:
         from millstream.pipeline.algorithms import estimators
         from millstream.pipeline.algorithms.policy_gradient import PolicyGradient

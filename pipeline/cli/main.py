@@ -64,6 +64,7 @@ COMMANDS: Final = {
     "explain": ("replay:explain_app", "Explain what the adapter makes of a rollout."),
     "dataset": ("questions.dataset:app", "Triplets as data sets, written to standard output."),
     "experiments": ("questions.experiments:app", "Training runs: what they were started with"),
+    "prompts": ("questions.prompts:app", "Prompts that were searched for"),
     "model": ("roles:model_app", "A model's versions: deploy them, go back, split traffic among them."),
 }
 

@@ -13,7 +13,7 @@ from millstream.pipeline.cli.tables import Grid
 if TYPE_CHECKING:
     from millstream.consumers.adapter.replay import ToReward
     from millstream.consumers.log.port import Log
-    from millstream.pipeline.replay import ReplaySummary
+    from millstream.pipeline.store.replay import ReplaySummary
 
 app = typer.Typer()
 explain_app = typer.Typer(no_args_is_help=True, help="Explain what the adapter makes of a rollout.")
@@ -41,7 +41,7 @@ def replay(
     from millstream.consumers.adapter.replay import Replay
     from millstream.consumers.adapter.triplets import TripletMaker
     from millstream.consumers.control import find_experiment
-    from millstream.pipeline.replay import Start, open_output, run_replay
+    from millstream.pipeline.store.replay import Start, open_output, run_replay
     from millstream.schemas.import_path import load_object
 
     settings = open_settings()

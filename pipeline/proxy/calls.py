@@ -34,6 +34,7 @@ from millstream.pipeline.proxy.upstreams.replicas import Failed, Replicas, retry
 from millstream.pipeline.proxy.upstreams.retries import Tries
 from millstream.pipeline.proxy.upstreams.targets import Target, Targets
 from millstream.producers.log_lines import rollout_fields
+from millstream.schemas.spans import semconv
 
 logger = logging.getLogger(__name__)
 
@@ -220,6 +221,7 @@ class Calls:
             traceparent=request.headers.get("traceparent", ""),
             resources_id=attempt.resources_id,
             stream=bool(asked.get("stream")),
+            aside=request.headers.get(semconv.ASIDE_HEADER, ""),
         )
         deadline = time.monotonic() + upstream.timeout_s
         return _Call(request, body, attempt, target, made, deadline, facts, relay, {}, _this_task(), number)

@@ -52,6 +52,7 @@ class CallFacts:
     resources_id: str = ""
     stream: bool = False
     cached: bool = False
+    aside: str = ""  # what it was for, if it is not the agent's own work
     continued: int = 0  # times that a stream was continued by another replica
 
 
@@ -82,6 +83,8 @@ def call_span(
         found[semconv.CACHED] = True
     if len(facts.response_versions) > 1:
         found[semconv.RESPONSE_VERSIONS] = to_text(facts.response_versions)
+    if facts.aside:
+        found[semconv.ASIDE] = facts.aside
     if facts.continued:
         found[semconv.CONTINUED] = facts.continued
     if facts.resources_id:

@@ -170,6 +170,7 @@ class RolloutSearch:
     group_id: str = ""
     mode: str = ""
     model_version: str = ""
+    resources_id: str = ""
     text: str = ""
     since_s: int = 0
     sort_by: str = "created_at"
@@ -177,7 +178,7 @@ class RolloutSearch:
 
     @property
     def filters(self) -> dict[str, str]:
-        names = ("status", "experiment_id", "group_id", "mode", "model_version")
+        names = ("status", "experiment_id", "group_id", "mode", "model_version", "resources_id")
         return {name: value for name in names if (value := getattr(self, name))}
 
 

@@ -1,10 +1,8 @@
 """One rollout without a runner: its body is recorded as an attempt, and can be inspected afterwards."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -12,22 +10,15 @@ from millstream.consumers.adapter.read_trace import read_attempts
 from millstream.consumers.adapter.reward_matching import Reward, rewards_of
 from millstream.consumers.adapter.triplets import Trace, TripletMaker
 from millstream.consumers.log.port import Log
-from millstream.consumers.runner.attempt_writer import AttemptWriter
-from millstream.consumers.runner.claims import Claim, preparing
-from millstream.consumers.runner.outcome import Outcome, raised, returned, stopped_by
-from millstream.consumers.runner.proxies import Proxies, ProxyNotClosed
+from millstream.consumers.runner.outcome import Outcome, raised, returned
 from millstream.pipeline.tracing.blocking import run_blocking
+from millstream.pipeline.tracing.own_attempts import OwnAttempt, OwnAttempts
 from millstream.pipeline.tracing.reward_functions import RewardFunctions
 from millstream.producers.agent.attempt import AttemptContext, RolloutInfo
 from millstream.producers.agent.process_tracer import ProcessTracer
-from millstream.producers.blob_store import Blobs
-from millstream.producers.workers import new_worker_id
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.control import Resources
 from millstream.schemas.errors import MillstreamError
-from millstream.schemas.ids import new_id
 from millstream.schemas.wire import status
-from millstream.schemas.wire.log import KIND_HEADER
 from millstream.schemas.wire.records import RolloutTask, Span, Triplet
 
 logger = logging.getLogger(__name__)
@@ -49,31 +40,25 @@ class TracedRollout:
         reward_functions: RewardFunctions,
         proxy_url: str = "",
     ) -> None:
-        # It has no heartbeats, so its lease is its time limit.
-        task = replace(task, lease_s=max(task.lease_s, task.timeout_s))
         self.status = ""
         self._log = log
         self._settings = settings
         self._process = process
         self._reward_functions = reward_functions
         self._proxy_url = proxy_url
-        self._proxies = Proxies([proxy_url] if proxy_url else [], settings.proxy_secret.get_secret_value())
-        self._claim = Claim(task, new_id(), Resources(resources_id="", experiment_id=task.experiment_id, items={}))
-        self._producer = log.producer()
-        self._worker_id = new_worker_id()
-        self._blobs = Blobs(settings.blob_url)
-        self._writer = AttemptWriter(self._claim, self._producer, settings.topics, self._worker_id, self._blobs)
+        self._shared = OwnAttempts(log, settings, [proxy_url] if proxy_url else [])
+        self._own = OwnAttempt(task, self._shared)
+        self._claim, self._writer = self._own.claim, self._own.writer
         self._entered = False
-        self._start = 0  # offset of its claim
         self._outcome = Outcome(status.SUCCEEDED)
         self._attempt = AttemptContext(
-            task,
+            self._claim.task,
             self._claim.attempt_id,
             self._writer.emit,
             self._writer.save_state,
             on_calling=self._writer.calling,
             proxy_url=proxy_url,
-            proxy_key=self._proxies.key(self._claim) if proxy_url else "",
+            proxy_key=self._own.proxy_key,
         )
         self._seen = reward_functions.watch(self._attempt)
         self.spans: Sequence[Span] = self._seen.spans
@@ -147,19 +132,7 @@ class TracedRollout:
         if self._entered:
             raise MillstreamError("a trace can be entered only once; call Tracer.trace for another")
         self._entered = True
-        claim, topics = self._claim, self._settings.topics
-
-        def on_ack(error: Exception | None, offset: int) -> None:
-            self._start = offset
-
-        self._producer.send(
-            topics.events,
-            preparing(claim.task, claim.attempt_id, self._worker_id),
-            key=claim.task.rollout_id,
-            headers={KIND_HEADER: status.PREPARING.encode()},
-            on_ack=on_ack,
-        )
-        self._writer.started()
+        self._own.begin()
 
     @contextmanager
     def _recorded(self) -> Iterator[None]:
@@ -185,22 +158,13 @@ class TracedRollout:
 
     async def _finish(self) -> None:
         """Writes the attempt's end after everything else, and reads its spans. Raises `LogError` if the log fails."""
-        outcome, proxy_spans = replace(self._outcome, spans=self._writer.seal()), None
-        if self._proxy_url:
-            try:
-                key = self._attempt.proxy_key
-                calls = await self._proxies.close_attempt(self._claim, self._proxy_url, key)
-                proxy_spans, outcome = calls.made, calls.outcome(outcome)
-            except ProxyNotClosed as error:
-                outcome = stopped_by(status.LOST, error.cause, str(error))
         try:
-            final = await self._writer.finish(outcome, proxy_spans)
-            logged, _ = await read_attempts(self._log, self._settings.topics, self._claim.task.rollout_id, self._start)
+            final = await self._own.finish(self._outcome)
+            task, topics = self._claim.task, self._settings.topics
+            logged, _ = await read_attempts(self._log, topics, task.rollout_id, self._own.start)
             self.spans = logged[self._claim.attempt_id].spans
         finally:
-            await asyncio.to_thread(self._producer.close)
-            self._blobs.close()
-            await self._proxies.close()
+            await self._shared.close()
         self.status = final.status
         if final.error is not None and final.status != self._outcome.status:  # else the caller has the exception
             said = (final.status, final.error.type, final.error.message)

@@ -1,7 +1,7 @@
 """Checkpoints: one folder a step, which appears complete or not at all.
 
 ``step-00000042/`` holds ``weights.safetensors``, ``state.pt`` (optimizer, random state) and ``checkpoint.json`` (the
-rest, with size and digest of the other two).
+rest, with size and digest of the other two). An algorithm without weights has the last alone, and needs no torch.
 """
 
 import hashlib
@@ -12,15 +12,15 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
-
-import torch
-from safetensors.torch import load_file, save_file
+from typing import TYPE_CHECKING, Any, Final
 
 from millstream.pipeline.models.weight_files import FILE, PICKLED
 from millstream.schemas.errors import ConfigError, MillstreamError
 from millstream.schemas.folders import PRIVATE_FILE, PRIVATE_FOLDER, make_folder
 from millstream.schemas.ids import new_id
+
+if TYPE_CHECKING:  # needs the `train` extra
+    import torch
 
 NAME: Final = re.compile(r"step-\d{8}")
 WEIGHT_FILES: Final = {*PICKLED, ".safetensors", ".gguf"}
@@ -53,7 +53,8 @@ def save(
 ) -> Path:
     """Writes the checkpoint of a step to disk (synced), then removes all but the last ``keep``.
 
-    ``algorithm_state["weights"]`` are tensors by name; the rest is tensors and plain data. ``positions`` are
+    ``algorithm_state["weights"]`` are tensors by name; the rest is tensors and plain data; empty: there are neither.
+    ``positions`` are
     offsets by partition of the triplets topic: everything before them has been trained on. ``extra`` is JSON: what
     the run and its algorithm need besides.
 
@@ -70,14 +71,13 @@ def save(
     _clear_unfinished(folder)
     unfinished = folder / f".unfinished-{new_id()}"
     unfinished.mkdir(PRIVATE_FOLDER)
-    rest = {key: value for key, value in algorithm_state.items() if key != "weights"}
-    save_file({name: tensor.contiguous() for name, tensor in algorithm_state["weights"].items()}, unfinished / WEIGHTS)
-    torch.save(rest, unfinished / STATE)
+    if algorithm_state:
+        _save_tensors(algorithm_state, unfinished)
     manifest = {
         "step": step,
         "positions": {str(partition): offset for partition, offset in positions.items()},
         "extra": dict(extra),
-        "files": {name: _fingerprint(unfinished / name) for name in (WEIGHTS, STATE)},
+        "files": {file.name: _fingerprint(file) for file in sorted(unfinished.iterdir())},
     }
     (unfinished / MANIFEST).write_text(json.dumps(manifest, indent=2), "utf-8")
     for path in unfinished.iterdir():
@@ -161,12 +161,10 @@ def load(path: Path) -> Checkpoint:
         for name, expected in manifest["files"].items():
             if _fingerprint(path / name) != expected:
                 raise CheckpointDamaged(_damage(path / name, "size or digest differ from what was written"))
-        weights = load_file(path / WEIGHTS)
-        rest = torch.load(path / STATE, weights_only=True)  # does not run code from the file
         return Checkpoint(
             path=path,
             step=manifest["step"],
-            algorithm_state={"weights": weights, **rest},
+            algorithm_state=_load_tensors(path) if manifest["files"] else {},
             positions={int(partition): offset for partition, offset in manifest["positions"].items()},
             extra=manifest["extra"],
         )
@@ -174,9 +172,28 @@ def load(path: Path) -> Checkpoint:
         raise CheckpointDamaged(_damage(path, f"{type(error).__name__}: {error}")) from error
 
 
-def export(weights: Mapping[str, torch.Tensor], model: Path, target: Path) -> None:
+def _save_tensors(state: Mapping[str, Any], folder: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    rest = {key: value for key, value in state.items() if key != "weights"}
+    save_file({name: tensor.contiguous() for name, tensor in state["weights"].items()}, folder / WEIGHTS)
+    torch.save(rest, folder / STATE)
+
+
+def _load_tensors(folder: Path) -> dict[str, Any]:
+    import torch
+    from safetensors.torch import load_file
+
+    rest = torch.load(folder / STATE, weights_only=True)  # does not run code from the file
+    return {"weights": load_file(folder / WEIGHTS), **rest}
+
+
+def export(weights: "Mapping[str, torch.Tensor]", model: Path, target: Path) -> None:
     """Writes a Hugging Face folder, which transformers loads and vLLM serves: ``model`` with these weights in place of
     its own. Replaces an earlier one as a whole. Other users may read it: it is made to be passed on."""
+    from safetensors.torch import save_file
+
     part = target.with_name(f".unfinished-{new_id()}")
     part.mkdir(parents=True)
     for file in model.iterdir():
@@ -198,6 +215,7 @@ def move(folder: Path, target: Path) -> None:
 
 def copied(state: Mapping[str, Any]) -> dict[str, Any]:
     """A state whose tensors are copies, in the memory of the CPU."""
+    import torch
 
     def copy(value: Any) -> Any:
         if isinstance(value, torch.Tensor):

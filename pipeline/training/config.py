@@ -15,9 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from rich.console import Console
 
 from millstream.consumers.log.port import Log
-from millstream.pipeline.algorithms.options import Options, Sft, algorithm_of
+from millstream.pipeline.algorithms.options import PROMPTS, Options, Sft, algorithm_of
 from millstream.pipeline.models.server import ModelServer
 from millstream.pipeline.models.vllm_process import Transfer, VllmOptions
+from millstream.pipeline.prompts.options import PromptConfig
+from millstream.pipeline.prompts.versions import best_prompts
 from millstream.pipeline.services.role_process import role_process
 from millstream.pipeline.training.deployment import store_settings, strategy_of
 from millstream.pipeline.training.progress import ProgressView
@@ -30,6 +32,7 @@ from millstream.pipeline.training.trainer import Trainer
 from millstream.pipeline.ui.serve import serving_pages
 from millstream.producers.files import write_atomically
 from millstream.schemas.config.settings import Settings, load_settings
+from millstream.schemas.control import PromptTemplate
 from millstream.schemas.errors import ConfigError, problems_of
 from millstream.schemas.folders import make_folder
 from millstream.schemas.import_path import load_object
@@ -84,7 +87,9 @@ class TrainConfig(BaseModel):
     hooks: list[str] = Field([], description="module:attribute of each, in order; needs `agent`.")
     tasks: Path | None = Field(None, description="JSON lines, as for `millstream publish`. Type sft needs none.")
     val_tasks: Path | None = Field(None, description="Tasks to validate with; they are never trained on.")
-    max_steps: int | None = Field(None, ge=0, description="Default: 100; of type sft, those of its epochs.")
+    max_steps: int | None = Field(
+        None, ge=0, description="Default: 100; of type sft, those of its epochs; of apo, its rounds."
+    )
     stop_reward: float | None = Field(None, description="Mean reward of a step at which training ends early.")
     patience: int = Field(3, ge=1, description="Steps in a row that reach `stop_reward`.")
     seed: int = Field(0, description="Order of tasks, ids and seeds of rollouts.")
@@ -95,7 +100,13 @@ class TrainConfig(BaseModel):
         description='"auto": from the last checkpoint in run_dir; "never": refuses a folder with checkpoints; or a '
         'checkpoint, such as "step-42".',
     )
-    algorithm: Options = Field(description="How the policy learns.")
+    prompts: dict[str, PromptConfig] = Field(
+        {}, description="Templates that agents read as resources[NAME]; a search begins with them."
+    )
+    prompts_from: Path | None = Field(
+        None, description="Folder of a run that has searched: its best templates take the place of those in `prompts`."
+    )
+    algorithm: Options = Field(description="How the policy, or the prompt, gets better.")
 
     @model_validator(mode="before")
     @classmethod
@@ -111,6 +122,14 @@ class TrainConfig(BaseModel):
     def _tasks_of_the_type(self) -> "TrainConfig":
         if self.tasks is None and self.algorithm.type != "sft":
             raise ValueError("tasks: a file of them is needed, except for type sft")
+        return self
+
+    @model_validator(mode="after")
+    def _prompts_of_the_type(self) -> "TrainConfig":
+        if isinstance(self.algorithm, PROMPTS) and self.val_tasks is None:
+            raise ValueError(f"val_tasks: type {self.algorithm.type} compares its candidates on them")
+        if isinstance(self.algorithm, PROMPTS) and not self.prompts and self.prompts_from is None:
+            raise ValueError(f"prompts: type {self.algorithm.type} needs a table [prompts.NAME] to begin with")
         return self
 
     @model_validator(mode="after")
@@ -306,9 +325,15 @@ def _trainer(config: TrainConfig, settings: Settings, strategy: Strategy | None 
         settings=settings,
         vllm=vllm_options(config.model),
         deterministic=config.model.deterministic,
+        prompts=_prompts(config),
         config=config.model_dump(mode="json"),
         **given,
     )
+
+
+def _prompts(config: TrainConfig) -> dict[str, PromptTemplate]:
+    given = {name: each.read(name) for name, each in config.prompts.items()}
+    return given if config.prompts_from is None else given | best_prompts(config.prompts_from)
 
 
 def vllm_options(config: ModelConfig) -> VllmOptions | None:

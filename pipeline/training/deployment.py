@@ -42,7 +42,7 @@ async def in_memory(setup: Setup) -> AsyncIterator[tuple[Log, ModelServer | None
     settings = store_settings(setup)
     log = MemoryLog(settings.topics)
     async with _supervised(), _served_model(setup, ANY_PORT) as (server, urls):
-        settings = settings.model_copy(update={"upstreams": _upstreams(urls), "routes": {}})
+        settings = settings.model_copy(update=_around(settings, urls))
         async with _local_roles(log, replace(setup, settings=settings)):
             yield log, server
 
@@ -137,6 +137,15 @@ def _upstreams(urls: list[str]) -> dict[str, Upstream]:
     return {DEFAULT: Upstream(urls=tuple(urls))} if urls else {}
 
 
+def _around(settings: Settings, urls: list[str]) -> dict[str, Any]:
+    """Upstreams and routes of a run in one process: the model that it serves, and the external ones of the settings.
+    Whatever these call a policy is the model here."""
+    external = {name: each for name, each in settings.upstreams.items() if not each.trainable and name != DEFAULT}
+    routes = {pattern: name for pattern, name in settings.routes.items() if name in external}
+    served = _upstreams(urls)
+    return {"upstreams": {**external, **served}, "routes": {**routes, "*": DEFAULT} if served and external else routes}
+
+
 @asynccontextmanager
 async def _local_roles(log: Log, setup: Setup) -> AsyncIterator[None]:
     """Runs a proxy (if there is an upstream), a runner, an adapter and a sink as tasks of this loop; without rollouts
@@ -151,6 +160,7 @@ async def _local_roles(log: Log, setup: Setup) -> AsyncIterator[None]:
         if settings.upstreams:
             url = await stack.enter_async_context(serve(Proxy(log, settings).app, ANY_PORT))
             settings = settings.model_copy(update={"proxy_url": url})
+        setup.on_proxy(settings)
         running: dict[str, Callable[[asyncio.Event], Coroutine[Any, Any, None]]] = {}
         if setup.rollouts:
             running["runner"] = Runner(log, settings, setup.agent, processes=0, drain_s=0.0, hooks=setup.hooks).run

@@ -13,34 +13,34 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import Any
 
 from tenacity import AsyncRetrying, before_sleep_log, retry_if_exception, stop_after_delay, wait_fixed
 
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.port import Log
 from millstream.pipeline.models.server import ModelServer, UpdateFailed
+from millstream.pipeline.training import checkpoint
+from millstream.pipeline.training.checkpoint import Checkpoint
 from millstream.pipeline.training.collector import Collector
 from millstream.pipeline.training.groups import FinishedRollout, Group, Lineage
 from millstream.pipeline.training.report import StepReport, Summary, failures, mean_reward
 from millstream.pipeline.training.reporting.record import RECORD, continued
 from millstream.pipeline.training.reporting.steps import step_record
 from millstream.pipeline.training.reporting.stopwatch import Stopwatch
-from millstream.producers.control import cancel_record, publish_control, publish_resources
+from millstream.producers.control import cancel_record, publish_control
 from millstream.producers.files import write_atomically
 from millstream.producers.log.port import Producer
 from millstream.producers.tasks import TaskPublisher
 from millstream.producers.training import publish_step
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.control import LLM, Resource, Resources
+from millstream.schemas.control import LLM, ControlBody, PromptTemplate, Resource, Resources
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import derived_id, id_time_ms, new_id, rank
 from millstream.schemas.spans.text import json_text
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.records import Control, RolloutTask, TrainingStep
-
-if TYPE_CHECKING:  # needs the `train` extra
-    from millstream.pipeline.training.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class Experiment:
         """SHA-256 of each kind of tasks."""
         return {"tasks": _digest(self.tasks), "val_tasks": _digest(self.val_tasks)}
 
-    def restored(self, found: "Checkpoint", where: Path) -> "Experiment":
+    def restored(self, found: Checkpoint, where: Path) -> "Experiment":
         """This experiment as the one of a checkpoint. Raises `ConfigError` if they differ."""
         for name, saved, ours in (
             ("run", found.extra.get("name"), self.name),
@@ -113,8 +113,8 @@ class Experiment:
 
 class Run:
     """One experiment. ``server`` serves the policy; None if other processes do, or no policy is trained. ``endpoints``
-    are the proxies that its rollouts should use; empty: those the runners know. ``restored``: the checkpoint that the
-    run goes on from."""
+    are the proxies that its rollouts should use; empty: those the runners know. ``prompts``: the templates that agents
+    read, a part of each version that is published. ``restored``: the checkpoint that the run goes on from."""
 
     def __init__(
         self,
@@ -126,7 +126,8 @@ class Run:
         run_dir: Path = Path(),
         on_step: Callable[[StepReport], object] = lambda report: None,
         endpoints: tuple[str, ...] = (),
-        restored: "Checkpoint | None" = None,
+        prompts: Mapping[str, PromptTemplate] = MappingProxyType({}),
+        restored: Checkpoint | None = None,
         update: UpdatePolicy = UpdatePolicy(),
     ) -> None:
         self.experiment = experiment
@@ -141,6 +142,7 @@ class Run:
         self.run_dir = run_dir
         self._on_step = on_step
         self._endpoints = endpoints
+        self.prompts = dict(prompts)
         self._update_policy = update
         self._producer: Producer = log.producer()
         self._publisher = TaskPublisher(self._producer, settings)
@@ -178,6 +180,10 @@ class Run:
     def seconds(self) -> float:
         """Since the run began, without the time between two trainers."""
         return time.monotonic() - self._started
+
+    @property
+    def log(self) -> Log:
+        return self._log
 
     @property
     def resources_id(self) -> str:
@@ -289,7 +295,11 @@ class Run:
 
     def release(self, groups: Iterable[Group]) -> None:
         """The groups are done with: a checkpoint no longer has to find them."""
-        self._collector.release(m.end.rollout_id for group in groups for m in group.members)
+        self.release_each(member for group in groups for member in group.members)
+
+    def release_each(self, finished: Iterable[FinishedRollout]) -> None:
+        """As `release`."""
+        self._collector.release(member.end.rollout_id for member in finished)
 
     async def give_up(self, size: int, key: str, resources_id: str) -> None:
         """Cancels what is still running of a group, and forgets it."""
@@ -303,15 +313,29 @@ class Run:
         """Runs each task once with the current resources; nothing is learnt from it."""
         key = f"{mode}/{self._evaluations}"
         self._evaluations += 1
-        rollouts = [
-            rollout
-            for number, task in enumerate(tasks)
-            for rollout in self._rollouts(task, 1, f"{key}/{number}", mode, self._resources_id)
-        ]
-        finished = await self._finished(rollouts)
+        finished = await self.each(tasks, key, mode=mode)
         self._collector.release(member.end.rollout_id for member in finished)
         self.count(finished)
         return finished
+
+    async def each(
+        self,
+        tasks: Sequence[str],
+        key: str,
+        *,
+        mode: str = "train",
+        resources_id: str = "",
+        published: bool = False,
+        on_published: Callable[[], object] = lambda: None,
+    ) -> list[FinishedRollout]:
+        """Runs each task once, and returns in their order when all have ended. The rest is as for `group`."""
+        resources_id = resources_id or self._resources_id
+        rollouts = [
+            rollout
+            for number, task in enumerate(tasks)
+            for rollout in self._rollouts(task, 1, f"{key}/{number}", mode, resources_id)
+        ]
+        return await self._finished(rollouts, published, on_published)
 
     async def validate(self) -> float:
         """The mean reward of the validation tasks, which the summary has then, too."""
@@ -355,10 +379,20 @@ class Run:
     async def publish(self, items: Mapping[str, Resource]) -> Resources:
         """Announces resources, such as prompts. New rollouts use them."""
         resources_id, self._next_resources_id = self._next_resources_id or new_id(), ""
-        resources = Resources(resources_id=resources_id, experiment_id=self.experiment.experiment_id, items=dict(items))
-        await publish_resources(self._producer, self._topics, resources)
+        resources = await self.offer(resources_id, items)
         self._resources_id = resources_id
         return resources
+
+    async def offer(self, resources_id: str, items: Mapping[str, Resource]) -> Resources:
+        """Announces a version for rollouts that ask for it by its id, a UUIDv7; a second time is the same version."""
+        experiment_id, items = self.experiment.experiment_id, {**self.prompts, **items}
+        resources = Resources(resources_id=resources_id, experiment_id=experiment_id, items=items)
+        await self.announce(resources)
+        return resources
+
+    async def announce(self, body: ControlBody) -> None:
+        """Writes a record to the control topic, and so into the store."""
+        await publish_control(self._producer, self._topics, body.to_control())
 
     async def publish_weights(self, weights: "Mapping[str, Any] | None", step: int) -> str:
         """Has the weights after ``step`` updates served, then announces their version, which it returns: a version that
@@ -427,8 +461,6 @@ class Run:
         rollouts that are held now again. Without ``wait`` it is written from a copy while training goes on.
 
         Raises what went wrong with the last one."""
-        from millstream.pipeline.training import checkpoint  # needs torch
-
         if self._saving is not None:
             with self.watch.phase("save"):
                 await self._saving
@@ -483,22 +515,16 @@ class Run:
 
     async def export(self, weights: Mapping[str, Any], model: Path, name: str) -> None:
         """Writes a Hugging Face folder into the run's: ``model`` with these weights."""
-        from millstream.pipeline.training import checkpoint  # needs torch
-
         await asyncio.to_thread(checkpoint.export, weights, model, self.run_dir / name)
 
     async def keep(self, name: str, target: str) -> None:
         """Gives a folder that was exported another name, if there is one."""
-        from millstream.pipeline.training import checkpoint  # needs torch
-
         if (self.run_dir / name).exists():
             await asyncio.to_thread(checkpoint.move, self.run_dir / name, self.run_dir / target)
 
-    async def roll_back(self, reason: str, gradual: bool = False) -> "Checkpoint":
+    async def roll_back(self, reason: str, gradual: bool = False) -> Checkpoint:
         """Goes back to the last checkpoint, or to the oldest that was kept, in a new epoch. The caller gives up its
         groups. Raises `CheckpointDamaged`."""
-        from millstream.pipeline.training import checkpoint  # needs torch
-
         if self._saving is not None:
             await self._saving
         found = await asyncio.to_thread(checkpoint.go_back, self.run_dir / CHECKPOINTS, gradual)

@@ -27,6 +27,8 @@ class Setup:
     vllm: VllmOptions | None = None
     deterministic: bool = False  # of the demo engine
     rollouts: bool = True  # False: there are none, so neither runner nor model server is needed
+    # Called with the settings by which this process reaches the proxy, if the strategy starts the roles.
+    on_proxy: Callable[[Settings], object] = lambda settings: None
 
 
 # Entered, it runs the roles, and gives a log on which tasks are claimed and rollouts end, and the server of the model

@@ -3,8 +3,10 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from types import MappingProxyType
+from typing import Any, Final
 
 from millstream.consumers.adapter.triplets import ToTriplets, TripletMaker
 from millstream.consumers.log.kafka_log import KafkaLog
@@ -13,7 +15,9 @@ from millstream.consumers.runner.agent import agent_name, load_agent, load_hook
 from millstream.consumers.runner.hooks import Hook
 from millstream.pipeline.models.vllm_process import VllmOptions, check_vllm
 from millstream.pipeline.tracing.blocking import run_blocking
+from millstream.pipeline.training import checkpoint
 from millstream.pipeline.training.algorithm import Algorithm
+from millstream.pipeline.training.checkpoint import Checkpoint
 from millstream.pipeline.training.deployment import strategy_of
 from millstream.pipeline.training.groups import FinishedRollout
 from millstream.pipeline.training.progress import shown
@@ -26,11 +30,9 @@ from millstream.pipeline.training.strategy import Setup, Strategy
 from millstream.producers.supervisor import supervisor
 from millstream.producers.task_input import task_input
 from millstream.schemas.config.settings import Settings, load_settings
+from millstream.schemas.control import PromptTemplate
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.folders import make_folder
-
-if TYPE_CHECKING:  # needs the `train` extra
-    from millstream.pipeline.training.checkpoint import Checkpoint
 
 DEFAULT_STEPS: Final = 100
 
@@ -48,7 +50,8 @@ class Trainer:
     folder, or its name such as "step-42", goes on from that one. The demo engine serves the policy, or a vLLM of this
     process, as ``vllm`` says. ``on_step`` is called after each step; without it a live table is shown, on a terminal
     and in a notebook. With ``deterministic`` the engine computes each answer alone, so that seeds repeat answers bit by
-    bit. ``config`` is the file that all this was read from, for the record of the experiment.
+    bit. ``prompts``: templates that agents read as ``resources[NAME]``. ``config`` is the file that all this was read
+    from, for the record of the experiment.
 
     Raises `ConfigError` for arguments that exclude each other.
     """
@@ -75,6 +78,7 @@ class Trainer:
         hooks: Sequence[Hook | str] = (),
         vllm: VllmOptions | None = None,
         deterministic: bool = False,
+        prompts: Mapping[str, PromptTemplate] = MappingProxyType({}),
         config: Mapping[str, Any] | None = None,
     ) -> None:
         if deterministic and vllm is not None:
@@ -88,6 +92,7 @@ class Trainer:
         self._vllm = vllm
         self._deterministic = deterministic
         self._config = config
+        self._prompts = prompts
         self._algorithm = algorithm
         self._strategy = strategy_of(strategy) if isinstance(strategy, str) else strategy
         self._tasks, self._val_tasks = tasks, val_tasks
@@ -165,6 +170,11 @@ class Trainer:
             "deterministic": self._deterministic,
             "agent": self._agent if isinstance(self._agent, str) else agent_name(self._agent) if self._agent else None,
             "data": getattr(self._algorithm, "data", None),
+            **(
+                {"prompts": {name: asdict(template) for name, template in self._prompts.items()}}
+                if self._prompts
+                else {}
+            ),
             **experiment.digests,
             **found,
             "millstream": found["packages"]["millstream"],
@@ -188,6 +198,7 @@ class Trainer:
             experiment = experiment.restored(restored, self._run_dir)
         # The default proxy_url says nothing about the machines that the runners are on.
         known = self._agent is None and "proxy_url" in self._settings.model_fields_set
+        reached = [self._settings]
         setup = Setup(
             settings=self._settings,
             agent=self._agent,
@@ -198,17 +209,19 @@ class Trainer:
             vllm=self._vllm,
             deterministic=self._deterministic,
             rollouts=not goes_on or bool(experiment.tasks or experiment.val_tasks),
+            on_proxy=reached.append,
         )
         record = await asyncio.to_thread(self._record, experiment)
         async with self._strategy(setup) as (log, server):
             run = Run(
-                self._settings,
+                reached[-1],
                 log,
                 experiment,
                 server=server,
                 run_dir=self._run_dir,
                 on_step=self._on_step or view or (lambda report: None),
                 endpoints=self._settings.proxy_urls if known else (),
+                prompts=self._prompts,
                 restored=restored,
             )
             try:
@@ -231,13 +244,9 @@ class Trainer:
         finally:
             await watching.close()
 
-    def _restored(self, *, find: bool = False) -> "Checkpoint | None":
+    def _restored(self, *, find: bool = False) -> Checkpoint | None:
         """``find``: leaves the folder as it is."""
         folder = self._run_dir / CHECKPOINTS
-        if self._resume == "auto" and not folder.exists():
-            return None  # without the `train` extra, too
-        from millstream.pipeline.training import checkpoint  # needs torch
-
         return (checkpoint.find if find else checkpoint.restore)(folder, self._resume)
 
 

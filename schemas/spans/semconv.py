@@ -59,6 +59,9 @@ CACHED: Final = "millstream.cached"
 CONTINUED: Final = "millstream.continued"
 RESOURCES_ID: Final = "millstream.resources_id"
 UNTRAINABLE: Final = "millstream.untrainable"
+# Ours: a call that is not the agent's own work, such as a judge's, and what it was for; how a client says so.
+ASIDE: Final = "millstream.aside"
+ASIDE_HEADER: Final = "x-millstream-aside"
 # Ours: the response id of the call that a reward is given to by name.
 REWARD_FOR: Final = "millstream.reward.for_call"
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("schemas", "producers", "consumers", "pipeline")  # each imports itself and those before it
 MAX_ENTRIES = 13
 # Third-party packages that schemas may import: none of them talks to anything.
-SCHEMA_LIBRARIES = {"fastavro", "google", "opentelemetry.proto", "pydantic", "pydantic_settings"}
+SCHEMA_LIBRARIES = {"fastavro", "google", "jinja2", "opentelemetry.proto", "pydantic", "pydantic_settings"}
 # Modules that start processes from what `deploy` holds.
 LAUNCHERS = {"pipeline.cli", "pipeline.models.vllm_process"}
 # Tasks and threads that are not supervised, by module and function: each is awaited by the function that starts it,
@@ -27,6 +27,7 @@ UNSUPERVISED = {
     ("consumers.runner.hooks", "_start"),
     ("pipeline.algorithms.policy_gradient", "_ask"),
     ("pipeline.algorithms.policy_gradient", "_validate_meanwhile"),
+    ("pipeline.prompts.apo", "run"),
     ("pipeline.tracing.blocking", "noted"),
     ("pipeline.tracing.blocking", "run_blocking"),
     ("pipeline.cli.setup.up", "_run"),

@@ -63,20 +63,24 @@ task of the gateway's `POST /tasks`. Only `input` has to be there.
 
 
 def _training_files() -> str:
-    from millstream.pipeline.algorithms.options import PRESETS, LearnerOptions, Rft, Sft, Torch, VerlTable
+    from millstream.pipeline.algorithms.options import PRESETS, PROMPTS, LearnerOptions, Rft, Sft, Torch, VerlTable
+    from millstream.pipeline.prompts.options import PromptConfig
     from millstream.pipeline.training.config import ModelConfig, ReportConfig, TrainConfig
 
-    kinds: tuple[type[BaseModel], ...] = (*get_args(Torch), Rft, Sft, VerlTable)
+    kinds: tuple[type[BaseModel], ...] = (*get_args(Torch), Rft, Sft, VerlTable, *PROMPTS)
     common = kinds[0]
     types = ", ".join(f"`{_type_of(kind)}`" for kind in kinds)
+    prompts = " and ".join(f"`{_type_of(kind)}`" for kind in PROMPTS)
     parts = [
         "# Training files\n\nWhat a file for `millstream train` may hold; [Training](training.md) explains it. "
         "`millstream train FILE --dry-run` checks a file and prints it with all defaults.\n",
         _table(TrainConfig),
         f"## `[model]`\n\n{_table(ModelConfig)}",
         f"## `[report]`\n\n{_table(ReportConfig)}",
-        f"## `[algorithm]`\n\n`type` is one of {types}. All but `verl` take these options, and `rft` and `sft` some of "
-        "them:\n\n" + _rows({name: field for name, field in common.model_fields.items() if name != "type"}),
+        f"## `[prompts.NAME]`\n\n{_table(PromptConfig)}",
+        f"## `[algorithm]`\n\n`type` is one of {types}. All but `verl` and {prompts} take these options, and `rft` and "
+        "`sft` some of them:\n\n"
+        + _rows({name: field for name, field in common.model_fields.items() if name != "type"}),
     ]
     presets = [
         f"`{name}`: {', '.join(f'{k} = {v}' for k, v in values.items())}" for name, values in PRESETS.items() if values

@@ -8,6 +8,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from millstream.pipeline.store import pages
+from millstream.pipeline.store.candidates import candidates_of, changes
 from millstream.pipeline.store.queries import EXPERIMENTS, STEPS, TRAINING_RUNS
 from millstream.pipeline.training.reporting.record import differences, flat
 from millstream.pipeline.ui.render import page
@@ -55,6 +56,7 @@ def experiment(request: Request) -> Response:
         "others": [(r["experiment_id"], r["run"] or r["experiment_id"]) for r in runs if r["experiment_id"] != wanted][
             :RUNS
         ],
+        "candidates": _candidates(source, wanted),
         "differences": differences(_record(source, against), record) if run and against else None,
     }
     return page(request, "experiment.html", values)
@@ -69,6 +71,15 @@ def _record(source: Source, experiment_id: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _candidates(source: Source, experiment_id: str) -> list[dict[str, Any]]:
+    """Those of a search over prompts, each with its ``changes`` from its parent."""
+    rows = candidates_of(source.store.sql, experiment_id)
+    texts = {row["number"]: row["templates"] for row in rows}
+    for row in rows:
+        row["changes"] = list(changes(texts.get(row["parent_number"], {}), row["templates"]))
+    return rows
 
 
 def curve(request: Request) -> Response:

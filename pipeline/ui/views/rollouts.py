@@ -41,6 +41,7 @@ def rollouts(request: Request) -> Response:
         group_id=query.get("group", ""),
         mode=query.get("mode", ""),
         model_version=query.get("version", ""),
+        resources_id=query.get("resources", ""),
         text=query.get("q", ""),
         since_s=number_of(request, "since", 0, most=10**9),
         sort_by=query.get("sort", "created_at"),

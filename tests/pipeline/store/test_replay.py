@@ -20,7 +20,7 @@ from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.log.read_to_end import read_to_end
 from millstream.pipeline.cli.main import app
-from millstream.pipeline.replay import Start, open_output, run_replay
+from millstream.pipeline.store.replay import Start, open_output, run_replay
 from millstream.producers.log.acks import send_acknowledged
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError
