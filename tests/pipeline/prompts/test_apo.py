@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from writer_server import FIRST, RULES, TASKS, TOKENS, VAL_TASKS, agent, blind, helpful, useless, writing
 
 import millstream as ms
 from millstream.pipeline.prompts.apo import Apo
@@ -15,6 +14,7 @@ from millstream.pipeline.prompts.writers import Budget, Spent
 from millstream.pipeline.training.report import Summary
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError
+from tests.pipeline.prompts.rig import FIRST, RULES, TASKS, TOKENS, VAL_TASKS, agent, blind, helpful, useless, writing
 
 PROMPTS = {"system": ms.PromptTemplate(template=FIRST)}
 BEAM = Beam(beam_width=2, branch_factor=2, rounds=4, batch=4, validation_batch=8)
