@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from millstream.consumers.adapter.triplets import ToTriplets, Trace, total_reward, trained_version
+from millstream.consumers.adapter.triplets import ToTriplets, Trace, total_reward, total_tokens, trained_version
 from millstream.schemas.errors import CodecError
 from millstream.schemas.import_path import error_message
 from millstream.schemas.spans import semconv
@@ -78,8 +78,10 @@ def success(
     if counts != expected:
         missing = f"spans are missing: the attempt wrote {dict(expected)}, the log holds {dict(counts)}"
     try:
-        made = to_triplets(Trace(task, event.attempt_id, spans))
-        triplets = tuple(share([_checked(triplet, end, missing) for triplet in made]))
+        trace = Trace(task, event.attempt_id, spans)
+        checked = [_checked(triplet, end, missing) for triplet in to_triplets(trace)]
+        prompt_tokens, response_tokens = total_tokens(checked, trace.spans)
+        triplets = tuple(share(checked))
         encoded = tuple(map(codec.encode, triplets))
     except KeyboardInterrupt:
         raise
@@ -94,6 +96,8 @@ def success(
             end,
             turns=len(triplets),
             spans=len(spans),
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
             reward=total_reward(spans),
             model_version=trained_version(triplets),
             trainable=trainable,
@@ -107,7 +111,9 @@ def success(
 
 def without_triplets(end: RolloutEnd, reason: str) -> RolloutEnd:
     """The end of a rollout whose triplets can't be written."""
-    return replace(end, turns=0, trainable=False, reason=cut(reason), model_version=None)
+    return replace(
+        end, turns=0, prompt_tokens=0, response_tokens=0, trainable=False, reason=cut(reason), model_version=None
+    )
 
 
 def _checked(triplet: Triplet, end: RolloutEnd, missing: str | None) -> Triplet:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from millstream.consumers.adapter.calls import Call, SpanTree, calls_of
 from millstream.consumers.adapter.reward_matching import (
@@ -27,8 +28,10 @@ from millstream.schemas.import_path import load_object
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.dialects import normalised
 from millstream.schemas.wire.records import RolloutTask, Span, Triplet
-from millstream.schemas.wire.trainable import bad_reward
+from millstream.schemas.wire.trainable import TOKEN_BYTES, bad_reward
 from millstream.schemas.wire.versions import MIXED
+
+MOST_TOKENS: Final = (1 << 32) - 1  # that a model's server may say; the store counts no more either
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +162,28 @@ def total_reward(spans: Sequence[Span]) -> float | None:
     """Sum of an attempt's rewards that can be trained on; None without any."""
     given = [span.reward for span in spans if span.reward is not None and not bad_reward(span.reward)]
     return sum(given) if given else None
+
+
+def total_tokens(triplets: Sequence[Triplet], spans: Sequence[Span]) -> tuple[int, int]:
+    """Tokens of all prompts and of all answers of triplets with whole prompts. Calls without token ids count as their
+    spans say that the model's server has counted."""
+    prompts = answers = 0
+    uncounted: set[str] = set()
+    for triplet in triplets:
+        if triplet.response_token_ids:
+            prompts += len(triplet.prompt_token_ids or b"") // TOKEN_BYTES
+            answers += len(triplet.response_token_ids) // TOKEN_BYTES
+        else:
+            uncounted.add(triplet.span_id)
+    for span_id in uncounted:
+        calls = [span.attributes for span in spans if span.span_id == span_id and span.kind == semconv.LLM]
+        prompts += max((_count(call.get(semconv.INPUT_TOKENS)) for call in calls), default=0)
+        answers += max((_count(call.get(semconv.OUTPUT_TOKENS)) for call in calls), default=0)
+    return prompts, answers
+
+
+def _count(text: str | None) -> int:
+    return min(int(text), MOST_TOKENS) if text and text.isdecimal() and text.isascii() and len(text) <= 19 else 0
 
 
 def trained_version(triplets: Sequence[Triplet]) -> str | None:

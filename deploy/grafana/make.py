@@ -208,7 +208,7 @@ ROLLOUTS: Final[dict[str, tuple[Panel, ...]]] = {
         table(
             "Reward by version",
             """SELECT model_version, count() AS rollouts, avg(reward) AS mean, quantileExact(0.1)(reward) AS p10,
-            quantileExact(0.9)(reward) AS p90, min(ended_at) AS first FROM rollouts
+            quantileExact(0.9)(reward) AS p90, min(ended_at) AS first FROM ended_rollouts
             WHERE status = 'succeeded' AND RUNS AND $__timeFilter(ended_at)
             GROUP BY model_version ORDER BY first DESC LIMIT 100""",
         ),
@@ -216,7 +216,7 @@ ROLLOUTS: Final[dict[str, tuple[Panel, ...]]] = {
             "Groups without a signal",
             """SELECT model_version, count() AS groups, avg(alike) AS no_signal FROM (
             SELECT group_id, any(model_version) AS model_version, max(reward) = min(reward) AS alike,
-            min(ended_at) AS first FROM rollouts
+            min(ended_at) AS first FROM ended_rollouts
             WHERE mode = 'train' AND reward IS NOT NULL AND RUNS AND $__timeFilter(ended_at)
             GROUP BY group_id) GROUP BY model_version ORDER BY min(first) DESC LIMIT 100""",
             "percentunit",

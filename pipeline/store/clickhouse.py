@@ -67,13 +67,12 @@ class ClickHouseStore(Store):
         **filters: Unpack[RolloutFilters],
     ) -> list[Rollout]:
         direction = "DESC" if descending else "ASC"
-        wanted: dict[str, Any] = {"rollout_id": rollout_ids, **checked(filters, RolloutFilters)}
-        asked = {name for name, value in wanted.items() if value is not None}
-        if limit is not None and sort_by == "created_at" and asked <= queries.OF_TASKS:
-            # Then the view is computed for these rollouts alone, not for all.
-            wanted = {"rollout_id": queries.read_newest(self._ask, wanted, direction, limit, offset)}
-            offset = 0
+        wanted: Mapping[str, Any] = {"rollout_id": rollout_ids, **checked(filters, RolloutFilters)}
         order = f"{checked_order(sort_by)} {direction} NULLS LAST, rollout_id {direction}"
+        if limit is not None:
+            wanted, offset = queries.narrowed(
+                self._ask, wanted, sort_by=sort_by, direction=direction, limit=limit, offset=offset
+            )
         return queries.read(self._ask, Rollout, "rollouts", wanted, order=order, limit=limit, offset=offset)
 
     def attempts(self, rollout_id: str) -> list[Attempt]:

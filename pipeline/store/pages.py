@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, get_args
 
-from millstream.pipeline.store.queries import OF_TASKS, Ask, read_newest
+from millstream.pipeline.store.queries import Ask, conditions, narrowed
 from millstream.pipeline.store.results import RolloutOrder, checked_order
 
 CUT: Final = 240  # characters of an input or an error in a list
@@ -185,28 +185,21 @@ class RolloutSearch:
 def find_rollouts(ask: Ask, search: RolloutSearch, limit: int, offset: int = 0) -> list[dict[str, Any]]:
     """Rows of the view `rollouts`, texts cut to `CUT` characters. Raises ValueError for an order that isn't one of
     `RolloutOrder`."""
-    filters = search.filters
-    bound: dict[str, Any] = {}
     direction = "DESC" if search.descending else "ASC"
-    conditions = ["1"]
-    if not search.text and not search.since_s and search.sort_by == "created_at" and set(filters) <= OF_TASKS:
-        # Then the view is computed for these rollouts alone, not for all.
-        bound["ids"] = read_newest(ask, filters, direction, limit, offset)
-        conditions.append("rollout_id IN {ids:Array(String)}")
-        offset = 0
-    for name, value in filters.items():
-        bound[name] = value
-        conditions.append(f"{name} = {{{name}:String}}")
+    order = f"{checked_order(search.sort_by)} {direction} NULLS LAST, rollout_id {direction}"
+    wanted: Mapping[str, Any] = search.filters
+    if not search.text and not search.since_s:
+        wanted, offset = narrowed(ask, wanted, sort_by=search.sort_by, direction=direction, limit=limit, offset=offset)
+    where, bound = conditions(wanted)
     if search.since_s:
         bound["since"] = search.since_s
-        conditions.append("created_at >= now64(9) - toIntervalSecond({since:UInt32})")
+        where += " AND created_at >= now64(9) - toIntervalSecond({since:UInt32})"
     if search.text:
         bound["text"] = search.text
-        conditions.append(_TEXT)
-    order = f"{checked_order(search.sort_by)} {direction} NULLS LAST, rollout_id {direction}"
+        where += f" AND {_TEXT}"
     sql = (
         _ROLLOUTS.replace("{cut}", str(CUT))
-        .replace("{where}", " AND ".join(conditions))
+        .replace("{where}", where)
         .replace("{order}", order)
         .replace("{limit}", str(int(limit)))
         .replace("{offset}", str(int(offset)))

@@ -22,7 +22,7 @@ SELECT
     quantileExact(0.1)(reward) AS p10,
     quantileExact(0.5)(reward) AS p50,
     quantileExact(0.9)(reward) AS p90
-FROM rollouts
+FROM ended_rollouts
 WHERE reward IS NOT NULL
     AND ({experiment_id:String} = '' OR experiment_id = {experiment_id:String})
     AND ({mode:String} = '' OR mode = {mode:String})
@@ -104,14 +104,22 @@ SELECT
     round(mean_reward - plus_minus, 4) AS ci95_low,
     round(mean_reward + plus_minus, 4) AS ci95_high
 FROM arms
-INNER JOIN rollouts ON arms.rollout_id = rollouts.rollout_id
+INNER JOIN ended_rollouts AS r ON arms.rollout_id = r.rollout_id
 WHERE status IN ('succeeded', 'failed')
 GROUP BY version
-ORDER BY min(rollouts.created_at), version
+ORDER BY min(r.created_at), version
 """
 
 _TIMES = ("created_at", "started_at", "ended_at", "last_seen", "time")
-OF_TASKS: Final = {"rollout_id", "group_id", "experiment_id", "mode"}  # filters that the task alone answers
+_OF_TASKS: Final = {"rollout_id", "group_id", "experiment_id", "mode"}  # filters that the task alone answers
+_OF_ENDS: Final = _OF_TASKS | {"status", "model_version"}  # those that the end answers
+_OPEN: Final = {"queued", "running", "retrying"}
+_OPEN_IDS: Final = """
+SELECT DISTINCT rollout_id FROM tasks_raw WHERE rollout_id NOT IN (SELECT rollout_id FROM rollout_ends_raw)
+"""
+MOST_OPEN: Final = 5000  # rollouts that are named in a query
+_KNOWN_AT_END: Final = {"ended_at", "reward", "model_version"}  # orders without a value before
+_ORDERS_OF_ENDS: Final = _KNOWN_AT_END | {"created_at", "attempts", "turns"}
 
 
 def read(
@@ -130,23 +138,49 @@ def read(
     text and must not come from a user."""
     names = [f.name for f in fields(record)]
     columns = [f"toUnixTimestamp64Nano({name}) AS {name}" if name in _TIMES else name for name in names]
-    where, parameters = _conditions(filters)
+    where, parameters = conditions(filters)
     sql = f"SELECT {', '.join(columns)} FROM {view} WHERE {where} ORDER BY {order}"  # noqa: S608
     return [record(**row) for row in ask(sql + _limit(limit, offset), parameters).records()]
 
 
-def read_newest(ask: Ask, filters: Mapping[str, Any], direction: str, limit: int, offset: int) -> list[str]:
-    """Ids of the rollouts that were published last (``direction`` DESC) or first; ``filters`` as in `read`, of
-    `OF_TASKS` alone."""
-    where, parameters = _conditions(filters)
-    order = f"min(created_at) {direction}, rollout_id {direction}"
-    sql = f"SELECT rollout_id FROM tasks_raw WHERE {where} GROUP BY rollout_id ORDER BY {order}"  # noqa: S608
-    return [row["rollout_id"] for row in ask(sql + _limit(limit, offset), parameters).records()]
+def narrowed(
+    ask: Ask, filters: Mapping[str, Any], *, sort_by: str, direction: str, limit: int, offset: int = 0
+) -> tuple[Mapping[str, Any], int]:
+    """Filters that find the same page of `rollouts` for less, and how many rows to skip then: if one table tells which
+    rollouts are on it, or which can be, the view is computed for these alone. Without such a table, what was given.
+
+    ``filters``: as in `read`. ``sort_by``: a `RolloutOrder`. ``direction``: ASC or DESC."""
+
+    def ids(sql: str, count: str) -> list[str]:
+        return [row["rollout_id"] for row in ask(sql + count, parameters).records()]
+
+    asked = {name for name, value in filters.items() if value is not None}
+    where, parameters = conditions(filters)
+    page = _limit(limit, offset)
+    if sort_by == "created_at" and asked <= _OF_TASKS:
+        order = f"min(created_at) {direction}, rollout_id {direction}"
+        found = ids(f"SELECT rollout_id FROM tasks_raw WHERE {where} GROUP BY rollout_id ORDER BY {order}", page)  # noqa: S608
+        return {"rollout_id": found}, 0
+    if filters.get("status") in _OPEN and "rollout_id" not in asked:
+        found = ids(_OPEN_IDS, _limit(MOST_OPEN + 1))
+        return (filters, offset) if len(found) > MOST_OPEN else ({**filters, "rollout_id": found}, offset)
+    if not asked <= _OF_ENDS or sort_by not in _ORDERS_OF_ENDS:
+        return filters, offset
+    only_ended = asked & {"status", "model_version"}
+    if not only_ended:
+        if sort_by not in _KNOWN_AT_END:
+            return filters, offset
+        where += f" AND {sort_by} IS NOT NULL"
+    order = f"{sort_by} {direction} NULLS LAST, rollout_id {direction}"
+    found = ids(f"SELECT rollout_id FROM ended_rollouts WHERE {where} ORDER BY {order}", page)  # noqa: S608
+    if only_ended or len(found) == limit:
+        return {"rollout_id": found}, 0
+    return filters, offset  # those without a value follow
 
 
 def read_spans(ask: Ask, filters: Mapping[str, Any]) -> list[Span]:
     """Spans in log order."""
-    where, parameters = _conditions(filters)
+    where, parameters = conditions(filters)
     return [_span(row) for row in ask(_SPANS.format(where=where), parameters).records()]
 
 
@@ -154,13 +188,13 @@ def read_triplets(ask: Ask, filters: Mapping[str, Any], limit: int | None) -> li
     """Triplets with whole prompts."""
     plain = {"response_versions": "arrayMap(part -> (part.first_token, part.version), response_versions)"}
     names = ", ".join(plain.get(f.name, f.name) + f" AS {f.name}" for f in fields(Triplet))
-    where, parameters = _conditions(filters)
+    where, parameters = conditions(filters)
     sql = f"SELECT {names} FROM triplets WHERE {where} ORDER BY rollout_id, attempt_id, turn"  # noqa: S608
     found = [Triplet(**_record_fields(row)) for row in ask(sql + _limit(limit), parameters).records()]
     going_on = {t.rollout_id for t in found if t.prefix_turn is not None}
     if not going_on:
         return found
-    where, parameters = _conditions({"rollout_id": sorted(going_on)})
+    where, parameters = conditions({"rollout_id": sorted(going_on)})
     rows = ask(f"SELECT * FROM triplet_prompts WHERE {where}", parameters).records()  # noqa: S608
     whole = {(row["rollout_id"], row["turn"]): row for row in rows}
     return [
@@ -188,7 +222,7 @@ def read_latest_resources(ask: Ask, experiment_id: str | None) -> Resources | No
     return Resources.from_control(found[0]) if found else None
 
 
-def _conditions(filters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def conditions(filters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """SQL with a bound parameter for each filter that is given."""
     given = {name: value for name, value in filters.items() if value is not None}
     conditions = [

@@ -180,6 +180,8 @@ class RolloutEnd:
     lost_attempts: int = 0
     turns: int = 0
     spans: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
     reward: float | None = None
     model_version: str | None = None
     trainable: bool = True

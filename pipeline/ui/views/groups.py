@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from millstream.pipeline.algorithms.estimators import Turns, grpo_group, turn_rewards
 from millstream.pipeline.store import pages
-from millstream.pipeline.store.queries import Ask, read_newest, read_spans
+from millstream.pipeline.store.queries import Ask, narrowed, read_spans
 from millstream.pipeline.store.rollout_diff import Step, steps
 from millstream.pipeline.ui.render import page
 from millstream.pipeline.ui.source import Source
@@ -63,7 +63,8 @@ def group(request: Request) -> Response:
 
 def members_of(ask: Ask, group_id: str) -> list[str]:
     """Ids of the rollouts of a group, at most `MEMBERS`."""
-    return read_newest(ask, {"group_id": group_id}, "ASC", MEMBERS, 0)
+    page, _ = narrowed(ask, {"group_id": group_id}, sort_by="created_at", direction="ASC", limit=MEMBERS)
+    return list(page["rollout_id"])
 
 
 def advantages_of(ask: Ask, ids: list[str]) -> dict[str, Turns]:

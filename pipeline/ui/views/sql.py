@@ -22,7 +22,7 @@ ORDER BY rollouts DESC""",
     "Reward by model version": """
 SELECT model_version, count() AS rollouts, round(avg(reward), 3) AS mean,
     quantileExact(0.1)(reward) AS p10, quantileExact(0.9)(reward) AS p90
-FROM rollouts
+FROM ended_rollouts
 WHERE reward IS NOT NULL AND mode = 'train'
 GROUP BY model_version
 ORDER BY min(ended_at)""",
@@ -30,7 +30,7 @@ ORDER BY min(ended_at)""",
 SELECT version, count() AS groups, countIf(smallest = largest) AS without_signal
 FROM (
     SELECT group_id, any(model_version) AS version, min(reward) AS smallest, max(reward) AS largest
-    FROM rollouts
+    FROM ended_rollouts
     WHERE group_size > 1 AND reward IS NOT NULL
     GROUP BY group_id
 )

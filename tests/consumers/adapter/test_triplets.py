@@ -8,7 +8,14 @@ from factories import call, reward, span, task
 from hypothesis import given
 from hypothesis import strategies as st
 
-from millstream.consumers.adapter.triplets import Trace, TripletMaker, to_triplets, total_reward, trained_version
+from millstream.consumers.adapter.triplets import (
+    Trace,
+    TripletMaker,
+    to_triplets,
+    total_reward,
+    total_tokens,
+    trained_version,
+)
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.config.triplet_rules import TripletRules
 from millstream.schemas.errors import ConfigError
@@ -79,6 +86,20 @@ def test_calls_that_cannot_be_learnt_from_say_why():
         "empty response",
         "1 response tokens, but 2 logprobs",
     ]
+
+
+def test_tokens_are_counted_or_taken_from_the_server():
+    t = task()
+    none = {"prompt_token_ids": None, "response_token_ids": None, "response_logprobs": None}
+    usage = [
+        {semconv.INPUT_TOKENS: "12", semconv.OUTPUT_TOKENS: "5"},
+        {semconv.INPUT_TOKENS: "many", semconv.OUTPUT_TOKENS: "9" * 19},
+        {semconv.INPUT_TOKENS: "-1", semconv.OUTPUT_TOKENS: "٣"},
+    ]
+    spans = [call(t, "a", "1", attributes=usage[0])]
+    assert total_tokens(to_triplets(Trace(t, "a", spans)), spans) == (3, 1)
+    spans += [call(t, "a", str(n), attributes=said, **none) for n, said in enumerate(usage, 2)]
+    assert total_tokens(to_triplets(Trace(t, "a", spans)), spans) == (3 + 12, 1 + 5 + (1 << 32) - 1)
 
 
 def test_versions_that_differ_are_mixed():

@@ -253,6 +253,10 @@ def test_a_store_of_the_first_version_keeps_its_rows(settings):
         f"INSERT INTO token_ids_raw (date, rollout_id, prompt_token_ids) SELECT {day}, '{task.rollout_id}', [1, 2]",
         f"INSERT INTO triplets_raw (date, rollout_id, response_bytes) "
         f"SELECT {day}, '{task.rollout_id}', unhex('07000000')",
+        "INSERT INTO triplets_raw (date, rollout_id, attempt_id, turn, span_id) "
+        f"SELECT {day}, '{task.rollout_id}', '{attempt}', 1, 's'",
+        "INSERT INTO spans_raw (Date, RolloutId, AttemptId, SpanId, Kind, PromptTokens, ResponseTokens, Sequence) "
+        f"SELECT {day}, '{task.rollout_id}', '{attempt}', 's', 'llm', 12, 3, 1",
         "INSERT INTO controls_raw (kind, name, body) SELECT 'resources', 'v1', '{}'",
         "INSERT INTO workers_raw (worker_id) SELECT 'w'",
         "INSERT INTO dead_letters_raw (source_topic, reason) SELECT 't', 'undecodable'",
@@ -261,10 +265,12 @@ def test_a_store_of_the_first_version_keeps_its_rows(settings):
     assert writer.migrate() == [m.name for m in packaged_migrations()[1:]]
     for query, expected in {
         "SELECT status, reward, input FROM rollouts": ("succeeded", 0.5, "q"),
-        "SELECT SpanName FROM spans": ("work",),
+        "SELECT prompt_tokens, response_tokens FROM rollouts": (12, 4),
+        "SELECT status, reward, prompt_tokens, response_tokens FROM ended_rollouts": ("succeeded", 0.5, 12, 4),
+        "SELECT SpanName FROM spans WHERE Kind != 'llm'": ("work",),
         "SELECT value FROM rewards": (0.5,),
         "SELECT prompt_token_ids FROM token_ids": ([1, 2],),
-        "SELECT response_token_ids, response_tokens FROM triplets": ([7], 1),
+        "SELECT response_token_ids, response_tokens FROM triplets WHERE turn = 0": ([7], 1),
         "SELECT resources_id FROM resources": ("v1",),
         "SELECT worker_id FROM workers": ("w",),
         "SELECT reason FROM dead_letters": ("undecodable",),

@@ -285,6 +285,8 @@ def test_a_rollout_from_its_task_to_its_end(store, write):
             attempt,
             reward=0.5,
             turns=1,
+            prompt_tokens=2,
+            response_tokens=1,
             model_version="run.0.3",
             started_at=task.created_at,
             ended_at=task.created_at + 5 * 10**9,

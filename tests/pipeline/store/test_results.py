@@ -3,6 +3,7 @@
 import asyncio
 import io
 import struct
+from typing import get_args
 from uuid import uuid4
 
 import factories
@@ -12,6 +13,7 @@ import millstream as ms
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.sink.clickhouse import ClickHouseSink
 from millstream.pipeline.store.read_server import serving_queries
+from millstream.pipeline.store.results import RolloutOrder
 from millstream.schemas.errors import StoreError
 from millstream.schemas.ids import derived_id, new_id
 from millstream.schemas.spans import semconv
@@ -415,3 +417,28 @@ def test_a_server_answers_as_the_engine_does(server, store, writer):
     file = io.BytesIO()
     server.export("SELECT group_id FROM rollouts WHERE group_id = {g:String}", file, "CSVWithNames", {"g": "it's"})
     assert file.getvalue() == b'"group_id"\n"it\'s"\n'
+
+
+async def test_a_page_of_rollouts_is_that_part_of_all(store, pipe):
+    """Whichever table tells which rollouts are on it."""
+    for n in range(24):
+        task = factories.task(mode="val" if n % 3 == 0 else "train", created_at=T0 + n % 5)
+        await pipe.write(task, topic=TOPICS.tasks("normal"))
+        if n % 6 == 0:
+            continue
+        attempt = new_id()
+        await pipe.write(factories.event(task, attempt, status.PREPARING, time=T0 + 10 * n))
+        if n % 6 == 1:
+            continue
+        state = "failed" if n % 6 == 2 else "succeeded"
+        rest = {} if state == "failed" else {"reward": n % 4 / 2, "turns": n % 3, "model_version": f"v{n % 2}"}
+        await pipe.write(end(task, state, attempt, ended_at=T0 + 10**9 + n % 7, **rest))
+    await pipe.sink()
+    for filters in ({}, {"status": "failed"}, {"status": "running"}, {"model_version": "v1"}):
+        for n, sort_by in enumerate(get_args(RolloutOrder)):
+            order = {"sort_by": sort_by, "descending": n % 2 == 0}
+            whole = [r.rollout_id for r in store.rollouts(**order, **filters)]
+            assert whole
+            for limit, offset in ((3, 1),) if filters else ((3, 1), (4, 14)):
+                page = [r.rollout_id for r in store.rollouts(**order, limit=limit, offset=offset, **filters)]
+                assert page == whole[offset : offset + limit], (filters, sort_by, limit, offset)
