@@ -19,7 +19,7 @@ SPREAD := --dist loadfile --no-loadscope-reorder
 FAST := -m "not slow and not vllm"
 SLOW := -m "slow and not vllm and not verl"
 VLLM := -m "vllm and not verl"
-.PHONY: setup setup-crewai vllm verl ops demo demo-kafka demo-vllm demo-sft demo-verl test test-verl test-all lint types bench chaos clean
+.PHONY: setup setup-crewai vllm verl ops compose-test demo demo-kafka demo-vllm demo-sft demo-verl test test-verl test-all lint types bench chaos clean
 
 setup: $(STAMP)
 
@@ -73,6 +73,10 @@ $(NPM_OPS_STAMP): Makefile
 	@mkdir -p .npm-ops
 	-npm install --prefix .npm-ops --no-save --no-audit --no-fund --silent @grafana/schema@13.2.3 typescript@5.9.3
 	@touch $@
+
+# Builds the images and runs 40 rollouts in containers, with Podman. Skipped, with what to install, where that is missing.
+compose-test: setup ops
+	$(PYTEST) tests/e2e/operations/test_compose.py
 
 demo: setup
 	@$(BIN)/python -m examples.calculator.demo --run-dir $(or $(RUN_DIR),runs/demo)

@@ -1,6 +1,6 @@
 """A ClickHouse server for tests: its HTTP interface over the embedded engine, with inserts, in a thread or a process.
 
-    python tests/support/clickhouse_http.py FOLDER PORT
+    python tests/support/clickhouse_http.py FOLDER PORT [HOST]
 
 Clients have to connect with ``?compress=0``.
 """
@@ -138,5 +138,7 @@ def _refusal(message):
 
 
 if __name__ == "__main__":
-    folder, port = sys.argv[1:]
-    uvicorn.run(Engine(folder).app(), port=int(port), log_config=None, access_log=False)
+    folder, port, *host = sys.argv[1:]
+    uvicorn.run(
+        Engine(folder).app(), host=host[0] if host else "127.0.0.1", port=int(port), log_config=None, access_log=False
+    )

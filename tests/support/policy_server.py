@@ -294,10 +294,10 @@ def _logprob(token: str) -> dict[str, Any]:
     return {"token": token, "logprob": LOGPROB, "bytes": list(token.encode()), "top_logprobs": []}
 
 
-async def main(port: str, version: str, answer: str) -> None:
+async def main(port: str, version: str, answer: str, host: str = "127.0.0.1", token_s: str = "0.05") -> None:
     learn(ids(f"user say {answer}"), answer)
-    server = PolicyServer(version, tell_version=True, token_s=0.05)
-    async with serve(server.app, f"http://127.0.0.1:{port}"):
+    server = PolicyServer(version, tell_version=True, token_s=float(token_s))
+    async with serve(server.app, f"http://{host}:{port}"):
         await asyncio.Event().wait()
 
 
