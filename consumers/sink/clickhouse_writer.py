@@ -7,10 +7,11 @@ from clickhouse_connect.driver.exceptions import DatabaseError, DataError
 
 from millstream.consumers.sink.bad_rows import is_bad_row
 from millstream.consumers.sink.clickhouse_connection import address, connect, first_line, store_errors
+from millstream.consumers.sink.clustered import INSERT_SETTINGS, on_cluster, replicated
 from millstream.consumers.sink.migrations import Migration, apply_retention, locked, packaged_migrations
 from millstream.consumers.sink.rows import RowsRefused
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.errors import StoreError
+from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.spans.text import valid
 
 CANNOT_READ_ALL_DATA: Final = 33  # ClickHouse's error code; for a complete Avro file: one of its rows is truncated
@@ -25,6 +26,7 @@ class ClickHouseWriter:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._database = settings.clickhouse_database
+        self._cluster = settings.clickhouse_cluster
         self._types: dict[str, dict[str, str]] = {}
         self.client = connect(settings)
         with store_errors(settings, "can't be opened"):
@@ -36,24 +38,19 @@ class ClickHouseWriter:
         """Brings the tables, views and retention up to date; returns the names of the migrations that it applied.
 
         Raises `StoreError` if the store has migrations that this version of Millstream doesn't know, or other contents
-        of one.
+        of one, or if it was created with another ``clickhouse_cluster``; `ConfigError` if there is no such cluster.
         """
         migrations = packaged_migrations() if migrations is None else migrations
         with store_errors(self._settings, "can't be migrated"):
-            self.client.command(f"CREATE DATABASE IF NOT EXISTS {self._database}")
-            self.client.database = self._database
-            self.client.command(
-                "CREATE TABLE IF NOT EXISTS migrations (version UInt32, name String, checksum String, "
-                "applied_at DateTime64(3, 'UTC') DEFAULT now64(3)) ENGINE = MergeTree ORDER BY version"
-            )
+            self._create_database()
             applied = []
             if self._missing(migrations):
-                with locked(self.client):
+                with locked(self.client, cluster=self._cluster):
                     applied = self._missing(migrations)  # another process may have been faster
                     for migration in applied:
                         self._apply(migration)
             self._types.clear()
-            apply_retention(self.client, self._settings.retention_days)
+            apply_retention(self.client, self._settings.retention_days, self._cluster)
         return [m.name for m in applied]
 
     def insert(self, table: str, column_names: Sequence[str], columns: Sequence[Sequence[Any]], token: str) -> None:
@@ -75,7 +72,7 @@ class ClickHouseWriter:
                     column_names=column_names,
                     column_type_names=[types[name] for name in column_names],
                     column_oriented=True,
-                    settings=_insert_settings(token),
+                    settings=self._insert_settings(token),
                 )
 
             try:
@@ -94,18 +91,66 @@ class ClickHouseWriter:
         """Inserts an Avro file. Raises `RowsRefused` if a row doesn't match the file's schema or the table."""
         with store_errors(self._settings, f"did not take rows for {table}"):
             try:
-                self.client.raw_insert(table, column_names, data, _insert_settings(token), fmt="Avro")
+                self.client.raw_insert(table, column_names, data, self._insert_settings(token), fmt="Avro")
             except DatabaseError as error:
                 if error.code == CANNOT_READ_ALL_DATA or is_bad_row(error):
                     raise RowsRefused(f"{table} refuses a row: {first_line(error)}") from error
                 raise
 
+    def _insert_settings(self, token: str) -> dict[str, Any]:
+        return {
+            "insert_deduplication_token": token,
+            "async_insert": 0,  # else a server's profile could make it answer before the rows are stored
+            # Ids with many different dates make an insert slow, but must not make it fail forever.
+            "throw_on_max_partitions_per_insert_block": 0,
+            **(INSERT_SETTINGS if self._cluster else {}),
+        }
+
     def close(self) -> None:
         """Closes the connection. Another process can open an embedded store after its last connection is closed."""
         self.client.close()
 
+    def _create_database(self) -> None:
+        """And the table of migrations. On a cluster only if this host has none: hosts that are down would be waited
+        for."""
+        if self._cluster:
+            self._check_cluster()
+        query = "SELECT name, engine FROM system.tables WHERE database = {database:String}"
+        asked = self.client.query(query, parameters={"database": self._database})
+        tables: dict[str, str] = {row[0]: row[1] for row in asked.result_rows}
+        spread = tables.get("tasks_raw") == "Distributed"
+        if "tasks_raw" in tables and spread != bool(self._cluster):
+            raise StoreError(
+                f"database {self._database} in {address(self._settings)} was created "
+                f"{'on a cluster' if spread else 'without a cluster'}: {'set' if spread else 'leave out'} "
+                "clickhouse_cluster, or name another clickhouse_database"
+            )
+        if not ("migrations" in tables and self._cluster):
+            self.client.command(f"CREATE DATABASE IF NOT EXISTS {self._database}{on_cluster(self._cluster)}")
+        self.client.database = self._database
+        if "migrations" not in tables:
+            # Every host of a cluster has all rows.
+            path = f"all/{self._database}/migrations"
+            engine = replicated(path, "{shard}-{replica}", kind="") if self._cluster else "MergeTree"
+            self.client.command(
+                f"CREATE TABLE IF NOT EXISTS migrations{on_cluster(self._cluster)} (version UInt32, name String, "
+                f"checksum String, applied_at DateTime64(3, 'UTC') DEFAULT now64(3)) ENGINE = {engine} ORDER BY version"
+            )
+
+    def _check_cluster(self) -> None:
+        where = f"setting clickhouse_cluster: {address(self._settings)}"
+        clusters = sorted({name for (name,) in self.client.query("SELECT cluster FROM system.clusters").result_rows})
+        if self._cluster not in clusters:
+            raise ConfigError(f"{where} knows no cluster {self._cluster!r}, but {', '.join(clusters) or 'none'}")
+        macros = {name for (name,) in self.client.query("SELECT macro FROM system.macros").result_rows}
+        if missing := {"shard", "replica"} - macros:
+            raise ConfigError(
+                f"{where} has no macro {' and '.join(sorted(missing))}, by which replicated tables find each other: "
+                "define them in its configuration"
+            )
+
     def _apply(self, migration: Migration) -> None:
-        for statement in migration.statements:
+        for statement in migration.statements_for(self._cluster, self._database):
             self.client.command(statement)
         row = [migration.version, migration.name, migration.checksum]
         self.client.insert("migrations", [row], column_names=["version", "name", "checksum"])
@@ -128,12 +173,3 @@ class ClickHouseWriter:
                 )
         done = max((version for version, *_ in applied), default=0)
         return [m for m in migrations if m.version > done]
-
-
-def _insert_settings(token: str) -> dict[str, Any]:
-    return {
-        "insert_deduplication_token": token,
-        "async_insert": 0,  # else a server's profile could make it answer before the rows are stored
-        # Ids with many different dates make an insert slow, but must not make it fail forever.
-        "throw_on_max_partitions_per_insert_block": 0,
-    }

@@ -12,6 +12,7 @@ from typing import Final, get_args
 from clickhouse_connect.driver.client import Client
 from clickhouse_connect.driver.exceptions import DatabaseError
 
+from millstream.consumers.sink.clustered import LOCAL, clustered, on_cluster
 from millstream.schemas.config.settings import RetentionTable
 
 LOCK: Final = "migration_lock"
@@ -43,6 +44,12 @@ class Migration:
         """A statement ends with a semicolon at the end of a line."""
         return [part.strip() for part in re.split(r";\s*$", self.sql, flags=re.MULTILINE) if part.strip()]
 
+    def statements_for(self, cluster: str, database: str) -> list[str]:
+        """For one server if ``cluster`` is empty."""
+        if not cluster:
+            return self.statements
+        return [made for statement in self.statements for made in clustered(statement, cluster, database)]
+
 
 def packaged_migrations() -> list[Migration]:
     """The migrations of this version of Millstream, in order."""
@@ -55,28 +62,33 @@ def packaged_migrations() -> list[Migration]:
 
 @dataclass(frozen=True, slots=True)
 class LockPolicy:
-    stale_s: float = 60  # then its holder counts as dead: a migration takes milliseconds
+    # Then its holder counts as dead.
+    stale_s: float = 60  # a migration takes milliseconds
+    stale_on_cluster_s: float = 600  # there each statement may take a second
     poll_s: float = 0.1
 
 
 @contextmanager
-def locked(client: Client, policy: LockPolicy = LockPolicy()) -> Iterator[None]:
+def locked(client: Client, policy: LockPolicy = LockPolicy(), cluster: str = "") -> Iterator[None]:
     """Lets one process at a time migrate the client's database.
 
-    The lock is a table: creating one is atomic, and a server without Keeper has no other lock. That of a dead process
-    is ignored, and dropped at the end. Several processes may do so at once: every statement may be run again.
+    The lock is a table: creating one is atomic, and a server without Keeper has no other lock. The hosts of a cluster
+    create their tables in the order of one queue, so of two processes the same one gets it on all hosts. The lock of a
+    dead process is ignored, and dropped at the end. Several processes may do so at once: every statement may be run
+    again.
     """
-    while not _taken(client) and _age_s(client) <= policy.stale_s:
+    stale_s = policy.stale_on_cluster_s if cluster else policy.stale_s
+    while not _taken(client, cluster) and _age_s(client) <= stale_s:
         time.sleep(policy.poll_s)
     try:
         yield
     finally:
-        client.command(f"DROP TABLE IF EXISTS {LOCK}")
+        client.command(f"DROP TABLE IF EXISTS {LOCK}{on_cluster(cluster)}")
 
 
-def _taken(client: Client) -> bool:
+def _taken(client: Client, cluster: str) -> bool:
     try:
-        client.command(f"CREATE TABLE {LOCK} (held UInt8) ENGINE = Memory")
+        client.command(f"CREATE TABLE {LOCK}{on_cluster(cluster)} (held UInt8) ENGINE = Memory")
     except DatabaseError as error:
         if error.code != TABLE_EXISTS:
             raise
@@ -94,12 +106,13 @@ def _age_s(client: Client) -> int:
     return int(rows[0][0]) if rows else 0
 
 
-def apply_retention(client: Client, days: Mapping[RetentionTable, int]) -> None:
+def apply_retention(client: Client, days: Mapping[RetentionTable, int], cluster: str = "") -> None:
     """Sets how many days each table keeps its rows (absent: forever). ClickHouse deletes them in the background."""
     tables = client.query("SELECT name, engine_full FROM system.tables WHERE database = currentDatabase()").result_rows
     engines = {row[0]: row[1] for row in tables}
     for table in get_args(RetentionTable):
-        engine = engines.get(f"{table}_raw")
+        name = f"{table}_raw{LOCAL if cluster else ''}"
+        engine = engines.get(name)
         if engine is None:  # the store is older than the table
             continue
         found = re.search(r" TTL .*toIntervalDay\((\d+)\)", engine)
@@ -107,7 +120,7 @@ def apply_retention(client: Client, days: Mapping[RetentionTable, int]) -> None:
         if wanted == (int(found[1]) if found else None):
             continue
         change = "REMOVE TTL" if wanted is None else f"MODIFY TTL {_expiry(table, wanted)}"
-        client.command(f"ALTER TABLE {table}_raw {change}")
+        client.command(f"ALTER TABLE {name}{on_cluster(cluster)} {change}")
 
 
 def _expiry(table: RetentionTable, days: int) -> str:

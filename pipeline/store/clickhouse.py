@@ -8,6 +8,7 @@ from typing import Any, BinaryIO, Final, Unpack
 
 from millstream.consumers.log.port import Log
 from millstream.consumers.sink.clickhouse_connection import EMBEDDED, address, connect, readable, store_errors
+from millstream.consumers.sink.clustered import LOOK_HERE
 from millstream.pipeline.store import queries
 from millstream.pipeline.store.follow import follow_spans
 from millstream.pipeline.store.read_only import FORMAT_QUERY, reading_statement
@@ -53,6 +54,8 @@ class ClickHouseStore(Store):
         with store_errors(settings, "can't be opened"):
             if self._client.query("SELECT getSetting('readonly')").result_rows == [(0,)]:
                 for name, value in (limits or {}).items():
+                    self._client.set_client_setting(name, value)
+                for name, value in (LOOK_HERE if settings.clickhouse_cluster else {}).items():
                     self._client.set_client_setting(name, value)
                 self._client.set_client_setting("readonly", READ_ONLY if limits is None else READ_ONLY_AS_IS)
 

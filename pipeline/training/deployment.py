@@ -49,7 +49,8 @@ async def in_memory(setup: Setup) -> AsyncIterator[tuple[Log, ModelServer | None
 
 def store_settings(setup: Setup) -> Settings:
     """Of the store of a run in memory: embedded, in the run's folder."""
-    return setup.settings.model_copy(update={"clickhouse_dsn": f"chdb://{(setup.run_dir / 'store').resolve()}"})
+    dsn = f"chdb://{(setup.run_dir / 'store').resolve()}"
+    return setup.settings.model_copy(update={"clickhouse_dsn": dsn, "clickhouse_cluster": ""})
 
 
 @asynccontextmanager

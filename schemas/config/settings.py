@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -80,6 +80,11 @@ class Settings(BaseSettings):
     clickhouse_database: str = Field(
         "millstream", pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", description="Database of tables and views."
     )
+    clickhouse_cluster: str = Field(
+        "",
+        pattern=r"^[A-Za-z0-9_.-]*$",
+        description="Cluster (of system.clusters) over whose hosts the tables are spread; empty: one server.",
+    )
     clickhouse_password: SecretStr = Field(SecretStr(""), description="Password of the store's user.")
     clickhouse_secure: bool = Field(False, description="TLS to the ClickHouse server.")
     store_connection_pool: int = Field(8, ge=1, description="HTTP connections a process keeps to ClickHouse.")
@@ -147,6 +152,15 @@ class Settings(BaseSettings):
         if 0 < len(secret.get_secret_value().encode()) < SECRET_BYTES:
             raise ValueError(f"give it {SECRET_BYTES} bytes or more, for example from `openssl rand -hex 32`")
         return secret
+
+    @field_validator("clickhouse_cluster")
+    @classmethod
+    def _of_a_server(cls, cluster: str, info: ValidationInfo) -> str:
+        if cluster and str(info.data.get("clickhouse_dsn", "")).startswith("chdb://"):
+            raise ValueError(
+                "an embedded store has no cluster: set clickhouse_dsn to a server, clickhouse://user@host:8123"
+            )
+        return cluster
 
     @field_validator("proxy_url", "model_url", "gateway_url")
     @classmethod
