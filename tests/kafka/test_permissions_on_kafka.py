@@ -3,8 +3,11 @@
 import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import (
     AclBinding,
     AclBindingFilter,
@@ -16,6 +19,7 @@ from confluent_kafka.admin import (
 )
 from runner_rig import running, terminal
 
+from millstream.consumers.adapter.adapter import Adapter
 from millstream.consumers.control import ControlFollower
 from millstream.consumers.log.kafka_log import KafkaLog
 from millstream.deploy.kafka.local import LocalKafka
@@ -25,6 +29,7 @@ from millstream.producers.supervisor import supervised
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import Denied, LogError
 from millstream.schemas.wire.log import Partition
+from millstream.schemas.wire.records import RolloutEnd
 
 ACLS = {
     "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
@@ -174,3 +179,68 @@ async def test_a_group_whose_committed_offsets_cant_be_read_has_not_committed_no
         await consumer.committed([Partition(topic, 0)])
     await asyncio.to_thread(described.allow)
     await consumer.close()
+
+
+KINDS = {
+    "topic": ResourceType.TOPIC,
+    "group": ResourceType.GROUP,
+    "transactionalId": ResourceType.TRANSACTIONAL_ID,
+}
+OPERATIONS = {
+    "Create": AclOperation.CREATE,
+    "Describe": AclOperation.DESCRIBE,
+    "DescribeConfigs": AclOperation.DESCRIBE_CONFIGS,
+    "AlterConfigs": AclOperation.ALTER_CONFIGS,
+    "Read": AclOperation.READ,
+    "Write": AclOperation.WRITE,
+}
+
+
+def _prefixed(user: dict[str, Any]) -> list[AclBinding]:
+    """The access lists of a KafkaUser, for everybody."""
+    return [
+        AclBinding(
+            KINDS[acl["resource"]["type"]],
+            acl["resource"]["name"],
+            ResourcePatternType.PREFIXED,
+            "User:*",
+            "*",
+            OPERATIONS[operation],
+            AclPermissionType.ALLOW,
+        )
+        for acl in user["spec"]["authorization"]["acls"]
+        for operation in acl["operations"]
+    ]
+
+
+@pytest.mark.kafka
+async def test_the_rights_of_the_example_for_kubernetes_suffice(restricted: Settings, tmp_path: Path) -> None:
+    """What has an access list permits nothing else to anybody, as the deletion of a topic shows: the cluster has one
+    with what the broker itself and this test need."""
+    example = Path(__file__).parents[2] / "deploy" / "helm" / "examples" / "kafka.yaml"
+    (user,) = (each for each in yaml.safe_load_all(example.read_text()) if each["kind"] == "KafkaUser")
+    settings = restricted.model_copy(update={"topic_prefix": "millstream"})
+    admin = AdminClient({"bootstrap.servers": settings.kafka_bootstrap_servers})
+    cluster = ResourceType.BROKER, "kafka-cluster", ResourcePatternType.LITERAL
+    needed = [
+        AclBinding(*cluster, "User:*", "*", operation, AclPermissionType.ALLOW)
+        for operation in (AclOperation.CLUSTER_ACTION, AclOperation.ALTER)
+    ]
+    for created in admin.create_acls([*needed, *_prefixed(user)]).values():
+        await asyncio.to_thread(created.result, 20)
+    try:
+        topics, log, stop = settings.topics, KafkaLog(settings), asyncio.Event()
+        await log.create_topics()
+        adapter = asyncio.create_task(Adapter(log, topics, transactional_id=f"{topics.prefix}.adapter.a").run(stop))
+        async with running(lambda task: None, tmp_path, log=log, settings=settings) as rig:
+            await rig.publish([1])
+            await rig.read_until(lambda events: any(isinstance(event, RolloutEnd) for event in events))
+        stop.set()
+        await adapter
+        (deleted,) = admin.delete_topics([topics.events]).values()
+        with pytest.raises(KafkaException, match="TOPIC_AUTHORIZATION_FAILED"):
+            await asyncio.to_thread(deleted.result, 20)
+    finally:
+        every = AclBindingFilter(*cluster, None, None, AclOperation.ANY, AclPermissionType.ANY)
+        for removed in admin.delete_acls([every]).values():
+            await asyncio.to_thread(removed.result, 20)

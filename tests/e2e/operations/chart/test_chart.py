@@ -19,6 +19,7 @@ from millstream.schemas.config.settings import ENV_PREFIX
 
 ROOT = Path(__file__).parents[4]
 CHART = ROOT / "deploy" / "helm" / "millstream"
+EXAMPLES = ROOT / "deploy" / "helm" / "examples"
 OPS = ROOT / ".venv-ops" / "bin" / "python"
 TRAINING = """run = "r"
 run_dir = "/data/run"
@@ -83,6 +84,7 @@ VALUES: dict[str, dict[str, Any]] = {
         },
         "monitoring": {"podMonitor": True},
     },
+    "examples": yaml.safe_load((EXAMPLES / "values.yaml").read_text()),
     "recorded": {"trainer": {"enabled": True, "config": TRAINING, "servesModel": False, "name": "sft"}},
 }
 # Values that are refused, and what the error says.
@@ -400,3 +402,29 @@ def test_an_autoscaler_asks_for_metrics_that_there_are(release: Callable[[str], 
     query = trigger["metadata"]["query"]
     labels_of(query.replace('{namespace="ns"}', ""), series([]))
     assert set(re.findall(r"millstream_\w+", query)) == {"millstream_unclaimed_tasks", "millstream_runner_running"}
+
+
+def test_the_examples_of_kafka_and_clickhouse_go_with_their_values() -> None:
+    made = {
+        each["kind"]: each
+        for name in ("kafka.yaml", "clickhouse.yaml")
+        for each in yaml.safe_load_all((EXAMPLES / name).read_text())
+    }
+    values = VALUES["examples"]
+    settings, user = values["settings"], made["KafkaUser"]["metadata"]["name"]
+    kafka = made["Kafka"]["metadata"]["name"]
+    (listener,) = made["Kafka"]["spec"]["kafka"]["listeners"]
+    # Names as the operators make them.
+    assert settings["kafka_bootstrap_servers"] == f"{kafka}-kafka-bootstrap:{listener['port']}"
+    assert (settings["kafka_security_username"], values["secrets"]["kafkaPassword"]["name"]) == (user, user)
+    assert values["kafkaTls"]["ca"]["name"] == f"{kafka}-cluster-ca-cert"
+    for each in (made["KafkaNodePool"], made["KafkaUser"]):
+        assert each["metadata"]["labels"]["strimzi.io/cluster"] == kafka
+    assert made["KafkaNodePool"]["spec"]["replicas"] >= settings["kafka_replication_factor"]
+    clickhouse, keeper = made["ClickHouseInstallation"], made["ClickHouseKeeperInstallation"]
+    assert settings["clickhouse_dsn"] == f"clickhouse://millstream@clickhouse-{clickhouse['metadata']['name']}:8123"
+    configuration = clickhouse["spec"]["configuration"]
+    assert [cluster["name"] for cluster in configuration["clusters"]] == [settings["clickhouse_cluster"]]
+    assert [node["host"] for node in configuration["zookeeper"]["nodes"]] == [f"keeper-{keeper['metadata']['name']}"]
+    defaults = yaml.safe_load((CHART / "values.yaml").read_text())["secrets"]["clickhousePassword"]
+    assert configuration["users"]["millstream/k8s_secret_password"] == f"{defaults['name']}/{defaults['key']}"
