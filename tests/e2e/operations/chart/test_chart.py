@@ -391,6 +391,11 @@ def test_rules_and_dashboards_are_those_of_the_repository(release: Callable[[str
     assert shown == {path.name: path.read_text() for path in folder.glob("*.json")}
 
 
+def test_the_chart_links_to_files_only() -> None:
+    """A built distribution would leave out a folder that is there twice."""
+    assert not [path for path in CHART.rglob("*") if path.is_symlink() and path.is_dir()]
+
+
 def _part_named(release: Release, kind: str, name: str) -> Object:
     found = release.find(kind, name)
     assert found is not None
