@@ -59,16 +59,19 @@ def missing(given: Any, kept: Any, path: str = "") -> list[str]:
     return []
 
 
+def shape(value: Any) -> Any:
+    """Fields and types: what schemas look at. Of objects with one shape one is checked."""
+    if isinstance(value, dict):
+        return {name: inner if name in ("apiVersion", "kind") else shape(inner) for name, inner in value.items()}
+    return [shape(inner) for inner in value] if isinstance(value, list) else type(value).__name__
+
+
 def main() -> None:
     asked = json.load(sys.stdin)
     helm.disable_logging()
     results = {name: rendered(values) for name, values in asked["render"].items()}
-    distinct = {
-        json.dumps(made, sort_keys=True): made
-        for objects in results.values()
-        if not isinstance(objects, str)
-        for made in objects
-    }
+    objects = [made for found in results.values() if not isinstance(found, str) for made in found]
+    distinct = {json.dumps(shape(made), sort_keys=True): made for made in objects}
     problems = [found for made in distinct.values() if (found := problem(made))]
     pods = {made["kind"]: made for made in distinct.values() if "template" in made.get("spec", {})}
     problems += [found for made in pods.values() if (found := problem(made, OLDEST))]
