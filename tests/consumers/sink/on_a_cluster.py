@@ -24,6 +24,7 @@ from sink_rig import publish, role, run_to_the_end
 from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.sink import clickhouse_writer
 from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
+from millstream.consumers.sink.clustered import clustered
 from millstream.consumers.sink.migrations import packaged_migrations
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import MillstreamError
@@ -39,6 +40,8 @@ CONFIGURATION = (
 KEEPER = "<zookeeper><node><host>127.0.0.1</host><port>{}</port></node></zookeeper>"
 STATEMENTS = [statement for migration in packaged_migrations() for statement in migration.statements]
 VIEW = "CREATE OR REPLACE VIEW"
+SECOND_TABLE = f"""{VIEW} second_table AS
+SELECT RolloutId FROM spans_raw WHERE RolloutId IN (SELECT rollout_id FROM triplets_raw)"""
 
 
 def on_one_host(statement: str) -> str:
@@ -216,7 +219,8 @@ def data(engine: Engine) -> dict[str, Any]:
     sharded(engine, "sharded", keys)
     sharded(engine, "scattered", keys | {"spans_raw": "{shard}"})  # the control: a span is on both
     local = re.compile(r"(?:,|\nSETTINGS) distributed_product_mode = 'local'")
-    twice = [unreplicated(each) for each in statements_for("two", "twice")]
+    all_of_two = [*statements_for("two", "twice"), *clustered(SECOND_TABLE, "two", "twice")]
+    twice = [unreplicated(each) for each in all_of_two]
     engine.run(*twice, database="twice")
     allowed = engine.refused("twice")
     engine.run(*(local.sub("", each) for each in twice if VIEW in each), database="twice")
