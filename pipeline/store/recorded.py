@@ -3,16 +3,31 @@
 import logging
 from collections.abc import Callable, Iterable
 from itertools import groupby
+from typing import Any
 
-from millstream.pipeline.store.queries import EXPERIMENTS
+from millstream.pipeline.store.queries import EXPERIMENTS, Ask
 from millstream.pipeline.store.results import Store
-from millstream.schemas.errors import ConfigError
+from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.ids import LEAST_OF_AN_ID, matching_ids
+from millstream.schemas.spans.text import parsed
 from millstream.schemas.wire.records import Triplet
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 5  # experiments that an error names
+
+
+def record_of(ask: Ask, experiment_id: str) -> dict[str, Any] | None:
+    """What a training run was started with; None if no trainer has recorded the experiment. Raises `StoreError` for a
+    record that can't be read."""
+    rows = ask("SELECT configuration FROM experiments WHERE experiment_id = {id:String}", {"id": experiment_id}).rows
+    if not rows:
+        return None
+    try:
+        found = parsed(rows[0][0])
+    except ValueError as error:
+        raise StoreError(f"the record of experiment {experiment_id} can't be read: {error}") from error
+    return found if isinstance(found, dict) else {"configuration": found}
 
 
 def find_experiment(store: Store, wanted: str, note: Callable[[str], object] = logger.warning) -> str:

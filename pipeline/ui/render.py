@@ -28,6 +28,7 @@ _environment.filters |= {
     "seconds": text.seconds,
     "moment": text.moment,
     "short": text.short_id,
+    "token": text.token,
     "path": lambda value: quote(str(value), safe=""),
     "query": lambda values: urlencode({k: v for k, v in values.items() if v not in (None, "")}),
     "percent": lambda value: "–" if value is None or value != value else f"{value:.0%}",

@@ -31,6 +31,11 @@ def line(value: Any, limit: int = 160) -> str:
     return shown(text if len(text) <= limit else f"{text[: limit - 1]}…")
 
 
+def token(text: str) -> str:
+    """The text of one token, with line feeds and spaces that can be seen."""
+    return shown(text, 80).replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
+
+
 def number(value: float | None) -> str:
     """Four significant digits, with thousands separated; an en dash for None and NaN."""
     if value is None or value != value:

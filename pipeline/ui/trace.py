@@ -26,16 +26,20 @@ class Row:
     tokens: tuple[int | None, int | None]
 
 
-def rows(spans: Sequence[Span]) -> list[Row]:
-    """In the order of the tree: each span, then what is below it, by start. A span in a circle of parents is left at
-    the top."""
-    spans = [normalised(span) for span in spans]
+def rows(spans: Sequence[Span], at: int, size: int) -> list[Row]:
+    """``size`` rows from ``at``, of all in the order of the tree: each span, then what is below it, by start. A span in
+    a circle of parents is left at the top."""
     if not spans:
         return []
     begin = min(span.start for span in spans)
     length = max(max(span.end for span in spans) - begin, 1)
+    return [_row(normalised(span), depth, begin, length) for span, depth in _tree(spans)[at : at + size]]
+
+
+def _tree(spans: Sequence[Span]) -> list[tuple[Span, int]]:
+    """Each span with its depth."""
     below = children(spans)
-    found: list[Row] = []
+    found: list[tuple[Span, int]] = []
     done: set[int] = set()
 
     def walk(top: Sequence[Span]) -> None:
@@ -45,7 +49,7 @@ def rows(spans: Sequence[Span]) -> list[Row]:
             if id(span) in done:
                 continue
             done.add(id(span))
-            found.append(_row(span, depth, begin, length))
+            found.append((span, depth))
             waiting += [(child, depth + 1) for child in reversed(below.get(span.span_id, ()))]
 
     walk(below.get("", ()))

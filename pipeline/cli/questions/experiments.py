@@ -98,16 +98,13 @@ def record_of(wanted: str) -> tuple[str, dict[str, Any]]:
 
 def _configuration(store: "ClickHouseStore", wanted: str) -> tuple[str, dict[str, Any]]:
     """Raises `ConfigError` for an unknown experiment, `StoreError` for one that no training run has recorded."""
+    from millstream.pipeline.store import recorded
+
     experiment_id = known_experiment(store, wanted)
-    query = "SELECT configuration FROM experiments WHERE experiment_id = {id:String}"
-    rows = store.sql(query, {"id": experiment_id}).rows
-    if not rows:
+    found = recorded.record_of(store.sql, experiment_id)
+    if found is None:
         raise StoreError(f"experiment {experiment_id} was started by no trainer: its tasks were published with its id")
-    try:
-        found = parsed(rows[0][0])
-    except ValueError as error:
-        raise StoreError(f"the record of experiment {experiment_id} can't be read: {error}") from error
-    return experiment_id, found if isinstance(found, dict) else {"configuration": found}
+    return experiment_id, found
 
 
 def _shown(value: Any) -> str:

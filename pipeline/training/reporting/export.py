@@ -1,10 +1,9 @@
 """A run's checkpoint as a Hugging Face folder."""
 
 from pathlib import Path
-from typing import Any
 
 from millstream.pipeline.training.checkpoint import Checkpoint, checkpoints, export, load
-from millstream.pipeline.training.reporting.record import RECORD
+from millstream.pipeline.training.reporting.record import RECORD, model_folder
 from millstream.pipeline.training.run import CHECKPOINTS, read_record
 from millstream.schemas.errors import ConfigError
 
@@ -18,7 +17,7 @@ def export_checkpoint(run_dir: Path, target: Path, version: str = "", base: Path
     """
     if target.exists():
         raise ConfigError(f"{target} exists: give the model a new folder")
-    model = base or _model(read_record(run_dir / RECORD) or {})
+    model = base or model_folder(read_record(run_dir / RECORD) or {})
     if model is None:
         raise ConfigError(f"{run_dir} does not say which model the run began with: give it with --model")
     if not (model / "config.json").is_file():
@@ -41,9 +40,3 @@ def _found(folder: Path, version: str) -> Checkpoint:
         known = ", ".join(f"step-{step}" for step in named)
         raise ConfigError(f"{folder} has no checkpoint of {version}; it has {known}")
     return found
-
-
-def _model(record: dict[str, Any]) -> Path | None:
-    arguments = record.get("arguments") or {}
-    found = (arguments.get("learner") or {}).get("model") or arguments.get("model")
-    return Path(found) if isinstance(found, str) else None

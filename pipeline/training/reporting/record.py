@@ -27,6 +27,13 @@ def algorithm_record(algorithm: Any) -> dict[str, Any]:
     return {"algorithm": described.pop("type", kind), "arguments": described}
 
 
+def model_folder(record: Mapping[str, Any]) -> Path | None:
+    """The folder of the model that the run was started with."""
+    arguments = record.get("arguments") or {}
+    found = (arguments.get("learner") or {}).get("model") or arguments.get("model")
+    return Path(found) if isinstance(found, str) else None
+
+
 def flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """The values of nested objects with their paths, such as ``arguments.lr``. Lists are values."""
     if not isinstance(value, dict) or not value:

@@ -9,12 +9,13 @@ from starlette.routing import Route
 
 from millstream.pipeline.store import pages
 from millstream.pipeline.store.candidates import candidates_of, changes
-from millstream.pipeline.store.queries import EXPERIMENTS, STEPS, TRAINING_RUNS
+from millstream.pipeline.store.queries import EXPERIMENTS, STEPS, TRAINING_RUNS, Ask
+from millstream.pipeline.store.recorded import record_of
 from millstream.pipeline.training.reporting.record import differences, flat
 from millstream.pipeline.ui.render import page
 from millstream.pipeline.ui.source import Source
 from millstream.pipeline.ui.views.overview import finite
-from millstream.schemas.spans.text import parsed
+from millstream.schemas.errors import StoreError
 
 RUNS: Final = 200
 TABLE_STEPS: Final = 100
@@ -43,7 +44,7 @@ def experiment(request: Request) -> Response:
     metrics = sorted({name for step in steps for name in step["metrics"]})
     plot = request.query_params.get("plot", "reward_mean")
     against = request.query_params.get("against", "")
-    record = _record(source, wanted) if run else {}
+    record = record_or_nothing(ask, wanted) if run else {}
     values: dict[str, Any] = {
         "id": wanted,
         "run": run,
@@ -57,20 +58,17 @@ def experiment(request: Request) -> Response:
             :RUNS
         ],
         "candidates": _candidates(source, wanted),
-        "differences": differences(_record(source, against), record) if run and against else None,
+        "differences": differences(record_or_nothing(ask, against), record) if run and against else None,
     }
     return page(request, "experiment.html", values)
 
 
-def _record(source: Source, experiment_id: str) -> dict[str, Any]:
-    """What it was started with; empty if it can't be read."""
-    query = "SELECT configuration FROM experiments WHERE experiment_id = {id:String}"
-    rows = source.store.sql(query, {"id": experiment_id}).rows
+def record_or_nothing(ask: Ask, experiment_id: str) -> dict[str, Any]:
+    """What a run was started with; empty if it is not recorded, or can't be read: the page shows everything else."""
     try:
-        found = parsed(rows[0][0]) if rows else {}
-    except ValueError:
+        return record_of(ask, experiment_id) or {}
+    except StoreError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _candidates(source: Source, experiment_id: str) -> list[dict[str, Any]]:

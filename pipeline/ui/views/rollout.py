@@ -9,6 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from millstream.pipeline.store.conversation import Line, conversation
+from millstream.pipeline.store.queries import read_spans
 from millstream.pipeline.store.results import Attempt, Rollout
 from millstream.pipeline.store.rollout_diff import error_of
 from millstream.pipeline.ui.render import is_part, number_of, page
@@ -47,9 +48,9 @@ def rollout(request: Request) -> Response:
         mine = [span for span in spans if span.attempt_id == attempt.attempt_id]
         asked = request.query_params.get("attempt") == attempt.attempt_id
         at = number_of(request, "at", 0) if asked else 0
-        tree, lines = rows(mine), conversation(mine)
+        lines = conversation(mine)
         at_line = number_of(request, "line", 0) if asked else 0
-        shown.append(Shown(attempt, tree[at : at + SPANS], len(tree), lines[at_line : at_line + LINES], len(lines), at))
+        shown.append(Shown(attempt, rows(mine, at, SPANS), len(mine), lines[at_line : at_line + LINES], len(lines), at))
     seen = "" if state is None else state.seen
     values: dict[str, Any] = {"r": found, "attempts": shown, "seen": seen, "size": SPANS, "lines": LINES}
     return page(request, "rollout_body.html" if is_part(request) else "rollout.html", values)
@@ -59,12 +60,12 @@ def span(request: Request) -> Response:
     """What one span holds."""
     source: Source = request.app.state.source
     query = request.query_params
-    spans = source.store.spans(request.path_params["id"], attempt_id=query.get("attempt", ""))
-    wanted = (query.get("span", ""), query.get("source", ""), query.get("sequence", ""))
-    found = next((s for s in spans if (s.span_id, s.source, str(s.sequence)) == wanted), None)
-    if found is None:
+    wanted = {name: query.get(name, "") for name in ("attempt_id", "span_id", "source")}
+    spans = read_spans(source.store.sql, {"rollout_id": request.path_params["id"], **wanted})
+    named = [span for span in spans if str(span.sequence) == query.get("sequence", "")]
+    if not named:
         raise HTTPException(404, "the store has no such span")
-    found = normalised(found)
+    found = normalised(named[0])
     attributes = sorted(found.attributes.items())
     values = {"span": found, "attributes": attributes[:ATTRIBUTES], "left": attributes[ATTRIBUTES:]}
     return page(request, "span.html", values | {"error": error_of(found)})

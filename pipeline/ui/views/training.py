@@ -3,7 +3,7 @@
 import math
 import struct
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +18,8 @@ from millstream.pipeline.store.results import Rollout
 from millstream.pipeline.store.rollout_diff import deciding
 from millstream.pipeline.ui.render import number_of, page
 from millstream.pipeline.ui.source import Source
+from millstream.pipeline.ui.token_texts import token_texts
+from millstream.pipeline.ui.views.experiments import record_or_nothing
 from millstream.pipeline.ui.views.groups import advantages_of, members_of
 from millstream.pipeline.ui.views.rollout import known
 from millstream.schemas.errors import ConfigError
@@ -34,6 +36,7 @@ BOUNDS: Final = (0.01, 0.05, 0.15, 0.35, 0.6, 0.85, 0.97)
 @dataclass(frozen=True, slots=True)
 class Token:
     number: int
+    text: str  # empty if this machine lacks the model's tokenizer
     logprob: float | None
     shade: str  # its class
     version: str
@@ -44,7 +47,7 @@ class Call:
     """A triplet as the page shows it."""
 
     triplet: Triplet
-    prompt: list[int]  # the last ones
+    prompt: list[tuple[int, str]]  # the last ones
     prompt_tokens: int
     response: list[Token]  # the first ones
     response_tokens: int
@@ -67,9 +70,16 @@ def training(request: Request) -> Response:
     ask = source.store.sql
     group = advantages_of(ask, members_of(ask, found.group_id)) if found.group_size > 1 else {}
     advantages = group.get(found.rollout_id, {})
-    calls = [_call(t, advantages.get(t.turn), rows.get(t.turn)) for t in triplets[at : at + CALLS]]
+    record = record_or_nothing(ask, found.experiment_id) if found.experiment_id else {}
+    text = token_texts(record) or _no_text
+    calls = [_call(t, advantages.get(t.turn), rows.get(t.turn), text) for t in triplets[at : at + CALLS]]
     values = {"r": found, "calls": calls, "total": len(triplets), "at": at, "size": CALLS, "why": why}
-    return page(request, "training.html", values | {"problem": problem, "bounds": BOUNDS})
+    values |= {"problem": problem, "bounds": BOUNDS, "algorithm": str(record.get("algorithm") or "")}
+    return page(request, "training.html", values)
+
+
+def _no_text(number: int) -> str:
+    return ""
 
 
 def _explained(source: Source, found: Rollout) -> dict[str, Any] | None:
@@ -85,15 +95,15 @@ def _explained(source: Source, found: Rollout) -> dict[str, Any] | None:
     return explained(TripletMaker(source.settings.triplets), Trace(task, chosen.attempt_id, spans), None)
 
 
-def _call(triplet: Triplet, advantage: float | None, why: dict[str, Any] | None) -> Call:
+def _call(triplet: Triplet, advantage: float | None, why: dict[str, Any] | None, text: Callable[[int], str]) -> Call:
     prompt, response = _numbers(triplet.prompt_token_ids, "i"), _numbers(triplet.response_token_ids, "i")
     logprobs: Sequence[float] = _numbers(triplet.response_logprobs, "f")
     known_logprobs = [value for value in logprobs if math.isfinite(value)]
     return Call(
         triplet=triplet,
-        prompt=prompt[-PROMPT_TOKENS:],
+        prompt=[(number, text(number)) for number in prompt[-PROMPT_TOKENS:]],
         prompt_tokens=len(prompt),
-        response=_tokens(triplet, response[:TOKENS], logprobs),
+        response=_tokens(triplet, response[:TOKENS], logprobs, text),
         response_tokens=len(response),
         mean_logprob=math.fsum(known_logprobs) / len(known_logprobs) if known_logprobs else None,
         advantage=advantage,
@@ -101,7 +111,9 @@ def _call(triplet: Triplet, advantage: float | None, why: dict[str, Any] | None)
     )
 
 
-def _tokens(triplet: Triplet, response: Sequence[int], logprobs: Sequence[float]) -> list[Token]:
+def _tokens(
+    triplet: Triplet, response: Sequence[int], logprobs: Sequence[float], text: Callable[[int], str]
+) -> list[Token]:
     versions = [triplet.model_version or ""] * len(response)
     if triplet.response_versions:
         parts = from_text(triplet.response_versions, max(len(response), 1))
@@ -111,7 +123,7 @@ def _tokens(triplet: Triplet, response: Sequence[int], logprobs: Sequence[float]
     for n, number in enumerate(response):
         logprob = logprobs[n] if n < len(logprobs) and math.isfinite(logprobs[n]) else None
         shade = "" if logprob is None else f"p{bisect_right(BOUNDS, math.exp(min(logprob, 0.0)))}"
-        found.append(Token(number, logprob, shade, versions[n]))
+        found.append(Token(number, text(number), logprob, shade, versions[n]))
     return found
 
 

@@ -1,9 +1,19 @@
 """Every page, over a store with real rows."""
 
+import hashlib
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import factories
 import pytest
 from starlette.testclient import TestClient
 
-from tests.pipeline.ui.rig import World
+from millstream.pipeline.ui.views.rollout import SPANS
+from millstream.schemas.wire.records import Control
+from tests.pipeline.ui.rig import S, World, conversation_of, store, triplets_of
 
 
 def test_rollouts_are_listed_with_filters_in_the_address(browser: TestClient, world: World) -> None:
@@ -163,3 +173,80 @@ def test_a_statement_in_a_link_of_another_site_is_not_run(browser: TestClient) -
     answer = browser.get("/sql", params={"q": "SELECT 6 * 7"}, headers={"Sec-Fetch-Site": "cross-site"}).text
     assert "42" not in answer.replace("1:42", "")
     assert "link from another site" in answer
+
+
+def test_ten_thousand_spans_are_shown_in_parts_each_of_which_can_be_reached(browser: TestClient, world: World) -> None:
+    """Entry: 10,000 spans in a tree stay usable."""
+    total, now = 10_000, time.time_ns()
+    task = factories.task(created_at=now - 20 * S)
+    deep = 50  # of each branch: span n hangs below the one before it
+    spans = [
+        factories.span(
+            task,
+            "big",
+            name=f"step {n}",
+            span_id=f"{n + 1:016x}",
+            sequence=n,
+            parent_id=f"{n:016x}" if n % deep else "",
+            start=now - 10 * S + n * 10**5,
+            end=now - 9 * S,
+        )
+        for n in range(total)
+    ]
+    store(world, task, topic=world.settings.topics.tasks("normal"))
+    store(world, factories.event(task, "big", "preparing", time=now - 11 * S), *spans)
+    path = f"/rollouts/{task.rollout_id}"
+    first = browser.get(path).text
+    assert "10,000 spans" in first
+    assert len(first) < 400_000
+    assert first.count('class="span ') == SPANS
+    begins = {int(at) for at in re.findall(r"attempt=big&amp;at=(\d+)", first)}
+    assert begins == set(range(0, total, SPANS))
+    named = re.compile(r"</i>(step \d+) <small>")
+    assert named.findall(first) == [f"step {n}" for n in range(SPANS)]
+    last = browser.get(path, params={"attempt": "big", "at": total - total % SPANS}).text
+    assert named.findall(last) == [f"step {n}" for n in range(total - total % SPANS, total)]
+    assert len(last) < 400_000
+    address = re.findall(r'data-load="([^"]*)"', first)[7].replace("&amp;", "&")
+    assert "<h" in browser.get(address).text
+
+
+@pytest.fixture
+def tokenizer(tmp_path: Path) -> Path:
+    """A byte-level one, as those of most models."""
+    tokenizers = pytest.importorskip("tokenizers", reason="texts of tokens need the extra `train`")
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(["The answer is 5. é"], vocab_size=300, special_tokens=["<|end|>"])
+    made.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def trained(world: World, experiment: str, folder: Path, digest: str, **record: Any) -> str:
+    """The id of a rollout of an experiment that was started with the model in ``folder``."""
+    now = time.time_ns()
+    body = {"arguments": {"model": str(folder)}, "model": {"tokenizer.json": digest}, "run": experiment} | record
+    control = Control(
+        kind="experiment", name=experiment, experiment_id=experiment, body=json.dumps(body), created_at=now
+    )
+    task = factories.task(created_at=now - 20 * S, experiment_id=experiment)
+    spans = conversation_of(task, "at", "What?", ["The answer"], now - 19 * S)
+    store(world, control, topic=world.settings.topics.control)
+    store(world, task, topic=world.settings.topics.tasks("normal"))
+    store(world, factories.event(task, "at", "preparing", time=now - 19 * S), *spans)
+    store(world, *triplets_of(task, "at", spans, 1.0), topic=world.settings.topics.triplets)
+    return task.rollout_id
+
+
+def test_tokens_are_shown_as_texts_if_the_models_tokenizer_is_here(
+    browser: TestClient, world: World, tokenizer: Path
+) -> None:
+    """Prompt tokens of the rig are 1 to 6: of this vocabulary the bytes ! to &."""
+    digest = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    same = trained(world, "with-texts", tokenizer.parent, digest, algorithm="RLOO")
+    shown = browser.get(f"/rollouts/{same}/training").text
+    assert 'title="prompt, masked: token 1">!</span>' in shown
+    assert "RLOO computes its own, which is not recorded" in shown
+    other = trained(world, "with-ids", tokenizer.parent, "0" * 64, algorithm="GRPO")
+    shown = browser.get(f"/rollouts/{other}/training").text
+    assert 'title="prompt, masked">1</span>' in shown
+    assert "computes its own" not in shown
