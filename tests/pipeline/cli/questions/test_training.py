@@ -12,7 +12,7 @@ from millstream.consumers.sink.clickhouse_writer import ClickHouseWriter
 from millstream.consumers.sink.rows import to_rows
 from millstream.pipeline.cli import output
 from millstream.pipeline.cli.main import app
-from millstream.pipeline.cli.questions.experiments import flat
+from millstream.pipeline.training.reporting.record import flat
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError, StoreError
 from millstream.schemas.wire.log import LogRecord, Partition
