@@ -75,10 +75,6 @@ class LearnerOptions(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0, description="Larger gradients are scaled down to it.")
     minibatch: int = Field(128, ge=1, description="Turns per optimizer step; rows with merge_turns.")
     microbatch: int | None = Field(None, ge=1, description="Rows evaluated at a time; bounds memory.")
-    merge_turns: bool = Field(False, description="Merge turns that continue each other into one row.")
-    kl: float = Field(0.0, ge=0, description="Weight of the distance to `reference`. 0: none is loaded.")
-    divergence: Literal["k2", "k3"] = Field("k3", description="Estimate of that distance; see `losses.divergence`.")
-    reference: Path | None = Field(None, description="Default: `model`.")
     device: str = Field("cpu", description='Or "cuda", "cuda:1", …')
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the forward pass.")
     lora_rank: int = Field(0, ge=0, description="0: all weights are trained. Needs peft.")
@@ -92,7 +88,8 @@ class LearnerOptions(BaseModel):
         return {name: value for name, value in defaults.items() if name in cls.model_fields} | given
 
     def learner_arguments(self) -> dict[str, Any]:
-        given = self.model_dump(exclude={*LoopOptions.model_fields, "type", "preset", "lora_rank", "lora_alpha"})
+        loop = {*LoopOptions.model_fields, "data"}
+        given = self.model_dump(exclude={*loop, "type", "preset", "lora_rank", "lora_alpha"})
         if self.lora_rank:
             from millstream.pipeline.models.lora import LoraOptions
 
@@ -100,7 +97,40 @@ class LearnerOptions(BaseModel):
         return given | self.choices
 
 
-class TorchOptions(LoopOptions, LearnerOptions):
+class TokenOptions(LearnerOptions):
+    """Of learners that weight the tokens of conversations."""
+
+    merge_turns: bool = Field(False, description="Merge turns that continue each other into one row.")
+    kl: float = Field(0.0, ge=0, description="Weight of the distance to `reference`. 0: none is loaded.")
+    divergence: Literal["k2", "k3"] = Field("k3", description="Estimate of that distance; see `losses.divergence`.")
+    reference: Path | None = Field(None, description="Default: `model`.")
+
+
+class Recorded(BaseModel):
+    """Of `recorded.source.recorded`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    store: str | None = Field(None, description="DSN of the store. Default: clickhouse_dsn of the settings.")
+    topic: str | None = Field(None, description="In place of the store: a topic of triplets, such as a replay's.")
+    experiment: str | None = Field(None, description="Its id, or the name of its run: then the newest. Default: any.")
+    mode: Literal["train", "val", "test"] | None = Field("train", description="Of the rollouts.")
+    sql: str | None = Field(None, description="A query for ids of rollouts, in place of experiment and mode.")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "Recorded":
+        if self.topic is not None and (self.store is not None or self.sql is not None):
+            raise ValueError("topic: it is read in place of the store; drop store and sql")
+        return self
+
+
+class RecordedGroups(Recorded):
+    passes: int = Field(
+        1, ge=1, description="Of policy gradients: over all groups; `epochs` are those over a step's rows."
+    )
+
+
+class TorchOptions(LoopOptions, TokenOptions):
     """Of policy gradients."""
 
     varied: ClassVar[bool] = False  # leaves out groups whose members earned the same
@@ -111,6 +141,16 @@ class TorchOptions(LoopOptions, LearnerOptions):
     correction: Literal["bypass", "decoupled"] = Field(
         "bypass", description="decoupled (AReaL, arXiv:2505.24298) needs fewer steps with old data, and one more pass."
     )
+    data: RecordedGroups | None = Field(
+        None, description="Recorded rollouts to learn from: see `[algorithm.data]`. Default: new ones are asked for."
+    )
+
+    @model_validator(mode="after")
+    def _corrected(self) -> "TorchOptions":
+        """What other policies have sampled is weighted by its recorded log-probabilities."""
+        if self.data is not None and "correction" not in self.model_fields_set:
+            self.correction = "decoupled"
+        return self
 
 
 class Grpo(TorchOptions):
@@ -196,7 +236,7 @@ class Ppo(TorchOptions):
         return given | {"critic": CriticOptions(lr=given.pop("critic_lr"))}
 
 
-class ImitationOptions(LearnerOptions):
+class ImitationOptions(TokenOptions):
     """Of `recorded.imitation.ImitationLearner`, which learns from chosen answers."""
 
     min_reward: float | None = Field(None, description="Answers that earned at least this.")
@@ -218,24 +258,9 @@ class Rft(LoopOptions, ImitationOptions):
     epochs: int = Field(2, ge=1, description="Passes over a step's rows.")
 
 
-class Recorded(BaseModel):
-    """Of `store.recorded.recorded_rollouts`."""
+class RecordedOptions(SteadyOptions, LearnerOptions):
+    """Of `recorded.supervised.Supervised`."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    store: str | None = Field(None, description="DSN of the store. Default: clickhouse_dsn of the settings.")
-    experiment: str | None = Field(None, description="Its id, or the name of its run: then the newest. Default: any.")
-    mode: Literal["train", "val", "test"] | None = Field("train", description="Of the rollouts.")
-    sql: str | None = Field(None, description="A query for ids of rollouts, in place of experiment and mode.")
-
-
-class Sft(SteadyOptions, ImitationOptions):
-    """Fine-tuning on recorded rollouts, whose chosen answers are imitated. The learning rate of the preset `pretrained`
-    is 1e-5, which full fine-tuning commonly takes."""
-
-    presets = {"pretrained": {"lr": 1e-5, "warmup": 20, "weight_decay": 0.1}}
-
-    type: Literal["sft"] = "sft"
     data: Recorded = Field(
         default_factory=lambda: Recorded.model_validate({}), description="Which rollouts: see `[algorithm.data]`."
     )
@@ -243,8 +268,47 @@ class Sft(SteadyOptions, ImitationOptions):
     rows_per_step: int = Field(512, ge=1, description="Turns between two reports; rows with merge_turns.")
 
     def learner_arguments(self) -> dict[str, Any]:
-        loop = ("data", "epochs", "rows_per_step")
-        return {name: value for name, value in super().learner_arguments().items() if name not in loop} | {"epochs": 1}
+        given = super().learner_arguments()
+        del given["rows_per_step"]
+        return given | {"epochs": 1}
+
+
+class Sft(RecordedOptions, ImitationOptions):
+    """Fine-tuning on recorded rollouts, whose chosen answers are imitated. The learning rate of the preset `pretrained`
+    is 1e-5, which full fine-tuning commonly takes."""
+
+    presets = {"pretrained": {"lr": 1e-5, "warmup": 20, "weight_decay": 0.1}}
+
+    type: Literal["sft"] = "sft"
+
+
+class Dpo(RecordedOptions):
+    """Learns from recorded rollouts which of two answers to a prompt is better. The learning rate of the preset
+    `pretrained` is DPO's own (arXiv:2305.18290, appendix B)."""
+
+    presets = {"pretrained": {"lr": 1e-6, "warmup": 150}}
+
+    type: Literal["dpo"] = "dpo"
+    loss: Literal["dpo", "ipo", "kto"] = Field(
+        "dpo", description="DPO (arXiv:2305.18290), IPO (arXiv:2310.12036) or KTO (arXiv:2402.01306)."
+    )
+    beta: float = Field(0.1, gt=0, description="How firmly the policy is held to the reference.")
+    reference: Literal["frozen", "recorded"] = Field(
+        "frozen", description="`model`, in memory a second time; or the log-probabilities that were recorded."
+    )
+    pairs: Literal["best", "all"] = Field(
+        "best", description="Of the answers of a group to a prompt: the best and the worst, or every two."
+    )
+    margin: float = Field(0.0, ge=0, description="Rewards of a pair differ by more.")
+    rows_per_step: int = Field(512, ge=2, description="Answers between two reports, two a pair.")
+    minibatch: int = Field(128, ge=2, multiple_of=2, description="Answers per optimizer step, two a pair.")
+
+    def learner_arguments(self) -> dict[str, Any]:
+        from millstream.pipeline.training.datasets import PairChoice
+
+        given = super().learner_arguments()
+        choice = PairChoice(given.pop("margin"), every=given.pop("pairs") == "all")
+        return given | {"choice": choice, "pair_loss": given.pop("loss")}
 
 
 class VerlTable(VerlOptions):
@@ -254,22 +318,31 @@ class VerlTable(VerlOptions):
 
 
 Torch = Grpo | Dapo | DrGrpo | Rloo | ReinforcePP | Gspo | Cispo | Ppo
-Table = Torch | Rft | Sft | VerlTable | PromptTable
+Supervision = Sft | Dpo
+Table = Torch | Rft | Supervision | VerlTable | PromptTable
 PROMPTS: Final = (ApoTable,)  # types without weights
 Options = Annotated[Table, Field(discriminator="type")]
 
 
+def type_of(options: type[BaseModel]) -> str:
+    """The name by which a training file asks for these options."""
+    return str(options.model_fields["type"].default)
+
+
 def algorithm_of(options: Table, settings: Settings | None = None) -> "Algorithm":
     """``settings`` say where the store is; by default those of this process. Raises `ConfigError` without the `train`
-    extra (unless it searches for prompts), and for a model that can't be loaded; for `Sft` also what
-    `supervised.recorded` raises."""
+    extra (unless it searches for prompts), and for a model that can't be loaded; with recorded rollouts also what
+    `recorded.source.recorded` raises."""
     if isinstance(options, PROMPTS):
         return prompt_algorithm(options)
     try:
         from millstream.pipeline.algorithms import estimators
         from millstream.pipeline.algorithms.policy_gradient import PolicyGradient
         from millstream.pipeline.algorithms.recorded.imitation import ImitationLearner
-        from millstream.pipeline.algorithms.recorded.supervised import Supervised, recorded
+        from millstream.pipeline.algorithms.recorded.offline import Offline
+        from millstream.pipeline.algorithms.recorded.preference import PreferenceLearner
+        from millstream.pipeline.algorithms.recorded.source import recorded
+        from millstream.pipeline.algorithms.recorded.supervised import Supervised
         from millstream.pipeline.algorithms.rows import varied
         from millstream.pipeline.algorithms.torch_learner import TorchLearner
         from millstream.pipeline.algorithms.verl.algorithm import Verl
@@ -277,15 +350,21 @@ def algorithm_of(options: Table, settings: Settings | None = None) -> "Algorithm
         raise ConfigError(f"training needs torch: install millstream[train] ({error})") from error
     if isinstance(options, VerlTable):
         return Verl(**options.model_dump(exclude={"type"}))
+    settings = settings or load_settings()
     given = options.learner_arguments()
-    if isinstance(options, Sft):
-        settings = settings or load_settings()
+    if isinstance(options, Supervision):
         loop = options.model_dump(include={*SteadyOptions.model_fields, "epochs", "rows_per_step"})
         rollouts = recorded(settings, **options.data.model_dump())
-        return Supervised(ImitationLearner(blobs=Blobs(settings.blob_url), **given), rollouts, **loop)
+        kind = ImitationLearner if isinstance(options, Sft) else PreferenceLearner
+        return Supervised(kind(blobs=Blobs(settings.blob_url), **given), rollouts, **loop)
     loop = options.model_dump(include=set(LoopOptions.model_fields))
     if isinstance(options, Rft):
         return PolicyGradient(ImitationLearner(**given), **loop)
     if "estimator" in given:
         given["estimator"] = getattr(estimators, given["estimator"])
-    return PolicyGradient(TorchLearner(**given), keep=varied if options.varied else None, **loop)
+    learner = TorchLearner(**given)
+    if options.data is not None:
+        steady = options.model_dump(include={*SteadyOptions.model_fields, "groups_per_step"})
+        rollouts = recorded(settings, **options.data.model_dump(exclude={"passes"}))
+        return Offline(learner, rollouts, epochs=options.data.passes, **steady)
+    return PolicyGradient(learner, keep=varied if options.varied else None, **loop)

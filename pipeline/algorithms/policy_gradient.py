@@ -337,11 +337,11 @@ class _Loop:
         self.pacing.ended.clear()
 
 
-def why_none(members: Sequence[FinishedRollout]) -> str:
+def why_none(members: Sequence[FinishedRollout], which: str = "rollouts of a step") -> str:
     """Why none of these rollouts can be trained on: what most of them say."""
     reasons = Counter(reason for member in members for reason in _reasons(member))
     (reason, count), *_ = reasons.most_common()
-    return f"none of the {len(members)} rollouts of a step can be trained on; {count} say: {reason}"
+    return f"none of the {len(members)} {which} can be trained on; {count} say: {reason}"
 
 
 def _reasons(member: FinishedRollout) -> set[str]:

@@ -54,6 +54,8 @@ class TorchLearner:
     Raises `ConfigError` if a folder has no model, an option has no such value, or the device is missing.
     """
 
+    unit = 1  # rows that follow each other and stay together
+
     def __init__(
         self,
         model: str | Path,
@@ -142,11 +144,13 @@ class TorchLearner:
         self._updates += 1
         if self._critic:
             rows = self._critic.prepare(rows, self.microbatch)
-        old = self._old(rows) if self.correction == "decoupled" else [row.logprobs for row in rows]
+        decoupled = self.correction == "decoupled"
+        old = self._evaluated(self._model, rows) if decoupled else [row.logprobs for row in rows]
         metrics: dict[str, float] = {}
         sums: dict[str, list[float]] = defaultdict(list)
         for _ in range(self.epochs):
-            order = torch.randperm(len(rows), generator=self._random).tolist()
+            units = torch.randperm(len(rows) // self.unit, generator=self._random).tolist()
+            order = [self.unit * i + k for i in units for k in range(self.unit)]
             for start in range(0, len(order), self.minibatch):
                 chosen = order[start : start + self.minibatch]
                 values = self._step([rows[i] for i in chosen], [old[i] for i in chosen])
@@ -165,7 +169,7 @@ class TorchLearner:
         weights = {name: stream([getattr(row, name) for row in rows]) for name in ("rl", "ce", "ref_kl")}
         shares = {name: token_weights(each, self.aggregation, self.norm_tokens) for name, each in weights.items()}
         learnt = torch.stack([each != 0 for each in weights.values()]).any(0)
-        counts = {"rl": int((weights["rl"] != 0).sum()), "any": int(learnt.sum())}
+        counts = {"rl": int((weights["rl"] != 0).sum()), "any": int(learnt.sum()), "rows": len(rows)}
         sums: dict[str, float] = defaultdict(float)
         ratios = []
         for start in range(0, len(rows), self.microbatch):
@@ -214,13 +218,13 @@ class TorchLearner:
         return {"loss": loss} | parts, log_ratio.exp()
 
     @torch.no_grad()
-    def _old(self, rows: Sequence[Row]) -> list[list[float]]:
-        """Log-probabilities of the rows' responses by the present weights."""
+    def _evaluated(self, model: Any, rows: Sequence[Row]) -> list[list[float]]:
+        """Log-probabilities of the rows' responses by the model's present weights."""
         found: list[list[float]] = []
         for start in range(0, len(rows), self.microbatch):
             part = rows[start : start + self.microbatch]
             with self._autocast():
-                logprobs, _ = token_logprobs(self._model, batch_of(part, self.device))
+                logprobs, _ = token_logprobs(model, batch_of(part, self.device))
             found += [logprobs[i, -len(row.response) :].tolist() for i, row in enumerate(part)]
         return found
 

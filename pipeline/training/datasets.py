@@ -9,6 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Any, Literal
 
 from millstream.consumers.adapter.training_rules import NO_TOKENS
@@ -37,7 +38,18 @@ class Choice:
     best_of_group: int = 0  # the rollouts of a group that earned the most in all; 0: all of them
 
 
-def chosen(rollouts: Sequence[Rollout], choice: Choice) -> list[tuple[Triplet, float]]:
+@dataclass(frozen=True, slots=True)
+class PairChoice:
+    """Which answers of a group to one prompt are compared. Of trainable answers alone."""
+
+    margin: float = 0.0  # rewards of a pair differ by more
+    every: bool = False  # every two of them, not the best and the worst alone
+
+
+Rewarded = tuple[Triplet, float]  # with what its call has earned
+
+
+def chosen(rollouts: Sequence[Rollout], choice: Choice) -> list[Rewarded]:
     """The answers that are examples, with what each has earned (`estimators.turn_rewards`). Of rollouts that earned
     alike the first come first."""
     if choice.best_of_group:
@@ -55,17 +67,20 @@ def _earned(rollout: Rollout) -> float:
     return sum(triplet.reward or 0.0 for triplet in rollout)
 
 
-async def read_rollouts(log: Log, topics: Topics, experiment: str | None, mode: str) -> list[list[Triplet]]:
-    """The triplets that the log still holds, with whole prompts, by rollout."""
+async def read_rollouts(
+    log: Log, topics: Topics, experiment: str | None, mode: str | None, topic: str | None = None
+) -> list[list[Triplet]]:
+    """The triplets that the log still holds, with whole prompts, by rollout. ``topic``: one that a replay has written,
+    in place of that of triplets."""
     found: dict[str, list[Triplet]] = {}
-    partitions = [Partition(topics.triplets, number) for number in range(topics.partitions)]
+    partitions = [Partition(topic or topics.triplets, number) for number in range(topics.partitions)]
     async for record in read_to_end(log, partitions):
         try:
             value = codec.decode(record.value)
         except CodecError as error:
             logger.warning("%s is left out: %s", record.place, error)
             continue
-        if isinstance(value, Triplet) and value.mode == mode and experiment in (None, value.experiment_id):
+        if isinstance(value, Triplet) and mode in (None, value.mode) and experiment in (None, value.experiment_id):
             found.setdefault(value.rollout_id, []).append(value)
     return [whole for triplets in found.values() if (whole := _expanded(triplets))]
 
@@ -103,28 +118,59 @@ def with_contents(triplet: Triplet, blobs: Blobs) -> Triplet:
     return replace(triplet, prompt=blobs.whole(triplet.prompt), response=blobs.whole(triplet.response), tools=tools)
 
 
-def messages(rollouts: Iterable[Rollout], choice: Choice = Choice()) -> Iterator[dict[str, Any]]:
+def messages(
+    rollouts: Iterable[Rollout], choice: Choice = Choice(), merge_turns: bool = False
+) -> Iterator[dict[str, Any]]:
     """An example in OpenAI's fine-tuning format for each call that is chosen: its prompt, answer and tools. Earlier
-    answers within the prompt have weight 0, so that each is trained on once."""
+    answers within the prompt have weight 0, so that each is trained on once. ``merge_turns``: an example for each
+    conversation, where chosen answers have no weight, as for trainers that learn every answer."""
+    last: dict[str, Any] | None = None
+    rollout_id = ""
     for triplet, _ in chosen(list(rollouts), choice):
         prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in conversation(triplet, "prompt")]
-        yield {"messages": [*prompt, *conversation(triplet, "response")], **tools_of(triplet)}
+        example = {"messages": [*prompt, *conversation(triplet, "response")], **tools_of(triplet)}
+        if last is not None and rollout_id == triplet.rollout_id and _continues(example, last):
+            example["messages"][: len(last["messages"])] = last["messages"]
+        elif last is not None:
+            yield last
+        last, rollout_id = example, triplet.rollout_id
+        if not merge_turns:
+            yield last
+            last = None
+    if last is not None:
+        yield last
 
 
-def preferences(rollouts: Iterable[Rollout]) -> Iterator[dict[str, Any]]:
-    """A pair in OpenAI's preference format for each prompt that several calls of a group share: the answers with the
-    highest and the lowest reward, if they differ."""
-    asked: dict[tuple[str, str], list[tuple[float, Triplet]]] = {}
+def _continues(example: dict[str, Any], last: dict[str, Any]) -> bool:
+    """Whether its messages begin with all of the other's, and its tools are the same."""
+    before = example["messages"][: len(last["messages"])]
+    return example.get("tools") == last.get("tools") and _unweighted(before) == _unweighted(last["messages"])
+
+
+def _unweighted(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in message.items() if name != "weight"} for message in messages]
+
+
+def pairs(rollouts: Iterable[Rollout], choice: PairChoice = PairChoice()) -> Iterator[tuple[Rewarded, Rewarded]]:
+    """The better and the worse answer of each pair. Equal answers are none."""
+    asked: dict[tuple[str, str], list[Rewarded]] = {}
     for triplet, reward in _rewarded(rollouts):
-        asked.setdefault((triplet.group_id, triplet.prompt), []).append((reward, triplet))
+        asked.setdefault((triplet.group_id, triplet.prompt), []).append((triplet, reward))
     for answers in asked.values():
-        (least, worst), (most, best) = min(answers, key=lambda a: a[0]), max(answers, key=lambda a: a[0])
-        if most > least and best.response != worst.response:
-            yield {
-                "input": {"messages": conversation(best, "prompt"), **tools_of(best)},
-                "preferred_output": conversation(best, "response"),
-                "non_preferred_output": conversation(worst, "response"),
-            }
+        ranked = sorted(answers, key=lambda answer: -answer[1])
+        for better, worse in combinations(ranked, 2) if choice.every else [(ranked[0], ranked[-1])]:
+            if better[1] - worse[1] > choice.margin and better[0].response != worse[0].response:
+                yield better, worse
+
+
+def preferences(rollouts: Iterable[Rollout], choice: PairChoice = PairChoice()) -> Iterator[dict[str, Any]]:
+    """Each of the `pairs` in OpenAI's preference format."""
+    for (better, _), (worse, _) in pairs(rollouts, choice):
+        yield {
+            "input": {"messages": conversation(better, "prompt"), **tools_of(better)},
+            "preferred_output": conversation(better, "response"),
+            "non_preferred_output": conversation(worse, "response"),
+        }
 
 
 def texts(rollouts: Iterable[Rollout]) -> Iterator[str]:
@@ -139,7 +185,7 @@ def texts(rollouts: Iterable[Rollout]) -> Iterator[str]:
             yield "\n\n".join(parts)
 
 
-def _rewarded(rollouts: Iterable[Rollout]) -> Iterator[tuple[Triplet, float]]:
+def _rewarded(rollouts: Iterable[Rollout]) -> Iterator[Rewarded]:
     for rollout in rollouts:
         rewards = turn_rewards([(triplet.turn, triplet.reward) for triplet in rollout])
         yield from ((triplet, rewards[triplet.turn]) for triplet in rollout if triplet.trainable)

@@ -28,20 +28,29 @@ def dataset_messages(
     best_of_group: Annotated[
         int, typer.Option(min=0, help="Of each group so many rollouts, which earned the most; 0: all.")
     ] = 0,
+    merge_turns: Annotated[
+        bool, typer.Option("--merge-turns", help="One line a conversation, for trainers that learn every answer in it.")
+    ] = False,
 ) -> None:
     """Write OpenAI's fine-tuning format, with tools: one line a call. `type = "sft"` chooses alike."""
     from millstream.pipeline.training import datasets
 
     choice = datasets.Choice(min_reward, best_of_group)
-    _write(experiment, mode, lambda rollouts: map(_line, datasets.messages(rollouts, choice)))
+    _write(experiment, mode, lambda rollouts: map(_line, datasets.messages(rollouts, choice, merge_turns)))
 
 
 @app.command("preferences", epilog="Example: millstream dataset preferences --experiment run1 > dpo.jsonl")
-def dataset_preferences(experiment: Experiment = None, mode: OfMode = "train") -> None:
-    """Write OpenAI's preference format: the best and the worst answer to each prompt of a group."""
+def dataset_preferences(
+    experiment: Experiment = None,
+    mode: OfMode = "train",
+    margin: Annotated[float, typer.Option(min=0, help="Rewards of a pair differ by more than this.")] = 0.0,
+    every: Annotated[bool, typer.Option("--all-pairs", help="Every two answers, not the best and the worst.")] = False,
+) -> None:
+    """Write OpenAI's preference format: pairs of answers to a prompt of a group. `type = "dpo"` chooses alike."""
     from millstream.pipeline.training import datasets
 
-    _write(experiment, mode, lambda rollouts: map(_line, datasets.preferences(rollouts)))
+    choice = datasets.PairChoice(margin, every)
+    _write(experiment, mode, lambda rollouts: map(_line, datasets.preferences(rollouts, choice)))
 
 
 @app.command("text", epilog="Example: millstream dataset text --experiment run1 > dialogues.md")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import factories
 import pytest
 
-from millstream.pipeline.training.datasets import Choice, messages, preferences, texts, with_contents
+from millstream.pipeline.training.datasets import Choice, PairChoice, messages, pairs, preferences, texts, with_contents
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.errors import CodecError
 from millstream.schemas.spans.blobs import LIMIT
@@ -42,6 +42,17 @@ def test_each_answer_is_an_example_that_is_learnt_once():
     assert len(list(messages([RIGHT, WRONG]))) == 3
 
 
+def test_turns_of_a_conversation_are_one_example_with_each_chosen_answer():
+    broken = [triplet("b", 0, [USER], said("1"), reward=1.0), triplet("b", 1, [SYSTEM, USER], said("3"), reward=1.0)]
+    whole, alone, first, second = messages([RIGHT, WRONG, broken], merge_turns=True)
+    assert whole["messages"] == [SYSTEM, USER, ASKS, RESULT, {"role": "assistant", "content": "3"}]
+    assert alone["messages"] == [SYSTEM, USER, {"role": "assistant", "content": "4"}]
+    assert [first["messages"][0], second["messages"][0]] == [USER, SYSTEM]
+    unchosen = [replace(RIGHT[0], reward=0.0), RIGHT[1]]
+    (last,) = messages([unchosen], Choice(min_reward=0.5), merge_turns=True)
+    assert [message.get("weight") for message in last["messages"]] == [None, None, 0, None, None]
+
+
 def test_tools_in_the_form_of_the_semantic_conventions_become_openais():
     flat = json.dumps([{"type": "function", "name": "add", "parameters": {}}])
     (example,) = messages([[triplet("r", 0, [USER], said("3"), tools=flat)]])
@@ -67,6 +78,30 @@ def test_other_groups_and_equal_rewards_make_no_pair():
     elsewhere = [triplet("e", 0, [SYSTEM, USER], said("9"), reward=1.0, group_id="h")]
     equal = [triplet("q", 0, [SYSTEM, USER], said("5"), reward=0.0)]
     assert list(preferences([WRONG, elsewhere, equal])) == []
+
+
+def answers(*rewards: float) -> list[list[Triplet]]:
+    return [[triplet(f"r{n}", 0, [USER], said(f"{n}"), reward=reward)] for n, reward in enumerate(rewards)]
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        (PairChoice(), [(1.0, 0.0)]),
+        (PairChoice(every=True), [(1.0, 0.5), (1.0, 0.5), (1.0, 0.0), (0.5, 0.0), (0.5, 0.0)]),
+        (PairChoice(margin=0.5, every=True), [(1.0, 0.0)]),
+        (PairChoice(margin=1.0), []),
+    ],
+)
+def test_pairs_are_the_best_and_the_worst_or_every_two_above_a_margin(
+    choice: PairChoice, expected: list[tuple[float, float]]
+):
+    assert [(better, worse) for (_, better), (_, worse) in pairs(answers(0.5, 1.0, 0.5, 0.0), choice)] == expected
+
+
+def test_equal_answers_make_no_pair_whatever_they_earned():
+    same = [[triplet(name, 0, [USER], said("3"), reward=reward)] for name, reward in (("a", 1.0), ("b", 0.0))]
+    assert list(pairs(same, PairChoice(every=True))) == []
 
 
 def test_a_rollout_as_a_dialogue():

@@ -117,9 +117,9 @@ def test_the_best_of_each_group_become_likelier(folder: Path, lr: float) -> None
     good, bad = tokens([2, 5, 9], [6], [-3.0]), tokens([2, 5, 9], [7], [-3.0])
     group = Group("g", (finished("r", [good | {"reward": 1.0}]), finished("s", [bad | {"reward": 0.0}])))
     rows, _ = learner.rows([group.members[0].triplets])
-    (before,) = learner._old(rows)
+    (before,) = learner._evaluated(learner._model, rows)
     metrics = learner.update([group])
-    (after,) = learner._old(rows)
+    (after,) = learner._evaluated(learner._model, rows)
     assert (metrics["chosen_rollouts"], metrics["rows"]) == (1.0, 1.0)
     assert metrics["ce"] == pytest.approx(-before[0], abs=1e-4)
     assert after[0] > before[0] + 0.1 if lr else after == before

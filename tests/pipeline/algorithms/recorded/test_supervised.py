@@ -2,6 +2,8 @@
 """Fine-tuning on what was recorded: by the trainer, from a store, and again where it was interrupted."""
 
 import json
+import struct
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,17 @@ import millstream as ms
 from examples.calculator import model
 from millstream.pipeline.algorithms.policy_gradient import NothingToLearn
 from millstream.pipeline.algorithms.recorded.imitation import ImitationLearner
+from millstream.pipeline.algorithms.recorded.offline import Offline
+from millstream.pipeline.algorithms.recorded.preference import PreferenceLearner
 from millstream.pipeline.algorithms.recorded.supervised import Supervised
+from millstream.pipeline.algorithms.torch_learner import TorchLearner
 from millstream.pipeline.cli.main import app
 from millstream.pipeline.models.policy import digest, load_model, parameters
+from millstream.pipeline.training.algorithm import Algorithm
 from millstream.pipeline.training.datasets import Choice
 from millstream.pipeline.training.report import Summary
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.wire.records import Triplet
 
 pytestmark = pytest.mark.torch
 
@@ -37,9 +44,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def fit(folder: Path, run_dir: Path, steps: int | None = None, rollouts: Any = ROLLOUTS, **options: Any) -> Summary:
+def fit(folder: Path, run_dir: Path, steps: int | None = None, rollouts: Any = ROLLOUTS) -> Summary:
     learner = ImitationLearner(folder, choice=Choice(), epochs=1, minibatch=2, lr=1e-2)
-    algorithm = Supervised(learner, rollouts, epochs=2, rows_per_step=3, **options)
+    return train(Supervised(learner, rollouts, epochs=2, rows_per_step=3), run_dir, steps)
+
+
+def train(algorithm: Algorithm, run_dir: Path, steps: int | None = None) -> Summary:
     return ms.Trainer(algorithm=algorithm, run_dir=run_dir, max_steps=steps, seed=5).fit()
 
 
@@ -61,6 +71,65 @@ def test_it_goes_over_the_data_and_an_interruption_changes_nothing(folder: Path,
     ((steps, reward),) = store.sql("SELECT count(), avg(reward_mean) FROM training_steps").rows
     store.close()
     assert (steps, reward) == (6, pytest.approx(3.5 / 8, abs=0.05))
+
+
+def compared(n: int, **fields: Any) -> list[Triplet]:
+    """A right and a wrong answer to each of four questions."""
+    turn = tokens([2, 5, n // 2], [n + 1], [-1.0]) | {"group_id": f"g{n // 2}", "response": str(n), "reward": n % 2}
+    return list(finished(f"r{n}", [turn | fields]).triplets)
+
+
+PAIRS = [compared(n) for n in range(8)]
+
+
+def preferences(folder: Path) -> Algorithm:
+    learner = PreferenceLearner(folder, pair_loss="kto", epochs=1, minibatch=4, lr=1e-2)
+    return Supervised(learner, PAIRS, epochs=2, rows_per_step=4)
+
+
+def offline(folder: Path) -> Algorithm:
+    learner = TorchLearner(folder, epochs=1, minibatch=2, lr=1e-2, correction="decoupled")
+    return Offline(learner, PAIRS, epochs=2, groups_per_step=2)
+
+
+@pytest.mark.parametrize("algorithm", [preferences, offline])
+def test_an_interruption_changes_nothing_of_pairs_and_groups(
+    folder: Path, tmp_path: Path, algorithm: Callable[[Path], Algorithm]
+) -> None:
+    whole = train(algorithm(folder), tmp_path / "whole")
+    assert [(step.step, step.rollouts, step.tokens) for step in whole.steps] == [(n, 4, 4) for n in range(4)]
+    assert [step.reward for step in whole.steps] == [0.5] * 4
+    train(algorithm(folder), tmp_path / "parts", 3)
+    train(algorithm(folder), tmp_path / "parts")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+
+
+def test_tokens_of_another_policy_count_by_their_recorded_log_probabilities(folder: Path) -> None:
+    """At most twice (`cap`): this policy would have sampled these answers e^-6 as often, or far more often."""
+    sums = []
+    for logprob in (0.0, -6.0, -9.0):
+        rollouts = [compared(n, response_logprobs=struct.pack("<f", logprob)) for n in range(8)]
+        learner = TorchLearner(folder, epochs=1, lr=0.0, entropy=0.0, max_grad_norm=1e9, correction="decoupled")
+        algorithm = Offline(learner, rollouts, groups_per_step=4)
+        algorithm.lesson(algorithm.items).learn()
+        sums.append(sum(float(each.grad.norm()) for each in learner._model.parameters() if each.grad is not None))
+    assert 0 < sums[0] < 0.2 * sums[1]
+    assert sums[1] == pytest.approx(sums[2], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rollouts", "reason"),
+    [
+        ([compared(n, response_logprobs=None) for n in range(8)], "as many log-probabilities as response tokens"),
+        ([compared(n, trainable=False, reason="no model") for n in range(8)], "8 say: no model"),
+        (PAIRS[::2], "none of 4 recorded groups has two rollouts"),
+    ],
+)
+def test_groups_that_can_not_be_learnt_from_are_refused_with_the_reason(
+    folder: Path, rollouts: list[list[Triplet]], reason: str
+) -> None:
+    with pytest.raises(NothingToLearn, match=reason):
+        Offline(TorchLearner(folder), rollouts)
 
 
 def test_a_run_that_goes_on_with_other_data_is_refused(folder: Path, tmp_path: Path) -> None:
@@ -104,12 +173,29 @@ type = "{kind}"
 model = "{folder}"
 best_of_group = 0
 """
-    if kind != "sft":
+    if kind == "rft":
         (path / "tasks.jsonl").write_text('{"input": 1}\n')
         text = f'tasks = "{path}/tasks.jsonl"\n{text}'
+    else:
+        text += f'[algorithm.data]\nstore = "chdb://{recorded}/store"\n{data}'
+    if kind not in ("sft", "rft"):
+        text = text.replace("best_of_group = 0\n", "")
     file = path / "train.toml"
-    file.write_text(text + (f'[algorithm.data]\nstore = "chdb://{recorded}/store"\n{data}' if kind == "sft" else ""))
+    file.write_text(text)
     return file
+
+
+@pytest.mark.parametrize("kind", ["grpo", "gspo"])
+def test_policy_gradients_learn_from_a_past_run(folder: Path, recorded: Path, tmp_path: Path, kind: str) -> None:
+    """Without tasks or an agent. What they do not sample themselves is corrected, and the resolved file says so."""
+    file = training_file(tmp_path / "t", folder, recorded, kind=kind)
+    done = CliRunner().invoke(app, ["train", str(file), "--from-experiment", "first", "--dry-run", "--json"])
+    assert done.exit_code == 0, done.output
+    record = json.loads(done.stdout)
+    assert record["algorithm"] == "Offline"
+    assert record["config"]["algorithm"]["data"]["experiment"] == "first"
+    assert record["config"]["algorithm"]["correction"] == record["arguments"]["learner"]["correction"] == "decoupled"
+    assert record["arguments"]["groups"] == 4
 
 
 @pytest.mark.parametrize(
@@ -148,4 +234,4 @@ def test_an_experiment_can_be_named_when_training_starts(folder: Path, recorded:
     other = training_file(tmp_path / "u", folder, recorded, kind="rft")
     done = CliRunner().invoke(app, ["train", str(other), "--from-experiment", "first"])
     assert done.exit_code == 1
-    assert "type rft" in str(done.exception)
+    assert "type rft makes its own rollouts; type sft imitates the best of recorded ones" in str(done.exception)
