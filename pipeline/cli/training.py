@@ -24,7 +24,7 @@ def train(
     ] = False,
     from_experiment: Annotated[
         str | None,
-        typer.Option(help="Learn from this one's recorded rollouts: its id, or its run's name. For type sft."),
+        typer.Option(help="Learn from this one's recorded rollouts, and ask for none: its id, or its run's name."),
     ] = None,
     health_port: HealthPort = 0,
     ui_port: Annotated[

@@ -2,29 +2,31 @@
 
 import asyncio
 import dataclasses
+import json
 import logging
 import tomllib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
 
 from millstream.consumers.log.port import Log
-from millstream.pipeline.algorithms.options import PROMPTS, Options, Sft, algorithm_of
+from millstream.pipeline.algorithms.options import PROMPTS, Options, Rft, Supervision, Torch, algorithm_of, type_of
 from millstream.pipeline.models.server import ModelServer
 from millstream.pipeline.models.vllm_process import Transfer, VllmOptions
 from millstream.pipeline.prompts.options import PromptConfig
 from millstream.pipeline.prompts.versions import best_prompts
 from millstream.pipeline.services.role_process import role_process
+from millstream.pipeline.training.curriculum import TABLE, Leaving, stages_of
 from millstream.pipeline.training.deployment import store_settings, strategy_of
-from millstream.pipeline.training.progress import ProgressView
 from millstream.pipeline.training.report import StepReport, Summary
 from millstream.pipeline.training.reporting.metrics import TrainingMetrics
+from millstream.pipeline.training.reporting.progress import ProgressView
 from millstream.pipeline.training.reporting.record import RECORD, obstacles
 from millstream.pipeline.training.run import CHECKPOINTS
 from millstream.pipeline.training.strategy import Setup, Strategy
@@ -40,7 +42,20 @@ from millstream.schemas.spans.text import json_text, parsed
 
 logger = logging.getLogger(__name__)
 
-RESOLVED: Final = "resolved.toml"  # within the run's folder
+RESOLVED, SUMMARY = "resolved.toml", "train.json"  # within the run's folder
+ENDED: Final = "ended.toml"  # the same for a stage of a curriculum that has ended: its resolved file
+
+# Types that can't learn from recorded rollouts, and what does.
+OWN_ROLLOUTS: Final = {
+    "rft": "type sft imitates the best of recorded ones",
+    "verl": "its job asks for them; the other types learn from recorded ones",
+    **{type_of(each): "policies learn from recorded ones" for each in PROMPTS},
+}
+LEAVING: Final = Leaving(
+    models=frozenset(type_of(each) for each in (*get_args(Torch), Rft, *get_args(Supervision))),
+    recorded=frozenset(type_of(each) for each in get_args(Supervision)),
+    prompts=frozenset(map(type_of, PROMPTS)),
+)
 
 
 class ModelConfig(BaseModel):
@@ -85,10 +100,10 @@ class TrainConfig(BaseModel):
     )
     agent: str | None = Field(None, description="module:attribute; over Kafka the runners load it.")
     hooks: list[str] = Field([], description="module:attribute of each, in order; needs `agent`.")
-    tasks: Path | None = Field(None, description="JSON lines, as for `millstream publish`. Type sft needs none.")
+    tasks: Path | None = Field(None, description="JSON lines, as for `publish`. Recorded rollouts need none.")
     val_tasks: Path | None = Field(None, description="Tasks to validate with; they are never trained on.")
     max_steps: int | None = Field(
-        None, ge=0, description="Default: 100; of type sft, those of its epochs; of apo, its rounds."
+        None, ge=0, description="Default: 100; of recorded rollouts, those of all passes; of apo, its rounds."
     )
     stop_reward: float | None = Field(None, description="Mean reward of a step at which training ends early.")
     patience: int = Field(3, ge=1, description="Steps in a row that reach `stop_reward`.")
@@ -111,17 +126,12 @@ class TrainConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _table_of_a_type(cls, given: Any) -> Any:
-        """``[grpo]`` and ``[verl]`` are short for ``[algorithm]`` with that type."""
-        for name in ("grpo", "verl"):
-            if isinstance(given, dict) and "algorithm" not in given and isinstance(given.get(name), dict):
-                rest = {key: value for key, value in given.items() if key != name}
-                return rest | {"algorithm": {**given[name], "type": name}}
-        return given
+        return _with_type(given)
 
     @model_validator(mode="after")
     def _tasks_of_the_type(self) -> "TrainConfig":
-        if self.tasks is None and self.algorithm.type != "sft":
-            raise ValueError("tasks: a file of them is needed, except for type sft")
+        if self.tasks is None and getattr(self.algorithm, "data", None) is None:
+            raise ValueError("tasks: a file of them is needed, except to learn from recorded rollouts")
         return self
 
     @model_validator(mode="after")
@@ -171,25 +181,59 @@ def with_pages(strategy: Strategy, port: int, say: Callable[[str], object]) -> S
     return running
 
 
+def _with_type(given: Any) -> Any:
+    """``[grpo]`` and ``[verl]`` are short for ``[algorithm]`` with that type."""
+    for name in ("grpo", "verl"):
+        if isinstance(given, dict) and "algorithm" not in given and isinstance(given.get(name), dict):
+            rest = {key: value for key, value in given.items() if key != name}
+            return rest | {"algorithm": {**given[name], "type": name}}
+    return given
+
+
+def _from_experiment(given: dict[str, Any], experiment: str) -> dict[str, Any]:
+    """The file with this experiment as the one that its algorithm learns from."""
+    given = _with_type(given)
+    table = given.get("algorithm")
+    if not isinstance(table, dict):
+        return given  # which is refused
+    if (kind := table.get("type")) in OWN_ROLLOUTS:
+        raise ConfigError(f"--from-experiment: type {kind} makes its own rollouts; {OWN_ROLLOUTS[kind]}")
+    data = table.get("data")
+    chosen = {**(data if isinstance(data, dict) else {}), "experiment": experiment}
+    return given | {"algorithm": {**table, "data": chosen}}
+
+
 def load_config(path: Path, from_experiment: str | None = None) -> TrainConfig:
-    """``from_experiment``: in place of the file's ``algorithm.data.experiment``. Raises `ConfigError` naming the file
-    and each wrong entry."""
+    """As `load_stages`, of a file without a curriculum."""
+    config, *more = load_stages(path, from_experiment)
+    if more:
+        raise ConfigError(f"{path} holds a curriculum of {len(more) + 1} stages, where one training is asked for")
+    return config
+
+
+def load_stages(path: Path, from_experiment: str | None = None) -> list[TrainConfig]:
+    """One configuration, or that of each stage of a curriculum. ``from_experiment``: in place of
+    ``algorithm.data.experiment``, in the first stage. Raises `ConfigError` naming the file and each wrong entry."""
     try:
-        config = TrainConfig(**tomllib.loads(path.read_text("utf-8")))
+        given = tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"can't read {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not TOML: {error}") from error
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {problems_of(error)}") from None
+    try:
+        stages = stages_of(_with_type(given), LEAVING) if TABLE in given else [given]
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     if from_experiment is not None:
-        if not isinstance(config.algorithm, Sft):
-            kind = config.algorithm.type
-            raise ConfigError(
-                f"--from-experiment: type {kind} of {path} makes its own rollouts; type sft learns from these"
-            )
-        config.algorithm.data.experiment = from_experiment
-    return config
+        stages[0] = _from_experiment(stages[0], from_experiment)
+    found = []
+    for number, stage in enumerate(stages, 1):
+        try:
+            found.append(TrainConfig(**stage))
+        except ValidationError as error:
+            which = f"stage {number} of the curriculum: " * (TABLE in given)
+            raise ConfigError(f"{path}: {which}{problems_of(error)}") from None
+    return found
 
 
 def read_inputs(path: Path, settings: Settings) -> list[Any]:
@@ -201,16 +245,36 @@ def read_inputs(path: Path, settings: Settings) -> list[Any]:
 
 def dry_run(path: Path, from_experiment: str | None = None) -> tuple[str, dict[str, Any]]:
     """Checks everything that `train_from` needs on this machine, the model included, and starts nothing. Writes the
-    file with all defaults to ``resolved.toml`` in the run's folder; returns its text and the experiment's record.
+    file with all defaults to ``resolved.toml`` in the run's folder; returns its text and the experiment's record. Of a
+    curriculum: the texts of all stages, and their records as ``stages``. What a stage needs of the ones before it is
+    checked when these have ended.
 
     Raises `ConfigError` for whatever would be refused.
     """
-    config = load_config(path, from_experiment)
+    configs = load_stages(path, from_experiment)
+    found = [_checked(path, config, waits=bool(number)) for number, config in enumerate(configs)]
+    if len(configs) == 1:
+        return found[0]
+    titles = [f"# Stage {number} of {len(configs)}, run {each.run}" for number, each in enumerate(configs, 1)]
+    text = "\n".join(f"{title}\n\n{resolved}" for title, (resolved, _) in zip(titles, found, strict=True))
+    return text, {"stages": [record for _, record in found]}
+
+
+def _checked(path: Path, config: TrainConfig, *, waits: bool) -> tuple[str, dict[str, Any]]:
+    """See `dry_run`. ``waits``: for stages before it, unless its model is there."""
     _reports(config)
-    record = _trainer(config, load_settings()).check()
+    settings = load_settings()
     text = resolved(config)
     if repr(TrainConfig(**tomllib.loads(text))) != repr(config):
         raise ConfigError(f"{path}: the resolved file would mean something else; please report this")
+    needs = [path for path in (getattr(config.algorithm, "model", None), config.prompts_from) if path is not None]
+    missing = [str(path) for path in needs if not path.exists()]
+    if waits and missing:
+        for tasks in filter(None, (config.tasks, config.val_tasks)):
+            read_inputs(tasks, settings)
+        record: dict[str, Any] = {"run": config.run, "config": config.model_dump(mode="json"), "waits_for": missing}
+    else:
+        record = _trainer(config, settings).check()
     _write(config)
     return text, record
 
@@ -265,16 +329,54 @@ def train_from(
 ) -> Summary:
     """Trains with a live view and writes the summary to ``train.json`` in the run's folder. ``adapter`` is
     ``module:attribute`` of a function from traces to triplets, for runs in memory. ``health_port``:
-    as `role_process` serves it. ``from_experiment``: see `load_config`. ``ui_port``: as
+    as `role_process` serves it. ``from_experiment``: see `load_stages`. ``ui_port``: as
     `with_pages` serves a run in memory; None: no pages.
+
+    Of a curriculum it trains the stages in their order, without those that an earlier call has ended, and returns the
+    summary of the last.
 
     Raises `ConfigError` if the file is wrong or the `train` extra is missing.
     """
-    config = load_config(path, from_experiment)
+    configs = load_stages(path, from_experiment)
+    console = console or Console()
+    summary = None
+    for number, config in enumerate(configs):
+        if len(configs) > 1:
+            if (summary := _ended(config)) is not None:
+                logger.info("stage %d of %d, run %s, has ended before", number + 1, len(configs), config.run)
+                continue
+            _refuse_begun(config, configs[number + 1 :])
+            console.print(f"stage {number + 1} of {len(configs)}: {config.run}", highlight=False)
+        summary = _train(config, console, adapter, health_port, ui_port)
+        if len(configs) > 1:
+            write_atomically(config.run_dir / ENDED, resolved(config).encode())
+    assert summary is not None
+    return summary
+
+
+def _ended(config: TrainConfig) -> Summary | None:
+    """What a stage has ended with before, unless it was another one."""
+    try:
+        same = (config.run_dir / ENDED).read_text("utf-8") == resolved(config)
+        return Summary.of(json.loads((config.run_dir / SUMMARY).read_text("utf-8"))) if same else None
+    except FileNotFoundError:
+        return None
+
+
+def _refuse_begun(config: TrainConfig, later: Sequence[TrainConfig]) -> None:
+    """Stages that have begun with the result of another one can't go on with this one's."""
+    begun = [each.run for each in later if (each.run_dir / CHECKPOINTS).exists()]
+    if begun:
+        raise ConfigError(
+            f"stage {config.run} is another than the one whose result {', '.join(begun)} began with: give the "
+            "curriculum a new run_dir, or undo the change"
+        )
+
+
+def _train(config: TrainConfig, console: Console, adapter: str, health_port: int, ui_port: int | None) -> Summary:
     reports = _reports(config)
     metrics = TrainingMetrics()
     settings = load_settings()
-    console = console or Console()
     strategy = strategy_of(config.strategy)
     if ui_port is not None:
         if config.strategy != "memory":
@@ -294,7 +396,7 @@ def train_from(
         log = f"Kafka at {settings.kafka_bootstrap_servers}" if config.strategy == "kafka" else "one process"
         logger.info("this is the trainer of run %s in %s: %s%s", config.run, config.run_dir, log, probes)
         summary = trainer.fit()
-    (config.run_dir / "train.json").write_text(json_text(dataclasses.asdict(summary)) + "\n")
+    (config.run_dir / SUMMARY).write_text(json_text(dataclasses.asdict(summary)) + "\n")
     return summary
 
 

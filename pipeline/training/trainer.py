@@ -20,8 +20,8 @@ from millstream.pipeline.training.algorithm import Algorithm
 from millstream.pipeline.training.checkpoint import Checkpoint
 from millstream.pipeline.training.deployment import strategy_of
 from millstream.pipeline.training.groups import FinishedRollout
-from millstream.pipeline.training.progress import shown
 from millstream.pipeline.training.report import StepReport, Summary
+from millstream.pipeline.training.reporting.progress import shown
 from millstream.pipeline.training.reporting.provenance import JOBS, SERVERS, provenance
 from millstream.pipeline.training.reporting.record import algorithm_record
 from millstream.pipeline.training.reporting.waiting import watch

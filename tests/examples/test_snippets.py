@@ -144,13 +144,13 @@ def check_sql(text: str, folder: Path) -> None:
 
 
 def check_toml(text: str, folder: Path) -> None:
-    from millstream.pipeline.training.config import TrainConfig, load_config
+    from millstream.pipeline.training.config import TABLE, TrainConfig, load_stages
 
     names = tomllib.loads(text).keys()
     file = folder / "block.toml"
     file.write_text(text)
-    if names <= TrainConfig.model_fields.keys():
-        load_config(file)
+    if names <= {*TrainConfig.model_fields.keys(), TABLE}:
+        load_stages(file)
     else:
         code = "from millstream.schemas.config.settings import load_settings; load_settings()"
         python(folder, "-c", code, MILLSTREAM_CONFIG=str(file))

@@ -63,14 +63,25 @@ task of the gateway's `POST /tasks`. Only `input` has to be there.
 
 
 def _training_files() -> str:
-    from millstream.pipeline.algorithms.options import PRESETS, PROMPTS, LearnerOptions, Rft, Sft, Torch, VerlTable
+    from millstream.pipeline.algorithms.options import (
+        PRESETS,
+        PROMPTS,
+        LearnerOptions,
+        Recorded,
+        RecordedGroups,
+        Rft,
+        Supervision,
+        Torch,
+        VerlTable,
+        type_of,
+    )
     from millstream.pipeline.prompts.options import PromptConfig
     from millstream.pipeline.training.config import ModelConfig, ReportConfig, TrainConfig
 
-    kinds: tuple[type[BaseModel], ...] = (*get_args(Torch), Rft, Sft, VerlTable, *PROMPTS)
+    kinds: tuple[type[BaseModel], ...] = (*get_args(Torch), Rft, *get_args(Supervision), VerlTable, *PROMPTS)
     common = kinds[0]
-    types = ", ".join(f"`{_type_of(kind)}`" for kind in kinds)
-    prompts = " and ".join(f"`{_type_of(kind)}`" for kind in PROMPTS)
+    types = ", ".join(f"`{type_of(kind)}`" for kind in kinds)
+    prompts = " and ".join(f"`{type_of(kind)}`" for kind in PROMPTS)
     parts = [
         "# Training files\n\nWhat a file for `millstream train` may hold; [Training](training.md) explains it. "
         "`millstream train FILE --dry-run` checks a file and prints it with all defaults.\n",
@@ -78,26 +89,29 @@ def _training_files() -> str:
         f"## `[model]`\n\n{_table(ModelConfig)}",
         f"## `[report]`\n\n{_table(ReportConfig)}",
         f"## `[prompts.NAME]`\n\n{_table(PromptConfig)}",
-        f"## `[algorithm]`\n\n`type` is one of {types}. All but `verl` and {prompts} take these options, and `rft` and "
-        "`sft` some of them:\n\n"
+        f"## `[algorithm]`\n\n`type` is one of {types}. All but `verl` and {prompts} take these options, and `rft`, "
+        "`sft` and `dpo` some of them:\n\n"
         + _rows({name: field for name, field in common.model_fields.items() if name != "type"}),
     ]
     presets = [
         f"`{name}`: {', '.join(f'{k} = {v}' for k, v in values.items())}" for name, values in PRESETS.items() if values
     ]
     parts.append(f"Defaults of a `preset`: {'; '.join(presets)}.\n")
+    parts.append(f"### `[algorithm.data]`\n\n{_table(RecordedGroups)}")
     for kind in kinds:
         shared = common.model_fields if issubclass(kind, LearnerOptions) else {}
         own = {n: f for n, f in kind.model_fields.items() if n != "type" and repr(f) != repr(shared.get(n))}
         about = " ".join((kind.__doc__ or "").split())
         without = [f"`{name}`" for name in common.model_fields if name not in kind.model_fields]
-        if kind in (Rft, Sft):
+        if kind in (Rft, *get_args(Supervision)):
             about = f"{about} It has no {', '.join(without[:-1])} and {without[-1]}."
-        parts.append(f'### `type = "{_type_of(kind)}"`\n\n{about}\n' + (f"\n{_rows(own)}" if own else ""))
+        parts.append(f'### `type = "{type_of(kind)}"`\n\n{about}\n' + (f"\n{_rows(own)}" if own else ""))
         parts += [
             f"#### `[algorithm.{name}]`\n\n{_table(field.annotation)}"
             for name, field in own.items()
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+            if isinstance(field.annotation, type)
+            and issubclass(field.annotation, BaseModel)
+            and field.annotation is not Recorded  # which is explained once
         ]
     return "\n".join(parts)
 
@@ -195,10 +209,6 @@ def _default(field: FieldInfo) -> str:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def _type_of(kind: type[BaseModel]) -> str:
-    return str(kind.model_fields["type"].default)
 
 
 _KINDS: Final[dict[type, str]] = {

@@ -33,7 +33,7 @@ def test_each_setting_and_field_says_what_it_means(model: type[Settings] | type[
 def test_each_option_of_a_training_file_says_what_it_means() -> None:
     text = (ROOT / "docs" / "training-files.md").read_text()
     assert [line for line in text.splitlines() if line.endswith("|  |")] == []
-    assert all(f'### `type = "{kind}"`' in text for kind in ("grpo", "rft", "sft", "verl"))
+    assert all(f'### `type = "{kind}"`' in text for kind in ("grpo", "rft", "sft", "dpo", "verl"))
 
 
 def test_no_page_shows_a_secret_or_this_machine() -> None:
