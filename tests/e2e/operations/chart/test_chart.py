@@ -391,6 +391,15 @@ def test_rules_and_dashboards_are_those_of_the_repository(release: Callable[[str
     assert shown == {path.name: path.read_text() for path in folder.glob("*.json")}
 
 
+def test_pods_run_the_image_as_it_is_built(release: Callable[[str], Release]) -> None:
+    dockerfile = (ROOT / "deploy" / "docker" / "Dockerfile").read_text()
+    user = re.search(r"^USER (\d+)$", dockerfile, re.MULTILINE)
+    assert user is not None
+    assert 'ENTRYPOINT ["millstream"]' in dockerfile  # a container has arguments alone
+    users = {pod_of(workload)["securityContext"]["runAsUser"] for workload in release("all").workloads}
+    assert users == {int(user[1])}
+
+
 def test_the_chart_links_to_files_only() -> None:
     """A built distribution would leave out a folder that is there twice."""
     assert not [path for path in CHART.rglob("*") if path.is_symlink() and path.is_dir()]
