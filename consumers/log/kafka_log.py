@@ -25,7 +25,7 @@ from millstream.consumers.log.kafka_transactional import KafkaTransactionalConsu
 from millstream.consumers.log.poll_times import OpenConsumers, PollTimes, Traffic
 from millstream.consumers.log.port import Consumer, TransactionalConsumer
 from millstream.producers.log.kafka import KafkaProducer, KafkaTransactionalProducer, ProducerPolicy, Sent
-from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, raised
+from millstream.producers.log.kafka_config import BATCH_OVERHEAD, FILES, librdkafka_config, raised
 from millstream.producers.log.port import LINGER_MS, Producer, TransactionalProducer
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError, LogUnavailable, MillstreamError
@@ -134,7 +134,10 @@ class KafkaLog:
 
     def _connect(self) -> None:
         errors: list[KafkaError] = []
-        client = AdminClient(librdkafka_config(self._settings, on_error=errors.append) | {"log_level": 0})
+        try:
+            client = AdminClient(librdkafka_config(self._settings, on_error=errors.append) | {"log_level": 0})
+        except KafkaException as error:
+            raise _unusable_file(self._settings, error.args[0].str()) from error
         deadline = time.monotonic() + self._policy.check_s / 2
         wait_s = 0.5  # a wrong setting is known as soon as that; a busy broker gets longer
         while True:
@@ -155,6 +158,13 @@ class KafkaLog:
         settings, where = self._settings, self._settings.kafka_bootstrap_servers
         for error in errors:
             text = error.str()
+            if settings.kafka_security_protocol.endswith("SSL") and " alert " in text and "certificate" in text:
+                return ConfigError(
+                    f"Kafka at {where} refuses this client's certificate (or misses one, or it has expired, or another "
+                    "authority has signed it): check kafka_security_cert_file "
+                    f"({settings.kafka_security_cert_file or 'not set'}) and kafka_security_key_file "
+                    f"({settings.kafka_security_key_file or 'not set'}): {text}"
+                )
             if error.code() == KafkaError._AUTHENTICATION:
                 return ConfigError(
                     f"Kafka at {where} refuses user {settings.kafka_security_username!r}: check "
@@ -292,3 +302,14 @@ def _listens(address: str) -> bool:
             return True
     except (OSError, ValueError):
         return False
+
+
+def _unusable_file(settings: Settings, text: str) -> ConfigError:
+    """For what librdkafka says of a client that it can't create: ``ssl.ca.location failed: …``."""
+    for name, option in FILES.items():
+        if option in text:
+            return ConfigError(
+                f"setting {name} ({getattr(settings, name)}) can't be used: it has to name a readable PEM file, "
+                f"and a key has to fit its certificate: {text}"
+            )
+    return ConfigError(f"the kafka_… settings can't be used: {text}")

@@ -18,6 +18,11 @@ logger = logging.getLogger(__name__)
 
 # Room for keys, headers and batch framing: topics and fetchers accept whatever the producer accepts.
 BATCH_OVERHEAD: Final = 1 << 16
+FILES: Final = {  # librdkafka's options by our settings
+    "kafka_security_ca_file": "ssl.ca.location",
+    "kafka_security_cert_file": "ssl.certificate.location",
+    "kafka_security_key_file": "ssl.key.location",
+}
 LOG_EVERY_S: Final = 10.0  # an outage otherwise writes thousands of equal lines
 
 _FENCED = {
@@ -156,13 +161,9 @@ def librdkafka_config(
         config["sasl.mechanism"] = settings.kafka_security_mechanism
         config["sasl.username"] = settings.kafka_security_username
         config["sasl.password"] = settings.kafka_security_password.get_secret_value()
-    for name, path in (
-        ("ssl.ca.location", settings.kafka_security_ca_file),
-        ("ssl.certificate.location", settings.kafka_security_cert_file),
-        ("ssl.key.location", settings.kafka_security_key_file),
-    ):
-        if path is not None:
-            config[name] = str(path)
+    for name, option in FILES.items():
+        if (path := getattr(settings, name)) is not None:
+            config[option] = str(path)
     return config | {name.replace("_", "."): value for name, value in options.items()}
 
 

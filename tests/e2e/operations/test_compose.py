@@ -127,6 +127,15 @@ class Deployment:
         scaled = () if scale is None else ("--scale", f"runner={scale}")
         self.compose("up", "-d", "--no-build", "--no-recreate", *scaled, *services)
 
+    def down(self) -> None:
+        if runners := self.left("runner"):  # podman-compose removes as many as its file says
+            succeed("podman", "rm", "-f", "-t", "20", *runners)
+        self.compose("down", "-v", "-t", "20")
+
+    def left(self, service: str = "") -> list[str]:
+        """Container ids."""
+        return succeed("podman", "ps", "-aq", "--filter", f"name={PROJECT}_{service}").split()
+
     def healthy(self, *containers: str) -> None:
         """Waits until each container's own health check passes: without systemd, Podman does not run them by itself."""
         for container in containers:
@@ -185,7 +194,7 @@ def deployment(images: None, tmp_path: Path) -> Iterator[Deployment]:
     try:
         yield deployment
     finally:
-        deployment.compose("down", "-v", "-t", "20")
+        deployment.down()
 
 
 @needs_tools
@@ -221,5 +230,5 @@ def test_rollouts_in_containers_survive_a_killed_runner(deployment: Deployment) 
     until(lambda: deployment.prometheus('count(up{role="runner"} == 1)') == 3, lambda: "Prometheus sees no 3 runners")
     assert deployment.prometheus('count(up{role=~"adapter|sink|proxy|gateway"} == 1)') == 4
 
-    deployment.compose("down", "-v", "-t", "20")
-    assert not succeed("podman", "ps", "-aq", "--filter", f"name={PROJECT}_").strip()
+    deployment.down()
+    assert deployment.left() == []
