@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from millstream.pipeline.algorithms.verl.config import VerlOptions
-from millstream.pipeline.prompts.options import ApoTable, PromptTable, prompt_algorithm
+from millstream.pipeline.prompts.options import ApoTable, GepaTable, PromptTable, prompt_algorithm
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import ConfigError
@@ -320,7 +320,7 @@ class VerlTable(VerlOptions):
 Torch = Grpo | Dapo | DrGrpo | Rloo | ReinforcePP | Gspo | Cispo | Ppo
 Supervision = Sft | Dpo
 Table = Torch | Rft | Supervision | VerlTable | PromptTable
-PROMPTS: Final = (ApoTable,)  # types without weights
+PROMPTS: Final = (ApoTable, GepaTable)  # types without weights
 Options = Annotated[Table, Field(discriminator="type")]
 
 

@@ -68,10 +68,21 @@ class ApoTable(SearchOptions):
     validation_batch: int = Field(16, ge=1, description="Validation tasks, the same for all candidates.")
 
 
-PromptTable = ApoTable
+class GepaTable(SearchOptions):
+    """Searches for a better prompt by reflective evolution with a Pareto front (arXiv:2507.19457), by the package gepa:
+    the extra `prompts`. No weights change."""
+
+    type: Literal["gepa"] = "gepa"
+    critic: str = Field(description="Model that reflects and rewrites; the proxy has a route for it.")
+    max_rollouts: int = Field(400, ge=1, description="At which it ends.")
+    batch: int = Field(3, ge=1, description="Tasks of a reflection, and of a candidate's first test.")
+
+
+PromptTable = ApoTable | GepaTable
 
 
 def prompt_algorithm(options: PromptTable) -> "Algorithm":
+    """Raises `ConfigError` if the package of the type is missing."""
     from millstream.pipeline.prompts.apo import Apo
     from millstream.pipeline.prompts.search import Beam
     from millstream.pipeline.prompts.writers import Budget
@@ -82,5 +93,15 @@ def prompt_algorithm(options: PromptTable) -> "Algorithm":
         prompt_price=options.prompt_price,
         answer_price=options.answer_price,
     )
+    if isinstance(options, GepaTable):
+        from millstream.pipeline.prompts.gepa import Gepa
+
+        return Gepa(
+            critic=options.critic,
+            max_rollouts=options.max_rollouts,
+            batch=options.batch,
+            budget=budget,
+            request=options.request,
+        )
     beam = Beam(**options.model_dump(include={"beam_width", "branch_factor", "rounds", "batch", "validation_batch"}))
     return Apo(critic=options.critic, editor=options.editor, beam=beam, budget=budget, request=options.request)

@@ -1,0 +1,68 @@
+"""The package's search over a run."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("gepa", reason="pip install 'millstream[prompts]'")
+
+import millstream as ms
+from millstream.pipeline.prompts.gepa import Gepa
+from millstream.pipeline.prompts.versions import FILE
+from millstream.pipeline.prompts.writers import Budget
+from millstream.schemas.config.settings import Settings
+from tests.pipeline.prompts.rig import FIRST, RULES, TASKS, VAL_TASKS, agent, blind, writing
+
+PROMPTS = {"system": ms.PromptTemplate(template=FIRST)}
+
+
+def reflecting(messages: list[dict[str, str]]) -> str:
+    said = messages[-1]["content"]
+    (now, *_) = re.findall(r"```\n(.*?)\n```", said, re.DOTALL)
+    missing = [rule for rule in RULES if re.search(rf'"needs": ?"{rule}"[^\n]*\nReward: 0', said)]
+    return f"```\n{now} {missing[0] if missing else 'be kind'}.\n```"
+
+
+async def search(settings: Settings, run_dir: Path, most: int = 150, runs: Any = agent, **given: Any) -> list[Any]:
+    algorithm = Gepa(critic="critic", max_rollouts=most, **given)
+    trainer = ms.Trainer(algorithm=algorithm, agent=runs, prompts=PROMPTS, run_dir=run_dir, settings=settings)
+    await trainer.train(TASKS, VAL_TASKS)
+    store = ms.ClickHouseStore(ms.load_settings(clickhouse_dsn=f"chdb://{run_dir}/store"))
+    rows = store.sql("SELECT number, templates, refused, score FROM prompts ORDER BY number").rows
+    store.close()
+    return list(rows)
+
+
+def best(run_dir: Path) -> str:
+    return str(json.loads((run_dir / FILE).read_text())["prompts"]["system"]["template"])
+
+
+@pytest.mark.slow
+async def test_it_finds_the_prompt_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    async with writing(reflecting) as (_, settings):
+        whole = await search(settings, tmp_path / "whole")
+        assert all(rule in best(tmp_path / "whole") for rule in RULES)
+        await search(settings, tmp_path / "parts", most=60)
+        assert best(tmp_path / "parts") != best(tmp_path / "whole")
+        assert await search(settings, tmp_path / "parts") == whole
+
+
+@pytest.mark.slow
+async def test_a_control_does_not_find_it_and_what_lost_a_placeholder_is_not_run(tmp_path: Path) -> None:
+    async with writing(lambda messages: "```\nBe helpful.\n```") as (_, settings):
+        rows = await search(settings, tmp_path, most=60)
+    assert {row[2] for row in rows[1:]} == {"it lost {question}"}
+    assert best(tmp_path) == FIRST
+    async with writing(reflecting) as (_, settings):
+        await search(settings, tmp_path / "blind", most=60, runs=blind)
+    assert sum(rule in best(tmp_path / "blind") for rule in RULES) < 3
+
+
+async def test_a_budget_ends_it(tmp_path: Path) -> None:
+    async with writing(reflecting) as (server, settings):
+        await search(settings, tmp_path, budget=Budget(tokens=40))
+        assert len(server.requests) == 2
+    assert (tmp_path / FILE).exists()
