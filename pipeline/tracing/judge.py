@@ -12,7 +12,7 @@ from millstream.schemas.errors import MillstreamError
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.text import json_text
 
-SCORE: Final = re.compile(r"score\W*(-?\d+(?:\.\d+)?)", re.I)
+SCORE: Final = re.compile(r"score[^\w-]*(-?\d+(?:\.\d+)?)", re.I)
 KEPT: Final = 10_000  # verdicts of a process; some MB
 DEFAULT: Final = PromptTemplate(
     template="Task:\n{task}\n\nAnswer:\n{answer}\n\nHow good is the answer? Say why in one sentence, then end with a "

@@ -26,7 +26,7 @@ def reflecting(messages: list[dict[str, str]]) -> str:
     return f"```\n{now} {missing[0] if missing else 'be kind'}.\n```"
 
 
-async def search(settings: Settings, run_dir: Path, most: int = 150, runs: Any = agent, **given: Any) -> list[Any]:
+async def search(settings: Settings, run_dir: Path, most: int = 100, runs: Any = agent, **given: Any) -> list[Any]:
     algorithm = Gepa(critic="critic", max_rollouts=most, **given)
     trainer = ms.Trainer(algorithm=algorithm, agent=runs, prompts=PROMPTS, run_dir=run_dir, settings=settings)
     await trainer.train(TASKS, VAL_TASKS)
@@ -45,7 +45,7 @@ async def test_it_finds_the_prompt_and_goes_on_where_it_stopped(tmp_path: Path) 
     async with writing(reflecting) as (_, settings):
         whole = await search(settings, tmp_path / "whole")
         assert all(rule in best(tmp_path / "whole") for rule in RULES)
-        await search(settings, tmp_path / "parts", most=60)
+        await search(settings, tmp_path / "parts", most=25)
         assert best(tmp_path / "parts") != best(tmp_path / "whole")
         assert await search(settings, tmp_path / "parts") == whole
 
