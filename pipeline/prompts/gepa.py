@@ -8,6 +8,7 @@ import time
 from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -47,7 +48,7 @@ class Gepa:
         policy: WriterPolicy = WriterPolicy(),
     ) -> None:
         try:
-            import gepa
+            gepa = import_module("gepa")
         except ImportError as error:
             raise ConfigError(f'type "gepa" needs the package gepa: install millstream[prompts] ({error})') from error
         self.optimize, self.batch_type = gepa.optimize, gepa.EvaluationBatch
