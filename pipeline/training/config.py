@@ -54,7 +54,7 @@ OWN_ROLLOUTS: Final = {
 LEAVING: Final = Leaving(
     models=frozenset(type_of(each) for each in (*get_args(Torch), Rft, *get_args(Supervision))),
     recorded=frozenset(type_of(each) for each in get_args(Supervision)),
-    prompts=frozenset(map(type_of, PROMPTS)),
+    prompts=frozenset(type_of(each) for each in PROMPTS),
 )
 
 
