@@ -3,15 +3,23 @@ what agents saw, and what was learned from it. A folder that exists keeps its pe
 with a group.
 """
 
+import fcntl
+import logging
 import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from millstream.schemas.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 PRIVATE_FOLDER = 0o700
 PRIVATE_FILE = 0o600
 MARK = ".millstream"  # a file that names what the folder was created for
+HOLDER = ".held"  # a file that is locked, and names who holds the folder
 
 
 def make_folder(folder: Path, name: str) -> Path:
@@ -25,6 +33,29 @@ def make_folder(folder: Path, name: str) -> Path:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"{name} {folder}: the folder can't be created ({reason}); choose another one") from error
     return folder
+
+
+@contextmanager
+def held_folder(folder: Path, name: str) -> Iterator[None]:
+    """Holds a folder against others that hold it, here or in another process; a process that dies lets go of it. Where
+    files can't be locked, nothing is held. ``name``: the setting or option that names it.
+
+    Raises `ConfigError` if it is held.
+    """
+    with (folder / HOLDER).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"{name} {folder} is in use by process {file.read().strip()}: wait for its end, or choose another one"
+            ) from None
+        except OSError as error:
+            logger.warning("%s %s can't be locked (%s): nothing else may write there", name, folder, error.strerror)
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def write_private(file: Path, text: str) -> None:

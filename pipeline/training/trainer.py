@@ -32,7 +32,7 @@ from millstream.producers.task_input import task_input
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.control import PromptTemplate
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.folders import make_folder
+from millstream.schemas.folders import held_folder, make_folder
 
 DEFAULT_STEPS: Final = 100
 
@@ -115,10 +115,14 @@ class Trainer:
         return run_blocking(self._dev(self._tasks if tasks is None else tasks))
 
     async def train(self, tasks: Sequence[Task] | None = None, val_tasks: Sequence[Task] | None = None) -> Summary:
-        """As `fit`, on the caller's event loop."""
+        """As `fit`, on the caller's event loop. One trainer at a time may use ``run_dir``."""
         experiment = self._experiment(tasks, val_tasks)
         assert self._algorithm is not None
-        with shown(self._name, quiet=self._on_step is not None) as view:
+        make_folder(self._run_dir, "run_dir")
+        with (
+            held_folder(self._run_dir, "run_dir"),
+            shown(self._name, quiet=self._on_step is not None) as view,
+        ):
             async with self._started(experiment, None if view is None else view.on_step) as run:
                 await self._algorithm.run(run)
         return run.summary

@@ -1,11 +1,13 @@
 """Only folders that a command has created are emptied."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from millstream.schemas.errors import ConfigError
-from millstream.schemas.folders import MARK, emptied_folder, make_folder, own_folder
+from millstream.schemas.folders import MARK, emptied_folder, held_folder, make_folder, own_folder
 
 
 @pytest.mark.parametrize("name", ["store/data", "model", "notes.txt", ".hidden"])
@@ -40,3 +42,20 @@ def test_a_folder_that_cannot_be_created_is_named_with_its_option(tmp_path: Path
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"^run_dir .*can't be created \(.+\); choose another one"):
         make_folder(tmp_path / place, "run_dir")
+
+
+def test_a_folder_is_held_until_its_process_ends(tmp_path: Path) -> None:
+    code = (
+        "import sys, pathlib; from millstream.schemas.folders import held_folder\n"
+        "with held_folder(pathlib.Path(sys.argv[1]), 'run_dir'): print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ConfigError, match=f"run_dir {tmp_path} is in use by process {other.pid} on "):
+            held_folder(tmp_path, "run_dir").__enter__()
+        other.kill()
+        other.wait()
+        with held_folder(tmp_path, "run_dir"):
+            pass

@@ -19,6 +19,7 @@ from millstream.pipeline.algorithms.policy_gradient import NothingToLearn
 from millstream.pipeline.training.deployment import in_memory
 from millstream.pipeline.training.strategy import Setup
 from millstream.schemas.errors import ConfigError
+from millstream.schemas.folders import held_folder
 
 pytestmark = pytest.mark.torch
 
@@ -155,3 +156,9 @@ def test_a_step_without_a_usable_rollout_ends_the_run_with_the_commonest_error(t
         NothingToLearn, match=r"none of the 6 rollouts of a step can be trained on; [3-6] say: .*no key"
     ):
         train(tmp_path, Policy(), agent=fails, strategy=without_a_server)
+
+
+def test_a_second_trainer_of_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with held_folder(tmp_path, "run_dir"), pytest.raises(ConfigError, match=r"run_dir .* is in use by process"):
+        train(tmp_path, Chain(), agent=agent)
+    train(tmp_path, Chain(), agent=agent, steps=1)
