@@ -229,6 +229,9 @@ def serve(
     version: Annotated[str, typer.Option(help="Version of the weights in the folder: run.epoch.step.")] = "base.0.0",
     upstream: Annotated[str, typer.Option(help="NAME of [upstreams.NAME] in the proxies' settings.")] = "policy",
     replicas: Annotated[int, typer.Option(min=1, help="vLLM processes; they load weights in turn.")] = 1,
+    gpus: Annotated[
+        list[str] | None, typer.Option(help="GPUs of one replica: --gpus 0,1 --gpus 2,3; one for each replica.")
+    ] = None,
     port: Annotated[
         int, typer.Option(min=1, max=MAX_PORT, help="Loopback port of the first replica; the next ones follow.")
     ] = 8500,
@@ -243,7 +246,9 @@ def serve(
     from millstream.pipeline.models.vllm_server import VllmServer
 
     settings = open_settings()
-    options = VllmOptions(names=(name,), args=tuple(arg or ()), adapters=adapters, replicas=replicas)
+    options = VllmOptions(
+        names=(name,), args=tuple(arg or ()), adapters=adapters, replicas=replicas, gpus=tuple(gpus or ())
+    )
     server = VllmServer(folder, options, settings, log_dir, version=version, port=port)
 
     async def work(log: "Log", health: "Health", stop: asyncio.Event) -> None:

@@ -39,6 +39,14 @@ class VllmOptions:
     transfer: Transfer = "file"  # how new weights of a trainer reach it
     adapters: int = 0  # LoRA adapters served at a time, at most
     replicas: int = 1  # processes; one at a time gets new weights
+    gpus: tuple[str, ...] = ()  # of each replica, as CUDA_VISIBLE_DEVICES takes them; without any, each sees all
+
+    def __post_init__(self) -> None:
+        if self.gpus and len(self.gpus) != self.replicas:
+            raise ConfigError(
+                f"gpus names those of {len(self.gpus)} replicas, but there are {self.replicas}: one entry for each, "
+                'such as "0" or "0,1"'
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +84,13 @@ class VllmProcess:
         name: str,
         port: int = 0,
         policy: VllmPolicy = DEFAULT_POLICY,
+        gpus: str = "",
     ) -> None:
-        """``model`` is a Hugging Face folder. ``port`` 0: any free one."""
+        """``model`` is a Hugging Face folder. ``port`` 0: any free one. ``gpus``: see `VllmOptions`."""
         self.policy = policy
         self._model = model.resolve()
         self._options = options
+        self._gpus = {"CUDA_VISIBLE_DEVICES": gpus} if gpus else {}
         self._python = settings.vllm_python
         self._root = settings.weights_root.resolve()
         self.log = folder / f"{name}.log"
@@ -172,6 +182,7 @@ class VllmProcess:
         """Without Millstream's settings and secrets; with the switches that open the endpoints for weights."""
         inherited = {k: v for k, v in os.environ.items() if not k.startswith(("MILLSTREAM_", "PYTHONPATH"))}
         return inherited | {
+            **self._gpus,
             "PYTHONPATH": str(Path(plugins.__file__).parent),
             "MILLSTREAM_VLLM_TOKEN": self.token,
             "MILLSTREAM_WEIGHTS_ROOT": str(self._root),

@@ -37,8 +37,9 @@ class VllmServer:
         self._options = options
         self._root = settings.weights_root
         self.base = self.weights(model, version)
+        logs, gpus = folder / "log", options.gpus or ("",) * options.replicas
         processes = [
-            VllmProcess(model, options, settings, folder / "log", f"vllm-{i}", port and port + i, policy)
+            VllmProcess(model, options, settings, logs, f"vllm-{i}", port and port + i, policy, gpus[i])
             for i in range(options.replicas)
         ]
         self.replicas = [Replica(process, options, self.base) for process in processes]

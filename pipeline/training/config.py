@@ -75,6 +75,9 @@ class ModelConfig(BaseModel):
         ge=1,
         description="vLLM processes, at model_url and the ports after it; [upstreams] names them all.",
     )
+    gpus: tuple[str, ...] = Field(
+        default=(), description='GPUs of each replica, such as "0,1", "2,3"; without any, each sees all.'
+    )
     transfer: Transfer = Field(
         default="file", description="How new weights reach vLLM; nccl and ipc are not tested on GPUs."
     )
@@ -441,4 +444,6 @@ def _prompts(config: TrainConfig) -> dict[str, PromptTemplate]:
 def vllm_options(config: ModelConfig) -> VllmOptions | None:
     if config.server == "engine":
         return None
-    return VllmOptions(names=config.names, args=config.args, transfer=config.transfer, replicas=config.replicas)
+    return VllmOptions(
+        names=config.names, args=config.args, transfer=config.transfer, replicas=config.replicas, gpus=config.gpus
+    )

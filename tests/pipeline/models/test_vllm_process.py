@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from millstream.pipeline.models.server import UpdateFailed
 from millstream.pipeline.models.vllm_process import DEFAULT_POLICY, VllmOptions, VllmPolicy, VllmProcess
 from millstream.pipeline.models.vllm_replica import Replica
+from millstream.pipeline.models.vllm_server import VllmServer
 from millstream.pipeline.models.weight_files import Weights
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import ConfigError, MillstreamError
@@ -36,6 +37,21 @@ async def test_a_process_that_ends_at_once_reports_why(tmp_path):
     with pytest.raises(MillstreamError, match="No module named 'vllm'"):
         await vllm.start()
     assert vllm.pid is None
+
+
+async def test_each_replica_has_gpus_of_its_own(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "sees $CUDA_VISIBLE_DEVICES"\n')
+    python.chmod(0o755)
+    model = version(tmp_path, 0).folder
+    settings = load_settings(vllm_python=python, weights_root=tmp_path)
+    options = VllmOptions(replicas=2, gpus=("0,1", "2,3"))
+    server = VllmServer(model, options, settings, tmp_path / "vllm", version="run.0.0")
+    for replica, gpus in zip(server.replicas, options.gpus, strict=True):
+        with pytest.raises(MillstreamError, match=f"sees {gpus}"):
+            await replica.process.start()
+    with pytest.raises(ConfigError, match="gpus names those of 2 replicas, but there are 3"):
+        VllmOptions(replicas=3, gpus=("0", "1"))
 
 
 @pytest.fixture
