@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from millstream.pipeline.cli.open import completed_id, open_settings, with_log
-from millstream.pipeline.cli.output import Json, out, print_json, print_rows
+from millstream.pipeline.cli.output import Json, out, print_json, print_rows, working
 from millstream.pipeline.cli.tables import Grid
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ def replay(
         output = await open_output(to, log, settings)
         return await run_replay(log, settings.topics, Replay(found, chosen, rewarded), output, begin)
 
-    done = with_log(settings, work)
+    with working("reading recorded events"):
+        done = with_log(settings, work)
     columns = ("rollouts", "triplets", "trainable", "reward_mean", "incomplete", "open", "unreadable")
     mean = fsum(done.rewards) / len(done.rewards) if done.rewards else None
     row = [mean if name == "reward_mean" else getattr(done, name) for name in columns]

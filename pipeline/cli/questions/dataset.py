@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from millstream.pipeline.cli.open import open_settings, with_log
-from millstream.pipeline.cli.output import Mode, err
+from millstream.pipeline.cli.output import Mode, err, working
 from millstream.schemas.spans.text import json_text
 
 if TYPE_CHECKING:
@@ -76,7 +76,8 @@ def _write(experiment: str | None, mode: str, form: "Callable[[Iterable[list[Tri
         found = None if experiment is None else await find_experiment(log, settings.topics, experiment)
         return await datasets.read_rollouts(log, settings.topics, found, mode)
 
-    rollouts = with_log(settings, read)
+    with working("reading the log"):
+        rollouts = with_log(settings, read)
     blobs = Blobs(settings.blob_url)
     written = 0
     for text in form([datasets.with_contents(triplet, blobs) for triplet in rollout] for rollout in rollouts):

@@ -9,7 +9,7 @@ from typing import Annotated, Final, Literal
 import typer
 
 from millstream.pipeline.cli.open import open_settings, open_store
-from millstream.pipeline.cli.output import Json, print_rows
+from millstream.pipeline.cli.output import Json, print_rows, working
 from millstream.schemas.errors import ConfigError
 
 app = typer.Typer()
@@ -55,7 +55,11 @@ def export(
         source, bound = "SELECT * FROM {source:Identifier}", bound | {"source": source}
     unfinished = file.with_name(f"{file.name}.part")
     try:
-        with open_store(open_settings()) as store, unfinished.open("wb") as opened:
+        with (
+            working(f"writing {file}"),
+            open_store(open_settings()) as store,
+            unfinished.open("wb") as opened,
+        ):
             store.export(source, opened, file_format, bound)
         unfinished.replace(file)
     except OSError as error:
