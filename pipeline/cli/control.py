@@ -28,7 +28,7 @@ Experiment = Annotated[
 @app.command(epilog="Example: millstream publish tasks.jsonl --group-size 8 --priority high")
 def publish(
     file: Annotated[
-        Path,
+        str,  # of a Path, typer does not know the dash
         typer.Argument(
             exists=True,
             dir_okay=False,
@@ -50,7 +50,7 @@ def publish(
 
     settings = open_settings()
     tasks, bad = read_tasks(
-        Path("/dev/stdin") if str(file) == "-" else file,
+        Path("/dev/stdin" if file == "-" else file),
         settings,
         group_size=group_size,
         priority=priority,
