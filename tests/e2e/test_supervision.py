@@ -223,7 +223,7 @@ async def test_the_death_of_any_task_ends_a_run_in_one_process(tmp_path: Path) -
     """Section B1: the roles themselves, and what each runs in the background."""
 
     async def body(end: Callable[[], Awaitable[bool]]) -> bool:
-        async with embedded(tmp_path), asyncio.timeout(20):
+        async with embedded(tmp_path), asyncio.timeout(60):
             if not await end():
                 return False
             await asyncio.Event().wait()
