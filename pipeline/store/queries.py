@@ -256,7 +256,10 @@ SELECT
     t.response_token_ids AS response_token_ids, t.has_response AS has_response,
     t.response_logprobs AS response_logprobs, t.has_logprobs AS has_logprobs,
     s.Reward AS reward, s.RewardName AS reward_name, s.ModelVersion AS model_version
-FROM (SELECT *, RolloutId AS rollout_id, AttemptId AS attempt_id FROM spans WHERE {where}) AS s
+FROM (
+    SELECT *, RolloutId AS rollout_id, AttemptId AS attempt_id, SpanId AS span_id, Source AS source
+    FROM spans WHERE {where}
+) AS s
 LEFT JOIN (SELECT * FROM token_ids WHERE {where}) AS t
     ON s.AttemptId = t.attempt_id AND s.Source = t.source AND s.Sequence = t.sequence AND s.SpanId = t.span_id
 ORDER BY s.Offset

@@ -5,8 +5,8 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from millstream.pipeline.training import progress
 from millstream.pipeline.training.report import StepReport
+from millstream.pipeline.training.reporting import progress
 from millstream.pipeline.training.reporting.progress import ProgressView, redraws, shown
 
 REPORT = StepReport(0, "run.0.0", 0.5, 8, 0, 2.0, 3, 4.0, {"kl": 0.1})
