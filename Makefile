@@ -102,7 +102,7 @@ demo-verl: setup verl
 	@$(ON_CPU) $(BIN)/python -m examples.calculator.demo --verl --run-dir $(or $(RUN_DIR),runs/demo-verl)
 
 test: setup
-	$(PYTEST) -n auto --maxprocesses 4 $(SPREAD) $(FAST) $(call again,$(FAST))
+	$(PYTEST) -n $(if $(CI),3,auto) --maxprocesses 4 $(SPREAD) $(FAST) $(call again,$(FAST))
 
 # Ray needs a machine that is not busy to start.
 test-verl: setup verl

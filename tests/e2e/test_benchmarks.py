@@ -34,7 +34,7 @@ FIGURES = {
         *("one_rollout_p50_ms", "one_rollout_p99_ms", "scan_by_name_ms", "bytes_per_span"),
     },
     "algorithms": {
-        f"{name}.step_2" for name in ("control", "grpo", "dapo", "dr_grpo", "rloo", "gspo", "cispo", "ppo", "rft")
+        f"{name}.step_1" for name in ("control", "grpo", "dapo", "dr_grpo", "rloo", "gspo", "cispo", "ppo", "rft")
     },
     "tracing": SPAN | CALL,
     "virtual_time": {
