@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 from millstream.consumers.adapter.calls import Call, SpanTree, calls_of
 from millstream.consumers.adapter.reward_matching import (
@@ -27,11 +26,10 @@ from millstream.schemas.config.triplet_rules import TripletRules
 from millstream.schemas.import_path import load_object
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.dialects import normalised
+from millstream.schemas.spans.text import token_count
 from millstream.schemas.wire.records import RolloutTask, Span, Triplet
 from millstream.schemas.wire.trainable import TOKEN_BYTES, bad_reward
 from millstream.schemas.wire.versions import MIXED
-
-MOST_TOKENS: Final = (1 << 32) - 1  # that a model's server may say; the store counts no more either
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,13 +175,9 @@ def total_tokens(triplets: Sequence[Triplet], spans: Sequence[Span]) -> tuple[in
             uncounted.add(triplet.span_id)
     for span_id in uncounted:
         calls = [span.attributes for span in spans if span.span_id == span_id and span.kind == semconv.LLM]
-        prompts += max((_count(call.get(semconv.INPUT_TOKENS)) for call in calls), default=0)
-        answers += max((_count(call.get(semconv.OUTPUT_TOKENS)) for call in calls), default=0)
+        prompts += max((token_count(call.get(semconv.INPUT_TOKENS)) or 0 for call in calls), default=0)
+        answers += max((token_count(call.get(semconv.OUTPUT_TOKENS)) or 0 for call in calls), default=0)
     return prompts, answers
-
-
-def _count(text: str | None) -> int:
-    return min(int(text), MOST_TOKENS) if text and text.isdecimal() and text.isascii() and len(text) <= 19 else 0
 
 
 def trained_version(triplets: Sequence[Triplet]) -> str | None:

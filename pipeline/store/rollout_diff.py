@@ -8,6 +8,7 @@ from millstream.pipeline.store.results import Attempt, Rollout, Store
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.spans import semconv
 from millstream.schemas.spans.dialects import normalised
+from millstream.schemas.spans.text import token_count
 from millstream.schemas.wire import status
 from millstream.schemas.wire.records import Span
 
@@ -78,7 +79,7 @@ def token_counts(span: Span) -> tuple[int | None, int | None]:
     ids = span.prompt_token_ids, span.response_token_ids
     reported = span.attributes.get(semconv.INPUT_TOKENS), span.attributes.get(semconv.OUTPUT_TOKENS)
     prompt, response = (
-        len(tokens) // 4 if tokens is not None else int(text) if text is not None and text.isdigit() else None
+        len(tokens) // 4 if tokens is not None else token_count(text)
         for tokens, text in zip(ids, reported, strict=True)
     )
     return prompt, response

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 # Control characters but tab and line feed, and those that change the direction of what follows.
 CONTROLS: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+MOST_TOKENS: Final = (1 << 32) - 1  # of a call; the store counts no more either
 LONGEST: Final = 4000  # characters of a reason or an error
 _HALF_ESCAPED: Final = re.compile(r"\\u[dD][89a-fA-F]")  # perhaps half a character
 
@@ -166,3 +167,10 @@ def _plain(value: Any) -> Any:
 
 # Made once: json.dumps would make an encoder for each value.
 _ENCODER: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def token_count(text: str | None) -> int | None:
+    """How many tokens a model's server says that a call took, at most `MOST_TOKENS`; None if it says no number."""
+    if not text or not (text.isascii() and text.isdecimal()) or len(text) > 19:
+        return None
+    return min(int(text), MOST_TOKENS)
