@@ -4,12 +4,13 @@ import asyncio
 import logging
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from millstream.pipeline.prompts.search import Beam, Candidate, Proposal, Search, Work
+from millstream.pipeline.prompts.search import Beam, Candidate, Proposal, Search, Work, check_template
 from millstream.pipeline.prompts.texts import critique_of, edit_of, edited, experience, score
 from millstream.pipeline.prompts.versions import Versions
 from millstream.pipeline.prompts.writers import Budget, BudgetUsedUp, Spent, WriterFailed, WriterPolicy, Writers
@@ -54,16 +55,22 @@ class Apo:
         }
 
     async def run(self, run: Run) -> None:
-        check(run)
-        writers = Writers(run, self.budget, self.request, policy=self.policy)
-        try:
+        async with writing(run, self.budget, self.request, self.policy) as writers:
             await _Searching(self, run, writers).run()
-        finally:
-            await writers.close()
 
 
-def check(run: Run) -> None:
-    """Raises `ConfigError` for a run in which no prompt can be searched for."""
+@asynccontextmanager
+async def writing(run: Run, budget: Budget, request: Mapping[str, Any], policy: WriterPolicy) -> AsyncIterator[Writers]:
+    """The writers of a search. Raises `ConfigError` for a run in which no prompt can be searched for."""
+    _check(run)
+    writers = Writers(run, budget, request, policy=policy)
+    try:
+        yield writers
+    finally:
+        await writers.close()
+
+
+def _check(run: Run) -> None:
     if not run.prompts:
         raise ConfigError(
             "there is no prompt to begin with: give the trainer prompts, or the file a table [prompts.NAME]"
@@ -71,10 +78,7 @@ def check(run: Run) -> None:
     if not run.experiment.val_tasks:
         raise ConfigError("candidates are compared on validation tasks: give val_tasks")
     for name, template in run.prompts.items():
-        try:
-            template.placeholders()
-        except ValueError as error:
-            raise ConfigError(f"prompts.{name} is no {template.engine} template: {error}") from error
+        check_template(name, template)
 
 
 @dataclass

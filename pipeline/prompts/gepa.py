@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from millstream.pipeline.prompts.apo import check
+from millstream.pipeline.prompts.apo import writing
 from millstream.pipeline.prompts.search import Candidate, unusable
 from millstream.pipeline.prompts.texts import experience, score
 from millstream.pipeline.prompts.versions import Versions
@@ -63,12 +63,8 @@ class Gepa:
         }
 
     async def run(self, run: Run) -> None:
-        check(run)
-        writers = Writers(run, self.budget, self.request, policy=self.policy)
-        try:
+        async with writing(run, self.budget, self.request, self.policy) as writers:
             await _Evolving(self, run, writers).run()
-        finally:
-            await writers.close()
 
 
 @dataclass

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from millstream.pipeline.prompts.search import check_template
 from millstream.schemas.control import PromptTemplate
 from millstream.schemas.errors import ConfigError
 
@@ -36,10 +37,7 @@ class PromptConfig(BaseModel):
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"prompts.{name}: {self.file} can't be read: {error}") from error
         template = PromptTemplate(template=text or "", engine=self.engine)
-        try:
-            template.placeholders()
-        except ValueError as error:
-            raise ConfigError(f"prompts.{name} is no {self.engine} template: {error}") from error
+        check_template(name, template)
         return template
 
 

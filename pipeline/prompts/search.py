@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Final, Literal
 
 from millstream.schemas.control import PromptTemplate
+from millstream.schemas.errors import ConfigError
 from millstream.schemas.ids import new_id
 
 LONGEST: Final = 32_768  # characters of a template: more leaves too little of a small model's context
@@ -261,6 +262,14 @@ class Search:
         found = [Candidate.from_json(each) for each in value["candidates"]]
         by_number = {each.number: each for each in found}
         return cls(options, tasks, val_tasks, seed, value["round"], list(value["beam"]), by_number, value["over"])
+
+
+def check_template(name: str, template: PromptTemplate) -> None:
+    """Raises `ConfigError` if it is no template."""
+    try:
+        template.placeholders()
+    except ValueError as error:
+        raise ConfigError(f"prompts.{name} is no {template.engine} template: {error}") from error
 
 
 def unusable(template: PromptTemplate, first: PromptTemplate) -> str:
