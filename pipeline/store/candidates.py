@@ -1,10 +1,10 @@
 """The candidates of a search over prompts, as the store holds them."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from difflib import ndiff
 from typing import Any, Final
 
-from millstream.pipeline.store.results import Result
+from millstream.pipeline.store.queries import Ask, read_latest_resources
 from millstream.schemas.control import PromptTemplate
 from millstream.schemas.errors import ConfigError
 from millstream.schemas.spans.text import parsed
@@ -15,21 +15,17 @@ FROM prompts
 WHERE experiment_id = {id:String}
 ORDER BY number
 """
-# The templates that rollouts without a version of their own get now.
-CURRENT: Final = """
-SELECT argMax(items, resources_id) FROM resources WHERE experiment_id = {id:String} HAVING count() > 0
-"""
 
 
-def candidates_of(ask: Callable[..., Result], experiment_id: str) -> list[dict[str, Any]]:
+def candidates_of(ask: Ask, experiment_id: str) -> list[dict[str, Any]]:
     """The rows of the view ``prompts``, by number, each with its ``templates`` (texts by name), its ``parent_number``
     (None for the first), and whether it is ``current``. Empty without any."""
     rows = ask(CANDIDATES, {"id": experiment_id}).records()
     if not rows:
         return []
-    current = ask(CURRENT, {"id": experiment_id}).rows
-    items = {name: parsed(text) for name, text in current[0][0].items()} if current else {}
-    now = {name: item.get("template") for name, item in items.items() if item.get("type") == "prompt_template"}
+    current = read_latest_resources(ask, experiment_id)  # what rollouts without a version of their own get now
+    items = {} if current is None else current.items
+    now = {name: item.template for name, item in items.items() if isinstance(item, PromptTemplate)}
     numbers = {row["resources_id"]: row["number"] for row in rows}
     for row in rows:
         full = parsed(row["templates"])

@@ -53,9 +53,7 @@ class ClickHouseStore(Store):
         self._client = connect(settings, create=False)
         with store_errors(settings, "can't be opened"):
             if self._client.query("SELECT getSetting('readonly')").result_rows == [(0,)]:
-                for name, value in (limits or {}).items():
-                    self._client.set_client_setting(name, value)
-                for name, value in (LOOK_HERE if settings.clickhouse_cluster else {}).items():
+                for name, value in {**(limits or {}), **(LOOK_HERE if settings.clickhouse_cluster else {})}.items():
                     self._client.set_client_setting(name, value)
                 self._client.set_client_setting("readonly", READ_ONLY if limits is None else READ_ONLY_AS_IS)
 

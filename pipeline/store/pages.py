@@ -41,10 +41,9 @@ FROM (
 
 ENDS_BY_STATUS: Final = """
 SELECT status, count() AS rollouts
-FROM rollout_ends_raw FINAL
+FROM ended_rollouts
 GROUP BY status
 ORDER BY rollouts DESC
-SETTINGS do_not_merge_across_partitions_select_final = 1
 """
 
 WORKERS: Final = """

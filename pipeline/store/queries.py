@@ -113,7 +113,7 @@ ORDER BY min(r.created_at), version
 _TIMES = ("created_at", "started_at", "ended_at", "last_seen", "time")
 _OF_TASKS: Final = {"rollout_id", "group_id", "experiment_id", "mode"}  # filters that the task alone answers
 _OF_ENDS: Final = _OF_TASKS | {"status", "model_version"}  # those that the end answers
-_OPEN: Final = {"queued", "running", "retrying"}
+OPEN: Final = ("queued", "running", "retrying")  # statuses of rollouts that have not ended
 _OPEN_IDS: Final = """
 SELECT DISTINCT rollout_id FROM tasks_raw WHERE rollout_id NOT IN (SELECT rollout_id FROM rollout_ends_raw)
 """
@@ -143,6 +143,15 @@ def read(
     return [record(**row) for row in ask(sql + _limit(limit, offset), parameters).records()]
 
 
+def read_newest(ask: Ask, filters: Mapping[str, Any], direction: str, limit: int, offset: int = 0) -> list[str]:
+    """Ids of the rollouts that were published last (``direction`` DESC) or first; ``filters`` as in `read`, of
+    `_OF_TASKS` alone."""
+    where, parameters = conditions(filters)
+    order = f"min(created_at) {direction}, rollout_id {direction}"
+    sql = f"SELECT rollout_id FROM tasks_raw WHERE {where} GROUP BY rollout_id ORDER BY {order}"  # noqa: S608
+    return [row["rollout_id"] for row in ask(sql + _limit(limit, offset), parameters).records()]
+
+
 def narrowed(
     ask: Ask, filters: Mapping[str, Any], *, sort_by: str, direction: str, limit: int, offset: int = 0
 ) -> tuple[Mapping[str, Any], int]:
@@ -156,12 +165,9 @@ def narrowed(
 
     asked = {name for name, value in filters.items() if value is not None}
     where, parameters = conditions(filters)
-    page = _limit(limit, offset)
     if sort_by == "created_at" and asked <= _OF_TASKS:
-        order = f"min(created_at) {direction}, rollout_id {direction}"
-        found = ids(f"SELECT rollout_id FROM tasks_raw WHERE {where} GROUP BY rollout_id ORDER BY {order}", page)  # noqa: S608
-        return {"rollout_id": found}, 0
-    if filters.get("status") in _OPEN and "rollout_id" not in asked:
+        return {"rollout_id": read_newest(ask, filters, direction, limit, offset)}, 0
+    if filters.get("status") in OPEN and "rollout_id" not in asked:
         found = ids(_OPEN_IDS, _limit(MOST_OPEN + 1))
         return (filters, offset) if len(found) > MOST_OPEN else ({**filters, "rollout_id": found}, offset)
     if not asked <= _OF_ENDS or sort_by not in _ORDERS_OF_ENDS:
@@ -172,7 +178,7 @@ def narrowed(
             return filters, offset
         where += f" AND {sort_by} IS NOT NULL"
     order = f"{sort_by} {direction} NULLS LAST, rollout_id {direction}"
-    found = ids(f"SELECT rollout_id FROM ended_rollouts WHERE {where} ORDER BY {order}", page)  # noqa: S608
+    found = ids(f"SELECT rollout_id FROM ended_rollouts WHERE {where} ORDER BY {order}", _limit(limit, offset))  # noqa: S608
     if only_ended or len(found) == limit:
         return {"rollout_id": found}, 0
     return filters, offset  # those without a value follow
@@ -225,13 +231,13 @@ def read_latest_resources(ask: Ask, experiment_id: str | None) -> Resources | No
 def conditions(filters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     """SQL with a bound parameter for each filter that is given."""
     given = {name: value for name, value in filters.items() if value is not None}
-    conditions = [
+    parts = [
         f"{name} IN {{f_{name}:Array(String)}}"
         if isinstance(value, Sequence) and not isinstance(value, str)
         else f"{name} = {{f_{name}:{'Bool' if isinstance(value, bool) else 'String'}}}"
         for name, value in given.items()
     ]
-    return " AND ".join(conditions) or "1", {
+    return " AND ".join(parts) or "1", {
         f"f_{name}": value if isinstance(value, str | bool) else list(value) for name, value in given.items()
     }
 

@@ -314,7 +314,7 @@ class Run:
         key = f"{mode}/{self._evaluations}"
         self._evaluations += 1
         finished = await self.each(tasks, key, mode=mode)
-        self._collector.release(member.end.rollout_id for member in finished)
+        self.release_each(finished)
         self.count(finished)
         return finished
 

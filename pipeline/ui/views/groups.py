@@ -10,7 +10,7 @@ from starlette.routing import Route
 
 from millstream.pipeline.algorithms.estimators import Turns, grpo_group, turn_rewards
 from millstream.pipeline.store import pages
-from millstream.pipeline.store.queries import Ask, narrowed, read_spans
+from millstream.pipeline.store.queries import OPEN, Ask, read_newest, read_spans
 from millstream.pipeline.store.rollout_diff import Step, steps
 from millstream.pipeline.ui.render import page
 from millstream.pipeline.ui.source import Source
@@ -55,7 +55,7 @@ def group(request: Request) -> Response:
         "shown": SIDE_BY_SIDE,
         "mean": sum(rewards) / len(rewards) if rewards else None,
         "no_signal": len(rewards) > 1 and max(rewards) == min(rewards),
-        "open": sum(row["status"] in ("queued", "running", "retrying") for row in rows),
+        "open": sum(row["status"] in OPEN for row in rows),
         "parts_at": min((m.same for m in members[1:] if m.same is not None), default=None),
     }
     return page(request, "group.html", values)
@@ -63,8 +63,7 @@ def group(request: Request) -> Response:
 
 def members_of(ask: Ask, group_id: str) -> list[str]:
     """Ids of the rollouts of a group, at most `MEMBERS`."""
-    page, _ = narrowed(ask, {"group_id": group_id}, sort_by="created_at", direction="ASC", limit=MEMBERS)
-    return list(page["rollout_id"])
+    return read_newest(ask, {"group_id": group_id}, "ASC", MEMBERS)
 
 
 def advantages_of(ask: Ask, ids: list[str]) -> dict[str, Turns]:

@@ -8,12 +8,12 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from millstream.pipeline.store.pages import RolloutSearch, find_rollouts, orders
-from millstream.pipeline.store.queries import EXPERIMENTS
+from millstream.pipeline.store.queries import EXPERIMENTS, OPEN
 from millstream.pipeline.ui.render import is_part, number_of, page
 from millstream.pipeline.ui.source import Source
 
 ROWS: Final = 50
-STATUSES: Final = ("queued", "running", "retrying", "succeeded", "failed", "cancelled")
+STATUSES: Final = (*OPEN, "succeeded", "failed", "cancelled")
 MODES: Final = ("train", "val", "test")
 PERIODS: Final = {"900": "15 minutes", "3600": "1 hour", "86400": "1 day", "604800": "7 days"}
 COLUMNS: Final = (  # title, and what it is sorted by
