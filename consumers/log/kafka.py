@@ -91,6 +91,7 @@ class AioConsumer:
         self._listener: RebalanceListener | None = None
         # Partitions that were reported to the listener, with the offset of the next record; None before the first.
         self._positions: dict[Partition, int | None] = {}
+        self._first: dict[Partition, int] = {}  # that was handed out since the last rebalance
         self._changed = asyncio.Event()
         self._failure: Exception | None = None
 
@@ -167,6 +168,7 @@ class AioConsumer:
                 )
                 for r in batch
             )
+            self._first.setdefault(partition, batch[0].offset)
             self._positions[partition] = batch[-1].offset + 1
             self.polls.read_bytes += sum(r.serialized_value_size for r in batch)  # -1 without a value
         return records
@@ -199,11 +201,11 @@ class AioConsumer:
 
     def _on_assign(self, assigned: Iterable[AioPartition]) -> None:
         partitions = sorted(Partition(tp.topic, tp.partition) for tp in assigned)
-        self._positions = dict.fromkeys(partitions)
+        self._positions, self._first = dict.fromkeys(partitions), {}
         self._notify("on_assign", partitions)
 
     def _on_revoke(self) -> None:
-        gone, self._positions = sorted(self._positions), {}
+        gone, self._positions, self._first = sorted(self._positions), {}, {}
         if gone:
             self._notify("on_revoke", gone)
 
@@ -218,6 +220,9 @@ class AioConsumer:
     def assignment(self) -> frozenset[Partition]:
         return frozenset(self._positions)
 
+    def holds(self, partition: Partition, offset: int) -> bool:
+        return partition in self._first and self._first[partition] <= offset
+
     def position(self, partition: Partition) -> int | None:
         return self._positions.get(partition)
 
@@ -227,6 +232,7 @@ class AioConsumer:
         except IllegalStateError as error:
             raise LogError(f"seeking {partition} to {offset}: the partition is not assigned") from error
         self._positions[partition] = offset
+        self._first.pop(partition, None)
 
     def pause(self, partitions: Iterable[Partition]) -> None:
         self._joined().pause(*self._mine(partitions))
@@ -242,9 +248,11 @@ class AioConsumer:
         client = self._joined()
         if not offsets:
             return
-        lost = [str(p) for p in offsets if p not in self._positions]
+        lost = [str(p) for p, offset in offsets.items() if not self.holds(p, offset - 1)]
         if lost:
-            raise TransactionAborted(f"committing as {self._group}: {', '.join(lost)} belong to another member")
+            # The brokers would take the offset, also where another member has committed a later one since.
+            message = f"{', '.join(lost)} went to another member after these records were read"
+            raise TransactionAborted(f"committing as {self._group}: {message}")
         try:
             async with asyncio.timeout(timeout_s):  # aiokafka itself retries forever
                 await client.commit({AioPartition(*p): OffsetAndMetadata(o, "") for p, o in offsets.items()})

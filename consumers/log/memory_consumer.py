@@ -85,6 +85,9 @@ class _MemoryConsumer:
     def assignment(self) -> frozenset[Partition]:
         return frozenset(self._positions)
 
+    def holds(self, partition: Partition, offset: int) -> bool:
+        return offset < self._positions.get(partition, 0)
+
     def position(self, partition: Partition) -> int | None:
         return self._positions.get(partition)
 

@@ -52,6 +52,10 @@ class Consumer(GroupMember, Protocol):
 
     def assignment(self) -> frozenset[Partition]: ...
 
+    def holds(self, partition: Partition, offset: int) -> bool:
+        """Whether this record was handed out since the last rebalance. If not, another member may have handled it, even
+        if the partition has come back."""
+
     def position(self, partition: Partition) -> int | None:
         """Offset of the next record of ``poll``; None until it is known."""
 
@@ -61,8 +65,8 @@ class Consumer(GroupMember, Protocol):
     def resume(self, partitions: Iterable[Partition]) -> None: ...
 
     async def commit(self, offsets: Mapping[Partition, int], timeout_s: float = 10.0) -> None:
-        """Commits the group's next offsets. Raises `TransactionAborted` if a partition has been lost to another member,
-        and `LogUnavailable` at the deadline."""
+        """Commits the group's next offsets. Raises `TransactionAborted` if a record before one of them is not held, and
+        `LogUnavailable` at the deadline."""
 
     async def committed(self, partitions: Iterable[Partition]) -> dict[Partition, int | None]: ...
 

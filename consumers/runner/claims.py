@@ -60,7 +60,6 @@ class Claim:
     task: RolloutTask
     attempt_id: str
     resources: Resources | None
-    cancelled: str | None = None  # its cancelled rollout or experiment: it is ended, not run
     refused: Outcome | None = None  # why it can't be run: it is ended so
 
 
@@ -124,7 +123,7 @@ class Claims:
             self._consumer.resume(released)
             for partition in released:
                 del self._held[partition]
-            records = await self._poll(slots, timeout_s)
+            records = self._still_held(await self._poll(slots, timeout_s))
             polled = time.monotonic()
             if records or released:
                 self.starvation.reset()
@@ -187,6 +186,11 @@ class Claims:
             if len(found) < most:
                 found += await self._consumer.poll(most - len(found), 0, [topic])
 
+    def _still_held(self, records: Sequence[LogRecord]) -> list[LogRecord]:
+        """Each record once, and none from before a rebalance between two polls: it is read again, here or elsewhere."""
+        held = {(r.partition, r.offset): r for r in records if self._consumer.holds(r.partition, r.offset)}
+        return list(held.values())
+
     async def _hold_back(self, records: Sequence[LogRecord]) -> list[LogRecord]:
         """Returns the records that may be claimed. A rebalance ends the consumer's pause: the task is then read
         again."""
@@ -206,7 +210,7 @@ class Claims:
             else:
                 free.append(record)
         for partition, offset in held.items():
-            if partition in self._consumer.assignment():
+            if self._consumer.holds(partition, offset):
                 await self._consumer.seek(partition, offset)
                 self._consumer.pause([partition])
         return free
@@ -252,9 +256,9 @@ class Claims:
         return claims
 
     async def _read_again(self, first: dict[Partition, int]) -> None:
-        """Seeks back on the partitions that are still assigned."""
+        """Seeks back to the records that are still held. After a rebalance the committed offset decides."""
         for partition, offset in first.items():
-            if partition in self._consumer.assignment():
+            if self._consumer.holds(partition, offset):
                 await self._consumer.seek(partition, offset)
                 self._consumer.resume([partition])  # a task that blocks it is read again
 
@@ -310,4 +314,4 @@ class Claims:
         event = preparing(task, attempt_id, self._worker_id)
         headers = {KIND_HEADER: status.PREPARING.encode()}
         sending.send(self._topics.events, event, key=task.rollout_id, headers=headers)
-        return Claim(task, attempt_id, resources, self._control.cancelled(task), refused)
+        return Claim(task, attempt_id, resources, refused)

@@ -261,20 +261,20 @@ class Runner:
             return
         if free > 0:
             for claim in await claims.claim(free, self._policy.poll_s):
-                self._begin(claim)
+                self._begin(claim, control)
             return
         try:
             await asyncio.wait_for(self._changed.wait(), self._policy.stay_s)
         except TimeoutError:
             await claims.stay(0)
 
-    def _begin(self, claim: Claim) -> None:
+    def _begin(self, claim: Claim, control: ControlFollower) -> None:
         writer = AttemptWriter(
             claim, self._producer, self._topics, self.worker_id, self._blobs, on_dead_letter=self._metrics.dead_letter
         )
         self._running[writer] = {}
         writer.outcome.add_done_callback(lambda outcome: self._finish_soon(writer, outcome.result()))
-        if (refusal := self._refusal(claim)) is not None:
+        if (refusal := self._refusal(claim, control)) is not None:
             writer.verdict = refusal
             writer.end(refusal)
             return
@@ -302,12 +302,12 @@ class Runner:
             self._later(writer, "silence", task.unresponsive_s, self._check_silence)
         self._host.run(writer, alone=alone)
 
-    def _refusal(self, claim: Claim) -> Outcome | None:
+    def _refusal(self, claim: Claim, control: ControlFollower) -> Outcome | None:
         """The outcome of a claim that can't run."""
         if claim.refused is not None:
             return claim.refused
-        if claim.cancelled is not None:
-            return _cancelled(claim.cancelled)
+        if (what := control.cancelled(claim.task)) is not None:  # perhaps since its claim began
+            return _cancelled(what)
         wanted = claim.task.metadata.get(semconv.AGENT_NAME, self._config.name)
         if wanted != self._config.name:
             message = f"the task is for agent {wanted}, but this runner runs {self._config.name}; "

@@ -105,10 +105,31 @@ async def test_a_lost_partition_can_not_be_committed(log: LogUnderTest) -> None:
     two = await Member(log.consumer("team")).join(log.topics.events)
     await poll_until("two has read its half", lambda: len(two.records) == PARTITIONS // 2, one, two)
     lost, kept = min(two.owned), min(one.owned)
+    await poll_until("one has read its half again", lambda: one.consumer.holds(kept, 0), one, two)
     with pytest.raises(TransactionAborted):
         await one.consumer.commit({lost: 1})
     await one.consumer.commit({kept: 1})
     assert await two.consumer.committed([lost, kept]) == {lost: None, kept: 1}
+
+
+@SEVERAL_MEMBERS
+async def test_what_was_read_before_a_rebalance_is_not_committed_when_the_partition_comes_back(
+    log: LogUnderTest,
+) -> None:
+    """The brokers would take it: the offset of a member that stood still would put another's later one back."""
+    send(log, log.producer(), *map(str, range(2 * PARTITIONS)))
+    one = await Member(log.consumer("team")).join(log.topics.events)
+    await poll_until("one has read everything", lambda: len(one.records) == 2 * PARTITIONS, one)
+    two = await Member(log.consumer("team")).join(log.topics.events)
+    await poll_until("two has read its half", lambda: len(two.records) == PARTITIONS, one, two)
+    lent = min(two.owned)
+    await two.consumer.commit(dict.fromkeys(two.owned, 2))
+    await two.consumer.close()
+    await poll_until("one has everything again", lambda: one.owned == set(events(log)), one)
+    assert not one.consumer.holds(lent, 0)
+    with pytest.raises(TransactionAborted, match="went to another member after these records were read"):
+        await one.consumer.commit({lent: 1})
+    assert await one.consumer.committed([lent]) == {lent: 2}
 
 
 async def test_assign_begins_at_the_beginning_or_at_the_end(log: LogUnderTest) -> None:

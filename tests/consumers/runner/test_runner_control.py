@@ -1,14 +1,19 @@
 """Cancelling and pausing through the control topic."""
 
+import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 from runner_rig import Rig, assert_whole, by_input, running, settings_for_tests, terminal, write_agent
 
 from millstream.consumers.log.memory_log import MemoryLog
+from millstream.consumers.log.port import Consumer
 from millstream.consumers.runner.runner import RunnerPolicy
 from millstream.producers.control import cancel_record, pause_record, publish_control
+from millstream.schemas.wire.log import LogRecord
 from millstream.schemas.wire.records import AttemptEvent, Control, Span
+from millstream.schemas.wire.topics import Topics
 
 MODES = pytest.mark.parametrize("processes", [0, 1], ids=["threads", "process"])
 
@@ -87,6 +92,50 @@ async def test_a_task_cancelled_before_it_is_seen_is_settled_and_never_run(tmp_p
     for task in tasks:
         mine = [e.status for e in events if isinstance(e, AttemptEvent) and e.rollout_id == task.rollout_id]
         assert mine == ["preparing", "cancelled"]
+
+
+class CancelsDuringTheCommit(MemoryLog):
+    """The commit of a claim ends when the runner has heard that the experiment is cancelled."""
+
+    def __init__(self, topics: Topics) -> None:
+        super().__init__(topics)
+        self.topics, self.heard, self.handed_out = topics, asyncio.Event(), False
+
+    def consumer(self, group: str | None = None) -> Consumer:
+        consumer = super().consumer(group)
+        if group is None:
+            poll = consumer.poll
+
+            async def noted_poll(*arguments: Any) -> list[LogRecord]:
+                if self.handed_out:
+                    self.heard.set()
+                records = await poll(*arguments)
+                self.handed_out = bool(records)
+                return records
+
+            consumer.poll = noted_poll  # type: ignore[method-assign]
+        else:
+            commit = consumer.commit
+
+            async def slow_commit(offsets: Any) -> None:
+                await publish_control(self.producer(), self.topics, cancel_record("experiment", "e"))
+                await self.heard.wait()
+                await commit(offsets)
+
+            consumer.commit = slow_commit  # type: ignore[method-assign,assignment]
+        return consumer
+
+
+async def test_a_task_cancelled_while_it_is_claimed_does_not_run() -> None:
+    ran: list[int] = []
+    settings = settings_for_tests()
+    log = CancelsDuringTheCommit(settings.topics)
+    rig = Rig(log, settings)
+    await rig.publish([1], experiment_id="e")
+    async with running(ran.append, log=log, settings=settings):
+        (last,) = terminal(await rig.read_until(lambda events: bool(terminal(events))))
+    assert last.status == "cancelled"
+    assert ran == []
 
 
 async def test_a_paused_experiment_is_not_claimed_until_it_is_resumed() -> None:
