@@ -1,12 +1,12 @@
 """Millstream: train AI agents that already exist, over an event stream.
 
 In an agent: `emit_reward`, `emit_span` and their like, `operation`; clients of its own rollout, `openai_client` and
-others; `attempt_environment` for the processes it starts. Around one: `Tracer`; a model that rewards it: `Judge`. To
-train one: `Trainer` with an algorithm such as `GRPO` (needs the ``train`` extra), or one of your own: an `algorithm`
-function of a `Run`, or a `Learner` in the loop `PolicyGradient`. What a rollout works with: `Resources`, `LLM`,
-`PromptTemplate`.
-Code of yours around each attempt: `Hook`. To ask what happened: `Store`, such as `ClickHouseStore(load_settings())`. To
-process the stream: `broker`. To keep it elsewhere: `Sink`. Wrappers for agent frameworks: `integrations`.
+others; `attempt_environment` for the processes it starts. Around one: `Tracer`; a model that rewards it: `Judge`, or
+a `Rubric` of groups. To train one: `Trainer` with an algorithm such as `GRPO` (needs the ``train`` extra), or one of
+your own: an `algorithm` function of a `Run`, or a `Learner` in the loop `PolicyGradient`. What a rollout works with:
+`Resources`, `LLM`, `PromptTemplate`. Code of yours around each attempt: `Hook`. To ask what happened: `Store`, such
+as `ClickHouseStore(load_settings())`. To process the stream: `broker`. To keep it elsewhere: `Sink`. Wrappers for
+agent frameworks: `integrations`.
 """
 
 from importlib import import_module
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from millstream.pipeline.store.results import Rollout as Rollout
     from millstream.pipeline.store.results import Store as Store
     from millstream.pipeline.tracing.judge import Judge as Judge
+    from millstream.pipeline.tracing.rubric import Rubric as Rubric
     from millstream.pipeline.tracing.traced_rollout import TracedRollout as TracedRollout
     from millstream.pipeline.tracing.tracer import Tracer as Tracer
     from millstream.pipeline.training.algorithm import Algorithm as Algorithm
@@ -73,6 +74,7 @@ _NAMES = {
     "pipeline.store.clickhouse": "ClickHouseStore",
     "pipeline.store.results": "Attempt Reward Rollout Store",
     "pipeline.tracing.judge": "Judge",
+    "pipeline.tracing.rubric": "Rubric",
     "pipeline.tracing.traced_rollout": "TracedRollout",
     "pipeline.tracing.tracer": "Tracer",
     "pipeline.training.trainer": "Trainer",

@@ -9,6 +9,7 @@ from typing import Any
 
 from millstream.pipeline.algorithms.policy_gradient import PolicyGradient
 from millstream.pipeline.algorithms.torch_learner import TorchLearner
+from millstream.pipeline.tracing.rubric import Rubric
 
 
 def GRPO(  # noqa: N802 - as one names an algorithm
@@ -19,6 +20,7 @@ def GRPO(  # noqa: N802 - as one names an algorithm
     max_staleness: int = 0,
     drop_above: int | None = None,
     validate_every: int = 0,
+    rubric: Rubric | None = None,
     **learner: Any,
 ) -> PolicyGradient:
     """The loop (`PolicyGradient`) around a `TorchLearner`, which takes the other arguments. Its defaults are GRPO's."""
@@ -29,4 +31,5 @@ def GRPO(  # noqa: N802 - as one names an algorithm
         max_staleness=max_staleness,
         drop_above=drop_above,
         validate_every=validate_every,
+        rubric=rubric,
     )

@@ -43,6 +43,18 @@ class SteadyOptions(BaseModel):
     keep_checkpoints: int = Field(3, ge=1, description="The last ones.")
 
 
+class RubricOptions(BaseModel):
+    """Of `tracing.rubric.Rubric`: a model scores the answers of each group against each other, in place of the rewards
+    that agents emit."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    judge: str = Field(description="The model; the proxy has a route for it.")
+    prompt: str = Field(
+        "rubric", description="Its question in `prompts`, with {task} and {answers}; without one it is a default."
+    )
+
+
 class LoopOptions(SteadyOptions):
     """Of `policy_gradient.PolicyGradient`."""
 
@@ -53,6 +65,9 @@ class LoopOptions(SteadyOptions):
     )
     drop_above: int | None = Field(
         None, ge=0, description="Versions by which a rollout may be older than the policy. Default: 2 max_staleness."
+    )
+    rubric: RubricOptions | None = Field(
+        None, description="A judge of whole groups: see `[algorithm.rubric]`. Default: agents' own rewards."
     )
 
 
@@ -144,6 +159,12 @@ class TorchOptions(LoopOptions, TokenOptions):
     data: RecordedGroups | None = Field(
         None, description="Recorded rollouts to learn from: see `[algorithm.data]`. Default: new ones are asked for."
     )
+
+    @model_validator(mode="after")
+    def _own_groups(self) -> "TorchOptions":
+        if self.data is not None and self.rubric is not None:
+            raise ValueError("rubric: recorded groups keep their rewards; drop rubric, or data")
+        return self
 
     @model_validator(mode="after")
     def _corrected(self) -> "TorchOptions":
@@ -346,6 +367,7 @@ def algorithm_of(options: Table, settings: Settings | None = None) -> "Algorithm
         from millstream.pipeline.algorithms.rows import varied
         from millstream.pipeline.algorithms.torch_learner import TorchLearner
         from millstream.pipeline.algorithms.verl.algorithm import Verl
+        from millstream.pipeline.tracing.rubric import Rubric
     except ImportError as error:
         raise ConfigError(f"training needs torch: install millstream[train] ({error})") from error
     if isinstance(options, VerlTable):
@@ -358,6 +380,8 @@ def algorithm_of(options: Table, settings: Settings | None = None) -> "Algorithm
         kind = ImitationLearner if isinstance(options, Sft) else PreferenceLearner
         return Supervised(kind(blobs=Blobs(settings.blob_url), **given), rollouts, **loop)
     loop = options.model_dump(include=set(LoopOptions.model_fields))
+    if options.rubric is not None:
+        loop["rubric"] = Rubric(model=options.rubric.judge, prompt=options.rubric.prompt)
     if isinstance(options, Rft):
         return PolicyGradient(ImitationLearner(**given), **loop)
     if "estimator" in given:

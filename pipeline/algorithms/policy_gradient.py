@@ -6,12 +6,14 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from millstream.pipeline.algorithms.guards import GUARDS, Diverged, Guard
 from millstream.pipeline.algorithms.pacing import Pacing
+from millstream.pipeline.tracing.rubric import NotScored, Rubric, Scoring
 from millstream.pipeline.training.algorithm import Learner
 from millstream.pipeline.training.groups import FinishedRollout, Group, checked, trainable_turns
 from millstream.pipeline.training.report import StepReport, failures, flat_groups, mean_reward, reward_spread
@@ -38,7 +40,9 @@ class PolicyGradient:
     Each step trains on ``groups_per_step`` groups of ``group_size`` rollouts. With ``max_staleness`` above 0 so many
     steps' groups more are asked for in advance; those with a part that is older than ``drop_above`` versions (by
     default twice ``max_staleness``) are dropped. ``keep`` says which groups are worth training on (dynamic sampling);
-    others are replaced, up to ``refill`` times ``groups_per_step`` a step. A step that ``guards`` find bad is undone;
+    others are replaced, up to ``refill`` times ``groups_per_step`` a step. ``rubric`` scores the answers of each group
+    that is trained on, in place of the rewards that agents emit; a
+    group without scores is replaced, too. A step that ``guards`` find bad is undone;
     the run ends with `Diverged` when this has been necessary ``max_rollbacks`` times and is so again. Validates every
     ``validate_every`` steps (0: at the end alone). Writes a checkpoint every ``checkpoint_every`` steps, and keeps the
     last ``keep_checkpoints``.
@@ -56,20 +60,25 @@ class PolicyGradient:
     validate_every: int = 0
     checkpoint_every: int = 1
     keep_checkpoints: int = 3
+    rubric: Rubric | None = None
 
     @property
     def model(self) -> Path | None:
         return self.learner.model
 
     async def run(self, run: Run) -> None:
-        """See `Algorithm.run`. Raises `Diverged`, `NothingToLearn`, and what the run raises."""
-        await _Loop(self, run).run()
+        """See `Algorithm.run`. Raises `Diverged`, `NothingToLearn`, `NotScored` if groups without scores may no longer
+        be replaced, and what the run raises."""
+        async with AsyncExitStack() as stack:
+            scoring = None if self.rubric is None else await stack.enter_async_context(self.rubric.scoring(run))
+            await _Loop(self, run, scoring).run()
 
 
 @dataclass
 class _Loop:
     config: PolicyGradient
     on: Run
+    scoring: Scoring | None
     rewards: list[float] = field(default_factory=list)  # of the steps since the last failed validation
     metrics: list[dict[str, float]] = field(default_factory=list)  # of all steps that count
     rollbacks: int = 0
@@ -223,14 +232,18 @@ class _Loop:
                 self._ask(new)
             done, _ = await asyncio.wait(set(self.running), return_when=asyncio.FIRST_COMPLETED)
             for task in sorted(done, key=self.running.__getitem__):
-                self._take(self.running.pop(task), task.result())
+                ordinal = self.running.pop(task)
+                try:
+                    self._take(ordinal, task.result())
+                except NotScored as error:
+                    self._leave_out(ordinal, error)
 
     def _ask(self, group: int) -> None:
         while len(self._tasks) <= group:
             self._tasks.append(next(self._order))
 
         async def ask() -> Group:
-            return await self.on.group(
+            ended = await self.on.group(
                 self._tasks[group],
                 self.config.group_size,
                 _key(group),
@@ -238,6 +251,7 @@ class _Loop:
                 published=group in self.published,
                 on_published=lambda: self.published.add(group),
             )
+            return ended if self.scoring is None else await self.scoring(self._tasks[group], ended)
 
         self.running[asyncio.create_task(ask())] = group
 
@@ -246,8 +260,21 @@ class _Loop:
         self.ended[ordinal] = group
         self.pacing.end(ordinal, oldest)
         keep = self.config.keep
-        if keep is not None and not keep(group) and sum(self.dropped.values()) < self.config.refill * self.pacing.batch:
+        if keep is not None and not keep(group) and self._refills():
             self._drop(ordinal, "no_signal")
+
+    def _leave_out(self, ordinal: int, error: NotScored) -> None:
+        """Another group takes its place, unless the judge scores none of them."""
+        if not self._refills():
+            raise error
+        logger.warning("%s; another one takes its place", error)
+        self.ended[ordinal] = error.group
+        self.pacing.end(ordinal, None)
+        self._drop(ordinal, "not_scored")
+
+    def _refills(self) -> bool:
+        """Whether the step may replace one more group."""
+        return sum(self.dropped.values()) < self.config.refill * self.pacing.batch
 
     def _drop(self, group: int, reason: str) -> None:
         self.dropped[reason] += 1

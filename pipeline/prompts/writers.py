@@ -1,5 +1,6 @@
-"""Asks the models that criticise and edit prompts. Their calls go through the proxy, under a name of their own, and
-are recorded as rollouts of the run that nothing is trained on; a budget limits them."""
+"""Asks models on behalf of a run: those that criticise and edit prompts, and those that compare the answers of a group.
+Their calls go through the proxy, under a name of their own, and are recorded as rollouts of the run that nothing is
+trained on; a budget limits them."""
 
 import asyncio
 import time
@@ -84,13 +85,15 @@ Ask = Callable[[str, Messages], Awaitable[str]]
 
 @dataclass(slots=True)
 class Writers:
-    """For one run. ``fields``: of each request, such as ``temperature``. Raises `ConfigError` without a proxy."""
+    """For one run. ``fields``: of each request, such as ``temperature``. ``asked_by``: what the calls are for, in their
+    rollouts' metadata. Raises `ConfigError` without a proxy."""
 
     run: Run
     budget: Budget
     fields: Mapping[str, Any] = field(default_factory=dict)
     spent: Spent = field(default_factory=Spent)
     policy: WriterPolicy = WriterPolicy()
+    asked_by: str = "prompts"
     _own: OwnAttempts = field(init=False)
     _http: aiohttp.ClientSession | None = None
 
@@ -98,8 +101,8 @@ class Writers:
         settings = self.run.settings
         if not settings.proxy_urls:
             raise ConfigError(
-                "the models that write prompts are called through a proxy: set proxy_url, or, for a run in memory, an "
-                "upstream of kind openai or anthropic and a route to it"
+                "models that write prompts or judge groups are called through a proxy: set proxy_url, or, for a run in "
+                "memory, an upstream of kind openai or anthropic and a route to it"
             )
         self._own = OwnAttempts(self.run.log, settings, settings.proxy_urls)
 
@@ -130,7 +133,7 @@ class Writers:
             seed=rank(str(self.run.seed), json_text(dict(what))) >> 1,
             experiment_id=self.run.experiment.experiment_id,
             created_at=time.time_ns(),
-            metadata={"asked_by": "prompts"},
+            metadata={"asked_by": self.asked_by},
         )
         attempt, answers = OwnAttempt(task, self._own), list[str]()
 
@@ -170,7 +173,7 @@ class Writers:
         return text
 
     async def _post(self, attempt: OwnAttempt, body: Mapping[str, Any]) -> Any:
-        headers = {"Authorization": f"Bearer {attempt.proxy_key}", semconv.ASIDE_HEADER: "prompts"}
+        headers = {"Authorization": f"Bearer {attempt.proxy_key}", semconv.ASIDE_HEADER: self.asked_by}
         if self._http is None:
             self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=self.policy.call_s))
         url = f"{attempt.base_url}/v1/chat/completions"

@@ -26,9 +26,9 @@ def conversation(spans: Sequence[Span]) -> list[Line]:
     for span in step_spans(spans):
         attributes = span.attributes
         if span.kind == semconv.LLM:
-            asked = _lines(attributes.get(semconv.REQUEST_MESSAGES) or attributes.get(semconv.INPUT_MESSAGES), "user")
+            asked = lines_of(attributes.get(semconv.REQUEST_MESSAGES) or attributes.get(semconv.INPUT_MESSAGES), "user")
             said = attributes.get(semconv.RESPONSE_MESSAGE) or attributes.get(semconv.OUTPUT_MESSAGES)
-            answered = _lines(said, "assistant")
+            answered = lines_of(said, "assistant")
             same = next((n for n, (a, b) in enumerate(zip(asked, known, strict=False)) if a != b), len(known))
             found += [*asked[same:], *answered]
             known = [*asked, *answered]
@@ -52,7 +52,7 @@ def printed(spans: Sequence[Span]) -> list[Line]:
     return found
 
 
-def _lines(text: str | None, who: str) -> list[Line]:
+def lines_of(text: str | None, who: str) -> list[Line]:
     """Messages, or one, as JSON in OpenAI's form or that of the semantic conventions; other text as it is."""
     if not text:
         return []

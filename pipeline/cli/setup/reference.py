@@ -70,6 +70,7 @@ def _training_files() -> str:
         Recorded,
         RecordedGroups,
         Rft,
+        RubricOptions,
         Supervision,
         Torch,
         VerlTable,
@@ -98,6 +99,7 @@ def _training_files() -> str:
     ]
     parts.append(f"Defaults of a `preset`: {'; '.join(presets)}.\n")
     parts.append(f"### `[algorithm.data]`\n\n{_table(RecordedGroups)}")
+    parts.append(f"### `[algorithm.rubric]`\n\n{_table(RubricOptions)}")
     for kind in kinds:
         shared = common.model_fields if issubclass(kind, LearnerOptions) else {}
         own = {n: f for n, f in kind.model_fields.items() if n != "type" and repr(f) != repr(shared.get(n))}

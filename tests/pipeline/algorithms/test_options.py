@@ -17,6 +17,7 @@ from millstream.pipeline.algorithms.options import Options, algorithm_of
 from millstream.pipeline.algorithms.policy_gradient import PolicyGradient
 from millstream.pipeline.algorithms.verl.algorithm import Verl
 from millstream.pipeline.models.engine import Engine
+from millstream.pipeline.tracing.rubric import Rubric
 from millstream.pipeline.training.groups import Group
 
 pytestmark = pytest.mark.torch
@@ -94,6 +95,14 @@ def test_options_of_the_loop_reach_it(folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("kind", [*TYPES, "rft"])
+def test_a_rubric_judges_the_groups_of_every_loop(folder: Path, kind: str) -> None:
+    given = {"type": kind, "model": folder, **TYPES.get(kind, {}), "rubric": {"judge": "large", "prompt": "taste"}}
+    loop = algorithm_of(OPTIONS.validate_python(given))
+    assert isinstance(loop, PolicyGradient)
+    assert loop.rubric == Rubric(model="large", prompt="taste")
+
+
 @pytest.mark.parametrize("kind", TYPES)
 def test_the_preset_for_a_pretrained_model_is_what_was_published(folder: Path, kind: str) -> None:
     """lr, warm-up, one epoch, no entropy bonus and no KL as in DAPO (arXiv:2503.14476)."""
@@ -127,6 +136,8 @@ def test_verl_is_a_type(tmp_path: Path) -> None:
         ({"type": "grpo", "model": "m", "learning_rate": 1}, "learning_rate"),
         ({"type": "dr_grpo", "model": "m"}, "norm_tokens"),
         ({"type": "grpo", "model": "m", "preset": "tuned"}, "preset"),
+        ({"type": "grpo", "model": "m", "rubric": {}}, "judge"),
+        ({"type": "grpo", "model": "m", "rubric": {"judge": "j"}, "data": {}}, "drop rubric, or data"),
     ],
 )
 def test_what_is_wrong_is_named(given: dict[str, Any], says: str) -> None:
