@@ -88,6 +88,7 @@ class AioConsumer:
         self._watermarks = watermarks
         self._group = group
         self._client: AIOKafkaConsumer | None = None
+        self._subscribed: list[str] = []
         self._listener: RebalanceListener | None = None
         # Partitions that were reported to the listener, with the offset of the next record; None before the first.
         self._positions: dict[Partition, int | None] = {}
@@ -98,9 +99,13 @@ class AioConsumer:
     async def subscribe(self, topics: Sequence[str], listener: RebalanceListener | None = None) -> None:
         if self._group is None:
             raise LogError("subscribe needs a group: name one when you create the consumer")
+        self._subscribed, self._listener = list(topics), listener
+        await self._subscribe()
+
+    async def _subscribe(self) -> AIOKafkaConsumer:
         client = await self._started()
-        self._listener = listener
-        client.subscribe(topics=list(topics), listener=_Listener(self._on_assign, self._on_revoke))
+        client.subscribe(topics=self._subscribed, listener=_Listener(self._on_assign, self._on_revoke))
+        return client
 
     async def assign(self, partitions: Sequence[Partition], start: Literal["beginning", "end"] = "beginning") -> None:
         client = await self._started()
@@ -116,7 +121,7 @@ class AioConsumer:
             return await self._poll(max_records, timeout_s, topics)
 
     async def _poll(self, max_records: int, timeout_s: float, topics: Iterable[str] | None) -> list[LogRecord]:
-        client = self._joined()
+        client = await self._subscribe() if self._client is None and self._subscribed else self._joined()
         wanted = None if topics is None else frozenset(topics)
         deadline = time.monotonic() + timeout_s
         await asyncio.sleep(0)  # a role that polls without waiting must not starve aiokafka's tasks
@@ -132,6 +137,12 @@ class AioConsumer:
                 except (OffsetOutOfRangeError, NoOffsetForPartitionError) as error:
                     await self._find_place(client, error)
                     continue
+                except GroupAuthorizationFailedError as error:
+                    # Its heartbeats have ended: it would say the same for ever. The next poll joins with a new client.
+                    self._client = None
+                    self._on_revoke()
+                    await self._stop(client)
+                    raise self._error(error, f"reading as {self._group}") from error
                 except KafkaError as error:
                     raise self._error(error, f"reading as {self._group or 'a reader without a group'}") from error
                 records = self._hand_out(client, got)
@@ -235,17 +246,17 @@ class AioConsumer:
         self._first.pop(partition, None)
 
     def pause(self, partitions: Iterable[Partition]) -> None:
-        self._joined().pause(*self._mine(partitions))
+        if mine := self._mine(partitions):
+            self._joined().pause(*mine)
 
     def resume(self, partitions: Iterable[Partition]) -> None:
-        self._joined().resume(*self._mine(partitions))
+        if mine := self._mine(partitions):
+            self._joined().resume(*mine)
 
     def _mine(self, partitions: Iterable[Partition]) -> list[AioPartition]:
-        assigned = self._joined().assignment()
-        return [tp for tp in (AioPartition(*p) for p in partitions) if tp in assigned]
+        return [tp for tp in (AioPartition(*p) for p in partitions) if tp in self._joined().assignment()]
 
     async def commit(self, offsets: Mapping[Partition, int], timeout_s: float = 10.0) -> None:
-        client = self._joined()
         if not offsets:
             return
         lost = [str(p) for p, offset in offsets.items() if not self.holds(p, offset - 1)]
@@ -255,7 +266,7 @@ class AioConsumer:
             raise TransactionAborted(f"committing as {self._group}: {message}")
         try:
             async with asyncio.timeout(timeout_s):  # aiokafka itself retries forever
-                await client.commit({AioPartition(*p): OffsetAndMetadata(o, "") for p, o in offsets.items()})
+                await self._joined().commit({AioPartition(*p): OffsetAndMetadata(o, "") for p, o in offsets.items()})
         except (KafkaError, TimeoutError) as error:
             raise self._error(error, f"committing as {self._group}") from error
 
@@ -275,11 +286,14 @@ class AioConsumer:
 
     async def close(self) -> None:
         self.polls.closed = True
-        client, self._client = self._client, None
+        client, self._client, self._subscribed = self._client, None, []
         if client is None:
             return
         if self._listener is not None:
             self._on_revoke()
+        await self._stop(client)
+
+    async def _stop(self, client: AIOKafkaConsumer) -> None:
         # In a separate task: in an outage aiokafka lets the cancellation of its fetch escape, as if it were ours.
         stop = asyncio.ensure_future(client.stop())
         await asyncio.wait({stop}, timeout=self._policy.call_s)

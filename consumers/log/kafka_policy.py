@@ -7,6 +7,7 @@ from dataclasses import dataclass
 class ConsumerPolicy:
     call_s: float = 10.0  # for one call to the brokers, such as a commit
     retry_s: float = 0.05  # between two requests for offsets, while a leader moves
+    renew_s: float = 1.0  # from a client's end by a right that is missing until the next client tries
     session_ms: int = 6_000  # after which a killed member's partitions move on
     heartbeat_ms: int = 1_000
     # A runner without a free slot reads nothing for as long as its attempts run: polls say nothing about its health.

@@ -20,7 +20,7 @@ from millstream.consumers.log.poll_times import PollTimes
 from millstream.consumers.log.port import RebalanceListener
 from millstream.producers.log.kafka_config import BATCH_OVERHEAD, librdkafka_config, log_error, missing_right, raised
 from millstream.schemas.config.settings import Settings
-from millstream.schemas.errors import LogError, LogUnavailable
+from millstream.schemas.errors import Denied, Fenced, LogError, LogUnavailable
 from millstream.schemas.wire.log import EndOfPartition, LogRecord, Partition
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class KafkaTransactionalConsumer:
         self._watermarks = watermarks
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="millstream-consumer")
         size = settings.max_record_bytes + BATCH_OVERHEAD
-        config = librdkafka_config(
+        self._config = librdkafka_config(
             settings,
             group_id=group,
             group_protocol="consumer",
@@ -63,25 +63,28 @@ class KafkaTransactionalConsumer:
             fetch_max_bytes=max(policy.fetch_bytes, size),
             receive_message_max_bytes=max(policy.fetch_bytes, size) + BATCH_OVERHEAD,
         )
-        self._client = Consumer(config)
+        self._client = Consumer(self._config)
+        self._topics: list[str] = []
         self._listener: RebalanceListener | None = None
         self._assigned: set[Partition] = set()
         self._ready: list[LogRecord | EndOfPartition] = []  # read, not handed out
         self._stopped: set[Partition] = set()  # by librdkafka: they have no next offset
         self._unjoined: Any = None  # metadata from before the group answered; None after the first callback
+        self._denied: Denied | None = None  # why the group can't be joined: librdkafka says it once
+        self._renew_at: float | None = None  # when the next client is made
         self._cancelled = False
         self._closed = False
 
     async def subscribe(self, topics: Sequence[str], listener: RebalanceListener | None = None) -> None:
-        self._listener = listener
+        self._topics, self._listener = list(topics), listener
         resources = *(("topic", topic) for topic in topics), ("group", self._group)
         self._right = missing_right(self._settings, "Read", *resources)
+        await self._run("subscribing", self._join)
+
+    def _join(self) -> None:
         self._unjoined = self.group_metadata()
-        await self._run(
-            "subscribing",
-            lambda: self._client.subscribe(
-                list(topics), on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
-            ),
+        self._client.subscribe(
+            self._topics, on_assign=self._on_assign, on_revoke=self._on_revoke, on_lost=self._on_revoke
         )
 
     async def poll(self, max_records: int, timeout_s: float) -> list[LogRecord | EndOfPartition]:
@@ -98,6 +101,8 @@ class KafkaTransactionalConsumer:
                 self._cancelled = True  # records being read stay in ``_ready`` for the next poll
                 raise
             if time.monotonic() >= deadline:
+                if self._denied is not None and not self._ready:
+                    raise self._denied
                 break
         found, self._ready = self._ready[:max_records], self._ready[max_records:]
         return found
@@ -112,6 +117,8 @@ class KafkaTransactionalConsumer:
                 return
 
     def _read_one(self, wait_s: float) -> bool:
+        if self._renew_at is not None and not self._renewed(wait_s):
+            return False
         for partition in list(self._stopped):
             self._find_place(partition)
             self._stopped.discard(partition)
@@ -143,11 +150,37 @@ class KafkaTransactionalConsumer:
         if error.code() == KafkaError._AUTO_OFFSET_RESET:
             self._stopped.add(partition)  # until the next read: here an error would leave it stopped
             return None
+        if error.code() == KafkaError._FATAL:
+            raise self._ended(error.str())
         failed = log_error(error, f"reading {partition}", self._right)
         if failed.retriable or error.code() == KafkaError._MAX_POLL_EXCEEDED:
             logger.warning("%s", failed)
             return None
+        if self._unjoined is not None and isinstance(failed, Denied):
+            self._denied = failed
         raise failed
+
+    def _ended(self, why: str) -> LogError:
+        """librdkafka's consumer has ended for good, also if its cause passes, and it says so once. A right that is
+        missing is waited for with new clients."""
+        message = f"reading as {self._group}: {why}"
+        if "authorization failed" not in why:
+            return Fenced(f"{message}; start it again")
+        self._denied = Denied(f"{message}: {self._right}")
+        self._renew_at = time.monotonic() + self._policy.renew_s
+        self._revoke(set(self._assigned))
+        return self._denied
+
+    def _renewed(self, wait_s: float) -> bool:
+        assert self._renew_at is not None
+        if (early_s := self._renew_at - time.monotonic()) > 0:
+            time.sleep(min(wait_s, early_s))
+            return False
+        self._renew_at = None
+        self._client.close()
+        self._client = Consumer(self._config)
+        self._join()
+        return True
 
     def _find_place(self, partition: Partition) -> None:
         """Continues where librdkafka found no place."""
@@ -171,18 +204,20 @@ class KafkaTransactionalConsumer:
         self._notify_assigned(partitions)
 
     def _notify_assigned(self, partitions: list[Partition]) -> None:
-        self._unjoined = None
+        self._unjoined = self._denied = None
         if self._listener is not None:
             self._listener.on_assign(partitions)
 
     def _on_revoke(self, client: Consumer, revoked: list[TopicPartition]) -> None:
-        partitions = {Partition(tp.topic, tp.partition) for tp in revoked}
+        self._revoke({Partition(tp.topic, tp.partition) for tp in revoked})
+        client.incremental_unassign(revoked)
+
+    def _revoke(self, partitions: set[Partition]) -> None:
         self._ready = [event for event in self._ready if event.partition not in partitions]
         self._assigned -= partitions
         self._stopped -= partitions
         if self._listener is not None:
             self._listener.on_revoke(sorted(partitions))
-        client.incremental_unassign(revoked)
 
     async def seek(self, partition: Partition, offset: int) -> None:
         if partition not in self._assigned:

@@ -1,7 +1,8 @@
 """A permission that is taken away and given back, on a real broker with access lists."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from millstream.producers.log.acks import send_acknowledged
 from millstream.producers.supervisor import supervised
 from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.errors import Denied, LogError
-from millstream.schemas.wire.log import Partition
+from millstream.schemas.wire.log import LogRecord, Partition
 from millstream.schemas.wire.records import RolloutEnd
 
 ACLS = {
@@ -101,12 +102,22 @@ async def test_a_cancel_is_heard_after_reading_the_control_topic_was_denied(
 
 
 @pytest.mark.kafka
+@pytest.mark.parametrize(
+    ("kind", "prefix", "name"),
+    [(ResourceType.TOPIC, "one", "one.tasks.normal"), (ResourceType.GROUP, "two", "two.runner")],
+)
 async def test_a_runner_goes_on_after_reading_its_tasks_was_denied(
-    restricted: Settings, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    restricted: Settings,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    kind: ResourceType,
+    prefix: str,
+    name: str,
 ) -> None:
-    log, reading = KafkaLog(restricted), Permission(restricted, restricted.topics.tasks("normal"))
+    settings = restricted.model_copy(update={"topic_prefix": prefix})
+    log, reading = KafkaLog(settings), Permission(settings, name, kind)
     await log.create_topics()
-    async with running(lambda task: None, tmp_path, log=log, settings=restricted) as rig:
+    async with running(lambda task: None, tmp_path, log=log, settings=settings) as rig:
         await rig.publish([1])
         await rig.read_until(lambda events: len(terminal(events)) == 1)
         await asyncio.to_thread(reading.deny)
@@ -148,6 +159,64 @@ async def test_a_runner_that_is_started_without_a_right_names_it_and_waits_for_i
 
 
 @pytest.mark.kafka
+@pytest.mark.parametrize("from_the_start", [True, False])
+async def test_a_member_of_the_transactional_group_goes_on_after_its_right_to_the_group_was_taken(
+    restricted: Settings, from_the_start: bool
+) -> None:
+    """librdkafka's consumer ends for good then: the member says so until a new one has joined."""
+    topic, log = restricted.topics.events, KafkaLog(restricted)
+    await log.create_topics()
+    group = f"{restricted.topics.prefix}.team{from_the_start}"
+    reading = Permission(restricted, group, ResourceType.GROUP)
+    consumer = log.transactional_consumer(group)
+    producer = log.producer()
+    listener = Owned()
+
+    async def poll_until(condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(30):
+            while not condition():
+                with suppress(Denied):
+                    listener.read += [r.value for r in await consumer.poll(10, 0.2) if isinstance(r, LogRecord)]
+
+    async def until_denied() -> None:
+        async with asyncio.timeout(30):
+            said = None
+            while said is None:
+                try:
+                    await consumer.poll(10, 0.2)
+                except Denied as error:
+                    said = str(error)
+        assert f"no right to read topic {topic} and group {group}" in said
+
+    if from_the_start:
+        await asyncio.to_thread(reading.deny)
+    await consumer.subscribe([topic], listener)
+    if not from_the_start:
+        await poll_until(lambda: bool(listener.owned))
+        await asyncio.to_thread(reading.deny)
+    await until_denied()
+    assert listener.owned == set()
+    await until_denied()  # as long as it is so
+    await asyncio.to_thread(reading.allow)
+    await send_acknowledged(producer, topic, b"after")
+    await poll_until(lambda: b"after" in listener.read)
+    await consumer.close()
+    await asyncio.to_thread(producer.close)
+
+
+class Owned:
+    def __init__(self) -> None:
+        self.owned: set[Partition] = set()
+        self.read: list[bytes | None] = []
+
+    def on_assign(self, partitions: Sequence[Partition]) -> None:
+        self.owned.update(partitions)
+
+    def on_revoke(self, partitions: Sequence[Partition]) -> None:
+        self.owned.difference_update(partitions)
+
+
+@pytest.mark.kafka
 async def test_writing_without_a_right_names_it(restricted: Settings) -> None:
     log = KafkaLog(restricted)
     await log.create_topics()
@@ -166,19 +235,21 @@ async def test_a_group_whose_committed_offsets_cant_be_read_has_not_committed_no
     overlooks such errors and reports that nothing has been committed."""
     topic, log = restricted.topics.tasks("low"), KafkaLog(restricted)
     await log.create_topics()
-    consumer = log.consumer("g")
+    producer, consumer = log.producer(), log.consumer("g")
+    await send_acknowledged(producer, topic, b"x")
     await consumer.subscribe([topic])
     async with asyncio.timeout(30):
-        while not consumer.assignment():
-            await consumer.poll(1, 0.2)
-    await consumer.commit({Partition(topic, 0): 3})
-    assert await consumer.committed([Partition(topic, 0)]) == {Partition(topic, 0): 3}
+        while not await consumer.poll(1, 0.2):
+            pass
+    await consumer.commit({Partition(topic, 0): 1})
+    assert await consumer.committed([Partition(topic, 0)]) == {Partition(topic, 0): 1}
     described = Permission(restricted, "g", ResourceType.GROUP, AclOperation.DESCRIBE)
     await asyncio.to_thread(described.deny)
     with pytest.raises(LogError, match="reading the committed offsets of g"):
         await consumer.committed([Partition(topic, 0)])
     await asyncio.to_thread(described.allow)
     await consumer.close()
+    await asyncio.to_thread(producer.close)
 
 
 KINDS = {
