@@ -56,7 +56,7 @@ ORDER BY duration_s DESC NULLS LAST
 LIMIT 5
 """,
     "Tool calls by name and success": """
-SELECT name, succeeded, count() AS calls, round(quantile(0.5)(duration_s) * 1000, 2) AS median_ms
+SELECT name, succeeded, count() AS calls, uniqExact(rollout_id) AS rollouts
 FROM tool_calls
 GROUP BY name, succeeded
 ORDER BY calls DESC
@@ -140,10 +140,14 @@ def main(
         int, typer.Option(min=0, help="Of the pages for a browser; any free one if it is taken, or 0.")
     ] = 8700,
     seed: int = 0,
-    svg: Annotated[Path | None, typer.Option(help="File to write what is printed to, as a picture.")] = None,
+    svg: Annotated[
+        Path | None, typer.Option(help="File to write what is printed to, as a picture. Needs a pipe, not a terminal.")
+    ] = None,
 ) -> None:
     """Train the calculator agent and show what happened."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does
+    if svg is not None and console.is_terminal:
+        raise typer.BadParameter("the live view would fill the picture: pipe the output, such as to `| cat`")
     began = time.monotonic()
     run_dir = run_dir.resolve()
     wait = f"; vLLM takes most of a minute to start, and logs in {run_dir}/vllm/log" if vllm else ""

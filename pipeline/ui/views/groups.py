@@ -47,7 +47,7 @@ def group(request: Request) -> Response:
     for row in rows:
         walk = walks.get(row["rollout_id"], [])
         same = None if not walk else _common(first, walk)
-        shown = advantages.get(row["rollout_id"], {})
+        shown = dict(sorted(advantages.get(row["rollout_id"], {}).items()))
         members.append(Member(row, shown, walk[:STEPS], max(len(walk) - STEPS, 0), same))
     values = {
         "group_id": group_id,

@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 from urllib.request import urlopen
 
+from PIL import Image
+
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from tests.pipeline.ui.chromium import chromium
 
-SIZE = {"width": 1320, "height": 860}
+SIZE = {"width": 1380, "height": 860}
 
 
 def main(address: str, folder: Path) -> None:
@@ -26,7 +28,9 @@ def main(address: str, folder: Path) -> None:
 
             def shot(name: str, page=page, scheme=scheme) -> None:
                 page.mouse.move(5, 5)
-                page.screenshot(path=folder / f"{name}{'-dark' if scheme == 'dark' else ''}.png")
+                path = folder / f"{name}{'-dark' if scheme == 'dark' else ''}.png"
+                page.screenshot(path=path)
+                Image.open(path).quantize(128).save(path, optimize=True)  # a third of the size
 
             page.goto(address)
             page.wait_for_selector(".chart[data-ready]")
@@ -40,7 +44,7 @@ def main(address: str, folder: Path) -> None:
             group = first.locator("a[href*='/groups/']").get_attribute("href")
             first.locator("a").first.click()
             page.wait_for_selector(".trace")
-            page.locator(".span.k-llm > summary").first.click()
+            page.locator(".span.k-llm > summary").last.click()
             page.wait_for_selector(".attributes")
             shot("rollout")
             page.locator("a[href$='/training']").first.click()

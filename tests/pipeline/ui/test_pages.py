@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,21 @@ def test_a_group_is_shown_side_by_side_until_its_members_part(browser: TestClien
     nothing = browser.get("/groups/g-none").text
     assert "no signal" in nothing
     assert browser.get("/groups/nothing").status_code == 404
+
+
+def test_advantages_stand_in_the_order_of_turns(browser: TestClient, world: World) -> None:
+    for turns in ((1.0, 0.5), (0.0, 0.5)):
+        task = factories.task(group_id="g-turns", group_size=2, created_at=time.time_ns())
+        store(world, task, topic=world.settings.topics.tasks("normal"))
+        answers = conversation_of(task, "at", "?", ["add", "subtract"], task.created_at)
+        made = [
+            replace(triplet, reward=reward)
+            for triplet, reward in zip(triplets_of(task, "at", answers, 0.0), turns, strict=True)
+        ]
+        store(world, *made, topic=world.settings.topics.triplets)
+    shown = re.findall(r"<tr>.*?</tr>", browser.get("/groups/g-turns").text)
+    found = [re.findall(r'class="reward \w+">([^<]+)<', row) for row in shown]
+    assert sorted(row for row in found if row) == [["-0.7071", "0"], ["0.7071", "0"]]
 
 
 def test_experiments_are_listed_and_compared(browser: TestClient) -> None:
