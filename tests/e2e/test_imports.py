@@ -20,7 +20,7 @@ LAUNCHERS = {"pipeline.cli", "pipeline.models.vllm_process"}
 UNSUPERVISED = {
     ("producers.supervisor", "thread"),
     ("producers.supervisor", "_start"),
-    ("consumers.log.kafka", "close"),
+    ("consumers.log.kafka", "_stop"),
     ("consumers.runner.attempt", "_in_thread"),
     ("consumers.runner.attempt", "start"),
     ("consumers.runner.attempt", "_in_thread"),
