@@ -19,7 +19,7 @@ SPREAD := --dist loadfile --no-loadscope-reorder
 FAST := -m "not slow and not vllm"
 SLOW := -m "slow and not vllm and not verl"
 VLLM := -m "vllm and not verl"
-.PHONY: setup setup-crewai vllm verl ops compose-test demo demo-kafka demo-vllm demo-sft demo-apo demo-verl test test-verl test-all lint types bench chaos clean
+.PHONY: setup setup-crewai vllm verl ops compose-test demo demo-kafka demo-vllm demo-sft demo-apo demo-judge demo-verl test test-verl test-all lint types bench chaos clean
 
 setup: $(STAMP)
 
@@ -96,6 +96,10 @@ demo-sft: setup
 # A prompt is searched for; the models are scripted.
 demo-apo: setup
 	@$(BIN)/python -m examples.prompts.demo --run-dir $(or $(RUN_DIR),runs/demo-apo) --ui-port 0
+
+# A judge rewards the agent; the judge is scripted.
+demo-judge: setup
+	@$(BIN)/python -m examples.judge.demo --run-dir $(or $(RUN_DIR),runs/demo-judge)
 
 # verl on a CPU: the platform that it runs on there is one of the tests' own.
 demo-verl: setup verl

@@ -1,4 +1,5 @@
-"""Follows the control topic and keeps what applies now: cancels, pauses, resources and the latest routing."""
+"""Follows the control topic and keeps what applies now: cancels, pauses, resources, splits and the latest
+routing."""
 
 import asyncio
 import json
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from millstream.consumers.log.port import Consumer, Log
 from millstream.consumers.log.read_to_end import read_to_end
 from millstream.producers.supervisor import Background, supervisor
-from millstream.schemas.control import Resources, RoutingTable
+from millstream.schemas.control import Resources, RoutingTable, Split
 from millstream.schemas.errors import CodecError, ConfigError, LogError
 from millstream.schemas.wire import codec
 from millstream.schemas.wire.log import LogRecord, Partition
@@ -54,6 +55,7 @@ class ControlFollower:
         self._cancels: dict[str, None] = {}  # "group:g1", in the order in which they came
         self._resources: dict[str, Resources] = {}  # in the order in which they came
         self._latest: dict[str, str] = {}  # experiment → resources version
+        self._splits: dict[str, Split] = {}  # by experiment; also those that have ended
         self.routing = RoutingTable()  # latest
         self._waiters: list[asyncio.Future[None]] = []
         self._task: Background | None = None
@@ -93,6 +95,16 @@ class ControlFollower:
         """The experiment's latest version, or the latest one that has no experiment."""
         found = self._latest.get(experiment_id) or self._latest.get("")
         return None if found is None else self._resources[found]
+
+    def version_for(self, experiment_id: str, rollout_id: str) -> str | None:
+        """The version that a rollout works with if its task names none: that of its share in a split, or else the
+        latest. None without any."""
+        split, latest = self._splits.get(experiment_id), self.latest(experiment_id)
+        if latest is None:
+            return None
+        if split is not None and split.latest == latest.resources_id:
+            return split.choose(rollout_id)
+        return latest.resources_id
 
     def all_latest(self) -> list[Resources]:
         """The latest version of each experiment."""
@@ -158,6 +170,8 @@ class ControlFollower:
     def _take(self, control: Control) -> None:
         if control.kind == Resources.kind:
             self._keep(Resources.from_control(control))
+        elif control.kind == Split.kind:
+            self._splits[control.name] = Split.from_control(control)
         elif control.kind == RoutingTable.kind and control.name > self.routing.table_id:
             self.routing = RoutingTable.from_control(control)
         elif control.kind == "pause" and control.body not in ("true", "false"):
@@ -176,8 +190,10 @@ class ControlFollower:
         known = self._latest.get(version.experiment_id, "")
         self._latest[version.experiment_id] = max(known, version.resources_id)
         if len(self._resources) - len(self._latest) > self._policy.versions:
-            latest = set(self._latest.values())
-            del self._resources[next(each for each in self._resources if each not in latest)]
+            used = {*self._latest.values(), *(each for split in self._splits.values() for each in split.shares)}
+            oldest = next((each for each in self._resources if each not in used), None)
+            if oldest is not None:
+                del self._resources[oldest]
 
 
 async def read_pauses(log: Log, topics: Topics) -> list[Control]:

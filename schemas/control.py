@@ -1,7 +1,7 @@
 """The bodies of the control topic's records: resources, routing tables, and commands to model servers. Pure."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from string import Formatter
@@ -243,15 +243,8 @@ class RoutingTable(ControlBody):
         for arm in arms:
             if version and arm.version == version:
                 return arm
-        used = [arm for arm in arms if arm.weight > 0]
-        if not used:
-            return None
-        place = _share(model, rollout_id) * sum(arm.weight for arm in used)
-        for arm in used:
-            place -= arm.weight
-            if place < 0:
-                return arm
-        return used[-1]
+        found = _drawn([arm.weight for arm in arms], model, rollout_id)
+        return None if found is None else arms[found]
 
     def deploy(self, model: str, arm: Arm) -> "RoutingTable":
         """All rollouts use this version from now on; the others are kept."""
@@ -273,9 +266,8 @@ class RoutingTable(ControlBody):
 
     def split(self, model: str, shares: Mapping[str, float]) -> "RoutingTable":
         """Shares the rollouts among kept versions. Raises `ConfigError` naming a version that is not kept."""
-        given = shares.values()
-        if not any(share > 0 for share in given) or any(not 0 <= share < HEAVIEST for share in given):
-            raise ConfigError(f"model {model}: shares must be numbers from 0 on, at least one above 0: {shares}")
+        if problem := _wrong(shares):
+            raise ConfigError(f"model {model}: {problem}")
         for version in shares:
             self._arm(model, version)
         arms = [replace(arm, weight=shares.get(arm.version, 0.0)) for arm in self._arms(model)]
@@ -303,9 +295,47 @@ class RoutingTable(ControlBody):
         return RoutingTable(table_id=new_id(), models={**self.models, model: tuple(arms)}, reason=reason)
 
 
-def _share(model: str, rollout_id: str) -> float:
-    """A number in [0, 1), always the same for a model and a rollout."""
-    return rank(model, rollout_id) / (1 << 64)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Split(ControlBody):
+    """Shares the rollouts of an experiment that name no version among some of its resources versions. It holds while
+    ``latest`` is the latest version: one that is published later applies to all, and so ends it."""
+
+    kind = "split"
+    name_field = "experiment_id"
+    experiment_id: str
+    latest: str  # resources_id
+    shares: Mapping[str, float]  # resources_id → share
+
+    def __post_init__(self) -> None:
+        if problem := _wrong(self.shares):
+            raise ValueError(problem)
+
+    def choose(self, rollout_id: str) -> str:
+        """The version for a rollout, always the same one."""
+        found = _drawn([*self.shares.values()], self.experiment_id, rollout_id)
+        assert found is not None  # not all shares are 0
+        return [*self.shares][found]
+
+
+def _wrong(shares: Mapping[str, float]) -> str:
+    """Why nothing can be shared so; empty if it can."""
+    given = shares.values()
+    if any(share > 0 for share in given) and all(0 <= share < HEAVIEST for share in given):
+        return ""
+    return f"shares must be numbers from 0 on, at least one above 0: {dict(shares)}"
+
+
+def _drawn(weights: Sequence[float], name: str, rollout_id: str) -> int | None:
+    """The place of one of these weights, by its share: always the same for a name and a rollout. None if all are 0."""
+    used = [(number, weight) for number, weight in enumerate(weights) if weight > 0]
+    if not used:
+        return None
+    place = rank(name, rollout_id) / (1 << 64) * sum(weight for _, weight in used)
+    for number, weight in used:
+        place -= weight
+        if place < 0:
+            return number
+    return used[-1][0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

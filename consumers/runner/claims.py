@@ -298,13 +298,11 @@ class Claims:
         self._on_dead_letter(reason)
 
     async def _prepare(self, task: RolloutTask, sending: Acks, refused: Outcome | None) -> Claim:
-        if task.resources_id is None:
-            resources = self._control.latest(task.experiment_id)
-            if resources is None:
-                resources = Resources(resources_id="", experiment_id=task.experiment_id, items={})
-            else:
-                task = replace(task, resources_id=resources.resources_id)
-        else:
+        if task.resources_id is None:  # a retry names the version of the first attempt
+            version = self._control.version_for(task.experiment_id, task.rollout_id)
+            task = replace(task, resources_id=version)
+        resources: Resources | None = Resources(resources_id="", experiment_id=task.experiment_id, items={})
+        if task.resources_id is not None:
             found = self._control.pinned(task.resources_id)
             if found is None:  # published before the task, but perhaps not read yet
                 await self._control.wait_until_current()

@@ -62,14 +62,19 @@ def split(
     wait_s: WaitS = 600.0,
 ) -> None:
     """Share the rollouts among kept versions."""
-    parsed: dict[str, float] = {}
-    for text in shares:
+    _ask(model, wait_s, action="split", shares=shares_of(shares, "policy.0.7=0.1"))
+
+
+def shares_of(texts: list[str], example: str) -> dict[str, float]:
+    """Shares by version, from texts ``VERSION=SHARE``. Raises `ConfigError`."""
+    found: dict[str, float] = {}
+    for text in texts:
         version, _, share = text.rpartition("=")
         try:
-            parsed[version] = float(share)
+            found[version] = float(share)
         except ValueError:
-            raise ConfigError(f"{text!r} is not VERSION=SHARE, as policy.0.7=0.1") from None
-    _ask(model, wait_s, action="split", shares=parsed)
+            raise ConfigError(f"{text!r} is not VERSION=SHARE, as {example}") from None
+    return found
 
 
 @app.command(epilog="Example: millstream model status --json")

@@ -69,10 +69,22 @@ async def test_a_search_over_kafka_goes_on_with_what_had_been_asked_for(
 
     for name in ("kafka_bootstrap_servers", "topic_prefix", "kafka_partitions", "clickhouse_dsn"):
         monkeypatch.setenv(f"MILLSTREAM_{name.upper()}", str(getattr(settings, name)))
-    done = await asyncio.to_thread(CliRunner().invoke, app, ["prompts", "rollback", summary.experiment_id, "--to", "0"])
-    assert done.exit_code == 0, done.output
+
+    async def command(*arguments: str) -> None:
+        done = await asyncio.to_thread(CliRunner().invoke, app, ["prompts", *arguments])
+        assert done.exit_code == 0, done.output
+
+    async def drawn() -> set[str | None]:
+        await control.wait_until_current()
+        return {control.version_for(summary.experiment_id, str(number)) for number in range(50)}
+
     control = ControlFollower(KafkaLog(settings), settings.topics)
     await control.start()
+    assert len(await drawn()) == 1
+    await command("split", summary.experiment_id, "0=0.5", "101=0.5")
+    assert len(await drawn()) == 2
+    await command("rollback", summary.experiment_id, "--to", "0")
+    assert len(await drawn()) == 1
     current = control.latest(summary.experiment_id)
     await control.close()
     assert current is not None

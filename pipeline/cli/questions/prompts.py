@@ -125,6 +125,31 @@ def prompts_rollback(
     say(f"candidate {row['number']} is current: resources {resources_id}")
 
 
+@app.command("split", epilog="Example: millstream prompts split calculator-prompts 3=0.5 7=0.5")
+def prompts_split(
+    experiment: Experiment,
+    shares: Annotated[list[str], typer.Argument(help="CANDIDATE=SHARE of each; a rollout and its retries keep one.")],
+) -> None:
+    """Compare candidates: share the rollouts that name no version among them. The next version that is published, as by
+    `prompts rollback`, ends it."""
+    from millstream.pipeline.cli.model import shares_of
+    from millstream.pipeline.prompts.splitting import split
+    from millstream.pipeline.store.candidates import candidate
+
+    experiment_id, rows = _found(experiment)
+    numbers = {str(row["number"]) for row in rows}
+    given = {
+        candidate(rows, which, experiment_id)["resources_id"] if which in numbers else which: share
+        for which, share in shares_of(shares, "7=0.5").items()
+    }
+    settings = open_settings()
+    made = with_log(settings, lambda log: split(log, settings.topics, experiment_id, given))
+    whole = sum(made.shares.values())
+    for version, share in made.shares.items():
+        say(f"{share / whole:.1%} of the rollouts: resources {version}")
+    say(f"millstream prompts rollback {experiment} --to CANDIDATE ends it")
+
+
 def _found(experiment: str) -> tuple[str, list[dict[str, Any]]]:
     from millstream.pipeline.store.candidates import candidates_of
 

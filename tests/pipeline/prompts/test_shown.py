@@ -107,6 +107,8 @@ def test_what_is_not_there_or_was_refused_is_named(said: Any) -> None:
         said("show", "words", "7")
     with pytest.raises(ConfigError, match=r"candidate 2 was refused: it lost \{x\}"):
         said("rollback", "words", "--to", "2")
+    with pytest.raises(ConfigError, match="'1' is not VERSION=SHARE, as 7=0.5"):
+        said("split", "words", "1")
 
 
 def test_a_name_that_one_side_lacks_is_a_difference() -> None:
