@@ -71,6 +71,8 @@ def shares_of(texts: list[str], example: str) -> dict[str, float]:
     for text in texts:
         version, _, share = text.rpartition("=")
         try:
+            if not version:
+                raise ValueError
             found[version] = float(share)
         except ValueError:
             raise ConfigError(f"{text!r} is not VERSION=SHARE, as {example}") from None

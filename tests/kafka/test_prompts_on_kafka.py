@@ -78,10 +78,12 @@ async def test_a_search_over_kafka_goes_on_with_what_had_been_asked_for(
         await control.wait_until_current()
         return {control.version_for(summary.experiment_id, str(number)) for number in range(50)}
 
+    best = json.loads((tmp_path / "run" / FILE).read_text())["candidate"]
+    assert best != 0
     control = ControlFollower(KafkaLog(settings), settings.topics)
     await control.start()
     assert len(await drawn()) == 1
-    await command("split", summary.experiment_id, "0=0.5", "101=0.5")
+    await command("split", summary.experiment_id, "0=0.5", f"{best}=0.5")
     assert len(await drawn()) == 2
     await command("rollback", summary.experiment_id, "--to", "0")
     assert len(await drawn()) == 1
@@ -89,4 +91,3 @@ async def test_a_search_over_kafka_goes_on_with_what_had_been_asked_for(
     await control.close()
     assert current is not None
     assert current.items == prompts
-    assert json.loads((tmp_path / "run" / FILE).read_text())["candidate"] != 0

@@ -107,7 +107,7 @@ def test_what_is_not_there_or_was_refused_is_named(said: Any) -> None:
         said("show", "words", "7")
     with pytest.raises(ConfigError, match=r"candidate 2 was refused: it lost \{x\}"):
         said("rollback", "words", "--to", "2")
-    with pytest.raises(ConfigError, match="'1' is not VERSION=SHARE, as 7=0.5"):
+    with pytest.raises(ConfigError, match=r"'1' is not VERSION=SHARE, as 7=0\.5"):
         said("split", "words", "1")
 
 
