@@ -15,7 +15,7 @@ import json
 import statistics
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from secrets import token_hex
 
@@ -60,12 +60,15 @@ def span(of: RolloutTask, source: str, kind: str, sequence: int, attributes: dic
     )
 
 
+def token_ids(numbers: Iterable[int]) -> bytes:
+    return struct.pack(f"<{len(ids := list(numbers))}i", *ids)
+
+
 def rollout(of: RolloutTask, calls: int) -> list[Span]:
     """Calls that go on from nothing, each with the agent's own span and a reward behind it."""
     spans = []
     for number in range(calls):
-        prompt = struct.pack(f"<{TOKENS}i", number, *range(TOKENS - 1))
-        response = struct.pack(f"<{TOKENS}i", *range(TOKENS))
+        prompt, response = token_ids([number, *range(TOKENS - 1)]), token_ids(range(TOKENS))
         asked = json.dumps([{"role": "user", "content": f"question {number}: " + "word " * TOKENS}])
         said = json.dumps({"role": "assistant", "content": "word " * TOKENS})
         key = {semconv.RESPONSE_ID: f"r{number}", semconv.RESPONSE_MODEL: "policy"}
@@ -117,9 +120,9 @@ def pure(quick: bool) -> dict[str, float]:
     }
 
 
-def records(of: RolloutTask) -> Sequence[tuple[bytes, bytes]]:
+def records(of: RolloutTask, calls: int = CALLS) -> Sequence[tuple[bytes, bytes]]:
     """Kind and body of all that a rollout leaves on ``events``, as its runner and the proxy encode it."""
-    spans = rollout(of, CALLS)
+    spans = rollout(of, calls)
     common = {
         "rollout_id": of.rollout_id,
         "attempt_id": "a",
@@ -129,7 +132,7 @@ def records(of: RolloutTask) -> Sequence[tuple[bytes, bytes]]:
         "lease_s": 60.0,
     }
     claim = AttemptEvent(**common, status=status.PREPARING, task=codec.encode(of))  # type: ignore[arg-type]
-    counts = {semconv.SOURCE_PROXY: CALLS, semconv.SOURCE_AGENT: 2 * CALLS}
+    counts = {semconv.SOURCE_PROXY: calls, semconv.SOURCE_AGENT: 2 * calls}
     end = AttemptEvent(**common, status=status.SUCCEEDED, span_counts=counts)  # type: ignore[arg-type]
     running = AttemptEvent(**common, status=status.RUNNING)  # type: ignore[arg-type]
     return [

@@ -36,6 +36,12 @@ FIGURES = {
     "algorithms": {
         f"{name}.step_1" for name in ("control", "grpo", "dapo", "dr_grpo", "rloo", "gspo", "cispo", "ppo", "rft")
     },
+    "scale": {
+        *(f"open_rollouts.{unit}.{size}" for unit in ("record", "lease", "bytes") for size in (100, 1_000)),
+        *("spans_of_a_rollout.span.999", "turns_of_a_conversation.kilobyte.100", "partitions.rollout.8"),
+        *("members_of_a_group.claim.2", "versions_and_cancels.record.100", "waiting_attempts.kilobytes.50"),
+        *("streams_of_a_proxy.stream.20", "stored_spans.ms for a rollout's spans, p50.200000"),
+    },
     "tracing": SPAN | CALL,
     "virtual_time": {
         *("async_to_sync_step", "control_reward"),
@@ -51,9 +57,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.kafka, pytest.mark.timeout(600)]
 
 
 def flat(figures: dict[str, Any], prefix: str = "") -> dict[str, float]:
-    """Nested figures by dotted name."""
+    """Nested figures by dotted name; those of a list of sizes and figures by size."""
     found: dict[str, float] = {}
     for name, value in figures.items():
+        if isinstance(value, list):
+            value = {str(size): figure for size, figure in value}
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return found
 
