@@ -100,16 +100,28 @@ class PromptTemplate:
     engine: Literal["f-string", "jinja2"] = "f-string"
 
     def format(self, **values: object) -> str:
-        """The prompt. Jinja2 runs in its sandbox, and refuses names that have no value. Raises KeyError, or Jinja2's
-        errors."""
+        """The prompt. Jinja2 runs in its sandbox, and refuses names that have no value. Raises KeyError, ValueError for
+        a private attribute (``{task.__class__}``), or Jinja2's errors."""
         if self.engine == "jinja2":
             return _jinja().from_string(self.template).render(**values)
-        return self.template.format(**values)
+        return _FORMATTER.vformat(self.template, (), values)
 
     def placeholders(self) -> frozenset[str]:
         """Its placeholders as they are written, without spaces at their ends: ``{name!r:>10}`` is another than
         ``{name}``. Raises ValueError if it is no template."""
         return frozenset(_jinja_placeholders(self.template) if self.engine == "jinja2" else _fields(self.template))
+
+
+class _PublicFields(Formatter):
+    """`str.format` for templates from the log: a private attribute would lead to all that the process knows."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        if "._" in field_name:
+            raise ValueError(f"the placeholder {{{field_name}}} reads a private attribute")
+        return super().get_field(field_name, args, kwargs)
+
+
+_FORMATTER: Final = _PublicFields()
 
 
 @cache

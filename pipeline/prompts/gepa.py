@@ -2,7 +2,9 @@
 it decides in a thread, which candidate runs which tasks; the run has them run."""
 
 import asyncio
+import io
 import logging
+import pickle
 import statistics
 import time
 from collections.abc import Coroutine, Mapping, Sequence
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FOLDER: Final = "gepa"  # within a run's folder: the package's state
+STATE: Final = "gepa_state.bin"  # in it: a pickle
 
 
 class Gepa:
@@ -106,6 +109,7 @@ class _Evolving:
 
     def _optimize(self) -> Any:
         experiment = self.on.experiment
+        check_state(self.on.run_dir / FOLDER)
         return self.config.optimize(
             seed_candidate={name: each.template for name, each in self.on.prompts.items()},
             trainset=list(experiment.tasks),
@@ -231,6 +235,26 @@ class _Evolving:
             "spent": self.writers.to_json(),
         }
         await self.on.checkpoint(self.validations, {}, state, keep=1)
+
+
+class _PlainData(pickle.Unpickler):
+    """Knows no classes and functions: it builds numbers, texts, lists, dicts and sets, and can't call anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def check_state(folder: Path) -> None:
+    """Raises `ConfigError` for a state of the package that is not plain data: it could run code when it is loaded."""
+    file = folder / STATE
+    try:
+        _PlainData(io.BytesIO(file.read_bytes())).load()
+    except FileNotFoundError:
+        return
+    except Exception as error:  # of a damaged pickle it may be any
+        raise ConfigError(
+            f"{file} is no state of a search, and is not loaded: {error}. Remove the folder to search anew"
+        ) from error
 
 
 class _Log:

@@ -1,6 +1,8 @@
 """The package's search over a run."""
 
 import json
+import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from millstream.pipeline.prompts.gepa import Gepa
 from millstream.pipeline.prompts.versions import FILE
 from millstream.pipeline.prompts.writers import Budget
 from millstream.schemas.config.settings import Settings
+from millstream.schemas.errors import ConfigError
 from tests.pipeline.prompts.rig import FIRST, RULES, TASKS, VAL_TASKS, agent, blind, writing
 
 PROMPTS = {"system": ms.PromptTemplate(template=FIRST)}
@@ -66,3 +69,26 @@ async def test_a_budget_ends_it(tmp_path: Path) -> None:
         await search(settings, tmp_path, budget=Budget(tokens=40))
         assert len(server.requests) == 2
     assert (tmp_path / FILE).exists()
+
+
+class Touching:
+    """A pickle of it runs a command when it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.file}",)
+
+
+async def test_a_state_that_would_run_code_is_not_loaded(tmp_path: Path) -> None:
+    state = tmp_path / "run" / "gepa" / "gepa_state.bin"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(pickle.dumps({"program_candidates": [Touching(tmp_path / "touched")]}))
+    async with writing(reflecting) as (server, settings):
+        with pytest.raises(ConfigError, match=r"gepa_state\.bin is no state of a search.*it names posix\.system"):
+            await search(settings, tmp_path / "run", most=10)
+    assert not (tmp_path / "touched").exists()
+    assert server.requests == []
+    pickle.loads(state.read_bytes())  # the control
+    assert (tmp_path / "touched").exists()
