@@ -16,7 +16,7 @@ from typing import Any, Final, TypeVar
 
 from millstream.pipeline.prompts.apo import writing
 from millstream.pipeline.prompts.search import Candidate, unusable
-from millstream.pipeline.prompts.texts import experience, score
+from millstream.pipeline.prompts.texts import experience, reviewed, score
 from millstream.pipeline.prompts.versions import Versions
 from millstream.pipeline.prompts.writers import Budget, BudgetUsedUp, Spent, WriterPolicy, Writers
 from millstream.pipeline.training.report import StepReport, failures
@@ -70,6 +70,22 @@ class Gepa:
             await _Evolving(self, run, writers).run()
 
 
+@dataclass(slots=True)
+class Reflection:
+    """What led to the next candidate."""
+
+    parent: Candidate
+    component: str  # name of the template
+    parent_score: float  # on the minibatch
+    answer: str = ""
+    rollout_id: str = ""  # that it was recorded as
+
+    def led_to(self, texts: Mapping[str, str]) -> bool:
+        """Whether these are the parent's templates with one that the answer holds."""
+        new = {name: text for name, text in texts.items() if text != self.parent.templates[name].template}
+        return [*new] == [self.component] and new[self.component] in self.answer
+
+
 @dataclass
 class _Evolving:
     config: Gepa
@@ -79,6 +95,7 @@ class _Evolving:
     starts: int = 0  # of trainers: a rollout of an earlier one that has not been read is asked for as another
     evaluations: int = 0  # of this trainer
     validations: int = 0
+    reflection: Reflection | None = None
     futures: set["Future[Any]"] = field(default_factory=set)
     ended: bool = False
 
@@ -136,6 +153,8 @@ class _Evolving:
     def make_reflective_dataset(
         self, candidate: Mapping[str, str], evaluation: Any, components: Sequence[str]
     ) -> dict[str, list[dict[str, str]]]:
+        parent = self.candidates[_text(candidate)]
+        self.reflection = Reflection(parent, components[0], statistics.fmean(evaluation.scores))
         return {name: [{"Rollout": text} for text in evaluation.trajectories] for name in components}
 
     def _reflect(self, prompt: Any) -> str:
@@ -157,11 +176,16 @@ class _Evolving:
     # The same on the run's loop.
 
     async def _answered(self, messages: list[dict[str, str]]) -> str:
+        seen = self.reflection
+        what = {"reflection": self.writers.spent.calls, "parent": seen.parent.number if seen else None}
         try:
-            async with self.writers.recorded({"reflection": self.writers.spent.calls}) as (_, ask):
-                return await ask(self.config.critic, messages)
+            async with self.writers.recorded(what) as (rollout_id, ask):
+                answer = await ask(self.config.critic, messages)
         except BudgetUsedUp:
             return ""  # the search ends before it asks again
+        if seen is not None:
+            seen.answer, seen.rollout_id = answer, rollout_id
+        return answer
 
     async def _evaluated(
         self, tasks: list[str], texts: dict[str, str], *, validate: bool
@@ -214,7 +238,7 @@ class _Evolving:
             first = self.on.prompts
             templates = {name: replace(first[name], template=text) for name, text in texts.items()}
             whys = [why for name, each in templates.items() if (why := unusable(each, first[name]))]
-            self.candidates[key] = Candidate(
+            made = Candidate(
                 number=len(self.candidates),
                 resources_id=new_id(),
                 templates=templates,
@@ -222,6 +246,16 @@ class _Evolving:
                 stage="done",
                 refused="; ".join(whys),
             )
+            if (seen := self.reflection) is not None and seen.led_to(texts):  # else two candidates were merged
+                made = replace(
+                    made,
+                    parent=seen.parent.number,
+                    edited=seen.component,
+                    critique=reviewed(seen.answer),
+                    rollout_id=seen.rollout_id,
+                    parent_score=seen.parent_score,
+                )
+            self.candidates[key] = made
         return self.candidates[key]
 
     async def _write(self, candidate: Candidate) -> None:

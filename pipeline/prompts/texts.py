@@ -66,6 +66,12 @@ def edited(answer: str) -> str | None:
     return found[-1] if found else None
 
 
+def reviewed(answer: str) -> str:
+    """What a reflection says beside the new template, which stands between its first and its last fence."""
+    before, fence, rest = answer.partition("```")
+    return f"{before.strip()}\n\n{rest.rpartition('```')[2].strip()}".strip() if fence else ""
+
+
 def shortened(text: str) -> str:
     if len(text) <= SHOWN:
         return text

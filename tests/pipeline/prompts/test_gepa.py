@@ -26,7 +26,8 @@ def reflecting(messages: list[dict[str, str]]) -> str:
     said = messages[-1]["content"]
     (now, *_) = re.findall(r"```\n(.*?)\n```", said, re.DOTALL)
     missing = [rule for rule in RULES if re.search(rf'"needs": ?"{rule}"[^\n]*\nReward: 0', said)]
-    return f"```\n{now} {missing[0] if missing else 'be kind'}.\n```"
+    rule = missing[0] if missing else "be kind"
+    return f"Some lack a rule: {rule}.\n```\n{now} {rule}.\n```\nThat is all."
 
 
 async def search(settings: Settings, run_dir: Path, most: int = 100, runs: Any = agent, **given: Any) -> list[Any]:
@@ -35,6 +36,17 @@ async def search(settings: Settings, run_dir: Path, most: int = 100, runs: Any =
     await trainer.train(TASKS, VAL_TASKS)
     store = ms.ClickHouseStore(ms.load_settings(clickhouse_dsn=f"chdb://{run_dir}/store"))
     rows = store.sql("SELECT number, templates, refused, score FROM prompts ORDER BY number").rows
+    store.close()
+    return list(rows)
+
+
+def reflections(run_dir: Path) -> list[Any]:
+    """Of each candidate: what it answers, and what the rollout that its reflection was recorded as says."""
+    store = ms.ClickHouseStore(ms.load_settings(clickhouse_dsn=f"chdb://{run_dir}/store"))
+    rows = store.sql(
+        "SELECT p.number, p.parent, p.edited, p.critique, p.templates, r.output FROM prompts AS p "
+        "LEFT JOIN rollouts AS r ON r.rollout_id = p.rollout_id ORDER BY p.number"
+    ).rows
     store.close()
     return list(rows)
 
@@ -48,6 +60,9 @@ async def test_it_finds_the_prompt_and_goes_on_where_it_stopped(tmp_path: Path) 
     async with writing(reflecting) as (_, settings):
         whole = await search(settings, tmp_path / "whole")
         assert all(rule in best(tmp_path / "whole") for rule in RULES)
+        assert all(
+            critique.startswith("Some lack a rule: ") for *_, critique, _, _ in reflections(tmp_path / "whole")[1:]
+        )
         await search(settings, tmp_path / "parts", most=25)
         assert best(tmp_path / "parts") != best(tmp_path / "whole")
         assert await search(settings, tmp_path / "parts") == whole
@@ -68,6 +83,15 @@ async def test_a_budget_ends_it(tmp_path: Path) -> None:
     async with writing(reflecting) as (server, settings):
         await search(settings, tmp_path, budget=Budget(tokens=40))
         assert len(server.requests) == 2
+    first, *others = reflections(tmp_path)
+    assert first[1:4] == ("", "", "")
+    assert others
+    for _, parent, edited, critique, templates, recorded in others:
+        assert parent
+        assert edited == "system"
+        rule = critique.removeprefix("Some lack a rule: ").removesuffix(".\n\nThat is all.")
+        assert f"{rule}." in json.loads(templates)["system"]["template"]
+        assert critique.partition("\n")[0] in json.loads(recorded)[0]
     assert (tmp_path / FILE).exists()
 
 
