@@ -60,9 +60,8 @@ async def test_it_finds_the_prompt_and_goes_on_where_it_stopped(tmp_path: Path) 
     async with writing(reflecting) as (_, settings):
         whole = await search(settings, tmp_path / "whole")
         assert all(rule in best(tmp_path / "whole") for rule in RULES)
-        assert all(
-            critique.startswith("Some lack a rule: ") for *_, critique, _, _ in reflections(tmp_path / "whole")[1:]
-        )
+        critiques = [critique for *_, critique, _, _ in reflections(tmp_path / "whole")[1:]]
+        assert all(critique.startswith("Some lack a rule: ") for critique in critiques)
         await search(settings, tmp_path / "parts", most=25)
         assert best(tmp_path / "parts") != best(tmp_path / "whole")
         assert await search(settings, tmp_path / "parts") == whole
