@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from secrets import token_hex
-from urllib.parse import quote
+from typing import Any
+from urllib.parse import quote, urlsplit
 from urllib.request import Request, urlopen
 
 import pytest
 import yaml
+from chart_checks import parsed
 
 from millstream.deploy.kafka.local import resolve_jars
-from millstream.pipeline.addresses import free_port
+from millstream.pipeline.addresses import LOOPBACK, free_port
 from millstream.schemas.config.settings import Settings
 
 ROOT = Path(__file__).parents[3]
@@ -65,16 +67,50 @@ def test_the_compose_file_fits_its_specification(tmp_path: Path) -> None:
     assert run(*check, wrong).returncode == 1
 
 
-def compose() -> dict[str, dict[str, object]]:
+def compose() -> dict[str, dict[str, Any]]:
     return yaml.safe_load((DOCKER / "compose.yaml").read_text())["services"]
 
 
 def test_each_variable_of_the_roles_is_a_setting() -> None:
     roles = {name: service for name, service in compose().items() if "build" in service}
-    assert roles.keys() == {"topics", "adapter", "sink", "proxy", "runner", "gateway"}
+    assert roles.keys() == {"topics", "adapter", "sink", "proxy", "runner", "gateway", "trainer", "trainer-proxy"}
     for service in roles.values():
         for variable in service["environment"]:
             assert variable.removeprefix("MILLSTREAM_").lower() in Settings.model_fields
+
+
+@pytest.mark.parametrize("name", [name for name, service in compose().items() if "build" in service])
+def test_each_role_has_arguments_of_a_command_and_a_probe_of_its_port(name: str) -> None:
+    service = compose()[name]
+    arguments = [str(argument) for argument in service["command"]]
+    command, options = parsed(arguments)
+    assert command == " ".join(arguments)[: len(command)]
+    if (port := options.get("health_port") or options.get("port")) is not None:
+        assert f":{port}/livez" in service["healthcheck"]["test"][-1]
+    else:
+        assert service["healthcheck"] == {"disable": True}
+
+
+def test_runners_reach_the_trainers_model_by_a_proxy_that_shares_its_network() -> None:
+    trainer, proxy = compose()["trainer"], compose()["trainer-proxy"]
+    assert proxy["network_mode"] == "service:trainer"
+    assert trainer["environment"] == proxy["environment"]
+    assert urlsplit(trainer["environment"]["MILLSTREAM_MODEL_URL"]).hostname == LOOPBACK
+    announced, listening = trainer["environment"]["MILLSTREAM_PROXY_URL"], parsed(proxy["command"])[1]["listen"]
+    assert (urlsplit(announced).hostname, urlsplit(announced).port) == ("trainer", urlsplit(listening).port)
+
+
+@needs_tools
+@pytest.mark.skipif(shutil.which("podman") is None, reason="needs podman, which podman-compose asks for its version")
+def test_the_trainer_is_started_by_its_profile_alone(tmp_path: Path) -> None:
+    lines = [line for line in (DOCKER / "example.env").read_text().splitlines() if line and not line.startswith("#")]
+    env = tmp_path / ".env"
+    env.write_text("".join(f"{line}/x\n" for line in [*lines, "TRAIN_FOLDER=/my"]))
+    config = (TOOLS / "podman-compose", "--env-file", env, "-f", DOCKER / "compose.yaml")
+    assert "trainer" not in yaml.safe_load(succeed(*config, "config"))["services"]
+    shown = yaml.safe_load(succeed(*config, "--profile", "train", "config"))["services"]
+    assert "/my/x:/train:ro" in shown["trainer"]["volumes"]
+    assert shown["trainer-proxy"]["network_mode"] == "service:trainer"
 
 
 def test_secrets_and_what_has_no_default_are_in_the_example_and_required() -> None:
