@@ -1,7 +1,7 @@
 """Grafana's dashboards, as tables of panels; ``python -m millstream.deploy.grafana.make`` writes dashboards/*.json.
 
-The metrics are those of schemas/metrics.py, the views those of schemas/clickhouse. Gateways answer for the whole
-deployment, each the same: max over them, never sum.
+The metrics are those of schemas/metrics.py and, of model servers, vLLM's own; the views those of schemas/clickhouse.
+Gateways answer for the whole deployment, each the same: max over them, never sum.
 """
 
 import json
@@ -109,6 +109,33 @@ OVERVIEW: Final[dict[str, tuple[Panel, ...]]] = {
                 (f"sum(rate(millstream_calls_unrecorded_total{RATE}))", "not recorded"),
             ),
             "ops",
+        ),
+    ),
+    "vLLM": (
+        Panel(
+            "Requests",
+            (
+                ("sum by (model_name) (vllm:num_requests_running)", "{{model_name}}: running"),
+                ("sum by (model_name) (vllm:num_requests_waiting)", "{{model_name}}: waiting"),
+            ),
+            about="A waiting request has no room in the KV cache, or in the batch.",
+        ),
+        Panel("KV cache used", (("vllm:kv_cache_usage_perc", "{{instance}} {{engine}}"),), "percentunit"),
+        Panel(
+            "Tokens a second",
+            (
+                rate("vllm:prompt_tokens_total", "model_name", "{{model_name}}: prompts"),
+                rate("vllm:generation_tokens_total", "model_name", "{{model_name}}: generated"),
+            ),
+            "ops",
+        ),
+        Panel("First token, by vLLM", quantiles("vllm:time_to_first_token_seconds", "model_name"), "s"),
+        Panel("Between two tokens", quantiles("vllm:inter_token_latency_seconds", "model_name"), "s"),
+        Panel(
+            "Preempted",
+            (rate("vllm:num_preemptions_total", "model_name"),),
+            "ops",
+            about="Requests whose KV cache was given to others, and is computed again.",
         ),
     ),
     "Log and store": (

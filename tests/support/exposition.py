@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -14,6 +15,7 @@ from millstream.schemas.metrics import CATALOGUE, Metric
 BY_NAME: dict[str, Metric] = {metric.name: metric for section in CATALOGUE.values() for metric in section}
 FROM_SCRAPING = {"job", "instance", "role", "le"}
 FROM_CLIENT = {"up", "process_cpu_seconds_total", "process_resident_memory_bytes"}  # or from Prometheus itself
+VLLM = Path(__file__).with_name("vllm") / "metrics.txt"  # of a real one that had answered; tests/vllm compares it
 OTHERS = ("process_", "python_", "my_", "agent_")  # the client library's own, and those of hooks
 
 
@@ -58,12 +60,21 @@ def series(rules: Iterable[Mapping[str, Any]]) -> dict[str, set[str]]:
         if "record" in rule:
             by = re.match(r"sum by \(([\w, ]*)\)", rule["expr"])
             found[rule["record"]] = set(by[1].split(", ")) if by else set()
+    return found | labels_by_name(VLLM.read_text())
+
+
+def labels_by_name(text: str) -> dict[str, set[str]]:
+    """Labels of the samples that a server exports, by their names, without those of scraping."""
+    found: dict[str, set[str]] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found.setdefault(sample.name, set()).update(set(sample.labels) - FROM_SCRAPING)
     return found
 
 
 def labels_of(query: str, known: Mapping[str, set[str]]) -> set[str]:
     """The labels that the series of a PromQL query may have. Asserts that each name and label in it exists."""
-    names = set(re.findall(r"\b(?:millstream[_:]|process_)[\w:]+|\bup\b", query))
+    names = set(re.findall(r"\b(?:millstream[_:]|process_|vllm:)[\w:]+|\bup\b", query))
     assert names
     assert names <= set(known)
     for name, matchers in re.findall(r"(\w[\w:]*)\{([^}]*)\}", query):

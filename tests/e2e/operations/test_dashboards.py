@@ -11,7 +11,9 @@ from typing import Any
 
 import httpx
 import pytest
+from aiohttp import web
 from confluent_kafka import Producer as RawProducer
+from exposition import VLLM
 from policy_server import Fault, PolicyServer
 
 from millstream.consumers.log.kafka_log import KafkaLog
@@ -31,7 +33,7 @@ pytestmark = [
     ),
 ]
 RULES = Path(__file__).parents[3] / "deploy" / "prometheus" / "rules.yml"
-ROLES = ("adapter", "sink", "proxy", "runner", "gateway", "trainer")
+ROLES = ("adapter", "sink", "proxy", "runner", "gateway", "trainer", "vllm")
 ANSWERED_S = 400.0  # a busy machine takes minutes
 
 AGENT = """
@@ -96,6 +98,21 @@ def promql(expression: str) -> str:
     return expression.replace("$__rate_interval", "20s").replace("$experiment", ".*")
 
 
+def vllm_exporter() -> web.Application:
+    """Serves what a vLLM has exported; its counters grow."""
+    counter = re.compile(r"^(\S+(?:_total|_bucket|_count|_sum)\{.*\}) (\S+)$", re.MULTILINE)
+    began = time.monotonic()
+
+    async def metrics(request: web.Request) -> web.Response:
+        times = 1.0 + time.monotonic() - began
+        text = counter.sub(lambda line: f"{line[1]} {float(line[2]) * times}", VLLM.read_text())
+        return web.Response(text=text, content_type="text/plain")
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    return app
+
+
 def sql(query: str, since: float) -> str:
     query = query.replace("(${experiment:singlequote})", "(SELECT DISTINCT experiment_id FROM rollouts_per_minute)")
     return re.sub(
@@ -118,8 +135,9 @@ async def test_every_query_of_every_panel_answers_something(
     model = PolicyServer()
     model.faults.extend([Fault(status=500)] * 3)
     since = time.time()
-    async with serve(model.app, f"http://{LOOPBACK}:0") as url:
+    async with serve(model.app, f"http://{LOOPBACK}:0") as url, serve(vllm_exporter(), f"http://{LOOPBACK}:0") as vllm:
         deployment = watched(settings, model_url=url, retry_max_attempts="2")
+        deployment.ports["vllm"] = int(vllm.rpartition(":")[2])
         deployment.environment["MILLSTREAM_KEY_LIMITS"] = '{"requests_per_minute": 2, "max_queue": 0}'
         deployment.environment["MILLSTREAM_PROXY_URL"] = f"http://{LOOPBACK}:{deployment.port('calls')}"
         deployment.environment["MILLSTREAM_PROXY_SECRET"] = "s" * 32
