@@ -1,7 +1,7 @@
 """Turns a file of prompts into groups of rollouts and publishes their tasks on the topic of their priority."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -20,6 +20,7 @@ from millstream.schemas.wire.records import LONGEST_ATTEMPT_S, LONGEST_LEASE_S, 
 from millstream.schemas.wire.topics import LIFETIMES, PRIORITIES
 
 MAX_PROBLEMS = 20  # listed in one error message
+TOGETHER: Final = 5000  # tasks that are sent before their acknowledgements are waited for
 
 
 def _one_of(*allowed: str) -> AfterValidator:
@@ -177,15 +178,19 @@ class TaskPublisher:
         self._topics = settings.topics
         self._limit = settings.max_record_bytes
 
-    async def publish(self, tasks: Iterable[RolloutTask]) -> None:
+    async def publish(self, tasks: Iterable[RolloutTask], progress: Callable[[int, int], None] | None = None) -> None:
         """Returns when all tasks are acknowledged. Sends none if one of them can't be published: raises `ConfigError`,
-        `CodecError` or `TooLarge`, which name it. Raises `LogError` if the log refuses some."""
+        `CodecError` or `TooLarge`, which name it. Raises `LogError` if the log refuses some. ``progress`` is called
+        with how many are acknowledged, and of how many."""
         now_ms = time.time_ns() // 1_000_000
         checked = [self._checked(number, task, now_ms) for number, task in enumerate(tasks, 1)]
         acks = Acks(self._producer)
-        for topic, body, headers in checked:
-            acks.send(topic, body, headers=headers)
-        await acks.wait()
+        for start in range(0, len(checked), TOGETHER):
+            for topic, body, headers in checked[start : start + TOGETHER]:
+                acks.send(topic, body, headers=headers)
+            await acks.wait()
+            if progress is not None:
+                progress(min(start + TOGETHER, len(checked)), len(checked))
 
     def encoded(self, task: RolloutTask) -> bytes:
         """Raises `CodecError`, and `TooLarge` if its attempts could not be recorded."""

@@ -69,11 +69,12 @@ def publish(
         async with closing(log.producer()) as producer:
             publisher = TaskPublisher(producer, settings)
             if not wait_s:
-                await publisher.publish(tasks)
+                await publisher.publish(tasks, show)
                 return []
-            return await ends_of(log, producer, settings.topics, ids, partial(publisher.publish, tasks), wait_s)
+            published = partial(publisher.publish, tasks)
+            return await ends_of(log, producer, settings.topics, ids, published, wait_s, show)
 
-    with working(f"publishing {len(tasks):,} tasks" if not wait_s else "rollouts that have ended"):
+    with working("rollouts that have ended", "rollouts") if wait_s else working("publishing", "tasks") as show:
         ends = with_log(settings, work)
     if not wait_s:
         print_rows(["rollout_id", "group_id"], [[t.rollout_id, t.group_id] for t in tasks], as_json, limit=20)

@@ -54,9 +54,9 @@ def replay(
     async def work(log: "Log") -> "ReplaySummary":
         found = await find_experiment(log, settings.topics, experiment)
         output = await open_output(to, log, settings)
-        return await run_replay(log, settings.topics, Replay(found, chosen, rewarded), output, begin)
+        return await run_replay(log, settings.topics, Replay(found, chosen, rewarded), output, begin, show)
 
-    with working("reading recorded events"):
+    with working("reading recorded events", "records") as show:
         done = with_log(settings, work)
     columns = ("rollouts", "triplets", "trainable", "reward_mean", "incomplete", "open", "unreadable")
     mean = fsum(done.rewards) / len(done.rewards) if done.rewards else None

@@ -1,8 +1,7 @@
 """The store of a deployment: reads ClickHouse, embedded in this process or a server."""
 
 import json
-import shutil
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, BinaryIO, Final, Unpack
 
@@ -29,6 +28,7 @@ from millstream.schemas.control import Resources
 from millstream.schemas.errors import StoreError
 from millstream.schemas.wire.records import Span, Triplet
 
+COPIED_BYTES: Final = 1 << 20  # of an export, at once
 READ_ONLY: Final = 2  # ClickHouse's `readonly`: no writes and no DDL, but a query may have settings of its own
 READ_ONLY_AS_IS: Final = 1  # nor those; most table functions are refused, too
 
@@ -111,9 +111,17 @@ class ClickHouseStore(Store):
         with store_errors(self._settings, "refused the query"):
             return self._client.query_arrow(query, parameters=dict(parameters or {}))
 
-    def export(self, query: str, file: BinaryIO, file_format: str, parameters: Mapping[str, Any] | None = None) -> None:
+    def export(
+        self,
+        query: str,
+        file: BinaryIO,
+        file_format: str,
+        parameters: Mapping[str, Any] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> None:
         """Streams the rows of a query into a file, in one of ClickHouse's formats, such as Parquet, CSVWithNames or
-        JSONEachRow. Raises `StoreError`; the file is then incomplete."""
+        JSONEachRow. ``progress`` is called with the number of bytes written so far. Raises `StoreError`; the file is
+        then incomplete."""
         query = self._reading(query)
         # Without the setting, a server that fails halfway puts the error among the data.
         settings = {} if self._settings.clickhouse_dsn.startswith(EMBEDDED) else {"wait_end_of_query": 1}
@@ -121,7 +129,11 @@ class ClickHouseStore(Store):
             store_errors(self._settings, "refused the query"),
             self._client.raw_stream(query, dict(parameters or {}), settings, fmt=file_format) as rows,
         ):
-            shutil.copyfileobj(rows, file)
+            written = 0
+            while part := rows.read(COPIED_BYTES):
+                written += file.write(part)
+                if progress is not None:
+                    progress(written)
 
     def follow(self, rollout_id: str) -> AsyncIterator[Span]:
         if self._log is None:

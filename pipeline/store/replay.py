@@ -11,7 +11,7 @@ from typing import Final
 from millstream.consumers.adapter.decision import without_triplets
 from millstream.consumers.adapter.replay import Replay, Replayed
 from millstream.consumers.log.port import Log
-from millstream.consumers.log.read_to_end import read_to_end
+from millstream.consumers.log.read_to_end import Progress, read_to_end
 from millstream.producers.log.acks import Acks
 from millstream.schemas.config.settings import Settings
 from millstream.schemas.errors import ConfigError
@@ -94,9 +94,14 @@ class TopicOutput:
 
 
 async def run_replay(
-    log: Log, topics: Topics, replay: Replay, output: TopicOutput, start: Start | None = None
+    log: Log,
+    topics: Topics,
+    replay: Replay,
+    output: TopicOutput,
+    start: Start | None = None,
+    progress: Progress | None = None,
 ) -> ReplaySummary:
-    """Replays everything that ``events`` holds by now. Raises `LogError`."""
+    """Replays everything that ``events`` holds by now. ``progress``: see `read_to_end`. Raises `LogError`."""
     start = start or Start()
     summary = ReplaySummary()
     partitions = [Partition(topics.events, number) for number in range(topics.partitions)]
@@ -104,7 +109,7 @@ async def run_replay(
     begins = await consumer.beginning_offsets(partitions)
     await consumer.close()
     first = {p: max(begin, start.offsets.get(p.number, 0)) for p, begin in begins.items()}
-    async with aclosing(read_to_end(log, partitions, first)) as records:
+    async with aclosing(read_to_end(log, partitions, first, progress=progress)) as records:
         async for record in records:
             if start.covers(record) and (replayed := replay.apply(record)) is not None:
                 output.write(replayed)

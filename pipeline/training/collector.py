@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 
 from millstream.consumers.dead_letters import dead_letter, send_dead_letter
 from millstream.consumers.log.port import Log
@@ -110,10 +111,16 @@ class Collector:
             found[partition] = min(found[partition], offset)
         return found
 
-    async def collect(self, rollout_ids: Sequence[str]) -> list[FinishedRollout]:
+    async def collect(
+        self, rollout_ids: Sequence[str], progress: Callable[[int, int], None] | None = None
+    ) -> list[FinishedRollout]:
         """Waits until each of these has ended; in the order given. Ends, since every published rollout does, or the log
-        has dropped it: that one ends as failed here."""
+        has dropped it: that one ends as failed here. ``progress`` is called with how many have, and of how many."""
         ends = [self._ends[rollout_id] for rollout_id in rollout_ids]
+        if progress is not None:
+            numbers = count(1)
+            for end in ends:
+                end.add_done_callback(lambda _: progress(next(numbers), len(ends)))
         if ends:
             await asyncio.wait(ends)
         return [end.result() for end in ends]
@@ -214,8 +221,10 @@ async def ends_of(
     rollout_ids: Sequence[str],
     publish: Callable[[], Awaitable[None]],
     wait_s: float,
+    progress: Callable[[int, int], None] | None = None,
 ) -> list[RolloutEnd]:
-    """How these rollouts, which ``publish`` publishes, end; in the order given.
+    """How these rollouts, which ``publish`` publishes, end; in the order given. ``progress`` is called with how many
+    have ended, and of how many.
 
     Raises `LogUnavailable` naming how many have not ended within ``wait_s``: they go on.
     """
@@ -225,7 +234,7 @@ async def ends_of(
         collector.expect(rollout_ids)
         await publish()
         async with asyncio.timeout(wait_s):
-            return [finished.end for finished in await collector.collect(rollout_ids)]
+            return [finished.end for finished in await collector.collect(rollout_ids, progress)]
     except TimeoutError:
         open_ones = len(collector.outstanding)
         raise LogUnavailable(

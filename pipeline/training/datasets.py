@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from millstream.consumers.adapter.training_rules import NO_TOKENS
 from millstream.consumers.log.port import Log
-from millstream.consumers.log.read_to_end import read_to_end
+from millstream.consumers.log.read_to_end import Progress, read_to_end
 from millstream.pipeline.algorithms.estimators import turn_rewards
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.errors import CodecError
@@ -68,13 +68,18 @@ def _earned(rollout: Rollout) -> float:
 
 
 async def read_rollouts(
-    log: Log, topics: Topics, experiment: str | None, mode: str | None, topic: str | None = None
+    log: Log,
+    topics: Topics,
+    experiment: str | None,
+    mode: str | None,
+    topic: str | None = None,
+    progress: Progress | None = None,
 ) -> list[list[Triplet]]:
     """The triplets that the log still holds, with whole prompts, by rollout. ``topic``: one that a replay has written,
-    in place of that of triplets."""
+    in place of that of triplets. ``progress``: see `read_to_end`."""
     found: dict[str, list[Triplet]] = {}
     partitions = [Partition(topic or topics.triplets, number) for number in range(topics.partitions)]
-    async for record in read_to_end(log, partitions):
+    async for record in read_to_end(log, partitions, progress=progress):
         try:
             value = codec.decode(record.value)
         except CodecError as error:

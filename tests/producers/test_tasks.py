@@ -10,7 +10,7 @@ import pytest
 from factories import event, task
 
 from millstream.consumers.log.memory_log import MemoryLog
-from millstream.producers.tasks import TaskPublisher, read_tasks
+from millstream.producers.tasks import TOGETHER, TaskPublisher, read_tasks
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.errors import CodecError, ConfigError, TooLarge
 from millstream.schemas.ids import derived_id, new_id
@@ -133,6 +133,14 @@ async def test_all_tasks_are_published_or_none(tasks: list[RolloutTask], error: 
         await TaskPublisher(log.producer(), SETTINGS).publish(tasks)
     assert says in str(raised.value)
     assert [r for parts in log.partitions.values() for part in parts for r in part.records] == []
+
+
+async def test_publishing_says_how_many_tasks_are_stored() -> None:
+    log = MemoryLog(SETTINGS.topics)
+    shown: list[tuple[int, int]] = []
+    tasks = [task() for _ in range(TOGETHER + 1)]
+    await TaskPublisher(log.producer(), SETTINGS).publish(tasks, lambda *done: shown.append(done))
+    assert shown == [(TOGETHER, TOGETHER + 1), (TOGETHER + 1, TOGETHER + 1)]
 
 
 async def test_a_task_that_is_accepted_can_be_claimed_and_retried() -> None:

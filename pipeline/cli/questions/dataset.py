@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -74,15 +75,18 @@ def _write(experiment: str | None, mode: str, form: "Callable[[Iterable[list[Tri
 
     async def read(log: "Log") -> "list[list[Triplet]]":
         found = None if experiment is None else await find_experiment(log, settings.topics, experiment)
-        return await datasets.read_rollouts(log, settings.topics, found, mode)
+        return await datasets.read_rollouts(log, settings.topics, found, mode, progress=show)
 
-    with working("reading the log"):
+    with working("reading the log", "records") as show:
         rollouts = with_log(settings, read)
     blobs = Blobs(settings.blob_url)
     written = 0
-    for text in form([datasets.with_contents(triplet, blobs) for triplet in rollout] for rollout in rollouts):
-        sys.stdout.write(text)
-        written += 1
+    shown = nullcontext(lambda *_: None) if sys.stdout.isatty() else working("writing", "examples")
+    with shown as show:
+        for text in form([datasets.with_contents(triplet, blobs) for triplet in rollout] for rollout in rollouts):
+            sys.stdout.write(text)
+            written += 1
+            show(written, None)
     if not written:
         searched = f"experiment {experiment}, mode {mode}" if experiment else f"mode {mode}, of any experiment"
         err.print(f"nothing was written: {datasets.why_none(rollouts, searched)}", highlight=False, markup=False)

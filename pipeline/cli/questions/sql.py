@@ -56,11 +56,11 @@ def export(
     unfinished = file.with_name(f"{file.name}.part")
     try:
         with (
-            working(f"writing {file}"),
+            working(f"writing {file}", "bytes") as show,
             open_store(open_settings()) as store,
             unfinished.open("wb") as opened,
         ):
-            store.export(source, opened, file_format, bound)
+            store.export(source, opened, file_format, bound, lambda written: show(written, None))
         unfinished.replace(file)
     except OSError as error:
         raise ConfigError(f"{file} can't be written: {error.strerror}") from error

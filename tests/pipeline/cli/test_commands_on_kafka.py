@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from millstream.deploy.kafka.local import HOST, LocalKafka
 from millstream.pipeline.addresses import free_port
+from tests.pipeline.cli.terminal import on_a_terminal
 
 pytestmark = pytest.mark.kafka
 
@@ -45,9 +47,12 @@ def test_topics_are_created_once_the_broker_answers_and_tasks_come_from_a_pipe(t
         assert creating.returncode == 0
         (tasks,) = (topic["topic"] for topic in created if "normal" in topic["topic"])
 
+        (tmp_path / "tasks.jsonl").write_text('{"input": 0}\n' * 3)
+        shown = on_a_terminal([*millstream, "publish", "tasks.jsonl"], tmp_path, **environment)
+        assert re.search(r"publishing .*3 of 3 tasks · [\d,]+/s", shown), shown
         published = command("publish", "-", given='{"input": 1}\n{"input": 2}\n')
         assert len({task["rollout_id"] for task in published}) == 2
         listed = {topic["topic"]: topic["records"] for topic in command("topics", "list")}
-        assert listed == {topic["topic"]: 0 for topic in created} | {tasks: 2}
+        assert listed == {topic["topic"]: 0 for topic in created} | {tasks: 5}
     finally:
         kafka.down()

@@ -127,9 +127,9 @@ async def record_a_run(log, settings):
     return 18
 
 
-async def replayed(log, settings, to, start=None, **functions):
+async def replayed(log, settings, to, start=None, progress=None, **functions):
     output = await open_output(to, log, settings)
-    return await run_replay(log, settings.topics, Replay(E, **functions), output, start)
+    return await run_replay(log, settings.topics, Replay(E, **functions), output, start, progress)
 
 
 def by_partition(records):
@@ -143,7 +143,11 @@ def by_partition(records):
 
 async def test_the_same_code_gives_the_same_bytes_in_the_same_order(log, settings):
     rollouts = await record_a_run(log, settings)
-    summary = await replayed(log, settings, f"{settings.topics.prefix}.again")
+    shown = []
+    again = f"{settings.topics.prefix}.again"
+    summary = await replayed(log, settings, again, progress=lambda *done: shown.append(done))
+    assert shown == sorted(shown)
+    assert shown[-1][0] == shown[-1][1] > 3 * rollouts  # records
     original = by_partition(await all_of(log, settings, settings.topics.triplets))
     assert by_partition(await all_of(log, settings, f"{settings.topics.prefix}.again")) == original
     assert (summary.rollouts, summary.incomplete, summary.open) == (rollouts, 0, 1)

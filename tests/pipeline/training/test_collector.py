@@ -42,7 +42,9 @@ async def test_an_end_that_is_read_before_its_rollout_is_expected_is_found() -> 
         await asyncio.sleep(0)
     ids = [end.rollout_id for end in ended]
     collector.expect(ids)
-    assert [found.end for found in await collector.collect(ids)] == ended
+    shown: list[tuple[int, int]] = []
+    assert [found.end for found in await collector.collect(ids, lambda *done: shown.append(done))] == ended
+    assert shown == [(1, 4), (2, 4), (3, 4), (4, 4)]
     await collector.close()
 
 
