@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from policy_server import PolicyServer
 
+from examples.calculator.tasks import make_tasks
 from millstream.pipeline.addresses import free_port
 from millstream.pipeline.services.serve_aiohttp import serve
 from millstream.schemas.config.settings import Settings
@@ -22,6 +24,19 @@ pytestmark = pytest.mark.kafka
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "your-agent.md").read_text()
 UP_S = 120  # five processes on a busy machine
+TRAIN = """
+run = "first"
+run_dir = "runs/first"
+strategy = "kafka"
+tasks = "tasks.jsonl"
+max_steps = 2
+
+[algorithm]
+type = "grpo"
+model = "model"
+groups_per_step = 2
+group_size = 4
+"""
 
 
 def blocks() -> list[str]:
@@ -121,6 +136,33 @@ def shell(script: str, folder: Path, environment: dict[str, str]) -> str:
     )
     assert done.returncode == 0, f"{script}\n{done.stdout}\n{done.stderr}"
     return done.stdout
+
+
+@pytest.mark.torch
+@pytest.mark.timeout(400)
+def test_up_starts_a_broker_of_its_own_trains_and_stops_all(tmp_path: Path, environment: dict[str, str]) -> None:
+    create = "import sys; from examples.calculator import model; model.create(sys.argv[1], 0)"
+    python = environment | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", create, str(tmp_path / "model")], env=python, check=True)
+    tasks = [json.dumps({"input": task}) for task in make_tasks(32, "train", 0)]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(tasks))
+    (tmp_path / "train.toml").write_text(TRAIN)
+    del python["MILLSTREAM_KAFKA_BOOTSTRAP_SERVERS"]
+    port = free_port()
+    agent = f"examples.calculator.agent:agent --train train.toml --data-dir kafka --kafka-port {port}"
+    up = Up(f"millstream up {agent}", tmp_path, python)
+    said = "".join(up.lines())
+    code = up.process.wait(20)
+    log = up.log.read_text()
+    assert code == 0, said + log
+    assert f"Kafka at 127.0.0.1:{port}" in said.replace("localhost", "127.0.0.1")
+    query = "SELECT step, rollouts FROM training_steps ORDER BY step"
+    steps = json.loads(shell(f'millstream sql --json "{query}"', tmp_path, python))
+    assert steps == [{"step": 1, "rollouts": 8}, {"step": 2, "rollouts": 8}]
+    asked = "SELECT status, count() AS n FROM rollouts GROUP BY status"
+    assert json.loads(shell(f'millstream sql --json "{asked}"', tmp_path, python)) == [{"status": "succeeded", "n": 16}]
+    with socket.socket() as there:
+        assert there.connect_ex(("127.0.0.1", port)) != 0  # the broker has ended, too
 
 
 def test_a_wrong_setting_of_a_role_ends_all_with_its_error(tmp_path: Path, environment: dict[str, str]) -> None:
