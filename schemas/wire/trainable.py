@@ -9,6 +9,9 @@ TOKEN_BYTES: Final = 4
 LARGEST_REWARD: Final = 3.4e38  # of float32, in which advantages are computed
 # Above 0 by rounding only: servers compute in bfloat16.
 LARGEST_LOGPROB: Final = 0.01
+# Of a little-endian float32 the last byte is sign and exponent. With these it is finite, and below 2^-7: nothing is
+# left to check.
+_PLAIN: Final = bytes([*range(0x3C), *range(0x80, 0xFF)])
 
 
 def bad_reward(reward: float) -> bool:
@@ -28,6 +31,8 @@ def bad_tokens(prompt: bytes | None, response: bytes | None, logprobs: bytes | N
         return None
     if len(logprobs) % TOKEN_BYTES:
         return "the logprobs end within a number"
+    if not logprobs[3::4].translate(None, _PLAIN):
+        return None
     values = array("f", logprobs)
     if sys.byteorder == "big":
         values.byteswap()
