@@ -25,8 +25,8 @@ from millstream.schemas.config.settings import Settings
 pytestmark = [pytest.mark.torch, pytest.mark.slow, pytest.mark.chaos]
 
 ROOT = Path(__file__).parents[2]
-KILLS = int(os.environ.get("KILLS", "3"))  # 50 take about five minutes each
-STEPS = 30
+KILLS = int(os.environ.get("KILLS", "3"))  # 50 take about three minutes each
+STEPS = max(30, 6 * KILLS)  # so that it is killed as often
 LIVES_S = 2.5  # at most, of a trainer that has started
 
 
@@ -54,6 +54,7 @@ def killed(
         if trainer.returncode == 0:
             break
     assert trainer.returncode == 0
+    print(f"killed {kill} times")
     return json.loads((run_dir / "result.json").read_text())  # type: ignore[no-any-return]
 
 
