@@ -1,13 +1,9 @@
 """The queries behind the pages in the browser that `queries` does not have: bounded, with texts cut by the engine."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final, get_args
+from typing import Any, Final
 
-from millstream.pipeline.store.queries import Ask, conditions, narrowed
-from millstream.pipeline.store.results import RolloutOrder, checked_order
-
-CUT: Final = 240  # characters of an input or an error in a list
+from millstream.pipeline.store.queries import Ask
 
 # How rollouts ended in the last seconds. Rates come from what ended, not from what was published.
 RECENT_ENDS: Final = """
@@ -135,79 +131,6 @@ LIMIT {limit:UInt32} OFFSET {offset:UInt32}
 DEAD_REASONS: Final = (
     "SELECT reason, count() AS letters FROM dead_letters GROUP BY reason ORDER BY letters DESC LIMIT 50"
 )
-
-_ROLLOUTS: Final = """
-SELECT
-    rollout_id, group_id, group_size, experiment_id, mode, status, attempts, lost_attempts, turns, reward,
-    model_version, trainable, ifNull(reason, '') AS reason, error_type,
-    substringUTF8(error_message, 1, {cut}) AS error_message, substringUTF8(input, 1, {cut}) AS input,
-    toUnixTimestamp64Nano(created_at) AS created, queued_s, duration_s, prompt_tokens, response_tokens
-FROM rollouts
-WHERE {where}
-ORDER BY {order}
-LIMIT {limit} OFFSET {offset}
-"""
-# What a search looks through: ids, inputs, outputs, errors, and what models have answered.
-_TEXT: Final = """(
-    rollout_id = {text:String} OR group_id = {text:String} OR endsWith(rollout_id, {text:String})
-    OR positionCaseInsensitiveUTF8(input, {text:String}) > 0
-    OR positionCaseInsensitiveUTF8(ifNull(output, ''), {text:String}) > 0
-    OR positionCaseInsensitiveUTF8(error_message, {text:String}) > 0
-    OR positionCaseInsensitiveUTF8(ifNull(reason, ''), {text:String}) > 0
-    OR rollout_id IN (
-        SELECT rollout_id FROM triplets_raw WHERE positionCaseInsensitiveUTF8(response, {text:String}) > 0
-    )
-)"""
-
-
-@dataclass(frozen=True, slots=True)
-class RolloutSearch:
-    """What a page of rollouts asks for; empty: any. ``since_s``: published in the last seconds; 0: ever."""
-
-    status: str = ""
-    experiment_id: str = ""
-    group_id: str = ""
-    mode: str = ""
-    model_version: str = ""
-    resources_id: str = ""
-    text: str = ""
-    since_s: int = 0
-    sort_by: str = "created_at"
-    descending: bool = True
-
-    @property
-    def filters(self) -> dict[str, str]:
-        names = ("status", "experiment_id", "group_id", "mode", "model_version", "resources_id")
-        return {name: value for name in names if (value := getattr(self, name))}
-
-
-def find_rollouts(ask: Ask, search: RolloutSearch, limit: int, offset: int = 0) -> list[dict[str, Any]]:
-    """Rows of the view `rollouts`, texts cut to `CUT` characters. Raises ValueError for an order that isn't one of
-    `RolloutOrder`."""
-    direction = "DESC" if search.descending else "ASC"
-    order = f"{checked_order(search.sort_by)} {direction} NULLS LAST, rollout_id {direction}"
-    wanted: Mapping[str, Any] = search.filters
-    if not search.text and not search.since_s:
-        wanted, offset = narrowed(ask, wanted, sort_by=search.sort_by, direction=direction, limit=limit, offset=offset)
-    where, bound = conditions(wanted)
-    if search.since_s:
-        bound["since"] = search.since_s
-        where += " AND created_at >= now64(9) - toIntervalSecond({since:UInt32})"
-    if search.text:
-        bound["text"] = search.text
-        where += f" AND {_TEXT}"
-    sql = (
-        _ROLLOUTS.replace("{cut}", str(CUT))
-        .replace("{where}", where)
-        .replace("{order}", order)
-        .replace("{limit}", str(int(limit)))
-        .replace("{offset}", str(int(offset)))
-    )
-    return ask(sql, bound).records()
-
-
-def orders() -> tuple[str, ...]:
-    return get_args(RolloutOrder)
 
 
 def record(ask: Ask, sql: str, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from millstream.pipeline.store.pages import RolloutSearch, find_rollouts, orders
 from millstream.pipeline.store.queries import EXPERIMENTS, OPEN
+from millstream.pipeline.store.search import RolloutSearch, find_rollouts, orders
 from millstream.pipeline.ui.render import is_part, number_of, page
 from millstream.pipeline.ui.source import Source
 
@@ -43,6 +43,7 @@ def rollouts(request: Request) -> Response:
         model_version=query.get("version", ""),
         resources_id=query.get("resources", ""),
         text=query.get("q", ""),
+        before=query.get("before", ""),
         since_s=number_of(request, "since", 0, most=10**9),
         sort_by=query.get("sort", "created_at"),
         descending="asc" not in query,
@@ -52,8 +53,9 @@ def rollouts(request: Request) -> Response:
     except ValueError as error:
         raise HTTPException(422, str(error)) from None
     values: dict[str, Any] = {
-        "rows": found[:ROWS],
-        "more": len(found) > ROWS,
+        "rows": found.rows[:ROWS],
+        "more": len(found.rows) > ROWS,
+        "looked": found.looked,
         "at": at,
         "size": ROWS,
         "query": {name: value for name, value in query.items() if name != "at"},

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import struct
+from dataclasses import replace
 from typing import get_args
 from uuid import uuid4
 
@@ -428,6 +429,11 @@ async def test_a_page_of_rollouts_is_that_part_of_all(store, pipe):
             continue
         attempt = new_id()
         await pipe.write(factories.event(task, attempt, status.PREPARING, time=T0 + 10 * n))
+        if n % 6 == 3:  # retried
+            retry = replace(task, attempt=2, created_at=T0 + n)
+            await pipe.write(retry, topic=TOPICS.tasks("normal"))
+            attempt = new_id()
+            await pipe.write(factories.event(retry, attempt, status.PREPARING, time=T0 + 1000 - 30 * n))
         if n % 6 == 1:
             continue
         state = "failed" if n % 6 == 2 else "succeeded"

@@ -45,6 +45,8 @@ def test_rollouts_are_found_by_text(browser: TestClient, world: World, text: str
     found = browser.get("/rollouts", params={"q": text}).text
     assert world.id(name) in found
     assert world.id("queued") not in found
+    assert "rollouts were searched" in found
+    assert "Search older ones" not in found
 
 
 def test_a_rollout_is_shown_with_its_conversation_and_its_tree(browser: TestClient, world: World) -> None:
