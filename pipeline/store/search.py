@@ -8,7 +8,7 @@ from millstream.pipeline.store.queries import MOST_OPEN, Ask, conditions, narrow
 from millstream.pipeline.store.results import RolloutOrder, checked_order
 
 CUT: Final = 240  # characters of an input or an error in a list
-WINDOW: Final = 20_000  # rollouts whose texts are looked through for one page; each may hold a long conversation
+WINDOW: Final = 20_000  # tasks whose rollouts' texts are looked through for a page; each may hold a long conversation
 
 _ROLLOUTS: Final = """
 SELECT
@@ -22,13 +22,14 @@ ORDER BY {order}
 LIMIT {limit} OFFSET {offset}
 """
 # The part of the rollouts that is looked through: by id, which begins with the time, so that it is a range of each
-# table's key.
+# table's key, and reading stops at its end. A rollout has a row for each attempt.
 _LOOKED: Final = """
-SELECT count() AS rollouts, min(rollout_id) AS oldest, toUnixTimestamp64Nano(min(at)) AS since
+SELECT uniqExact(rollout_id) AS rollouts, count() AS tasks, min(rollout_id) AS oldest,
+    toUnixTimestamp64Nano(min(created_at)) AS since
 FROM (
-    SELECT rollout_id, min(created_at) AS at FROM tasks_raw
+    SELECT rollout_id, created_at FROM tasks_raw
     WHERE {where} AND ({before:String} = '' OR rollout_id < {before:String})
-    GROUP BY rollout_id ORDER BY rollout_id DESC LIMIT {window:UInt32}
+    ORDER BY rollout_id DESC LIMIT {window:UInt32}
 )
 """
 _PART: Final = "rollout_id >= {oldest:String} AND ({before:String} = '' OR rollout_id < {before:String})"
@@ -110,7 +111,7 @@ class Found:
 
 
 def find_rollouts(ask: Ask, search: RolloutSearch, limit: int, offset: int = 0, *, window: int = WINDOW) -> Found:
-    """Rows of the view `rollouts`, texts cut to `CUT` characters. ``window``: rollouts that are looked through for a
+    """Rows of the view `rollouts`, texts cut to `CUT` characters. ``window``: tasks that are looked through for a
     text. Raises ValueError for an order that isn't one of `RolloutOrder`."""
     direction = "DESC" if search.descending else "ASC"
     order = f"{checked_order(search.sort_by)} {direction} NULLS LAST, rollout_id {direction}"
@@ -146,7 +147,7 @@ def _holding(ask: Ask, search: RolloutSearch, window: int) -> tuple[Looked, list
     (part,) = ask(sql, parameters | {"before": search.before, "window": window}).records()
     rollouts, oldest, since = part["rollouts"], part["oldest"], part["since"]
     found = ask(_HOLDING, place | {"oldest": oldest}).records() if rollouts else []
-    last = rollouts < window
+    last = part["tasks"] < window
     if len(found) == MOST_OPEN:
         oldest, last = found[-1]["rollout_id"], False
         sql = _LOOKED.replace("{where}", f"{where} AND rollout_id >= {{oldest:String}}")
