@@ -4,7 +4,11 @@ The agent only emits six spans; there is no model and no store. CPU time covers 
 steadier than wall time on a shared machine. Then, over Kafka: how soon after its publication an agent starts when the
 system is idle, and how much of a runner's memory a thousand waiting attempts take.
 
-    python benchmarks/pipeline.py [--quick] [--json FILE]      from the repository's root
+The CPU of a rollout is also given in units of one bare SDK span of the same run, beside a floor: the spans by the bare
+SDK, their encoding, three acknowledged records and a share of a transaction. ``--peer`` measures Agent Lightning in
+turns with Kafka and 4 agent processes, by an interpreter that has it (`peers/agent_lightning.py`).
+
+    python benchmarks/pipeline.py [--quick] [--peer PYTHON] [--json FILE]      from the repository's root
 """
 
 import argparse
@@ -32,15 +36,20 @@ from millstream.consumers.log.memory_log import MemoryLog
 from millstream.consumers.runner.runner import Runner
 from millstream.consumers.workers import read_workers
 from millstream.deploy.kafka.local import LocalKafka
+from millstream.pipeline.addresses import free_port
 from millstream.pipeline.training.collector import Collector
 from millstream.producers.tasks import TaskPublisher
 from millstream.schemas.config.settings import load_settings
 from millstream.schemas.ids import new_id
-from millstream.schemas.wire.records import RolloutEnd, RolloutTask
+from millstream.schemas.wire import codec
+from millstream.schemas.wire.records import RolloutEnd, RolloutTask, Span
 
 SPANS = 6
 CONCURRENCY = 16
 WAITING = 1000
+RECORDS = 3  # of the floor: a claim, spans together, an end
+TOGETHER = 32  # rollouts of a transaction of the floor
+PEER_RUNNERS = (1, 4)
 
 
 def agent(_task: Any) -> None:
@@ -162,6 +171,54 @@ async def collect(collector: Collector, publisher: TaskPublisher, published: lis
     return ends
 
 
+async def floor(log: Any, settings: Any, count: int) -> dict[str, float]:
+    """Microseconds of CPU that even the barest pipeline would take for a rollout."""
+    topics, producer = settings.topics, log.producer()
+    transactional = log.transactional_producer(f"{topics.prefix}.floor")
+    await asyncio.to_thread(transactional.init_transactions, 30.0)
+    place = {"rollout_id": new_id(), "attempt_id": new_id(), "trace_id": "1" * 32, "span_id": "1" * 16}
+    one = Span(
+        **place, name="step 1", kind="span", start=0, end=1, attributes={"number": "1"}, source="agent", sequence=1
+    )
+    body = codec.encode(one)
+
+    def cpu_us(work: Callable[[], Any], times: int) -> float:
+        began = cpu_seconds()
+        for _ in range(times):
+            work()
+        producer.flush(60)
+        return (cpu_seconds() - began) / times * 1e6
+
+    def transaction() -> None:
+        transactional.begin_transaction()
+        transactional.send(topics.triplets, body, key="1")
+        transactional.commit_transaction(30.0)
+
+    found = {
+        "encode_us": cpu_us(lambda: codec.encode(one), count) * SPANS,
+        "records_us": cpu_us(lambda: producer.send(topics.events, body, key="1"), count) * RECORDS,
+        "transaction_us": await asyncio.to_thread(cpu_us, transaction, max(1, count // TOGETHER)) / TOGETHER,
+    }
+    await asyncio.to_thread(transactional.close)
+    await asyncio.to_thread(producer.close)
+    return found
+
+
+def peer(python: str, count: int, runners: int) -> float:
+    """Rollouts per second of Agent Lightning."""
+    script = Path(__file__).with_name("peers") / "agent_lightning.py"
+    done = subprocess.run(
+        [python, script, str(count), str(runners), str(SPANS), str(free_port())],
+        env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=True,
+    )
+    return float(done.stdout.partition("RESULT ")[2].split()[0])
+
+
 def resident_mib(pid: int) -> float:
     """Of a process and its children, shared pages counted once (proportional set size)."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
@@ -211,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer rollouts, for a look")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--peer", metavar="PYTHON", help="an interpreter that has Agent Lightning 0.3.0")
     options = parser.parse_args()
     count = 150 if options.quick else 3000
     sys.path.insert(0, str(Path.cwd()))
@@ -226,6 +284,13 @@ def main() -> None:
             for processes in (1, 2, 4):
                 name = f"Kafka, {processes} agent process{'es' * (processes > 1)}"
                 rows[name] = asyncio.run(over_kafka(broker.bootstrap_servers, run, count, processes))
+            others: dict[int, list[float]] = {runners: [] for runners in PEER_RUNNERS}
+            ours = [rows[name]["rollouts_per_second"]]
+            for _ in range(1 if options.quick else 3) if options.peer else ():
+                for runners, rates in others.items():
+                    rates.append(peer(options.peer, count // 2, runners))
+                ours.append(asyncio.run(over_kafka(broker.bootstrap_servers, run, count, 4))["rollouts_per_second"])
+            bare = asyncio.run(over_kafka(broker.bootstrap_servers, floor, count))
             latency = asyncio.run(over_kafka(broker.bootstrap_servers, start_latency, count // 3))
             memory = asyncio.run(over_kafka(broker.bootstrap_servers, waiting_memory))
         finally:
@@ -240,10 +305,22 @@ def main() -> None:
         single.add_row(name, f"{figure:.1f}")
     console.print(single)
     spans = tracing(options.quick)
+    sdk_us = spans["sdk_us_per_span"]
+    figures = {
+        "kafka_rollout_to_sdk_span": rows["Kafka, 4 agent processes"]["cpu_ms_per_rollout"] * 1e3 / sdk_us,
+        "memory_rollout_to_sdk_span": rows["in process, threads"]["cpu_ms_per_rollout"] * 1e3 / sdk_us,
+        "floor_to_sdk_span": SPANS + sum(bare.values()) / sdk_us,
+    }
+    if options.peer:
+        figures["peer_rollouts_per_second"] = max(statistics.median(rates) for rates in others.values())
+        figures["to_peer"] = statistics.median(ours) / figures["peer_rollouts_per_second"]
+    units = Table("", "", title="CPU of a rollout in bare SDK spans; beside a peer")
+    for name, figure in (figures | bare).items():
+        units.add_row(name, f"{figure:.1f}")
+    console.print(units)
     if options.json:
-        options.json.write_text(
-            json.dumps({"pipeline": rows, "start": latency, "memory": memory, "span": spans}, indent=2) + "\n"
-        )
+        groups = {"pipeline": rows, "start": latency, "memory": memory, "span": spans, "floor": bare}
+        options.json.write_text(json.dumps(groups | figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ FIGURES = {
     "adapter": {"triplet_us", "triplets_per_cpu_second", "triplet_us_to_decode_us", "ratio_1000_to_10_calls"},
     "pipeline": {
         *(f"pipeline.{place}.{figure}" for place in PLACES for figure in RUN),
+        *("kafka_rollout_to_sdk_span", "memory_rollout_to_sdk_span", "floor_to_sdk_span"),
         *(f"start.{figure}" for figure in ("start_p50_ms", "start_p99_ms")),
         *(f"memory.{figure}" for figure in ("idle_mib", "waiting_mib", "kib_per_waiting_attempt")),
         *(f"span.{figure}" for figure in SPAN | CALL),
