@@ -110,6 +110,7 @@ GROUP BY version
 ORDER BY min(r.created_at), version
 """
 
+SINCE: Final = "{created} >= now64(9) - toIntervalSecond({{since:UInt32}})"
 _TIMES = ("created_at", "started_at", "ended_at", "last_seen", "time")
 _OF_TASKS: Final = {"rollout_id", "group_id", "experiment_id", "mode"}  # filters that the task alone answers
 _OF_ENDS: Final = _OF_TASKS | {"status", "model_version"}  # those that the end answers
@@ -128,12 +129,12 @@ FROM (
     SELECT
         rollout_id, max(group_id) AS group_id, max(experiment_id) AS experiment_id, max(mode) AS mode,
         max(status) AS status, max(model_version) AS model_version,
-        min(claimed) AS started_at,
-        dateDiff('nanosecond', min(published), started_at) AS queued_s,
+        min(published) AS created_at, min(claimed) AS started_at,
+        dateDiff('nanosecond', created_at, started_at) AS queued_s,
         dateDiff('nanosecond', started_at, max(ended)) AS duration_s
     FROM (
         SELECT rollout_id, group_id, experiment_id, mode, '' AS status, NULL AS model_version,
-            toNullable(created_at) AS published, NULL AS claimed, NULL AS ended
+            toNullable(tasks_raw.created_at) AS published, NULL AS claimed, NULL AS ended
         FROM tasks_raw
         UNION ALL
         SELECT rollout_id, '', '', '', '', NULL, NULL, toNullable(time), NULL
@@ -143,7 +144,7 @@ FROM (
         FROM rollout_ends_raw
     )
     GROUP BY rollout_id
-    HAVING min(published) IS NOT NULL
+    HAVING created_at IS NOT NULL
 )
 WHERE {where}
 ORDER BY {order}
@@ -172,22 +173,34 @@ def read(
     return [record(**row) for row in ask(sql + _limit(limit, offset), parameters).records()]
 
 
-def read_newest(ask: Ask, filters: Mapping[str, Any], direction: str, limit: int, offset: int = 0) -> list[str]:
+def read_newest(
+    ask: Ask, filters: Mapping[str, Any], direction: str, limit: int, offset: int = 0, since_s: int = 0
+) -> list[str]:
     """Ids of the rollouts that were published last (``direction`` DESC) or first; ``filters`` as in `read`, of
-    `_OF_TASKS` alone."""
+    `_OF_TASKS` alone. ``since_s``: published in the last seconds; 0: ever."""
     where, parameters = conditions(filters)
+    parameters["since"] = since_s
     order = f"min(created_at) {direction}, rollout_id {direction}"
-    sql = f"SELECT rollout_id FROM tasks_raw WHERE {where} GROUP BY rollout_id ORDER BY {order}"  # noqa: S608
+    having = SINCE.format(created="min(created_at)") if since_s else "1"
+    sql = f"SELECT rollout_id FROM tasks_raw WHERE {where} GROUP BY rollout_id HAVING {having} ORDER BY {order}"  # noqa: S608
     return [row["rollout_id"] for row in ask(sql + _limit(limit, offset), parameters).records()]
 
 
 def narrowed(
-    ask: Ask, filters: Mapping[str, Any], *, sort_by: str, direction: str, limit: int, offset: int = 0
+    ask: Ask,
+    filters: Mapping[str, Any],
+    *,
+    sort_by: str,
+    direction: str,
+    limit: int,
+    offset: int = 0,
+    since_s: int = 0,
 ) -> tuple[Mapping[str, Any], int]:
     """Filters that find the same page of `rollouts` for less, and how many rows to skip then: if one table tells which
     rollouts are on it, or which can be, the view is computed for these alone. Without such a table, what was given.
 
-    ``filters``: as in `read`. ``sort_by``: a `RolloutOrder`. ``direction``: ASC or DESC."""
+    ``filters``: as in `read`. ``sort_by``: a `RolloutOrder`. ``direction``: ASC or DESC. ``since_s``: published in the
+    last seconds, which has to be a condition on the view, too; 0: ever."""
 
     def ids(sql: str, count: str) -> list[str]:
         return [row["rollout_id"] for row in ask(sql + count, parameters).records()]
@@ -195,21 +208,27 @@ def narrowed(
     asked = {name for name, value in filters.items() if value is not None}
     where, parameters = conditions(filters)
     if sort_by == "created_at" and asked <= _OF_TASKS:
-        return {"rollout_id": read_newest(ask, filters, direction, limit, offset)}, 0
+        return {"rollout_id": read_newest(ask, filters, direction, limit, offset, since_s)}, 0
     if filters.get("status") in OPEN and "rollout_id" not in asked:
         found = ids(_OPEN_IDS, _limit(MOST_OPEN + 1))
         return (filters, offset) if len(found) > MOST_OPEN else ({**filters, "rollout_id": found}, offset)
+    if since_s:
+        where, parameters = f"{where} AND {SINCE.format(created='created_at')}", {**parameters, "since": since_s}
     order = f"{sort_by} {direction} NULLS LAST, rollout_id {direction}"
     if asked <= _OF_ENDS and sort_by in _ORDERS_BY_TIMES:
         return {"rollout_id": ids(_BY_TIMES.format(where=where, order=order), _limit(limit, offset))}, 0
     if not asked <= _OF_ENDS or sort_by not in _ORDERS_OF_ENDS:
         return filters, offset
     only_ended = asked & {"status", "model_version"}
-    if not only_ended:
-        if sort_by not in _KNOWN_AT_END:
-            return filters, offset
+    if not only_ended and sort_by in _KNOWN_AT_END:
         where += f" AND {sort_by} IS NOT NULL"
-    found = ids(f"SELECT rollout_id FROM ended_rollouts WHERE {where} ORDER BY {order}", _limit(limit, offset))  # noqa: S608
+    ended = f"SELECT rollout_id FROM ended_rollouts WHERE {where} ORDER BY {order}"  # noqa: S608
+    if not only_ended and sort_by not in _KNOWN_AT_END:  # those that are open stand between them
+        unended = ids(_OPEN_IDS, _limit(MOST_OPEN + 1))
+        if max(len(unended), limit + offset) > MOST_OPEN or "rollout_id" in asked:
+            return filters, offset
+        return {**filters, "rollout_id": unended + ids(ended, _limit(limit + offset))}, offset
+    found = ids(ended, _limit(limit, offset))
     if only_ended or len(found) == limit:
         return {"rollout_id": found}, 0
     return filters, offset  # those without a value follow

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, get_args
 
-from millstream.pipeline.store.queries import MOST_OPEN, Ask, conditions, narrowed
+from millstream.pipeline.store.queries import MOST_OPEN, SINCE, Ask, conditions, narrowed
 from millstream.pipeline.store.results import RolloutOrder, checked_order
 
 CUT: Final = 240  # characters of an input or an error in a list
@@ -121,12 +121,15 @@ def find_rollouts(ask: Ask, search: RolloutSearch, limit: int, offset: int = 0, 
     if search.text:
         looked, ids, texts, bound = _holding(ask, search, window)
         wanted = {**wanted, "rollout_id": ids}
-    elif not search.since_s:
-        wanted, offset = narrowed(ask, wanted, sort_by=search.sort_by, direction=direction, limit=limit, offset=offset)
+    else:
+        by, since_s = search.sort_by, search.since_s
+        wanted, offset = narrowed(
+            ask, wanted, sort_by=by, direction=direction, limit=limit, offset=offset, since_s=since_s
+        )
     where, parameters = conditions(wanted)
     if search.since_s:
         parameters["since"] = search.since_s
-        where += " AND created_at >= now64(9) - toIntervalSecond({since:UInt32})"
+        where += f" AND {SINCE.format(created='created_at')}"
     sql = (
         _ROLLOUTS.replace("{cut}", str(CUT))
         .replace("{where}", where + texts)

@@ -1,5 +1,6 @@
 """Searching rollouts for a text: part by part it finds what the whole view holds."""
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
@@ -16,7 +17,7 @@ from millstream.schemas.config.settings import Settings, load_settings
 from millstream.schemas.ids import derived_id
 from millstream.schemas.wire import status
 from millstream.schemas.wire.records import ErrorInfo
-from tests.pipeline.ui.rig import Writing, conversation_of, ended, triplets_of
+from tests.pipeline.ui.rig import S, Writing, conversation_of, ended, triplets_of
 
 WHOLE = """
 SELECT rollout_id FROM rollouts
@@ -96,3 +97,29 @@ def test_of_nothing_nothing_is_looked_through(hay: list[str], store: ClickHouseS
     assert page.rows == []
     assert page.looked is not None
     assert (page.looked.rollouts, page.looked.before) == (0, "")
+
+
+@pytest.mark.parametrize("filters", [{}, {"status": "succeeded"}, {"status": "running"}, {"experiment_id": "e1"}])
+def test_a_page_of_the_last_minutes_is_that_part_of_the_view(
+    writer: ClickHouseWriter, settings: Settings, store: ClickHouseStore, filters: dict[str, str]
+) -> None:
+    writing, now = Writing(settings.topics), time.time_ns()
+    for n in range(24):
+        task = factories.task(created_at=now - n * 60 * S, experiment_id=f"e{n % 2}")
+        writing(task, topic=settings.topics.tasks("normal"))
+        if n % 4:
+            writing(factories.event(task, "a", status.PREPARING, time=task.created_at + n * S))
+        if n % 4 > 1:
+            writing(ended(task, status.SUCCEEDED, "a", reward=n % 5 / 4, turns=n % 3, ended_at=now - n * S))
+    writing.flush(writer)
+    known = "".join(f" AND {name} = '{value}'" for name, value in filters.items())
+    for order in search.orders():
+        for descending, direction in ((True, "DESC"), (False, "ASC")):
+            wanted = RolloutSearch(since_s=930, sort_by=order, descending=descending, **filters)
+            page = [row["rollout_id"] for row in find_rollouts(store.sql, wanted, 3, 1).rows]
+            whole = (
+                f"SELECT rollout_id FROM rollouts WHERE created_at >= now64(9) - toIntervalSecond(930){known} ORDER BY"
+            )
+            rows = store.sql(f"{whole} {order} {direction} NULLS LAST, rollout_id {direction} LIMIT 3 OFFSET 1").rows
+            assert page == [row[0] for row in rows], (order, direction)
+            assert page
