@@ -152,6 +152,27 @@ def _continues(example: dict[str, Any], last: dict[str, Any]) -> bool:
     return example.get("tools") == last.get("tools") and _unweighted(before) == _unweighted(last["messages"])
 
 
+def with_object_arguments(example: dict[str, Any]) -> dict[str, Any]:
+    """One of the `messages`, as a trainer takes it that gives it to a chat template unchanged; see `for_template`."""
+    return example | {"messages": list(map(for_template, example["messages"]))}
+
+
+def for_template(message: dict[str, Any]) -> dict[str, Any]:
+    """Chat templates take the arguments of tool calls as objects. What is not JSON stays a string."""
+    calls = [
+        call | {"function": call["function"] | {"arguments": _object(call["function"]["arguments"])}}
+        for call in message.get("tool_calls") or ()
+    ]
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _object(arguments: str) -> Any:
+    try:
+        return parsed(arguments)
+    except ValueError:
+        return arguments
+
+
 def _unweighted(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in message.items() if name != "weight"} for message in messages]
 

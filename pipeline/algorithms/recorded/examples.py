@@ -13,11 +13,10 @@ import numpy as np
 from millstream.pipeline.algorithms.rows import Row, unusable
 from millstream.pipeline.algorithms.torch_learner import TorchLearner
 from millstream.pipeline.models.policy import load_tokenizer
-from millstream.pipeline.training.datasets import Rollout, conversation, tools_of, with_contents
+from millstream.pipeline.training.datasets import Rollout, conversation, for_template, tools_of, with_contents
 from millstream.pipeline.training.groups import Group, trainable_turns
 from millstream.producers.blob_store import Blobs
 from millstream.schemas.errors import CodecError
-from millstream.schemas.spans.text import parsed
 from millstream.schemas.wire.records import Triplet
 
 
@@ -70,8 +69,8 @@ class ExampleLearner(TorchLearner, ABC):
         """The answer is what the template adds to the prompt, up to the token that ends it. Raises `CodecError`."""
         if self._blobs is not None:
             triplet = with_contents(triplet, self._blobs)
-        asked = list(map(_for_template, conversation(triplet, "prompt")))
-        answer = list(map(_for_template, conversation(triplet, "response")))
+        asked = list(map(for_template, conversation(triplet, "prompt")))
+        answer = list(map(for_template, conversation(triplet, "response")))
         render, tools = self._tokenizer.apply_chat_template, tools_of(triplet).get("tools")
         prompt = render(asked, tools=tools, add_generation_prompt=True, return_dict=False)
         whole = render([*asked, *answer], tools=tools, return_dict=False)
@@ -86,19 +85,3 @@ class ExampleLearner(TorchLearner, ABC):
             response_token_ids=np.asarray(response, "<i4").tobytes(),
             response_logprobs=None,
         )
-
-
-def _for_template(message: dict[str, Any]) -> dict[str, Any]:
-    """Chat templates take the arguments of tool calls as objects."""
-    calls = [
-        call | {"function": call["function"] | {"arguments": _object(call["function"]["arguments"])}}
-        for call in message.get("tool_calls") or ()
-    ]
-    return message | ({"tool_calls": calls} if calls else {})
-
-
-def _object(arguments: str) -> Any:
-    try:
-        return parsed(arguments)
-    except ValueError:
-        return arguments

@@ -32,12 +32,20 @@ def dataset_messages(
     merge_turns: Annotated[
         bool, typer.Option("--merge-turns", help="One line a conversation, for trainers that learn every answer in it.")
     ] = False,
+    object_arguments: Annotated[
+        bool, typer.Option("--object-arguments", help="Arguments of tool calls as objects, not as text: for TRL.")
+    ] = False,
 ) -> None:
     """Write OpenAI's fine-tuning format, with tools: one line a call. `type = "sft"` chooses alike."""
     from millstream.pipeline.training import datasets
 
     choice = datasets.Choice(min_reward, best_of_group)
-    _write(experiment, mode, lambda rollouts: map(_line, datasets.messages(rollouts, choice, merge_turns)))
+
+    def form(rollouts: "Iterable[list[Triplet]]") -> Iterator[str]:
+        examples = datasets.messages(rollouts, choice, merge_turns)
+        return map(_line, map(datasets.with_object_arguments, examples) if object_arguments else examples)
+
+    _write(experiment, mode, form)
 
 
 @app.command("preferences", epilog="Example: millstream dataset preferences --experiment run1 > dpo.jsonl")
