@@ -109,6 +109,14 @@ def test_a_data_set_without_examples_says_why_and_what_to_do(log, kind):
     assert "no triplets of experiment other, mode train" in run("dataset", kind, "--experiment", "other").stderr
 
 
+@pytest.mark.parametrize(("options", "arguments"), [([], '{"a":3}'), (["--object-arguments"], {"a": 3})])
+def test_arguments_of_tool_calls_are_text_or_objects(log, options, arguments):
+    asks = {"role": "assistant", "tool_calls": [{"id": "1", "function": {"name": "add", "arguments": '{"a":3}'}}]}
+    send(log, ms.load_settings().topics.triplets, triplet(response=json.dumps(asks)))
+    (line,) = run("dataset", "messages", *options).stdout.splitlines()
+    assert json.loads(line)["messages"][-1]["tool_calls"][0]["function"] == {"name": "add", "arguments": arguments}
+
+
 async def test_an_experiment_is_found_by_the_name_of_its_run():
     """Entry B8."""
     topics = ms.load_settings().topics
