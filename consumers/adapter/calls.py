@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 from millstream.schemas.spans import semconv
 from millstream.schemas.wire.records import Span
@@ -20,7 +19,7 @@ class Call:
 
     @property
     def response_id(self) -> str:
-        return _response_id(self.span)
+        return self.span.attributes.get(semconv.RESPONSE_ID, "")
 
     @property
     def model(self) -> str:
@@ -88,14 +87,17 @@ def calls_of(spans: Sequence[Span], tree: SpanTree) -> list[Call]:
     the agent's own span of it, if there is one: that span and the rewards come from one process, in one order. Else it
     ends at the proxy's span, which is in the log before the agent gets the answer.
     """
-    found = [(position, span) for position, span in enumerate(spans) if span.kind == semconv.LLM]
+    found = [
+        (position, span, span.attributes.get(semconv.RESPONSE_ID, ""))
+        for position, span in enumerate(spans)
+        if span.kind == semconv.LLM
+    ]
     wrappers: set[str] = set()
-    if any(not _response_id(span) and span.source != semconv.SOURCE_PROXY for _, span in found):
-        wrappers.update(outer for _, span in found for outer in tree.enclosing(span))
+    if any(not key and span.source != semconv.SOURCE_PROXY for _, span, key in found):
+        wrappers.update(outer for _, span, _ in found for outer in tree.enclosing(span))
     counted: dict[str, tuple[int, Span]] = {}
     by_agent: dict[str, tuple[int, Span]] = {}
-    for position, span in found:
-        key = _response_id(span)
+    for position, span, key in found:
         if not key:  # the call failed, or the framework does not record it
             if span.span_id in wrappers:
                 continue
@@ -105,11 +107,7 @@ def calls_of(spans: Sequence[Span], tree: SpanTree) -> list[Call]:
         if key not in counted or span.source == semconv.SOURCE_PROXY != counted[key][1].source:
             counted[key] = (position, span)
     calls = []
-    for turn, (position, span) in enumerate(sorted(counted.values(), key=itemgetter(0))):
-        ended, own = by_agent.get(_response_id(span), (position, span))
+    for turn, (key, (position, span)) in enumerate(sorted(counted.items(), key=lambda one: one[1][0])):
+        ended, own = by_agent.get(key, (position, span))
         calls.append(Call(turn, span, ended, tree.agent(span) or tree.agent(own)))
     return calls
-
-
-def _response_id(span: Span) -> str:
-    return span.attributes.get(semconv.RESPONSE_ID, "")

@@ -142,6 +142,8 @@ def sampling(call: Call) -> str | None:
     would then compare with a policy that has sampled nothing. For rollouts that are trained on: a validation may be
     greedy."""
     attributes = call.span.attributes
+    if NEUTRAL.keys().isdisjoint(attributes):
+        return None
     for name, neutral in NEUTRAL.items():
         value = attributes.get(name)
         if value is not None and not _is_one_of(value, neutral):

@@ -186,8 +186,8 @@ def normalised(span: Span) -> Span:
     is left as it is.
     """
     attributes = span.attributes
-    if _MARKERS.isdisjoint(attributes) and not any(
-        event.name in _MESSAGE_EVENTS or event.name in _LIST_EVENTS for event in span.events
+    if _MARKERS.isdisjoint(attributes) and not (
+        span.events and any(event.name in _MESSAGE_EVENTS or event.name in _LIST_EVENTS for event in span.events)
     ):
         return span
     kind = span.kind if span.kind != semconv.SPAN else kind_of(attributes)
