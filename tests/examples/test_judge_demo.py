@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 def demo(run_dir: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "examples.judge.demo", "--run-dir", str(run_dir), *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=580, cwd=ROOT)
 
 
 def test_the_judge_knows_both_kinds_of_questions() -> None:
@@ -28,6 +28,7 @@ def test_the_judge_knows_both_kinds_of_questions() -> None:
 
 @pytest.mark.torch
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("options", [[], ["--rubric"]])
 def test_the_agent_learns_what_the_judge_likes(tmp_path: Path, options: list[str]) -> None:
     learnt = demo(tmp_path, *options)
@@ -37,9 +38,8 @@ def test_the_agent_learns_what_the_judge_likes(tmp_path: Path, options: list[str
 
 @pytest.mark.torch
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [[], ["--rubric"]])
-def test_without_learning_it_does_not(tmp_path: Path, options: list[str]) -> None:
-    control = demo(tmp_path, "--lr", "0", "--steps", "4", *options)
+def test_without_learning_it_does_not(tmp_path: Path) -> None:
+    control = demo(tmp_path, "--lr", "0", "--steps", "3", "--rubric")
     assert control.returncode == 1, control.stdout + control.stderr
     *_, last = control.stdout.strip().splitlines()
     assert last.endswith("the agent did not learn")
