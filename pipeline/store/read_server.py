@@ -12,7 +12,7 @@ import binascii
 import hmac
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -82,7 +82,8 @@ def serving_queries(settings: Settings, host: str, port: int) -> Iterator[int]:
             if served is not None:
                 served.unlink(missing_ok=True)
             server.should_exit = True
-            _connect(path).query("KILL QUERY WHERE query NOT LIKE 'KILL QUERY%' ASYNC")
+            with closing(_connect(path)) as connection:
+                connection.query("KILL QUERY WHERE query NOT LIKE 'KILL QUERY%' ASYNC")
 
 
 def read_app(path: str, password: str, limits: QueryLimits = QueryLimits()) -> Starlette:

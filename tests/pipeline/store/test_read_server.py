@@ -207,15 +207,36 @@ def test_requests_and_results_have_limits(folder, writer):
 # --- the process
 
 
-@without_password
-def test_a_long_query_does_not_keep_the_process_from_ending(settings, writer):
-    with ThreadPoolExecutor() as pool:
-        with serving_queries(settings, "127.0.0.1", 0) as port:
-            query = b"SELECT count() FROM numbers(100000000000) WHERE NOT ignore(sipHash64(number))"
-            asked = pool.submit(http, port, body=query)
-            running = "SELECT query FROM system.processes WHERE query NOT LIKE '%processes%'"
-            while b"ignore" not in http(port, running)[2]:
-                assert not asked.done()
+SERVE = """
+import sys
+from millstream.consumers.sink.clickhouse_connection import connect
+from millstream.pipeline.store.read_server import serving_queries
+from millstream.schemas.config.settings import load_settings
+
+settings = load_settings(clickhouse_dsn=f"chdb://{sys.argv[1]}")
+client = connect(settings)
+with serving_queries(settings, "127.0.0.1", 0) as port:
+    print(port, flush=True)
+    sys.stdin.readline()
+client.close()
+"""
+
+
+def test_a_long_query_does_not_keep_the_process_from_ending(tmp_path):
+    command = [sys.executable, "-c", SERVE, tmp_path]
+    with (
+        ThreadPoolExecutor() as pool,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT) as process,
+    ):
+        port = int(process.stdout.readline())
+        query = b"SELECT count() FROM numbers(100000000000) WHERE NOT ignore(sipHash64(number))"
+        asked = pool.submit(http, port, body=query)
+        running = "SELECT query FROM system.processes WHERE query NOT LIKE '%processes%'"
+        while b"ignore" not in http(port, running)[2]:
+            assert not asked.done(), asked.result()
+        process.stdin.write(b"\n")
+        process.stdin.close()
+        assert process.wait(60) == 0
         assert asked.exception() is not None or asked.result()[0] == 500
 
 
