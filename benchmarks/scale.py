@@ -22,11 +22,9 @@ from typing import Any
 import adapter as adapters
 import proxy as proxies
 import store as stores
-from prometheus_client import CollectorRegistry
 from rich.console import Console
 from rich.table import Table
 
-from millstream.consumers.adapter.adapter import Adapter
 from millstream.consumers.adapter.settle import PartitionFold
 from millstream.consumers.adapter.triplets import Trace, to_triplets
 from millstream.consumers.control import ControlFollower
@@ -141,28 +139,6 @@ def turns_of_a_conversation(size: int) -> Costs:
     return {"kilobyte": cpu_us(lambda: share(to_triplets(Trace(of, "a", spans))), 1) / kilobytes}
 
 
-async def settled(log: Any, topics: Topics, rollouts: int) -> float:
-    """CPU seconds in which an adapter settles them."""
-    producer = log.producer()
-    for _ in range(rollouts):
-        of = adapters.task()
-        for kind, body in adapters.records(of):
-            producer.send(topics.events, body, key=of.rollout_id, headers={KIND_HEADER: kind})
-    await asyncio.to_thread(producer.flush, 60)
-    registry, stop = CollectorRegistry(), asyncio.Event()
-    role = Adapter(log, topics, transactional_id=f"{topics.prefix}.benchmark", registry=registry)
-    began = time.process_time()
-    running = asyncio.create_task(role.run(stop))
-    labels = {"mode": "train", "status": "succeeded"}
-    while (registry.get_sample_value("millstream_rollouts_ended_total", labels) or 0) < rollouts:  # noqa: ASYNC110
-        await asyncio.sleep(0.02)
-    used = time.process_time() - began
-    stop.set()
-    await running
-    await asyncio.to_thread(producer.close)
-    return used
-
-
 # Kafka
 
 
@@ -186,7 +162,7 @@ def partitions(size: int) -> Costs:
     """An adapter over so many partitions of ``events``."""
     rollouts = 300
     with kafka(kafka_partitions=size) as (log, settings):
-        return {"rollout": asyncio.run(settled(log, settings.topics, rollouts)) / rollouts * 1e6}
+        return {"rollout": asyncio.run(adapters.settled(log, settings.topics, rollouts)) / rollouts * 1e6}
 
 
 def members_of_a_group(size: int) -> Costs:
